@@ -1,0 +1,309 @@
+"""One experiment: data + model + stages + judge + evaluation + sweep + serving.
+
+Presets are YAML files that override these defaults, `--set a.b=c` overrides a preset, and the resolved
+configuration is saved beside every artefact. Unknown keys and wrong values are a UserError of one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from importlib.resources import files
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mu2llm.errors import UserError
+from mu2llm.records import PreprocessSpec
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class PhantomConfig(Section):
+    """The procedural phantoms of `mu2llm phantom` and of the demo."""
+
+    cases: int = Field(800, ge=1)
+    prevalence: float = Field(0.2, ge=0.15, le=0.25, description="share of the cases that have a finding")
+
+
+class DataConfig(Section):
+    spec: PreprocessSpec
+    split: dict[Literal["train", "validation", "test"], float] = {"train": 0.8, "validation": 0.1, "test": 0.1}
+    rejection_budget: float = Field(0.05, ge=0, le=1, description="share of rejected scans over which ingest fails")
+    accept: tuple[str, ...] = Field((), description="warning or reason codes that are let in, such as not_hu")
+    reconstructions: Literal["one", "all"] = Field("one", description="CT-RATE: one reconstruction a scan, or all")
+    shard_mb: int = Field(128, ge=1, description="aimed size of a Parquet shard")
+    shuffle_rows: int = Field(1, ge=1, description="neighbouring rows that stay together when an epoch is shuffled")
+    phantom: PhantomConfig = PhantomConfig()
+
+
+class VisionConfig(Section):
+    """The 3-D vision transformer of each chunk, and the projector behind it (METHOD.md §1.1, §2)."""
+
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    patch_size: tuple[int, int, int] = (4, 16, 16)
+    stem: Literal["linear", "conv"] = "linear"
+    class_token: bool = True
+    pooling: int = Field(2, description="edge of the cubes of patches that the projector averages")
+    projector_layers: int = 2
+    standardise: bool = Field(False, description="projected features standardised by running statistics")
+    weights: str | None = Field(None, description="M3D-CLIP's pretrained_ViT.bin or a checkpoint to start from")
+
+
+class TokenizerConfig(Section):
+    """The μ²Tokenizer (METHOD.md §1.2)."""
+
+    num_layers: int = 4
+    num_heads: int = 8
+    queries: int = Field(256, description="visual tokens that the language model gets")
+    top_k: int = 1024
+    scales: tuple[int, ...] = (1, 2, 4)
+    attention: Literal["absolute", "relative_1d", "relative_3d", "rotary_1d", "rotary_3d"] = "relative_3d"
+    selection: Literal["differentiable", "top_k"] = "differentiable"
+    temperature: float = Field(1.0, gt=0)
+    temperature_mode: Literal["fixed", "learned", "annealed"] = "fixed"
+    pooling: Literal["dynamic", "static"] = "dynamic"
+    residual: bool = Field(True, description="residual, norm and feed-forward in the attention layers")
+    mask_padding: bool = Field(True, description="padded chunks and padded text take no part in attention")
+    standardise: bool = Field(False, description="final tokens standardised by running statistics")
+    text_conditioned: bool = Field(True, description="queries also attend to the question (TTA)")
+
+
+class SmallLanguageModel(Section):
+    """The Llama that is trained from scratch where `model.language_model` is `small`."""
+
+    hidden_size: int = 192
+    num_layers: int = 4
+    num_heads: int = 4
+    mlp_dim: int = 512
+    vocabulary: int = 512
+
+
+class LoraSettings(Section):
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+
+
+class ModelConfig(Section):
+    language_model: str = Field("small", description="small, smollm2, or name or path of any HF causal LM or GGUF")
+    text_encoder: str = Field("minilm", description="minilm, small, or name or path of any HF encoder")
+    face: Literal["corrected", "reference"] = "corrected"
+    vision: VisionConfig = VisionConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    small: SmallLanguageModel = SmallLanguageModel()
+    lora: LoraSettings | None = None
+    max_text_tokens: int = 512
+
+
+class StageConfig(Section):
+    """What the three training stages share. `batch_size` is global: over all workers."""
+
+    epochs: float = Field(1, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="instead of epochs")
+    batch_size: int = Field(8, ge=1)
+    accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps")
+    schedule: str = "cosine"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    save_steps: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(1, ge=1)
+    log_steps: int = Field(10, ge=1)
+    eval_steps: int | None = None
+    workers: int | tuple[int, int] = Field(1, description="N, or (MIN, MAX) for elastic training")
+    gpus_per_worker: float = 0
+    cpus_per_worker: float = 1
+    max_failures: int = 2
+    freeze_vision: bool = False
+    compile: bool = False
+    fsdp: str | None = None
+
+
+class ContrastiveConfig(StageConfig):
+    loss: Literal["infonce", "sigmoid"] = "sigmoid"
+    positives: Literal["report", "section", "sentence"] = "sentence"
+    train_text_encoder: bool = False
+    temperature: float = 0.07
+
+
+class SftConfig(StageConfig):
+    text_warmup_epochs: float = Field(0, ge=0, description="epochs of text alone for a model from scratch")
+    cache_vision: bool = Field(True, description="with frozen vision: encode each scan once, train on that")
+    packing: bool = False
+    generate_steps: int | None = Field(None, description="every so often, judge reports generated on validation")
+
+
+class PreferencesConfig(Section):
+    candidates: int = Field(8, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = 256
+    min_words: int = 5
+    margin: float = Field(0.1, ge=0, description="least difference of scores within a pair")
+    pairs_per_case: int = Field(1, ge=1)
+    max_length_ratio: float | None = Field(None, description="drop pairs whose lengths differ by more than this")
+    negatives: Literal["sampled", "corrupted"] = "sampled"
+    split: Literal["train", "validation"] = "train"
+    max_cases: int | None = None
+    batch_size: int = 16
+
+
+class DpoConfig(StageConfig):
+    beta: float = Field(0.1, gt=0)
+    loss: tuple[str, ...] = ("sigmoid",)
+    loss_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    ld_alpha: float | None = Field(None, description="length desensitising (LD-DPO)")
+
+
+class JudgeConfig(Section):
+    name: str = Field("rules", description="rules, hf:NAME_OR_PATH, or openai:MODEL@URL")
+    batch_size: int = 8
+    max_new_tokens: int = 1024
+    truncate_words: int | None = Field(None, description="the published cut at 300 words; None judges by section")
+    concurrency: int = 8
+    requests_per_minute: float | None = None
+    cache: str | None = Field(None, description="URI of the cache of judgements")
+
+
+class EvaluationConfig(Section):
+    batch_size: int = 16
+    max_new_tokens: int = 256
+    max_cases: int | None = None
+    bootstrap: int = Field(1000, ge=100)
+    question: str = "Write the radiology report of this CT scan."
+    text_encoder: str = Field("minilm", description="encoder of BERTScore")
+
+
+class SweepConfig(Section):
+    space: dict[str, Any] = {}
+    trials: int = 12
+    search: Literal["optuna", "random", "grid"] = "optuna"
+    objective: tuple[str, ...] = ("green",)
+    workers_per_trial: int = 1
+    gpus_per_trial: float = 0
+    max_concurrent: int | None = None
+    time_budget_s: float | None = None
+    final_seeds: int = 3
+
+
+class ServingConfig(Section):
+    max_batch_size: int = 8
+    batch_wait_s: float = 0.02
+    max_queued_requests: int = 64
+
+
+class Experiment(Section):
+    """Everything that a run is made of. `name` is the preset's."""
+
+    name: str = "custom"
+    seed: int = 0
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+    sft: SftConfig = SftConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
+    dpo: DpoConfig = DpoConfig()
+    judge: JudgeConfig = JudgeConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    sweep: SweepConfig = SweepConfig()
+    serving: ServingConfig = ServingConfig()
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        _, _, *chunk = self.data.spec.shape
+        if any(size % patch for size, patch in zip(chunk, self.model.vision.patch_size, strict=True)):
+            raise ValueError(
+                f"model.vision.patch_size {self.model.vision.patch_size} does not divide the chunk {tuple(chunk)} "
+                "of data.spec (slices, height, width)"
+            )
+        return self
+
+
+def presets() -> list[str]:
+    """The names of the presets that come with the package."""
+    return sorted(path.name.removesuffix(".yaml") for path in files("mu2llm.presets").iterdir() if path.name.endswith(".yaml"))
+
+
+def load(preset: str, overrides: list[str] | None = None) -> Experiment:
+    """A preset by name or path of a YAML file, with `a.b=c` overrides applied; a UserError names what is wrong."""
+    values = _read_preset(preset)
+    for override in overrides or []:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"--set {override}: expected KEY=VALUE, such as dpo.beta=0.2")
+        _assign(values, key.strip().split("."), yaml.safe_load(text) if text else "")
+    return validate(values)
+
+
+def validate(values: dict[str, Any]) -> Experiment:
+    """Plain values → an Experiment; the UserError names the key, what is wrong and the nearest known key."""
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+def digest(value: Any) -> str:
+    """Twelve hex digits of anything that JSON can hold: what decides whether a stage is to be done again."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _read_preset(preset: str) -> dict[str, Any]:
+    if preset.endswith((".yaml", ".yml")):
+        try:
+            with open(preset) as stream:
+                values = yaml.safe_load(stream) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"preset {preset}: {str(error).splitlines()[0]}") from None
+    else:
+        path = files("mu2llm.presets") / f"{preset}.yaml"
+        if not path.is_file():
+            raise UserError(f"preset {preset!r} is not known; there are {', '.join(presets())}, or a path to a .yaml file")
+        values = yaml.safe_load(path.read_text())
+    base = values.pop("extends", None)
+    values.setdefault("name", preset)
+    return _merge(_read_preset(base), values) if base else values
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    values[keys[-1]] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(first["loc"][:-1]), n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_known_keys(first['loc'][:-1]))}"
+        return f"configuration: {where} is not a key{hint}"
+    return f"configuration: {where or 'experiment'}: {first['msg']}, given {first['input']!r:.80}"
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    model: Any = Experiment
+    for part in path:
+        model = model.model_fields[str(part)].annotation
+    return list(getattr(model, "model_fields", {}))

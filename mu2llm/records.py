@@ -1,0 +1,275 @@
+"""The nouns that pass between rooms, as pydantic models with their Arrow schemas.
+
+`CTVolume` lives in `mu2llm.ct`: it carries an array and never leaves the process that read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, ClassVar, Literal, Self
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Side = Literal["left", "right", "bilateral"]
+Split = Literal["train", "validation", "test"]
+
+
+class Record(BaseModel):
+    """A frozen row: pydantic outside, Arrow in storage. Nested values are stored as JSON text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    arrow_schema: ClassVar[pa.Schema]
+
+    def row(self) -> dict[str, Any]:
+        """The record as a row of its table."""
+        values = self.model_dump(mode="json")
+        return {
+            field.name: json.dumps(values[field.name]) if _is_json(field) else values[field.name]
+            for field in self.arrow_schema
+        }
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Self:
+        """The inverse of `row`; columns that the record does not have are ignored."""
+        values = {field.name: row[field.name] for field in cls.arrow_schema if field.name in row}
+        for field in cls.arrow_schema:
+            if _is_json(field) and isinstance(values.get(field.name), str):
+                values[field.name] = json.loads(values[field.name])
+        return cls.model_validate(values)
+
+    @classmethod
+    def table(cls, records: list[Self]) -> pa.Table:
+        """Records → Arrow table with the record's schema, also when there is none."""
+        return pa.Table.from_pylist([record.row() for record in records], schema=cls.arrow_schema)
+
+
+def _json(name: str) -> pa.Field:
+    return pa.field(name, pa.string(), metadata={b"encoding": b"json"})
+
+
+def _is_json(field: pa.Field) -> bool:
+    return bool(field.metadata) and field.metadata.get(b"encoding") == b"json"
+
+
+class Finding(Record):
+    """One finding that is present. `size_mm` is its longest diameter."""
+
+    name: str
+    side: Side | None = None
+    place: str | None = None
+    size_mm: float | None = None
+
+
+class Question(Record):
+    """One instruction about a scan and its answer; `region` is the part of the body it is about."""
+
+    question: str
+    answer: str
+    region: str | None = None
+
+
+class Case(Record):
+    """One examination: a scan in storage and what was written about it."""
+
+    id: str
+    patient: str
+    volume: str = Field(description="URI of the scan")
+    report: str = Field(description="reference report, findings and impression")
+    split: Split | None = None
+    questions: tuple[Question, ...] = ()
+    findings: tuple[Finding, ...] | None = Field(None, description="truth, where it is known (phantoms)")
+    labels: dict[str, int] | None = Field(None, description="abnormality labels that came with the data set")
+    rescale: tuple[float, float] | None = Field(
+        None, description="slope and intercept from a metadata table, for volumes whose header lacks them"
+    )
+    source: str = ""
+
+    arrow_schema = pa.schema(
+        [
+            pa.field("id", pa.string()),
+            pa.field("patient", pa.string()),
+            pa.field("volume", pa.string()),
+            pa.field("report", pa.string()),
+            pa.field("split", pa.string()),
+            _json("questions"),
+            _json("findings"),
+            _json("labels"),
+            _json("rescale"),
+            pa.field("source", pa.string()),
+        ]
+    )
+
+
+class Rejection(Record):
+    """A scan that was not used: where it is, the reason's code (`mu2llm.ct.REASONS`) and a sentence."""
+
+    uri: str
+    reason: str
+    message: str
+    case_id: str = ""
+
+    arrow_schema = pa.schema([pa.field(n, pa.string()) for n in ("uri", "reason", "message", "case_id")])
+
+
+class PreprocessSpec(Record):
+    """How a scan in HU becomes the model's input: (chunks T, channels C, slices K, H, W).
+
+    Saved in the shards and in the checkpoint, and enforced by `hash` at inference. Sizes are (z, y, x).
+    Exactly one of `windows` (HU ranges, one channel each) and `percentiles` (the reference's 0.5–99.5
+    min–max scaling, one channel) is given.
+    """
+
+    version: Literal[1] = 1
+    name: str
+    orientation: Literal["RAS", "as_stored"] = "RAS"
+    spacing_mm: tuple[float, float, float] | None = Field(None, description="resample to it first; None keeps it")
+    windows: tuple[tuple[float, float], ...] | None = None
+    percentiles: tuple[float, float] | None = None
+    crop_foreground: bool = True
+    fit: Literal["isotropic", "stretch", "reference"] = Field(
+        "isotropic",
+        description="how the cropped body meets the grid: one scale for all axes and centred padding, each axis "
+        "stretched to the grid, or the published way (METHOD.md §2.1)",
+    )
+    grid: tuple[int, int, int] = Field(description="voxels (z, y, x) after resizing; z = chunks × slices a chunk")
+    chunks: int = Field(ge=1)
+    dtype: Literal["uint8", "float16", "float32"] = "uint8"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.windows is None) == (self.percentiles is None):
+            raise ValueError(f"spec {self.name}: give either windows or percentiles, not both or neither")
+        if self.grid[0] % self.chunks:
+            raise ValueError(f"spec {self.name}: {self.grid[0]} slices do not divide into {self.chunks} chunks")
+        return self
+
+    @property
+    def channels(self) -> int:
+        return len(self.windows) if self.windows else 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """(T, C, K, H, W) of one scan."""
+        depth, height, width = self.grid
+        return (self.chunks, self.channels, depth // self.chunks, height, width)
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits over every field but the name."""
+        fields = self.model_dump(mode="json", exclude={"name"})
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+ERROR_CATEGORIES: dict[str, str] = {
+    "a": "False report of a finding in the candidate",
+    "b": "Missing a finding present in the reference",
+    "c": "Misidentification of a finding's anatomic location/position",
+    "d": "Misassessment of the severity of a finding",
+    "e": "Mentioning a comparison that isn't in the reference",
+    "f": "Omitting a comparison detailing a change from a prior study",
+}
+
+
+class Judgement(Record):
+    """What a judge made of one (reference, candidate) pair: GREEN's counts, or why there are none.
+
+    `significant` and `insignificant` count the errors (a)–(f); the `*_sentences` hold, per category, the
+    sentences named. `score` = matched / (matched + Σ significant), 0 where nothing matched, None if invalid.
+    """
+
+    valid: bool
+    score: float | None
+    significant: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+    insignificant: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+    matched: int = 0
+    significant_sentences: tuple[tuple[str, ...], ...] = ()
+    insignificant_sentences: tuple[tuple[str, ...], ...] = ()
+    matched_sentences: tuple[str, ...] = ()
+    why: str = Field("", description="the reason where invalid")
+    judge: str = Field("", description="the judge's identity")
+
+    arrow_schema = pa.schema(
+        [
+            pa.field("valid", pa.bool_()),
+            pa.field("score", pa.float64()),
+            pa.field("significant", pa.list_(pa.int32())),
+            pa.field("insignificant", pa.list_(pa.int32())),
+            pa.field("matched", pa.int32()),
+            _json("significant_sentences"),
+            _json("insignificant_sentences"),
+            _json("matched_sentences"),
+            pa.field("why", pa.string()),
+            pa.field("judge", pa.string()),
+        ]
+    )
+
+
+class Candidate(Record):
+    """One report proposed for a case: sampled from a model, or the reference with a known corruption."""
+
+    case_id: str
+    index: int
+    text: str
+    origin: Literal["sampled", "corrupted", "human"]
+    seed: int
+    corruption: str = ""
+
+    arrow_schema = pa.schema(
+        [
+            pa.field("case_id", pa.string()),
+            pa.field("index", pa.int32()),
+            pa.field("text", pa.string()),
+            pa.field("origin", pa.string()),
+            pa.field("seed", pa.int64()),
+            pa.field("corruption", pa.string()),
+        ]
+    )
+
+
+class PreferencePair(Record):
+    """For one case, a report to prefer over another, with the judge's scores (None for human corrections)."""
+
+    case_id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_score: float | None
+    rejected_score: float | None
+    judge: str
+    origin: Literal["sampled", "corrupted", "human"] = "sampled"
+
+    arrow_schema = pa.schema(
+        [
+            *[pa.field(n, pa.string()) for n in ("case_id", "prompt", "chosen", "rejected")],
+            pa.field("chosen_score", pa.float64()),
+            pa.field("rejected_score", pa.float64()),
+            pa.field("judge", pa.string()),
+            pa.field("origin", pa.string()),
+        ]
+    )
+
+
+class Estimate(BaseModel):
+    """A number with its bootstrap 95 % interval and its n."""
+
+    model_config = ConfigDict(frozen=True)
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Lineage(BaseModel):
+    """Where a checkpoint came from: `mu2llm.json` beside its weights, with the resolved configuration."""
+
+    stage: Literal["contrastive", "sft", "dpo", "converted"]
+    data: str | None = Field(None, description="URI of the shards or pairs")
+    data_checksum: str | None = None
+    spec_hash: str
+    parent: str | None = Field(None, description="URI of the checkpoint it started from")
+    judge: str | None = None
+    seed: int
+    git_commit: str | None = None
+    versions: dict[str, str] = {}

