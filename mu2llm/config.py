@@ -232,7 +232,7 @@ class Experiment(Section):
 
 def presets() -> list[str]:
     """The names of the presets that come with the package."""
-    return sorted(path.name.removesuffix(".yaml") for path in files("mu2llm.presets").iterdir() if path.name.endswith(".yaml"))
+    return sorted(path.name.removesuffix(".yaml") for path in (files("mu2llm") / "presets").iterdir() if path.name.endswith(".yaml"))
 
 
 def load(preset: str, overrides: list[str] | None = None) -> Experiment:
@@ -267,7 +267,7 @@ def _read_preset(preset: str) -> dict[str, Any]:
         except (OSError, yaml.YAMLError) as error:
             raise UserError(f"preset {preset}: {str(error).splitlines()[0]}") from None
     else:
-        path = files("mu2llm.presets") / f"{preset}.yaml"
+        path = files("mu2llm") / "presets" / f"{preset}.yaml"
         if not path.is_file():
             raise UserError(f"preset {preset!r} is not known; there are {', '.join(presets())}, or a path to a .yaml file")
         values = yaml.safe_load(path.read_text())

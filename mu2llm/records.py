@@ -102,15 +102,25 @@ class Case(Record):
     )
 
 
-class Rejection(Record):
-    """A scan that was not used: where it is, the reason's code (`mu2llm.ct.REASONS`) and a sentence."""
+class Rejection(Exception):  # noqa: N818 - the design's noun; it is raised, and it is a row of the rejected table
+    """A scan that is not used: where it is, the reason's code (`mu2llm.ct.REASONS`) and one sentence.
 
-    uri: str
-    reason: str
-    message: str
-    case_id: str = ""
+    The one exception that reading a scan raises for what is wrong with the scan itself.
+    """
 
-    arrow_schema = pa.schema([pa.field(n, pa.string()) for n in ("uri", "reason", "message", "case_id")])
+    arrow_schema: ClassVar[pa.Schema] = pa.schema(
+        [pa.field(n, pa.string()) for n in ("uri", "reason", "message", "case_id")]
+    )
+
+    def __init__(self, uri: str, reason: str, message: str, case_id: str = "") -> None:
+        super().__init__(uri, reason, message, case_id)
+        self.uri, self.reason, self.message, self.case_id = uri, reason, message, case_id
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.reason}: {self.message}"
+
+    def row(self) -> dict[str, str]:
+        return {"uri": self.uri, "reason": self.reason, "message": self.message, "case_id": self.case_id}
 
 
 class PreprocessSpec(Record):
