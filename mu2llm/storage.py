@@ -190,7 +190,7 @@ def _start_rclone(root: Path, port: int, key: str, secret: str) -> subprocess.Po
     with log.open("wb") as stream:
         server = subprocess.Popen(
             [_rclone(), *command],
-            env={**os.environ, "RCLONE_AUTH_KEY": f"{key},{secret}", "RCLONE_CONFIG": os.devnull},
+            env={**os.environ, "RCLONE_AUTH_KEY": f'"{key},{secret}"', "RCLONE_CONFIG": os.devnull},
             stdout=stream,
             stderr=stream,
             start_new_session=True,  # Ctrl-C is for us; we then stop it in order
