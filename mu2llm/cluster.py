@@ -1,0 +1,58 @@
+"""Which Ray a command joins."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+import ray.data
+
+from mu2llm.errors import Failure
+
+
+@contextlib.contextmanager
+def session(address: str | None = None, cpus: int | None = None) -> Iterator[None]:
+    """Joins the Ray at `address` or RAY_ADDRESS, else one that is already joined, else starts its own.
+
+    What was started here is stopped at the end; what was there before is left alone. A cluster of its own
+    counts at least four logical CPUs, so that a training worker and the tasks that feed it fit on any laptop.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    # the drivers' environment is what the workers inherit; set before Ray starts
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise Failure(f"no Ray cluster at {address}: {str(error).splitlines()[0]}; start one or drop --address") from error
+    else:
+        ray.init(
+            num_cpus=max(cpus or os.cpu_count() or 1, 4),
+            include_dashboard=False,
+            object_store_memory=1024**3,
+            configure_logging=True,
+            **quiet,
+        )
+    quieten_ray_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quieten_ray_data() -> None:
+    """Ray Data's own bars and log lines go: the commands show one progress line of their own."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)

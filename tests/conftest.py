@@ -1,0 +1,28 @@
+"""One Ray for all tests; the real material beside the project, where it is there."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real scans, reports and known answers."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the folder {SHARED.name} with real material is not beside the project")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """The one Ray that all tests share. It counts more CPUs than there are, so that small jobs never wait."""
+    from mu2llm.cluster import session
+
+    with session(cpus=8):
+        yield
