@@ -12,6 +12,9 @@ from typing import Any, ClassVar, Literal, Self
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mu2llm import storage
+from mu2llm.errors import UserError
+
 Side = Literal["left", "right", "bilateral"]
 Split = Literal["train", "validation", "test"]
 
@@ -272,7 +275,7 @@ class Estimate(BaseModel):
 
 
 class Lineage(BaseModel):
-    """Where a checkpoint came from: `mu2llm.json` beside its weights, with the resolved configuration."""
+    """Where a checkpoint came from."""
 
     stage: Literal["contrastive", "sft", "dpo", "converted"]
     data: str | None = Field(None, description="URI of the shards or pairs")
@@ -280,6 +283,44 @@ class Lineage(BaseModel):
     spec_hash: str
     parent: str | None = Field(None, description="URI of the checkpoint it started from")
     judge: str | None = None
-    seed: int
+    seed: int = 0
     git_commit: str | None = None
     versions: dict[str, str] = {}
+    identity: str = Field("", description="digest of all that decides what the stage would produce")
+
+
+class Training(BaseModel):
+    """What a stage did, cumulative over resumes. `history` holds the logged metrics by step."""
+
+    steps: int = 0
+    cases_seen: int = 0
+    seconds: float = 0.0
+    resumed_from_step: int = 0
+    metrics: dict[str, float] = {}
+    history: list[dict[str, float]] = []
+
+
+class Checkpoint(BaseModel):
+    """A `save_pretrained` folder with `mu2llm.json` beside the weights: configuration, lineage, training.
+
+    `mu2llm.json` is written last, so a folder that has it is whole.
+    """
+
+    FILE: ClassVar[str] = "mu2llm.json"
+    uri: str = Field(exclude=True)
+    experiment: dict[str, Any]
+    lineage: Lineage
+    training: Training = Training()
+
+    @classmethod
+    def open(cls, uri: str) -> Self:
+        """Reads the folder's description; a UserError where there is no checkpoint."""
+        path = storage.join(uri, cls.FILE)
+        if not storage.exists(path):
+            raise UserError(f"{uri} is not a checkpoint: it has no {cls.FILE}; give a folder that `mu2llm train` wrote")
+        return cls(uri=uri, **storage.read_json(path))
+
+    def publish(self, folder: str) -> None:
+        """Uploads a local `save_pretrained` folder to `uri` and completes it with `mu2llm.json`."""
+        storage.copy_folder(folder, self.uri)
+        storage.write_json(storage.join(self.uri, self.FILE), self.model_dump(mode="json"))
