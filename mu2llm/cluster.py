@@ -33,7 +33,9 @@ def session(address: str | None = None, cpus: int | None = None) -> Iterator[Non
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise Failure(f"no Ray cluster at {address}: {str(error).splitlines()[0]}; start one or drop --address") from error
+            raise Failure(
+                f"no Ray cluster at {address}: {str(error).splitlines()[0]}; start one or drop --address"
+            ) from error
     else:
         ray.init(
             num_cpus=max(cpus or os.cpu_count() or 1, 4),

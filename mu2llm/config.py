@@ -232,7 +232,11 @@ class Experiment(Section):
 
 def presets() -> list[str]:
     """The names of the presets that come with the package."""
-    return sorted(path.name.removesuffix(".yaml") for path in (files("mu2llm") / "presets").iterdir() if path.name.endswith(".yaml"))
+    return sorted(
+        path.name.removesuffix(".yaml")
+        for path in (files("mu2llm") / "presets").iterdir()
+        if path.name.endswith(".yaml")
+    )
 
 
 def load(preset: str, overrides: list[str] | None = None) -> Experiment:
@@ -269,7 +273,9 @@ def _read_preset(preset: str) -> dict[str, Any]:
     else:
         path = files("mu2llm") / "presets" / f"{preset}.yaml"
         if not path.is_file():
-            raise UserError(f"preset {preset!r} is not known; there are {', '.join(presets())}, or a path to a .yaml file")
+            raise UserError(
+                f"preset {preset!r} is not known; there are {', '.join(presets())}, or a path to a .yaml file"
+            )
         values = yaml.safe_load(path.read_text())
     base = values.pop("extends", None)
     values.setdefault("name", preset)

@@ -105,7 +105,7 @@ class Case(Record):
     )
 
 
-class Rejection(Exception):  # noqa: N818 - the design's noun; it is raised, and it is a row of the rejected table
+class Rejection(Exception):
     """A scan that is not used: where it is, the reason's code (`mu2llm.ct.REASONS`) and one sentence.
 
     The one exception that reading a scan raises for what is wrong with the scan itself.
