@@ -1,0 +1,26 @@
+"""One scan: any file → CTVolume in HU → model input. Knows nothing of Ray, of models, or of many scans."""
+
+from mu2llm.ct.augment import augment
+from mu2llm.ct.codes import REASONS, WARNINGS
+from mu2llm.ct.inspection import describe, inspect, three_planes
+from mu2llm.ct.preprocess import SPECS, ModelInput, prepare
+from mu2llm.ct.reading import read
+from mu2llm.ct.volume import CTVolume, admit
+from mu2llm.records import PreprocessSpec, Rejection
+
+__all__ = [
+    "REASONS",
+    "SPECS",
+    "WARNINGS",
+    "CTVolume",
+    "ModelInput",
+    "PreprocessSpec",
+    "Rejection",
+    "admit",
+    "augment",
+    "describe",
+    "inspect",
+    "prepare",
+    "read",
+    "three_planes",
+]

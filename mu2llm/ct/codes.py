@@ -1,0 +1,93 @@
+"""Every code that reading a scan can end with: why it is rejected, what was set right, and the limits.
+
+`mu2llm inspect`, the `rejected` table of `ingest` and the service all speak these codes and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mu2llm.errors import UserError
+from mu2llm.records import Rejection
+
+REASONS: dict[str, str] = {
+    "not_found": "there is nothing under this path or URI",
+    "empty": "the file, folder or archive holds nothing, or the scan has no voxels",
+    "unsupported_format": "neither NIfTI nor DICOM nor a zip of DICOM files",
+    "wrong_suffix": "the name's suffix says another format than the content is",
+    "truncated": "the file ends before its voxels do",
+    "corrupt": "the file or archive is damaged: checksum, header or structure is wrong",
+    "too_large": "more bytes or files than a scan can have: refused before decompression is finished",
+    "unsafe_archive": "an archive with absolute or climbing paths, links or encrypted members",
+    "rgb": "colour voxels: a screen save or rendered map, not HU",
+    "complex": "complex voxels",
+    "unsupported_dtype": "voxels of a data type that is not a number",
+    "not_3d": "not one three-dimensional volume (4-D series, vectors, 2-D)",
+    "single_slice": "one slice alone is no volume",
+    "other_modality": "the file calls itself another modality than CT",
+    "no_images": "no DICOM file with pixels (structured reports, plans, presentation states)",
+    "no_series": "the series that was asked for is not there",
+    "undecodable": "no decoder for the transfer syntax, or the decoder failed",
+    "enhanced_unreadable": "an enhanced multi-frame object whose frames do not make one regular volume",
+    "unknown_orientation": "nothing says how the voxels lie in the body; accepted on request",
+    "bad_geometry": "the affine is singular, not finite, of impossible spacing or sheared beyond a gantry's tilt",
+    "no_positions": "DICOM slices without ImagePositionPatient or PixelSpacing",
+    "irregular_positions": "slices that do not lie on one line",
+    "duplicate_positions": "different slices at one position: several phases or reconstructions mixed",
+    "slice_gap": "neighbouring slices too far apart to interpolate between: slices are missing",
+    "not_hu": "the distribution of values cannot be CT in HU; accepted on request",
+}
+
+WARNINGS: dict[str, str] = {
+    "tilt_resampled": "gantry tilt or a sheared affine: resampled onto a straight grid",
+    "gap_resampled": "unequal gaps or missing slices: interpolated onto equal steps",
+    "padding_clipped": "padding and values below −1024 HU were set to −1024",
+    "nonfinite_filled": "NaN or infinite values were set to −1024",
+    "no_modality": "DICOM without Modality, taken for CT",
+    "no_rescale": "DICOM without RescaleSlope and RescaleIntercept: stored values taken as HU",
+    "rescaled_by_table": "slope and intercept of the metadata table were applied",
+    "already_rescaled": "slope and intercept of the metadata table were not applied: the values are in HU already",
+    "duplicates_dropped": "identical slices at one position: one of them kept",
+    "files_set_aside": "localisers, screen saves, other series or other files in the same place were left out",
+    "unreadable_files": "files in the same place that should be DICOM but cannot be parsed were left out",
+    "orientation_assumed": "orientation unknown and accepted on request: the axes are a guess",
+    "forms_differ": "sform and qform disagree: the sform was taken",
+    "spacing_repaired": "negative voxel sizes were made positive",
+    "units_converted": "the header's unit of length is not mm: converted",
+    "oblique": "the axes are turned against the body's: kept as scanned, named by the closest ones",
+    "not_hu": "the distribution of values cannot be CT in HU (MR, label map, 8-bit export, scaled twice)",
+}
+
+ACCEPTABLE = ("unknown_orientation", "not_hu")
+
+MAX_BYTES = 2 * 2**30  # decompressed, of one scan; 512×512×2500 in int16 is 1.3 GB
+MAX_FILES = 20_000
+AIR_HU = -1024
+
+
+def check_accept(accept: Iterable[str]) -> frozenset[str]:
+    """The codes to let in; a UserError names one that is not known."""
+    codes = frozenset(accept)
+    for code in sorted(codes):
+        if code not in REASONS and code not in WARNINGS:
+            raise UserError(f"accept: {code!r} is not a code; those that can be accepted are {', '.join(ACCEPTABLE)}")
+    return codes
+
+
+def in_order(codes: Iterable[str]) -> tuple[str, ...]:
+    """Warning codes, each once, in the order of the documented list."""
+    given = set(codes)
+    return tuple(code for code in WARNINGS if code in given)
+
+
+__all__ = [
+    "ACCEPTABLE",
+    "AIR_HU",
+    "MAX_BYTES",
+    "MAX_FILES",
+    "REASONS",
+    "WARNINGS",
+    "Rejection",
+    "check_accept",
+    "in_order",
+]

@@ -1,0 +1,128 @@
+"""Where voxels lie in the body: soundness, closest canonical axes, straight grids, equal steps.
+
+Arrays are (x, y, z) with an affine to mm in RAS+, as nibabel has them, unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import nibabel as nib
+import numpy as np
+from nibabel import affines
+from scipy import ndimage
+
+from mu2llm.ct.codes import AIR_HU, MAX_BYTES, Rejection
+
+_STRAIGHT = 1e-3  # cosine between axes below which a grid counts as straight (0.06°)
+_MAX_SHEAR = 0.71  # cosine: 45°; gantries tilt by 30° at most
+_SPACING_MM = (0.01, 30.0)
+_OBLIQUE_DEGREES = 1.0
+
+
+def check_affine(affine: np.ndarray, uri: str) -> None:
+    """Rejects an affine that cannot be one of a scan."""
+    if not np.isfinite(affine).all():
+        raise Rejection(uri, "bad_geometry", "the affine is not finite")
+    spacing = affines.voxel_sizes(affine)
+    low, high = _SPACING_MM
+    if (spacing < low).any() or (spacing > high).any():
+        sizes = "×".join(f"{size:g}" for size in spacing)
+        raise Rejection(uri, "bad_geometry", f"voxels of {sizes} mm; each side must be {low:g} to {high:g} mm")
+    if max(np.abs(_cosines(affine))) > _MAX_SHEAR or abs(np.linalg.det(affine[:3, :3] / spacing)) < 0.3:
+        raise Rejection(uri, "bad_geometry", "the affine is singular or sheared by more than 45°")
+
+
+def canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+    """Array and affine in the closest canonical (RAS+) axes, as views, and the axes as stored, such as "LPS"."""
+    orientation = nib.orientations.io_orientation(affine)
+    stored = "".join(nib.orientations.ornt2axcodes(orientation))
+    turned = nib.orientations.apply_orientation(array, orientation)
+    return turned, affine @ nib.orientations.inv_ornt_aff(orientation, array.shape), stored
+
+
+def as_stored(array: np.ndarray, affine: np.ndarray, axes: str) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `canonical`: array and affine in the axes of the file, as views."""
+    back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes))
+    return nib.orientations.apply_orientation(array, back), affine @ nib.orientations.inv_ornt_aff(back, array.shape)
+
+
+def is_oblique(affine: np.ndarray) -> bool:
+    """Whether an axis of the grid is more than a degree off the body's closest one."""
+    return bool(np.degrees(affines.obliquity(affine)).max() > _OBLIQUE_DEGREES)
+
+
+def is_sheared(affine: np.ndarray) -> bool:
+    return bool(max(np.abs(_cosines(affine))) > _STRAIGHT)
+
+
+def straighten(hu: np.ndarray, affine: np.ndarray, uri: str) -> tuple[np.ndarray, np.ndarray]:
+    """Resamples a sheared grid onto a straight one that holds all of it, linear, −1024 outside.
+
+    The two axes that are closest to perpendicular keep their direction (of a tilted gantry, the slice plane:
+    then slices only shift within themselves and nothing is blurred between them); the third becomes their normal.
+    """
+    straight = _straight_axes(affine)
+    corners = np.array(list(itertools.product(*[(0, size - 1) for size in hu.shape])))
+    places = (np.linalg.inv(straight) @ affine[:3, :3] @ corners.T).T
+    first = places.min(axis=0)
+    shape = tuple(int(n) for n in np.ceil(places.max(axis=0) - first - 1e-6).astype(int) + 1)
+    if np.prod(shape, dtype=np.float64) * hu.itemsize > MAX_BYTES:
+        raise Rejection(uri, "too_large", f"straightened it would have {'×'.join(map(str, shape))} voxels")
+    grid = np.eye(4)
+    grid[:3, :3] = straight
+    grid[:3, 3] = affine[:3, 3] + straight @ first
+    there = np.linalg.inv(affine) @ grid
+    out = ndimage.affine_transform(
+        hu, there[:3, :3], there[:3, 3], output_shape=shape, order=1, mode="grid-constant", cval=AIR_HU
+    )
+    return out, grid
+
+
+def _straight_axes(affine: np.ndarray) -> np.ndarray:
+    axes = affine[:3, :3]
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    first, second = pairs[int(np.argmin(np.abs(_cosines(affine))))]
+    third = 3 - first - second
+    straight = axes.copy()
+    length = np.linalg.norm(axes, axis=0)
+    along = axes[:, second] - axes[:, first] * (axes[:, first] @ axes[:, second]) / length[first] ** 2
+    straight[:, second] = along / np.linalg.norm(along) * length[second]
+    normal = np.cross(straight[:, first], straight[:, second])
+    normal /= np.linalg.norm(normal)
+    straight[:, third] = normal * (normal @ axes[:, third])
+    return straight
+
+
+def _cosines(affine: np.ndarray) -> np.ndarray:
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return np.array([axes[:, 0] @ axes[:, 1], axes[:, 0] @ axes[:, 2], axes[:, 1] @ axes[:, 2]])
+
+
+def check_gaps(positions: np.ndarray, uri: str) -> None:
+    """Rejects slices at ascending `positions` (mm) with a gap that nobody can interpolate over."""
+    gaps = np.diff(positions)
+    usual, widest = float(np.median(gaps)), float(gaps.max())
+    if widest > _SPACING_MM[1] or widest > max(10.0, 3 * usual):
+        raise Rejection(uri, "slice_gap", f"two neighbouring slices are {widest:.1f} mm apart, usually {usual:.2f} mm")
+
+
+def has_even_steps(positions: np.ndarray) -> bool:
+    gaps = np.diff(positions)
+    usual = np.median(gaps)
+    return bool(np.abs(gaps - usual).max() <= max(0.02, 0.02 * usual))
+
+
+def even_steps(planes: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Planes (n, h, w) at ascending positions (mm) → planes at equal steps of the median gap, by linear
+    interpolation; both ends are kept within half a step."""
+    step = float(np.median(np.diff(positions)))
+    count = max(2, round((positions[-1] - positions[0]) / step) + 1)
+    wanted = np.linspace(positions[0], positions[-1], count)
+    after = np.clip(np.searchsorted(positions, wanted), 1, len(positions) - 1)
+    weight = (wanted - positions[after - 1]) / (positions[after] - positions[after - 1])
+    even = np.empty((count, *planes.shape[1:]), planes.dtype)
+    for index, (right, share) in enumerate(zip(after, weight, strict=True)):
+        mixed = planes[right - 1] * (1 - share) + planes[right] * share
+        even[index] = np.rint(mixed) if planes.dtype.kind == "i" else mixed
+    return even, wanted

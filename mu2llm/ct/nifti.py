@@ -1,0 +1,140 @@
+"""NIfTI-1 and -2 → CTVolume. nibabel reads the header; the voxels stream into one array of their own type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO
+
+import nibabel as nib
+import numpy as np
+
+from mu2llm.ct import sources
+from mu2llm.ct.codes import MAX_BYTES, Rejection
+from mu2llm.ct.hounsfield import needs_table, to_hu
+from mu2llm.ct.volume import CTVolume, build
+
+Header = nib.Nifti1Header | nib.Nifti2Header
+_SIZES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+_MM = {"meter": 1000.0, "micron": 0.001}
+
+
+def read(
+    stream: IO[bytes], uri: str, rescale: tuple[float, float] | None = None, accept: frozenset[str] = frozenset()
+) -> CTVolume:
+    """A decompressed NIfTI stream → CTVolume; `rescale` and `accept` as in `mu2llm.ct.read`."""
+    header, warnings = _read_header(stream, uri)
+    shape, dtype = _layout(header, uri)
+    affine, geometry_warnings = _affine(header, shape, uri, accept)
+    warnings |= geometry_warnings
+    slope, intercept = _scaling(header, uri)
+    planes = _read_voxels(stream, header, shape, dtype, uri)
+    if rescale is not None:
+        if needs_table(planes, (slope, intercept), rescale):
+            slope, intercept = slope * rescale[0], intercept * rescale[0] + rescale[1]
+            warnings.add("rescaled_by_table")
+        else:
+            warnings.add("already_rescaled")
+    hu, scaling_warnings = to_hu(planes, [slope] * shape[2], [intercept] * shape[2])
+    return build(hu.transpose(2, 1, 0), affine, uri, warnings | scaling_warnings, format="NIfTI")
+
+
+def _read_header(stream: IO[bytes], uri: str) -> tuple[Header, set[str]]:
+    block = stream.read(348)
+    little = int.from_bytes(block[:4], "little")
+    size = little if little in _SIZES else int.from_bytes(block[:4], "big")
+    if size not in _SIZES:
+        raise Rejection(uri, "unsupported_format", "not a NIfTI: its first four bytes are not a header's size")
+    block += stream.read(size - 348)
+    if len(block) < size:
+        raise Rejection(uri, "truncated", f"{len(block)} bytes where a NIfTI header has {size}")
+    try:
+        header = _SIZES[size](block, check=False)
+        if bytes(header["magic"])[:2] != b"n+":
+            raise Rejection(uri, "unsupported_format", "an Analyze file or half of a NIfTI pair; give one .nii file")
+        negative = bool((header["pixdim"][1:4] < 0).any())
+        header.check_fix(logger=nib.imageglobals.logger, error_level=40)
+    except Rejection:
+        raise
+    except Exception as error:  # nibabel raises many kinds for damaged headers
+        raise Rejection(uri, "corrupt", f"damaged NIfTI header: {error}") from error
+    return header, {"spacing_repaired"} if negative else set()
+
+
+def _layout(header: Header, uri: str) -> tuple[tuple[int, int, int], np.dtype]:
+    """Shape and type of the voxels, if they are one volume of real numbers within the limits."""
+    try:
+        dtype = header.get_data_dtype()
+        shape = tuple(int(size) for size in header.get_data_shape())
+    except Exception as error:
+        raise Rejection(uri, "corrupt", f"damaged NIfTI header: {error}") from error
+    if dtype.fields:
+        raise Rejection(uri, "rgb", "colour voxels, not HU")
+    if dtype.kind == "c":
+        raise Rejection(uri, "complex", f"voxels of {dtype}, not HU")
+    if dtype.kind not in "iuf":
+        raise Rejection(uri, "unsupported_dtype", f"voxels of data type code {int(header['datatype'])}")
+    if any(size < 1 for size in shape) or not shape:
+        raise Rejection(uri, "empty", f"no voxels: shape {shape}")
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
+        raise Rejection(uri, "not_3d", f"{len(shape)}-D of shape {shape}, expected one 3-D volume")
+    if np.prod(shape, dtype=np.float64) * dtype.itemsize > MAX_BYTES:
+        raise Rejection(uri, "too_large", f"{shape} voxels of {dtype} are more than {MAX_BYTES} bytes")
+    return (shape[0], shape[1], shape[2]), dtype
+
+
+def _scaling(header: Header, uri: str) -> tuple[float, float]:
+    try:
+        slope, intercept = header.get_slope_inter()
+    except Exception as error:
+        raise Rejection(uri, "corrupt", f"damaged NIfTI scaling: {error}") from error
+    return (1.0, 0.0) if slope is None else (float(slope), float(intercept))
+
+
+def _affine(header: Header, shape: tuple[int, ...], uri: str, accept: frozenset[str]) -> tuple[np.ndarray, set[str]]:
+    """The affine in mm: the sform where there is a sound one, else the qform; and warnings."""
+    forms = list(_forms(header, uri))
+    warnings = set()
+    if not forms:
+        if "unknown_orientation" not in accept:
+            raise Rejection(
+                uri, "unknown_orientation", "neither qform nor sform; accept unknown_orientation to guess the axes"
+            )
+        forms, warnings = [header.get_base_affine()], {"orientation_assumed"}
+    affine = forms[0].astype(np.float64)
+    corner = np.array([*shape, 1.0])
+    if len(forms) == 2 and np.abs(forms[0] @ corner - forms[1] @ corner).max() > 1.0:
+        warnings.add("forms_differ")
+    unit = _MM.get(header.get_xyzt_units()[0])
+    if unit:
+        affine[:3] *= unit
+        warnings.add("units_converted")
+    return affine, warnings
+
+
+def _forms(header: Header, uri: str) -> Iterator[np.ndarray]:
+    if header["sform_code"] > 0:
+        sform = header.get_sform()
+        if np.isfinite(sform).all() and np.linalg.det(sform[:3, :3]) != 0:
+            yield sform
+    if header["qform_code"] > 0:
+        try:
+            yield header.get_qform()
+        except Exception as error:
+            raise Rejection(uri, "bad_geometry", f"damaged qform: {error}") from error
+
+
+def _read_voxels(
+    stream: IO[bytes], header: Header, shape: tuple[int, int, int], dtype: np.dtype, uri: str
+) -> np.ndarray:
+    """Voxels as (z, y, x), C order, in the machine's byte order."""
+    offset = int(header.get_data_offset())
+    gap = offset - int(header["sizeof_hdr"])
+    if gap < 0 or gap > MAX_BYTES:
+        raise Rejection(uri, "corrupt", f"the voxels are said to start at byte {offset}")
+    if len(stream.read(gap)) < gap:
+        raise Rejection(uri, "truncated", "the file ends before its voxels begin")
+    planes = np.empty(shape[::-1], dtype)
+    sources.fill(stream, planes.view(np.uint8).reshape(-1).data, uri)
+    return planes if dtype.isnative else planes.byteswap(inplace=True).view(dtype.newbyteorder())

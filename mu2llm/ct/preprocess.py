@@ -1,0 +1,190 @@
+"""CTVolume → model input, as a PreprocessSpec says: crop, grid, windows, chunks, quantised.
+
+One separable resampling from stored voxels to the model's grid; nothing of full resolution but the scan itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from mu2llm.ct import geometry
+from mu2llm.ct.resample import Plane, resample, smoothed_linear_weights, triangle_weights
+from mu2llm.ct.volume import CTVolume
+from mu2llm.records import PreprocessSpec
+
+_BODY_HU = -300
+_BODY_SHARE = 0.01  # share of a plane that must be body
+_CROP_STEP = 4  # voxels looked at on each axis to find the body
+
+SPECS: dict[str, PreprocessSpec] = {
+    # the published input (METHOD.md §2.1), number for number
+    "reference": PreprocessSpec(
+        name="reference",
+        orientation="as_stored",
+        percentiles=(0.5, 99.5),
+        fit="reference",
+        grid=(256, 256, 256),
+        chunks=8,
+        dtype="float32",
+    ),
+    # the same grid, but in mm, in HU windows (lung, soft tissue, bone), in one orientation
+    "corrected": PreprocessSpec(
+        name="corrected",
+        spacing_mm=(1.5, 1.5, 1.5),
+        windows=((-1000, 200), (-120, 220), (100, 1100)),
+        fit="isotropic",
+        grid=(256, 256, 256),
+        chunks=8,
+    ),
+    "demo": PreprocessSpec(
+        name="demo",
+        windows=((-1000, 200), (-120, 220), (100, 1100)),
+        fit="stretch",
+        grid=(32, 64, 64),
+        chunks=4,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What the model sees of one scan.
+
+    `voxels` (T, C, K, H, W) of the spec's dtype (uint8: 0…255 stands for 0…1), `chunk_mask` (T,) True where a
+    chunk holds any of the scan. `affine` maps the grid's (column w, row h, slice t·K + k) to mm in RAS+.
+    """
+
+    voxels: np.ndarray
+    chunk_mask: np.ndarray
+    affine: np.ndarray
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How one axis of the scan meets the grid: fitted voxel i is centred at scan voxel start + i·step and lies at
+    place offset + i of the grid; there are `count` of them."""
+
+    start: float
+    step: float
+    count: int
+    offset: int
+    weights: sparse.csr_matrix
+
+
+def prepare(volume: CTVolume, spec: PreprocessSpec) -> ModelInput:
+    """A scan → the model's input as `spec` says. Slices run upwards, rows to the front, columns to the right;
+    with orientation `as_stored` slices, rows and columns are the file's third, first and second axis."""
+    scan, to_ras = _axes(volume, spec)
+    values, floor = _values(scan, spec)
+    box = _foreground(scan, floor, spec.percentiles is not None) if spec.crop_foreground else _whole(scan)
+    axes = _fit(scan.shape, box, np.linalg.norm(to_ras[:3, 2::-1], axis=0), spec)
+    grid = resample(scan, (axes[0].weights, axes[1].weights, axes[2].weights), values)
+    to_scan = np.diag([*(axis.step for axis in axes[::-1]), 1.0])
+    to_scan[:3, 3] = [axis.start - axis.step * axis.offset for axis in axes[::-1]]
+    return ModelInput(_voxels(grid, axes, spec), _chunk_mask(axes[0], spec), to_ras @ to_scan)
+
+
+def _axes(volume: CTVolume, spec: PreprocessSpec) -> tuple[np.ndarray, np.ndarray]:
+    """A view of the scan as (slices, rows, columns), and the affine of (column, row, slice)."""
+    if spec.orientation == "RAS":
+        return volume.hu.transpose(2, 1, 0), volume.affine
+    stored, affine = geometry.as_stored(volume.hu, volume.affine, volume.stored_axes)
+    return stored.transpose(2, 0, 1), affine[:, [1, 0, 2, 3]]
+
+
+def _values(scan: np.ndarray, spec: PreprocessSpec) -> tuple[Plane, float]:
+    """What is resampled, as a function of a plane in HU, and the HU above which there is foreground."""
+    if spec.percentiles is None:
+        assert spec.windows is not None
+        low, high = min(low for low, _ in spec.windows), max(high for _, high in spec.windows)
+        return lambda plane: np.clip(plane, low, high).astype(np.float32), _BODY_HU
+    low, high = (float(bound) for bound in np.percentile(scan, spec.percentiles))
+    width = (high - low) or 1.0
+    return lambda plane: np.clip((plane - low) / width, 0, 1).astype(np.float32), low
+
+
+def _whole(scan: np.ndarray) -> list[tuple[int, int]]:
+    return [(0, size) for size in scan.shape]
+
+
+def _foreground(scan: np.ndarray, floor: float, exact: bool) -> list[tuple[int, int]]:
+    """Bounds (first, behind last) along each axis of what is above `floor`: every such voxel (`exact`, the published
+    way), else the planes with at least 1 % of such voxels, which leaves stray ones out."""
+    step = 1 if exact else _CROP_STEP
+    counts = [np.zeros(size, int) for size in (len(range(0, size, step)) for size in scan.shape)]
+    for index, plane in enumerate(scan[::step]):
+        above = plane[::step, ::step] > floor
+        counts[0][index] = np.count_nonzero(above)
+        counts[1] += np.count_nonzero(above, axis=1)
+        counts[2] += np.count_nonzero(above, axis=0)
+    voxels = np.prod([len(count) for count in counts])
+    box = []
+    for count, size in zip(counts, scan.shape, strict=True):
+        found = np.flatnonzero(count >= (1 if exact else max(1, _BODY_SHARE * voxels / len(count))))
+        if not found.size:
+            return _whole(scan)
+        box.append((max(0, int(found[0]) * step - step + 1), min(size, int(found[-1]) * step + step)))
+    return box
+
+
+def _fit(
+    shape: tuple[int, ...], box: list[tuple[int, int]], spacing: np.ndarray, spec: PreprocessSpec
+) -> tuple[Axis, Axis, Axis]:
+    """The three axes (slices, rows, columns) as `spec.fit` says."""
+    sizes = np.array([high - low for low, high in box])
+    if spec.fit == "reference":
+        return _fit_reference(shape, box, sizes, spec)
+    if spec.fit == "stretch":
+        steps = sizes / spec.grid
+    else:
+        voxel = np.array(spec.spacing_mm or (1.0, 1.0, 1.0))
+        scale = (sizes * spacing / voxel / spec.grid).max()
+        steps = voxel / spacing * (max(scale, 1.0) if spec.spacing_mm else scale)
+    axes = []
+    for size, (low, high), step, places in zip(shape, box, steps, spec.grid, strict=True):
+        count = int(np.clip(np.ceil((high - low) / step - 1e-6), 1, places))
+        start = (low + high - 1 - step * (count - 1)) / 2
+        weights = triangle_weights(size, start, step, count)
+        axes.append(Axis(start, step, count, (places - count) // 2, weights))
+    return axes[0], axes[1], axes[2]
+
+
+def _fit_reference(
+    shape: tuple[int, ...], box: list[tuple[int, int]], sizes: np.ndarray, spec: PreprocessSpec
+) -> tuple[Axis, Axis, Axis]:
+    """METHOD.md §2.1: rows and columns by one ratio, slices kept or squeezed, padding behind."""
+    ratio = min(places / size for places, size in zip(spec.grid[1:], sizes[1:].tolist(), strict=True))
+    counts = [min(int(sizes[0]), spec.grid[0]), *(int(size * ratio) for size in sizes[1:].tolist())]
+    smooth = any(count < size for count, size in zip(counts, sizes, strict=True))
+    axes = []
+    for full, (low, high), count in zip(shape, box, counts, strict=True):
+        inner = smoothed_linear_weights(high - low, count, smooth)
+        left, right = sparse.csr_matrix((count, low)), sparse.csr_matrix((count, full - high))
+        weights = sparse.hstack([left, inner, right], format="csr")
+        axes.append(Axis(low, (high - low - 1) / max(count - 1, 1), count, 0, weights))
+    return axes[0], axes[1], axes[2]
+
+
+def _voxels(grid: np.ndarray, axes: tuple[Axis, Axis, Axis], spec: PreprocessSpec) -> np.ndarray:
+    """The resampled scan in its place, windowed into channels, cut into chunks, quantised."""
+    _, channels, slices, *_ = spec.shape
+    voxels = np.zeros(spec.shape, spec.dtype)
+    rows, columns = (slice(axis.offset, axis.offset + axis.count) for axis in axes[1:])
+    for index, channel in itertools.product(range(axes[0].count), range(channels)):
+        chunk, place = divmod(axes[0].offset + index, slices)
+        plane = grid[index]
+        if spec.windows is not None:
+            low, high = spec.windows[channel]
+            plane = np.clip((plane - low) / (high - low), 0, 1)
+        voxels[chunk, channel, place, rows, columns] = np.rint(plane * 255) if spec.dtype == "uint8" else plane
+    return voxels
+
+
+def _chunk_mask(slices: Axis, spec: PreprocessSpec) -> np.ndarray:
+    filled = np.zeros(spec.grid[0], bool)
+    filled[slices.offset : slices.offset + slices.count] = True
+    return np.asarray(filled.reshape(spec.chunks, -1).any(axis=1))

@@ -1,0 +1,73 @@
+"""`read`: any source of one scan → CTVolume, or a Rejection that says why not."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from mu2llm.ct import dicom, nifti, sources
+from mu2llm.ct.codes import MAX_BYTES, Rejection, check_accept
+from mu2llm.ct.volume import CTVolume
+
+_HEAD = 1024
+
+
+def read(
+    source: str | Path | bytes | list[bytes],
+    *,
+    series: str | None = None,
+    rescale: tuple[float, float] | None = None,
+    accept: Iterable[str] = (),
+) -> CTVolume:
+    """One scan in HU on a straight grid in RAS+ axes.
+
+    `source` is a path or URI (s3://, gs://) of a NIfTI, a DICOM file, a zip or a folder of DICOM files, or the
+    bytes of one of them, or a list of the bytes of DICOM files. `series` picks a series by its instance UID or
+    description. `rescale` is (slope, intercept) from a metadata table: applied once, and not at all where the
+    values are in HU already. `accept` lists codes to let in: unknown_orientation.
+
+    Raises Rejection (a code of `REASONS`) for what is wrong with the scan, OSError for storage that cannot be
+    reached or refuses, UserError for an unknown scheme or code. What was set right is in `.warnings`.
+    """
+    codes = check_accept(accept)
+    if isinstance(source, list):
+        parts = [sources.Part(f"file {n}", partial(bytes, data)) for n, data in enumerate(source, 1)]
+        return dicom.read(parts, "bytes", series, rescale, codes)
+    if isinstance(source, bytes):
+        return _read_file(io.BufferedReader(io.BytesIO(source)), "bytes", series, rescale, codes)
+    uri = str(source)
+    filesystem, found = sources.info(uri)
+    if found.type == pafs.FileType.Directory:
+        return dicom.read(sources.folder_parts(filesystem, found.path, uri), uri, series, rescale, codes)
+    if found.type != pafs.FileType.File:
+        raise Rejection(uri, "unsupported_format", "neither a file nor a folder")
+    with sources.open_stream(filesystem, found.path) as stream:
+        return _read_file(stream, uri, series, rescale, codes)
+
+
+def _read_file(
+    stream: io.BufferedReader,
+    uri: str,
+    series: str | None,
+    rescale: tuple[float, float] | None,
+    accept: frozenset[str],
+) -> CTVolume:
+    head = stream.peek(_HEAD)
+    if not head:
+        raise Rejection(uri, "empty", "the file has no bytes")
+    kind = sources.kind_of(head)
+    sources.check_suffix(uri, kind)
+    if kind == sources.GZIP:
+        with sources.gunzip(stream, uri) as inner:
+            return nifti.read(inner, uri, rescale, accept)
+    if kind == sources.NIFTI:
+        return nifti.read(stream, uri, rescale, accept)
+    if kind == sources.UNKNOWN:
+        raise Rejection(uri, "unsupported_format", "neither NIfTI nor DICOM nor a zip of DICOM files")
+    data = sources.read_limited(stream, uri, MAX_BYTES)
+    parts = sources.zip_parts(data, uri) if kind == sources.ZIP else [sources.Part(Path(uri).name, lambda: data)]
+    return dicom.read(parts, uri, series, rescale, accept)

@@ -1,0 +1,176 @@
+"""From a path, URI or bytes to streams: what kind of file it is, and archives opened within limits.
+
+What is wrong with a file is a Rejection; storage that cannot be reached or refuses is an OSError.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import PurePosixPath
+from typing import IO
+
+import pyarrow.fs as pafs
+from isal import igzip, isal_zlib
+
+from mu2llm import storage
+from mu2llm.ct.codes import MAX_BYTES, MAX_FILES, Rejection
+
+GZIP, ZIP, NIFTI, DICOM, UNKNOWN = "gzip", "zip", "NIfTI", "DICOM", "unknown"
+_SUFFIXES = {".nii.gz": GZIP, ".gz": GZIP, ".nii": NIFTI, ".dcm": DICOM, ".zip": ZIP}
+_SLACK = 2**20  # bytes that may follow the voxels
+_BLOCK = 2**22
+_REMOTE_READS = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of several: its name, and its bytes when they are wanted."""
+
+    name: str
+    load: Callable[[], bytes]
+
+
+def kind_of(head: bytes) -> str:
+    """What the first bytes (at least 352 of them) say that a file is."""
+    if head[:2] == b"\x1f\x8b":
+        return GZIP
+    if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+        return ZIP
+    if head[:4] in (b"\x5c\x01\0\0", b"\0\0\x01\x5c", b"\x1c\x02\0\0", b"\0\0\x02\x1c"):
+        return NIFTI
+    # without a preamble DICOM starts at a group 0002 or 0008 element, little endian
+    if head[128:132] == b"DICM" or head[:4] in (
+        b"\x02\0\0\0",
+        b"\x02\0\x01\0",
+        b"\x08\0\0\0",
+        b"\x08\0\x05\0",
+        b"\x08\0\x08\0",
+    ):
+        return DICOM
+    return UNKNOWN
+
+
+def check_suffix(uri: str, kind: str) -> None:
+    """Rejects a name that says another format than the content is: the sign of a broken export or download."""
+    name = uri.rsplit("/", 1)[-1].lower()
+    suffix = next((known for known in _SUFFIXES if name.endswith(known)), None)
+    if suffix and _SUFFIXES[suffix] != kind:
+        what = "no format that is known here" if kind == UNKNOWN else kind
+        raise Rejection(uri, "wrong_suffix", f"named {suffix}, but the content is {what}; mend the name or the file")
+
+
+def info(uri: str) -> tuple[pafs.FileSystem, pafs.FileInfo]:
+    """What is under a URI; Rejection `not_found` where nothing is."""
+    filesystem, path = storage.resolve(uri)
+    found = filesystem.get_file_info(path)
+    if found.type == pafs.FileType.NotFound:
+        raise Rejection(uri, "not_found", "there is nothing under this path")
+    return filesystem, found
+
+
+@contextmanager
+def open_stream(filesystem: pafs.FileSystem, path: str) -> Iterator[io.BufferedReader]:
+    """A file as a buffered stream, read once from its start in large blocks."""
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        yield io.BufferedReader(stream, _BLOCK)
+
+
+@contextmanager
+def gunzip(stream: IO[bytes], uri: str) -> Iterator[igzip.IGzipFile]:
+    """The decompressed stream; what is wrong with the gzip becomes a Rejection."""
+    try:
+        with igzip.IGzipFile(fileobj=stream, mode="rb") as inner:
+            yield inner
+    except EOFError as error:
+        raise Rejection(uri, "truncated", "the gzip stream ends too early") from error
+    except (gzip.BadGzipFile, isal_zlib.error, zlib.error) as error:
+        raise Rejection(uri, "corrupt", f"damaged gzip: {error}") from error
+
+
+def read_limited(stream: IO[bytes], uri: str, limit: int = MAX_BYTES) -> bytes:
+    """All of a stream; Rejection where it is more than `limit` bytes."""
+    data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise Rejection(uri, "too_large", f"more than {limit} bytes")
+    return data
+
+
+def fill(stream: IO[bytes], buffer: memoryview, uri: str) -> None:
+    """Reads exactly the buffer's bytes, then the stream's end; Rejection where there are fewer or many more."""
+    done = 0
+    while done < len(buffer):
+        block = stream.read(min(_BLOCK, len(buffer) - done))
+        if not block:
+            raise Rejection(uri, "truncated", f"{done} bytes of voxels where the header promises {len(buffer)}")
+        buffer[done : done + len(block)] = block
+        done += len(block)
+    if len(stream.read(_SLACK + 1)) > _SLACK:
+        raise Rejection(uri, "corrupt", f"more than {_SLACK} bytes follow the voxels that the header promises")
+
+
+def folder_parts(filesystem: pafs.FileSystem, path: str, uri: str) -> list[Part]:
+    """The files below a folder or prefix. Remote ones are fetched at once, in parallel."""
+    found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+    files = sorted((each for each in found if each.type == pafs.FileType.File), key=lambda each: each.path)
+    _check_sizes(uri, len(files), 0)
+
+    def load(each: pafs.FileInfo) -> bytes:
+        with filesystem.open_input_stream(each.path, compression=None) as stream:
+            return bytes(stream.read())
+
+    names = [PurePosixPath(each.path).name for each in files]
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        regular = [(name, each) for name, each in zip(names, files, strict=True) if each.size <= MAX_BYTES]
+        return [Part(name, partial(load, each)) for name, each in regular]
+    _check_sizes(uri, len(files), sum(each.size for each in files))
+    with ThreadPoolExecutor(_REMOTE_READS) as pool:
+        contents = list(pool.map(load, files))
+    return [Part(name, partial(bytes, data)) for name, data in zip(names, contents, strict=True)]
+
+
+def zip_parts(data: bytes, uri: str) -> list[Part]:
+    """The files in a zip, decompressed in memory when wanted: nothing is ever written to disk."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        members = [member for member in archive.infolist() if not member.is_dir()]
+    except Exception as error:  # zipfile raises many kinds for damaged archives
+        raise Rejection(uri, "corrupt", f"damaged zip: {error}") from error
+    _check_sizes(uri, len(members), sum(member.file_size for member in members))
+    for member in members:
+        _check_member(member, uri)
+
+    def load(member: zipfile.ZipInfo) -> bytes:
+        try:
+            with archive.open(member) as stream:
+                return read_limited(stream, uri, member.file_size)
+        except Rejection:
+            raise
+        except Exception as error:
+            raise Rejection(uri, "corrupt", f"damaged zip member {member.filename}: {error}") from error
+
+    return [Part(member.filename, partial(load, member)) for member in members]
+
+
+def _check_member(member: zipfile.ZipInfo, uri: str) -> None:
+    path = PurePosixPath(member.filename.replace("\\", "/"))
+    link = stat.S_ISLNK(member.external_attr >> 16)
+    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or link:
+        raise Rejection(uri, "unsafe_archive", f"member {member.filename!r} points outside the archive")
+    if member.flag_bits & 1:
+        raise Rejection(uri, "unsafe_archive", f"member {member.filename!r} is encrypted")
+
+
+def _check_sizes(uri: str, files: int, size: int) -> None:
+    if files > MAX_FILES:
+        raise Rejection(uri, "too_large", f"{files} files; a scan has at most {MAX_FILES}")
+    if size > MAX_BYTES:
+        raise Rejection(uri, "too_large", f"{size} bytes; a scan has at most {MAX_BYTES}")
