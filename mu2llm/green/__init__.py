@@ -1,0 +1,9 @@
+"""GREEN: the score of a report against a reference (METHOD.md §4.1), its judges, and what rules read in a report."""
+
+from mu2llm.green.findings import findings, labels
+from mu2llm.green.judges import Judge, load_judge
+from mu2llm.green.lexicon import LABELS
+from mu2llm.green.parser import parse
+from mu2llm.green.sentences import sentences
+
+__all__ = ["LABELS", "Judge", "findings", "labels", "load_judge", "parse", "sentences"]
