@@ -9,20 +9,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
 
 from mu2llm.errors import Failure, UserError
 
+T = TypeVar("T")
+ATTEMPTS = 6
+BACK_OFF_S = 0.1  # before the second attempt; doubled before each further one
 EMBEDDED_ROOT = "MU2LLM_S3_ROOT"  # the folder behind the embedded server, known to every process it serves
 
 
@@ -72,22 +77,74 @@ def lasting(uri: str) -> str:
     return os.path.join(root, uri.removeprefix("s3://")) if root and uri.startswith("s3://") else uri
 
 
-def exists(uri: str) -> bool:
+def info(uri: str) -> pafs.FileInfo:
+    """What is at a URI: its type (NotFound where there is nothing) and size."""
     filesystem, path = resolve(uri)
-    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+    return retried(uri, lambda: filesystem.get_file_info(path))
+
+
+def exists(uri: str) -> bool:
+    return bool(info(uri).type != pafs.FileType.NotFound)
 
 
 def list_files(uri: str, recursive: bool = True) -> list[pafs.FileInfo]:
     """The files below a URI, sorted by path; none if it does not exist."""
     filesystem, path = resolve(uri)
-    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
+    selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
+    infos = retried(uri, lambda: filesystem.get_file_info(selector))
     return sorted((info for info in infos if info.type == pafs.FileType.File), key=lambda info: info.path)
 
 
+def retried(what: str, action: Callable[[], T]) -> T:
+    """Does `action` again, with back-off, when storage fails: network and authentication, not a missing file.
+
+    A FileNotFoundError passes through at once; what still fails after `ATTEMPTS` is a Failure.
+    """
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            return action()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise
+        except OSError as error:
+            if attempt == ATTEMPTS:
+                why = f"storage failed {ATTEMPTS} times: {str(error).splitlines()[0]}"
+                raise Failure(f"{what}: {why}; mend it and run again to go on") from error
+        time.sleep(BACK_OFF_S * 2**attempt * random.uniform(0.5, 1))
+
+
 def read_bytes(uri: str) -> bytes:
+    """The whole file. A read that ends early counts as failed and is done again."""
     filesystem, path = resolve(uri)
-    with filesystem.open_input_file(path) as stream:
-        return bytes(stream.read())
+
+    def read() -> bytes:
+        with filesystem.open_input_file(path) as stream:
+            data: bytes = stream.read()
+            if len(data) != stream.size():
+                raise OSError(f"{uri}: {len(data)} of {stream.size()} bytes arrived")
+            return data
+
+    return retried(uri, read)
+
+
+def download(uri: str, path: Path) -> None:
+    """Copies a file, or a folder with all that is in it, to a local path, whole: every length is checked."""
+    filesystem, source = resolve(uri)
+    if info(uri).type != pafs.FileType.File:
+        for each in list_files(uri):
+            below = each.path.removeprefix(source).lstrip("/")
+            download(join(uri, below), path / below)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def copy() -> None:
+        with filesystem.open_input_file(source) as stream, path.open("wb") as target:
+            shutil.copyfileobj(stream, target, 2**22)
+            if target.tell() != stream.size():
+                raise OSError(f"{uri}: {target.tell()} of {stream.size()} bytes arrived")
+
+    retried(uri, copy)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -100,8 +157,32 @@ def write_bytes(uri: str, data: bytes) -> None:
         partial.write_bytes(data)
         partial.replace(target)
         return
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(data)
+
+    def write() -> None:
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+
+    retried(uri, write)
+
+
+@contextlib.contextmanager
+def staged(uri: str) -> Iterator[Path]:
+    """A local path to write a file to; it appears at the URI, whole, when the block ends without an error."""
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        folder = Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = Path(tempfile.gettempdir())
+    partial = folder / f".{Path(path).name}.{os.getpid()}.{secrets.token_hex(4)}"
+    try:
+        yield partial
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            partial.replace(path)
+        else:
+            retried(uri, lambda: pafs.copy_files(str(partial), path, pafs.LocalFileSystem(), filesystem))
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_json(uri: str) -> Any:

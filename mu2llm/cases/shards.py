@@ -1,0 +1,260 @@
+"""Shards: a folder of Parquet files with one row a row group, so that any row can be read on its own.
+
+<uri>/<split>/*.parquet   the rows: columns of Case, voxels, chunk_mask, facts of the scan
+<uri>/cases.parquet       every Case, without voxels, in the rows' order
+<uri>/shards.json         spec, checksum, files with their rows; written last
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mu2llm import storage
+from mu2llm.cases import tensors
+from mu2llm.errors import UserError
+from mu2llm.records import Case, PreprocessSpec
+
+FORMAT_VERSION = 1
+INDEX = "shards.json"
+CASES = "cases.parquet"
+SUMMARY = b"mu2llm"  # the key of a file's summary in its Parquet metadata
+
+
+class ShardFile(BaseModel):
+    """One Parquet file: its path below the shards, rows, size and the SHA-256 of its rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Index(BaseModel):
+    """What `shards.json` holds. `checksum` is over the spec and the rows of all files."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    format_version: int = FORMAT_VERSION
+    spec: PreprocessSpec
+    spec_hash: str
+    checksum: str
+    splits: dict[str, list[ShardFile]]
+
+    @classmethod
+    def of(cls, spec: PreprocessSpec, splits: dict[str, list[ShardFile]], **facts: Any) -> Self:
+        digest = hashlib.sha256(spec.hash.encode())
+        for split in sorted(splits):
+            for file in splits[split]:
+                digest.update(f"{split} {file.rows} {file.sha256}\n".encode())
+        return cls(spec=spec, spec_hash=spec.hash, checksum=digest.hexdigest(), splits=splits, **facts)
+
+
+class Shards:
+    """Finished shards, or a table derived from them, opened by their index."""
+
+    def __init__(self, uri: str, index: Index) -> None:
+        self.uri, self.index = uri, index
+
+    @classmethod
+    def open(cls, uri: str) -> Self:
+        """The shards at a URI; a UserError where there are none, or of a version this program cannot read."""
+        try:
+            values = storage.read_json(storage.join(uri, INDEX))
+        except FileNotFoundError:
+            raise UserError(f"{uri} holds no finished shards (no {INDEX}); run mu2llm ingest to its end") from None
+        if values.get("format_version") != FORMAT_VERSION:
+            given = values.get("format_version")
+            raise UserError(f"{uri}: shards of format {given}, this program reads {FORMAT_VERSION}; ingest them again")
+        try:
+            return cls(uri, Index.model_validate(values))
+        except ValidationError as error:
+            raise UserError(f"{uri}/{INDEX}: {error.errors()[0]['msg']}; ingest again") from None
+
+    @property
+    def spec(self) -> PreprocessSpec:
+        return self.index.spec
+
+    @property
+    def checksum(self) -> str:
+        return self.index.checksum
+
+    def count(self, split: str) -> int:
+        """Rows of a split; 0 for one that is not there."""
+        return sum(file.rows for file in self.index.splits.get(split, []))
+
+    def files(self, split: str) -> list[str]:
+        """URIs of the files that have rows, in order."""
+        return [storage.join(self.uri, file.path) for file in self.index.splits.get(split, []) if file.rows]
+
+    def rows(self, split: str) -> list[int]:
+        """The number of rows of each of `files`."""
+        return [file.rows for file in self.index.splits.get(split, []) if file.rows]
+
+    def cases(self, split: str) -> list[Case]:
+        """The cases of a split, in the rows' order, without voxels."""
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.uri, CASES))))
+        return [Case.from_row(row) for row in table.filter(pc.field("split") == split).to_pylist()]
+
+    def schema(self, split: str) -> pa.Schema:
+        """Columns of a split; a UserError for a split without rows."""
+        files = self.files(split)
+        if not files:
+            there = ", ".join(f"{name} ({self.count(name)})" for name in self.index.splits)
+            raise UserError(f"{self.uri} has no rows in split {split!r}; there are {there}")
+        return open_file(files[0]).schema_arrow
+
+
+@functools.lru_cache(maxsize=128)
+def open_file(uri: str) -> pq.ParquetFile:
+    """An opened file and its footer, kept by each process: the files of shards never change under their name."""
+    filesystem, path = storage.resolve(uri)
+    local = not storage.is_remote(uri)
+    opened = storage.retried(uri, lambda: filesystem.open_input_file(path))
+    return storage.retried(
+        uri, lambda: pq.ParquetFile(path if local else opened, memory_map=local, page_checksum_verification=True)
+    )
+
+
+def read_rows(files: list[str], counts: list[int], columns: list[str], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows by their number in the split (in any order, also twice) → columns in that order."""
+    starts = np.cumsum([0, *counts])
+    owners = np.searchsorted(starts, rows, side="right") - 1
+    tables, places = [], []
+    for owner in np.unique(owners):
+        place = np.flatnonzero(owners == owner)
+        file, groups = files[owner], (rows[place] - starts[owner]).tolist()
+        tables.append(storage.retried(file, functools.partial(_read_groups, file, groups, columns)))
+        places.append(place)
+    schema = tables[0].schema
+    table = pa.concat_tables(tables)
+    if len(tables) > 1:
+        table = table.take(pa.array(np.argsort(np.concatenate(places))))
+    return tensors.decode(table, schema)
+
+
+def _read_groups(file: str, groups: list[int], columns: list[str]) -> pa.Table:
+    return open_file(file).read_row_groups(groups, columns=columns, use_threads=False)
+
+
+class ShardWriter:
+    """Writes rows to one local Parquet file, one row a row group; the summary goes into its footer."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._writer = pq.ParquetWriter(
+            path, schema, compression="lz4", use_dictionary=False, write_statistics=False, write_page_checksum=True
+        )
+        self._schema = schema
+        self._digest = hashlib.sha256()
+        self.rows = 0
+        self.bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._writer.close()
+
+    def write(self, batch: dict[str, Any]) -> None:
+        """Appends the rows of a batch."""
+        encoded = tensors.encode(batch, self._schema)
+        for row in range(encoded.num_rows):
+            one = encoded.slice(row, 1)
+            for column in one.columns:
+                _update(self._digest, column)
+            self._writer.write_batch(one, row_group_size=1)
+        self.rows += encoded.num_rows
+        self.bytes += encoded.nbytes
+
+    def summarise(self, **facts: Any) -> None:
+        """What `read_summary` gives back; `sha256` and `rows` are added."""
+        summary = {"rows": self.rows, "sha256": self._digest.hexdigest(), **facts}
+        self._writer.add_key_value_metadata({SUMMARY: json.dumps(summary).encode()})
+
+
+def _update(digest: Any, column: pa.Array) -> None:
+    if pa.types.is_fixed_size_binary(column.type):
+        size = column.type.byte_width
+        digest.update(memoryview(column.buffers()[1])[column.offset * size : (column.offset + 1) * size])
+    else:
+        digest.update(json.dumps(column.to_pylist(), sort_keys=True, default=str).encode())
+
+
+def read_summary(uri: str) -> dict[str, Any]:
+    """The summary in the footer of a finished file."""
+    filesystem, path = storage.resolve(uri)
+    metadata = storage.retried(uri, lambda: pq.read_metadata(path, filesystem=filesystem)).metadata
+    summary: dict[str, Any] = json.loads(metadata[SUMMARY])
+    return summary
+
+
+def write_index(uri: str, index: Index, cases: list[Case]) -> Shards:
+    """Writes what makes the files below a URI into finished shards; the index last."""
+    with storage.staged(storage.join(uri, CASES)) as path:
+        pq.write_table(Case.table(cases), path)
+    storage.write_json(storage.join(uri, INDEX), index.model_dump(mode="json"))
+    return Shards(uri, index)
+
+
+def write_rows(
+    uri: str,
+    splits: dict[str, ray.data.Dataset | Iterable[dict[str, Any]]],
+    parent: Shards,
+    shard_mb: int = 128,
+    **facts: Any,
+) -> Shards:
+    """Writes a table derived from shards (such as cached vision features) in their layout, and opens it.
+
+    `splits` gives for each split its rows: a Dataset, or batches as dicts of columns, with the column `id` of a
+    case of `parent`. `facts` go into the index. What was at the URI before is replaced.
+    """
+    storage.delete(uri)
+    known = {case.id: case for split in splits for case in parent.cases(split)}
+    files: dict[str, list[ShardFile]] = {}
+    cases: list[Case] = []
+    for split, rows in splits.items():
+        batches = rows.iter_batches(batch_size=16, batch_format="numpy") if isinstance(rows, ray.data.Dataset) else rows
+        files[split] = []
+        for path, ids in _write_files(uri, split, iter(batches), shard_mb * 2**20):
+            files[split].append(shard_file(uri, path))
+            cases.extend(known[name] for name in ids)
+    index = Index.of(parent.spec, files, parent=parent.uri, parent_checksum=parent.checksum, **facts)
+    return write_index(uri, index, cases)
+
+
+def _write_files(uri: str, split: str, batches: Iterator[dict[str, Any]], size: int) -> Iterator[tuple[str, list[str]]]:
+    """Writes batches to files of about `size` bytes; gives each one's path and the ids of its rows."""
+    run = secrets.token_hex(4)  # readers keep files open by name, so a new table has new names
+    batch = next(batches, None)
+    number = 0
+    while batch is not None:
+        path = f"{split}/{number:05d}-{run}.parquet"
+        ids: list[str] = []
+        with storage.staged(storage.join(uri, path)) as local, ShardWriter(local, tensors.schema_of(batch)) as writer:
+            while batch is not None and writer.bytes < size:
+                writer.write(batch)
+                ids.extend(str(name) for name in batch["id"])
+                batch = next(batches, None)
+            writer.summarise()
+        yield path, ids
+        number += 1
+
+
+def shard_file(uri: str, path: str) -> ShardFile:
+    """The index's entry of a finished file."""
+    target = storage.join(uri, path)
+    summary = read_summary(target)
+    return ShardFile(path=path, rows=summary["rows"], bytes=storage.info(target).size, sha256=summary["sha256"])

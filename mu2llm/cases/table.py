@@ -1,0 +1,104 @@
+"""The case table: what every manifest is made into, what was found wrong in it, and patient-level splits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from mu2llm.records import Case, Rejection, Split
+
+NOTES: dict[str, str] = {
+    "rows": "rows of the manifest",
+    "cases": "cases that are to be ingested",
+    "unknown_columns": "columns of the manifest that nothing uses",
+    "unknown_files": "tables beside the manifest that nothing uses",
+    "invalid_row": "rows that are no case: a field is missing or of a wrong type",
+    "duplicate_id": "further rows with the id of an earlier one",
+    "no_report": "scans of the manifest without a report",
+    "not_found": "reports without a scan: the volume is not there",
+    "scan_without_row": "scans below --volumes that no row names",
+    "several_volumes": "volumes whose name is there more than once; the first was taken",
+    "other_reconstruction": "further reconstructions of a scan, left out (data.reconstructions)",
+    "no_rescale": "volumes without slope and intercept in the metadata table",
+    "no_labels": "cases without a row in the table of labels",
+    "no_region": "regions of the body without findings",
+    "negative_spacing": "cases whose manifest gives a negative spacing: the volume's own header is used",
+    "patient_in_several_splits": "patients whom the data set puts into several splits",
+    "decoded_as_latin": "tables that are not UTF-8 and were read as Windows-1252",
+}
+"""What is counted and listed about a manifest: code → description."""
+
+MANIFEST_REASONS = ("invalid_row", "duplicate_id", "no_report", "not_found")
+"""The codes among them for which a row is rejected; the others are notes."""
+
+
+@dataclass
+class CaseTable:
+    """Cases, what was noted about their manifest (`NOTES`: counts, and the ids or names), and rejected rows.
+
+    `sizes` are the bytes of the volumes that were seen in a listing, by URI.
+    """
+
+    cases: list[Case] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    listed: dict[str, list[str]] = field(default_factory=dict)
+    rejections: list[Rejection] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def note(self, code: str, names: Iterable[str]) -> None:
+        """Counts and lists names under a code."""
+        for name in names:
+            self.listed.setdefault(code, []).append(name)
+            self.counts[code] = self.counts.get(code, 0) + 1
+
+    def reject(self, uri: str, code: str, message: str, case_id: str = "") -> None:
+        """Notes a row that cannot become a case and puts it among the rejections."""
+        self.note(code, [case_id or uri])
+        self.rejections.append(Rejection(uri, code, message, case_id))
+
+    @property
+    def arrow(self) -> pa.Table:
+        return Case.table(self.cases)
+
+
+def assign_splits(table: CaseTable, fractions: Mapping[Split, float]) -> None:
+    """Gives each case without a split one, patient by patient.
+
+    A patient goes where the data set puts him; else the SHA-256 of the patient id decides, so that more cases
+    never move him. Where that leaves a wanted split empty, the patient nearest to its range of hashes moves there.
+    """
+    own: dict[str, set[Split]] = defaultdict(set)
+    for case in table.cases:
+        if case.split:
+            own[case.patient].add(case.split)
+    table.note("patient_in_several_splits", sorted(patient for patient, splits in own.items() if len(splits) > 1))
+    free = sorted({case.patient for case in table.cases} - set(own))
+    chosen = _by_hash(free, fractions)
+    chosen.update({patient: min(splits) for patient, splits in own.items()})
+    table.cases = [
+        case if case.split else case.model_copy(update={"split": chosen[case.patient]}) for case in table.cases
+    ]
+
+
+def _by_hash(patients: list[str], fractions: Mapping[Split, float]) -> dict[str, Split]:
+    places = {patient: int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8]) / 2**64 for patient in patients}
+    total, edge, ranges = sum(fractions.values()), 0.0, {}
+    for split, fraction in fractions.items():
+        ranges[split] = (edge, edge + fraction / total)
+        edge += fraction / total
+    last = list(ranges)[-1]
+    chosen = {
+        patient: next((split for split, (low, high) in ranges.items() if low <= place < high), last)
+        for patient, place in places.items()
+    }
+    for split, (low, high) in ranges.items():
+        members = list(chosen.values())
+        fullest = max(ranges, key=members.count)
+        if high > low and split not in members and members.count(fullest) > 1:
+            donors = [patient for patient in patients if chosen[patient] == fullest]
+            chosen[min(donors, key=lambda patient: abs(places[patient] - (low + high) / 2))] = split
+    return chosen
