@@ -8,37 +8,37 @@ import numpy as np
 
 from mu2llm.ct.codes import AIR_HU
 
-_AIR = (-1100, -300)  # air and lung
+_AIR_FLOOR = -1100  # noise in air reaches no lower
 _TISSUE = (-200, 300)  # fat to enhanced organs
 _SAMPLE = 500_000  # voxels looked at to judge a distribution
 
 
+Scaling = tuple[float, float]
+
+
 def to_hu(
-    planes: np.ndarray,
-    slopes: Sequence[float],
-    intercepts: Sequence[float],
-    padding: Sequence[int | None] | None = None,
+    planes: np.ndarray, scalings: Sequence[Scaling], paddings: Sequence[int | None] | None = None
 ) -> tuple[np.ndarray, set[str]]:
     """Stored planes (n, h, w) → HU of the same shape, and the warning codes of what was set right.
 
-    Plane i becomes slopes[i]·value + intercepts[i]. Whole numbers come back as int16, others as float32
-    (rounding each as its float64 value would). padding[i] is plane i's stored value for what was not measured.
+    Plane i becomes slope·value + intercept by scalings[i]; paddings[i] is its stored value for what was not
+    measured. Whole numbers come back as int16, others as float32 (which round as their float64 value would).
     Works plane by plane, never on a float64 volume; int16 that needs no scaling is changed in place.
     """
-    padding = padding or [None] * len(planes)
-    if planes.dtype == np.int16 and set(padding) == {None} and set(slopes) == {1} and set(intercepts) == {0}:
+    paddings = paddings or [None] * len(planes)
+    if planes.dtype == np.int16 and set(paddings) == {None} and set(scalings) == {(1.0, 0.0)}:
         warnings = {"padding_clipped"} if planes.min() < AIR_HU else set()
         return np.maximum(planes, AIR_HU, out=planes), warnings
     warnings = set()
     hu = np.empty(planes.shape, np.int16)
-    for index, plane in enumerate(planes):
-        values = _scale(plane, slopes[index], intercepts[index])
+    for index, (plane, scaling, padding) in enumerate(zip(planes, scalings, paddings, strict=True)):
+        values = _scale(plane, *scaling)
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             warnings.add("nonfinite_filled")
             values = np.nan_to_num(values, nan=AIR_HU, posinf=AIR_HU, neginf=AIR_HU)
         below = values < AIR_HU
-        if padding[index] is not None:
-            below |= plane == padding[index]
+        if padding is not None:
+            below |= plane == padding
         if below.any():
             warnings.add("padding_clipped")
             values[below] = AIR_HU
@@ -72,23 +72,32 @@ def _to_float32(values: np.ndarray) -> np.ndarray:
     return near
 
 
-def needs_table(planes: np.ndarray, header: tuple[float, float], table: tuple[float, float]) -> bool:
-    """Whether the metadata table's (slope, intercept) still has to be applied after the header's.
+def apply_table(
+    planes: np.ndarray, scalings: Sequence[Scaling], table: Scaling | None
+) -> tuple[list[Scaling], set[str]]:
+    """Each plane's scaling with the metadata table's on top, where it is still to be applied; and a warning code."""
+    if table is None or table == (1, 0):
+        return list(scalings), set()
+    if scalings[0] == table or _is_hu_already(planes, scalings[0], table):
+        return list(scalings), {"already_rescaled"}
+    slope, intercept = table
+    return [(slope * own, slope * shift + intercept) for own, shift in scalings], {"rescaled_by_table"}
+
+
+def _is_hu_already(planes: np.ndarray, scaling: Scaling, table: Scaling) -> bool:
+    """Whether values are HU before the metadata table's slope and intercept.
 
     CT-RATE's first release stores raw values whose slope and intercept are in a table alone; later releases
-    are in HU already. Applied to HU once more, everything less dense than soft tissue would fall below −1100
-    (nothing does but padding), or no soft tissue would be left; then it has been applied.
+    are in HU. Rescaled once more, all that is less dense than soft tissue would fall below −1100 (where nothing
+    is but padding), or no soft tissue would be left.
     """
-    slope, intercept = table
-    if (slope, intercept) == (1, 0) or header == table:
-        return False
-    stored = sample(planes).astype(np.float64) * header[0] + header[1]
+    stored = sample(planes).astype(np.float64) * scaling[0] + scaling[1]
     stored = stored[np.isfinite(stored)]
     measured = stored[stored > stored.min()] if stored.size else stored
     if not measured.size:
-        return True
-    scaled = measured * slope + intercept
-    return bool((scaled < _AIR[0]).mean() < 0.1 and _share(scaled, _TISSUE) >= 0.05)
+        return False
+    again = measured * table[0] + table[1]
+    return bool((again < _AIR_FLOOR).mean() >= 0.1 or _share(again, _TISSUE) < 0.05)
 
 
 def cannot_be_hu(hu: np.ndarray) -> bool:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from mu2llm import storage
 from mu2llm.ct.codes import Rejection
@@ -44,6 +43,8 @@ def describe(volume: CTVolume) -> dict[str, Any]:
 
 def three_planes(volume: CTVolume, path: str | Path) -> None:
     """Writes a PNG of the middle axial, coronal and sagittal plane, in radiological view (patient's right at left)."""
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
     hu, spacing = volume.hu, volume.spacing_mm
     x, y, z = (size // 2 for size in hu.shape)
     planes = {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import IO
 
 import nibabel as nib
 import numpy as np
 
 from mu2llm.ct import sources
 from mu2llm.ct.codes import MAX_BYTES, Rejection
-from mu2llm.ct.hounsfield import needs_table, to_hu
+from mu2llm.ct.hounsfield import apply_table, to_hu
 from mu2llm.ct.volume import CTVolume, build
 
 Header = nib.Nifti1Header | nib.Nifti2Header
@@ -19,26 +18,22 @@ _MM = {"meter": 1000.0, "micron": 0.001}
 
 
 def read(
-    stream: IO[bytes], uri: str, rescale: tuple[float, float] | None = None, accept: frozenset[str] = frozenset()
+    stream: sources.Stream, uri: str, rescale: tuple[float, float] | None = None, accept: frozenset[str] = frozenset()
 ) -> CTVolume:
     """A decompressed NIfTI stream → CTVolume; `rescale` and `accept` as in `mu2llm.ct.read`."""
     header, warnings = _read_header(stream, uri)
     shape, dtype = _layout(header, uri)
     affine, geometry_warnings = _affine(header, shape, uri, accept)
     warnings |= geometry_warnings
-    slope, intercept = _scaling(header, uri)
+    scalings = [_scaling(header, uri)] * shape[2]
     planes = _read_voxels(stream, header, shape, dtype, uri)
-    if rescale is not None:
-        if needs_table(planes, (slope, intercept), rescale):
-            slope, intercept = slope * rescale[0], intercept * rescale[0] + rescale[1]
-            warnings.add("rescaled_by_table")
-        else:
-            warnings.add("already_rescaled")
-    hu, scaling_warnings = to_hu(planes, [slope] * shape[2], [intercept] * shape[2])
-    return build(hu.transpose(2, 1, 0), affine, uri, warnings | scaling_warnings, format="NIfTI")
+    scalings, table_warnings = apply_table(planes, scalings, rescale)
+    hu, scaling_warnings = to_hu(planes, scalings)
+    warnings |= table_warnings | scaling_warnings
+    return build(hu.transpose(2, 1, 0), affine, uri, warnings, format=sources.NIFTI)
 
 
-def _read_header(stream: IO[bytes], uri: str) -> tuple[Header, set[str]]:
+def _read_header(stream: sources.Stream, uri: str) -> tuple[Header, set[str]]:
     block = stream.read(348)
     little = int.from_bytes(block[:4], "little")
     size = little if little in _SIZES else int.from_bytes(block[:4], "big")
@@ -126,7 +121,7 @@ def _forms(header: Header, uri: str) -> Iterator[np.ndarray]:
 
 
 def _read_voxels(
-    stream: IO[bytes], header: Header, shape: tuple[int, int, int], dtype: np.dtype, uri: str
+    stream: sources.Stream, header: Header, shape: tuple[int, int, int], dtype: np.dtype, uri: str
 ) -> np.ndarray:
     """Voxels as (z, y, x), C order, in the machine's byte order."""
     offset = int(header.get_data_offset())

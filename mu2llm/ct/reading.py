@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from mu2llm.ct import dicom, nifti, sources
-from mu2llm.ct.codes import MAX_BYTES, Rejection, check_accept
+from mu2llm.ct.codes import Rejection, check_accept
 from mu2llm.ct.volume import CTVolume
 
 _HEAD = 1024
@@ -34,11 +34,12 @@ def read(
     reached or refuses, UserError for an unknown scheme or code. What was set right is in `.warnings`.
     """
     codes = check_accept(accept)
-    if isinstance(source, list):
+    if isinstance(source, list) and len(source) != 1:
         parts = [sources.Part(f"file {n}", partial(bytes, data)) for n, data in enumerate(source, 1)]
         return dicom.read(parts, "bytes", series, rescale, codes)
-    if isinstance(source, bytes):
-        return _read_file(io.BufferedReader(io.BytesIO(source)), "bytes", series, rescale, codes)
+    if isinstance(source, (bytes, list)):
+        data = source if isinstance(source, bytes) else source[0]
+        return _read_file(io.BufferedReader(io.BytesIO(data)), len(data), "bytes", series, rescale, codes)
     uri = str(source)
     filesystem, found = sources.info(uri)
     if found.type == pafs.FileType.Directory:
@@ -46,21 +47,24 @@ def read(
     if found.type != pafs.FileType.File:
         raise Rejection(uri, "unsupported_format", "neither a file nor a folder")
     with sources.open_stream(filesystem, found.path) as stream:
-        return _read_file(stream, uri, series, rescale, codes)
+        return _read_file(stream, found.size, uri, series, rescale, codes)
 
 
 def _read_file(
     stream: io.BufferedReader,
+    size: int,
     uri: str,
     series: str | None,
     rescale: tuple[float, float] | None,
     accept: frozenset[str],
 ) -> CTVolume:
+    """One file of `size` bytes, of whatever kind its first bytes say."""
     head = stream.peek(_HEAD)
     if not head:
         raise Rejection(uri, "empty", "the file has no bytes")
     kind = sources.kind_of(head)
     sources.check_suffix(uri, kind)
+    sources.check_sizes(uri, 1, size)
     if kind == sources.GZIP:
         with sources.gunzip(stream, uri) as inner:
             return nifti.read(inner, uri, rescale, accept)
@@ -68,6 +72,7 @@ def _read_file(
         return nifti.read(stream, uri, rescale, accept)
     if kind == sources.UNKNOWN:
         raise Rejection(uri, "unsupported_format", "neither NIfTI nor DICOM nor a zip of DICOM files")
-    data = sources.read_limited(stream, uri, MAX_BYTES)
-    parts = sources.zip_parts(data, uri) if kind == sources.ZIP else [sources.Part(Path(uri).name, lambda: data)]
+    data = stream.read()
+    name = uri.rsplit("/", 1)[-1]
+    parts = sources.zip_parts(data, uri) if kind == sources.ZIP else [sources.Part(name, partial(bytes, data))]
     return dicom.read(parts, uri, series, rescale, accept)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
-from typing import IO
+from typing import Protocol
 
 import pyarrow.fs as pafs
 from isal import igzip, isal_zlib
@@ -31,6 +31,12 @@ _BLOCK = 2**22
 _REMOTE_READS = 16
 
 
+class Stream(Protocol):
+    """What a file is read through."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class Part:
     """One file of several: its name, and its bytes when they are wanted."""
@@ -40,21 +46,15 @@ class Part:
 
 
 def kind_of(head: bytes) -> str:
-    """What the first bytes (at least 352 of them) say that a file is."""
+    """What the first bytes (at least 132 of them) say that a file is."""
     if head[:2] == b"\x1f\x8b":
         return GZIP
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return ZIP
     if head[:4] in (b"\x5c\x01\0\0", b"\0\0\x01\x5c", b"\x1c\x02\0\0", b"\0\0\x02\x1c"):
         return NIFTI
-    # without a preamble DICOM starts at a group 0002 or 0008 element, little endian
-    if head[128:132] == b"DICM" or head[:4] in (
-        b"\x02\0\0\0",
-        b"\x02\0\x01\0",
-        b"\x08\0\0\0",
-        b"\x08\0\x05\0",
-        b"\x08\0\x08\0",
-    ):
+    # without a preamble DICOM starts with an element of group 0002 or 0008, little endian
+    if head[128:132] == b"DICM" or (len(head) > 8 and head[0] in (2, 8) and head[1] == 0 and head[3] == 0):
         return DICOM
     return UNKNOWN
 
@@ -85,26 +85,18 @@ def open_stream(filesystem: pafs.FileSystem, path: str) -> Iterator[io.BufferedR
 
 
 @contextmanager
-def gunzip(stream: IO[bytes], uri: str) -> Iterator[igzip.IGzipFile]:
+def gunzip(stream: io.BufferedReader, uri: str) -> Iterator[Stream]:
     """The decompressed stream; what is wrong with the gzip becomes a Rejection."""
     try:
         with igzip.IGzipFile(fileobj=stream, mode="rb") as inner:
             yield inner
     except EOFError as error:
         raise Rejection(uri, "truncated", "the gzip stream ends too early") from error
-    except (gzip.BadGzipFile, isal_zlib.error, zlib.error) as error:
+    except (gzip.BadGzipFile, isal_zlib.IsalError, zlib.error) as error:
         raise Rejection(uri, "corrupt", f"damaged gzip: {error}") from error
 
 
-def read_limited(stream: IO[bytes], uri: str, limit: int = MAX_BYTES) -> bytes:
-    """All of a stream; Rejection where it is more than `limit` bytes."""
-    data = stream.read(limit + 1)
-    if len(data) > limit:
-        raise Rejection(uri, "too_large", f"more than {limit} bytes")
-    return data
-
-
-def fill(stream: IO[bytes], buffer: memoryview, uri: str) -> None:
+def fill(stream: Stream, buffer: memoryview, uri: str) -> None:
     """Reads exactly the buffer's bytes, then the stream's end; Rejection where there are fewer or many more."""
     done = 0
     while done < len(buffer):
@@ -121,7 +113,7 @@ def folder_parts(filesystem: pafs.FileSystem, path: str, uri: str) -> list[Part]
     """The files below a folder or prefix. Remote ones are fetched at once, in parallel."""
     found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
     files = sorted((each for each in found if each.type == pafs.FileType.File), key=lambda each: each.path)
-    _check_sizes(uri, len(files), 0)
+    check_sizes(uri, len(files), 0)
 
     def load(each: pafs.FileInfo) -> bytes:
         with filesystem.open_input_stream(each.path, compression=None) as stream:
@@ -131,7 +123,7 @@ def folder_parts(filesystem: pafs.FileSystem, path: str, uri: str) -> list[Part]
     if isinstance(filesystem, pafs.LocalFileSystem):
         regular = [(name, each) for name, each in zip(names, files, strict=True) if each.size <= MAX_BYTES]
         return [Part(name, partial(load, each)) for name, each in regular]
-    _check_sizes(uri, len(files), sum(each.size for each in files))
+    check_sizes(uri, len(files), sum(each.size for each in files))
     with ThreadPoolExecutor(_REMOTE_READS) as pool:
         contents = list(pool.map(load, files))
     return [Part(name, partial(bytes, data)) for name, data in zip(names, contents, strict=True)]
@@ -144,16 +136,14 @@ def zip_parts(data: bytes, uri: str) -> list[Part]:
         members = [member for member in archive.infolist() if not member.is_dir()]
     except Exception as error:  # zipfile raises many kinds for damaged archives
         raise Rejection(uri, "corrupt", f"damaged zip: {error}") from error
-    _check_sizes(uri, len(members), sum(member.file_size for member in members))
+    check_sizes(uri, len(members), sum(member.file_size for member in members))
     for member in members:
         _check_member(member, uri)
 
     def load(member: zipfile.ZipInfo) -> bytes:
         try:
             with archive.open(member) as stream:
-                return read_limited(stream, uri, member.file_size)
-        except Rejection:
-            raise
+                return stream.read(member.file_size)  # and no more, whatever is in it
         except Exception as error:
             raise Rejection(uri, "corrupt", f"damaged zip member {member.filename}: {error}") from error
 
@@ -169,7 +159,8 @@ def _check_member(member: zipfile.ZipInfo, uri: str) -> None:
         raise Rejection(uri, "unsafe_archive", f"member {member.filename!r} is encrypted")
 
 
-def _check_sizes(uri: str, files: int, size: int) -> None:
+def check_sizes(uri: str, files: int, size: int) -> None:
+    """Rejects more files or bytes than a scan can have."""
     if files > MAX_FILES:
         raise Rejection(uri, "too_large", f"{files} files; a scan has at most {MAX_FILES}")
     if size > MAX_BYTES:
