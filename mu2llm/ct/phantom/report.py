@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from mu2llm.records import Finding, Question
+from mu2llm.ct.phantom.plan import Plan, Planted
+from mu2llm.records import Question
 
 POSITIVE: dict[str, tuple[str, ...]] = {
     "pleural effusion": (
@@ -117,7 +116,8 @@ NEGATIVE: dict[str, tuple[str, ...]] = {
         "Vertebral density is normal without sclerosis.",
     ),
 }
-BOTH_PLEURAE_CLEAR = (
+PLEURAL = ("pleural effusion", "pneumothorax")
+PLEURAE_CLEAR = (
     "No pleural effusion or pneumothorax.",
     "There is no pleural effusion or pneumothorax.",
     "The pleural spaces are clear without effusion or pneumothorax.",
@@ -173,15 +173,13 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-def write_report(
-    findings: Mapping[str, tuple[Finding, float]], rng: np.random.Generator
-) -> tuple[str, tuple[Question, ...]]:
-    """Findings by name, each with its extent (0 to 1) → report and questions; absent findings are mostly denied."""
-    sentences = {region: _sentences(region, findings, rng) for region in NORMAL}
+def write_report(plan: Plan, rng: np.random.Generator) -> tuple[str, tuple[Question, ...]]:
+    """Findings → report and one question a region; most of what is absent is denied."""
+    sentences = {region: _sentences(region, plan, rng) for region in NORMAL}
     order = list(sentences)
     rng.shuffle(order)
     body = " ".join(sentence for region in order for sentence in sentences[region])
-    summary = [_fill(_pick(SUMMARY[name], rng), *found, rng) for name, found in findings.items()]
+    summary = [_fill(_pick(SUMMARY[name], rng), item, rng) for name, item in plan.items()]
     rng.shuffle(summary)
     impression = " ".join(summary) or _pick(NOTHING, rng)
     questions = tuple(
@@ -191,23 +189,24 @@ def write_report(
     return f"Findings: {body} Impression: {impression}", questions
 
 
-def _sentences(region: str, findings: Mapping[str, tuple[Finding, float]], rng: np.random.Generator) -> list[str]:
+def _sentences(region: str, plan: Plan, rng: np.random.Generator) -> list[str]:
     names = [name for name, where in REGION.items() if where == region]
-    chosen = [_fill(_pick(POSITIVE[name], rng), *findings[name], rng) for name in names if name in findings]
-    absent = [name for name in names if name not in findings]
-    if {"pleural effusion", "pneumothorax"} <= set(absent) and rng.uniform() < 0.5:
-        absent = absent[2:]
-        chosen.append(_pick(BOTH_PLEURAE_CLEAR, rng))
+    chosen = [_fill(_pick(POSITIVE[name], rng), plan[name], rng) for name in names if name in plan]
+    absent = [name for name in names if name not in plan]
+    if set(PLEURAL) <= set(absent) and rng.uniform() < 0.5:
+        absent = [name for name in absent if name not in PLEURAL]
+        chosen.append(_pick(PLEURAE_CLEAR, rng))
     chosen += [_pick(NEGATIVE[name], rng) for name in absent if rng.uniform() < 0.85]
+    normal = rng.permutation(len(NORMAL[region]))[: 1 if region == "bones" else 2]
+    chosen += [NORMAL[region][number] for number in normal]
     rng.shuffle(chosen)
-    chosen.insert(int(rng.integers(len(chosen) + 1)), _pick(NORMAL[region], rng))
     return chosen
 
 
-def _fill(template: str, finding: Finding, extent: float, rng: np.random.Generator) -> str:
-    size = finding.size_mm or 0
+def _fill(template: str, item: Planted, rng: np.random.Generator) -> str:
+    finding, size = item.finding, item.finding.size_mm or 0
     text = template.format(
-        amount="large" if extent > 0.5 else "moderate",
+        amount="large" if item.extent > 0.5 else "moderate",
         side=finding.side,
         lobe=finding.place,
         level=finding.place,
