@@ -1,0 +1,1 @@
+"""Reports by a checkpoint, and what they are worth: text and clinical metrics, audits, leaderboard, HTML report."""

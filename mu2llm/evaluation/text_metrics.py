@@ -1,0 +1,137 @@
+"""How alike two reports are as text: BLEU (sacrebleu), ROUGE (rouge_score), METEOR (nltk), BERTScore.
+
+All between 0 and 1. Higher is more alike; none of them knows what matters (METHOD.md §4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any, Protocol
+
+import numpy as np
+from nltk.corpus import wordnet
+from nltk.stem.porter import PorterStemmer
+from nltk.translate.meteor_score import single_meteor_score
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU
+
+from mu2llm.evaluation.bootstrap import Statistic
+
+Pair = tuple[str, str]
+"""(reference, candidate), as judges take it."""
+
+ORDERS = (1, 2, 3, 4)
+
+
+def text_metrics(pairs: Sequence[Pair]) -> dict[str, Statistic]:
+    """bleu_1 … bleu_4 (of the corpus), rouge_1, rouge_2, rouge_l, meteor (means over the cases)."""
+    return {**bleu(pairs), **rouge(pairs), "meteor": meteor(pairs)}
+
+
+def bleu(pairs: Sequence[Pair]) -> dict[str, Statistic]:
+    """Corpus BLEU of orders 1 to 4: sacrebleu's, with its default tokenizer and smoothing (see `bleu_signature`)."""
+    scorer = BLEU(effective_order=True)  # of single sentences, where only the counts are taken
+    rows = []
+    for reference, candidate in pairs:
+        score = scorer.sentence_score(candidate, [reference])
+        rows.append([*score.counts, *score.totals, score.sys_len, score.ref_len])
+    table = np.array(rows, dtype=float).reshape(-1, 10)
+    return {f"bleu_{order}": Statistic(table, partial(_bleu, order)) for order in ORDERS}
+
+
+def _bleu(order: int, sums: np.ndarray) -> np.ndarray:
+    """Sums (…, 10) of matches, n-grams and lengths → BLEU (…)."""
+    scores = []
+    for row in sums.reshape(-1, 10):
+        *counts, candidate_length, reference_length = map(int, row)
+        matches, totals = counts[:order], counts[4 : 4 + order]
+        score = BLEU.compute_bleu(matches, totals, candidate_length, reference_length, max_ngram_order=order)
+        scores.append(score.score / 100)
+    return np.array(scores).reshape(sums.shape[:-1])
+
+
+def bleu_signature() -> str:
+    """What makes two BLEU numbers comparable."""
+    scorer = BLEU()
+    scorer.corpus_score(["a"], [["a"]])  # the signature counts the references of the last corpus
+    return str(scorer.get_signature())
+
+
+def rouge(pairs: Sequence[Pair]) -> dict[str, Statistic]:
+    """ROUGE-1, -2 and -L as F-measure with stemming, as the published evaluation has it (METHOD.md §2.6)."""
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(reference, candidate) for reference, candidate in pairs]
+    names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+    return {ours: Statistic.mean([score[theirs].fmeasure for score in scores]) for ours, theirs in names.items()}
+
+
+class _NoWordNet:
+    """Stands where nltk's METEOR asks for synonyms: there are none."""
+
+    def synsets(self, word: str) -> list[Any]:
+        return []
+
+
+@cache
+def synonyms() -> Any:
+    """WordNet where its data is installed (`python -m nltk.downloader wordnet`), else a stand-in without entries."""
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        return _NoWordNet()
+    return wordnet
+
+
+def meteor_variant() -> str:
+    """Which of METEOR's stages took part."""
+    if isinstance(synonyms(), _NoWordNet):
+        return "exact and stem; no synonyms, for WordNet is not installed (python -m nltk.downloader wordnet)"
+    return "exact, stem and WordNet synonyms"
+
+
+def meteor(pairs: Sequence[Pair]) -> Statistic:
+    """nltk's METEOR of lower-cased tokens between spaces; `meteor_variant` says whether synonyms count."""
+    stemmer = PorterStemmer()
+    return Statistic.mean(
+        [
+            single_meteor_score(reference.split(), candidate.split(), stemmer=stemmer, wordnet=synonyms())
+            for reference, candidate in pairs
+        ]
+    )
+
+
+class TokenEncoder(Protocol):
+    """Contextual embeddings of tokens."""
+
+    @property
+    def identity(self) -> str:
+        """Name and layer, such as all-MiniLM-L6-v2, last layer."""
+        ...
+
+    def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each text → (tokens, width), the first and the last of them the special ones."""
+        ...
+
+
+def bert_score(pairs: Sequence[Pair], encoder: TokenEncoder) -> Statistic:
+    """BERTScore F1 (arXiv 1904.09675) without idf and without baseline rescaling.
+
+    As in the authors' package, special tokens may be matched but do not count themselves.
+    """
+    distinct = sorted({text for pair in pairs for text in pair})
+    known = dict(zip(distinct, map(_normalised, encoder.tokens(distinct)), strict=True))
+    return Statistic.mean([_greedy_f1(known[reference], known[candidate]) for reference, candidate in pairs])
+
+
+def _normalised(tokens: np.ndarray) -> np.ndarray:
+    return tokens / np.maximum(np.linalg.norm(tokens, axis=1, keepdims=True), 1e-12)
+
+
+def _greedy_f1(reference: np.ndarray, candidate: np.ndarray) -> float:
+    if len(reference) <= 2 or len(candidate) <= 2:  # an empty text is its special tokens
+        return 0.0
+    similarity = candidate @ reference.T
+    precision = float(similarity.max(axis=1)[1:-1].mean())
+    recall = float(similarity.max(axis=0)[1:-1].mean())
+    return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
