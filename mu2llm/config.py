@@ -54,6 +54,7 @@ class VisionConfig(Section):
     pooling: int = Field(2, description="edge of the cubes of patches that the projector averages")
     projector_layers: int = 2
     standardise: bool = Field(False, description="projected features standardised by running statistics")
+    true_grid: bool = Field(True, description="pool cubes of the true patch grid, not of the published default's")
     weights: str | None = Field(None, description="M3D-CLIP's pretrained_ViT.bin or a checkpoint to start from")
 
 
@@ -69,11 +70,18 @@ class TokenizerConfig(Section):
     selection: Literal["differentiable", "top_k"] = "differentiable"
     temperature: float = Field(1.0, gt=0)
     temperature_mode: Literal["fixed", "learned", "annealed"] = "fixed"
+    temperature_end: float = Field(0.1, gt=0, description="where an annealed temperature arrives")
+    annealing_steps: int = Field(1000, ge=1, description="training steps that it takes")
     pooling: Literal["dynamic", "static"] = "dynamic"
     residual: bool = Field(True, description="residual, norm and feed-forward in the attention layers")
     mask_padding: bool = Field(True, description="padded chunks and padded text take no part in attention")
     standardise: bool = Field(False, description="final tokens standardised by running statistics")
     text_conditioned: bool = Field(True, description="queries also attend to the question (TTA)")
+    positions: bool = Field(True, description="tokens know their chunk and their place in it")
+    normalise_scores: bool = Field(True, description="selection scores from normalised tokens: it does not collapse")
+    straight_through: bool = Field(True, description="hard top-k lets gradients reach its scores")
+    batch_first: bool = Field(True, description="attend over the tokens; the published baseline did over the batch")
+    max_positions: int = Field(512, ge=1, description="longest sequence of a 1-D relative position bias")
 
 
 class SmallLanguageModel(Section):
@@ -92,15 +100,40 @@ class LoraSettings(Section):
     dropout: float = 0.05
 
 
+# the published implementation, defect by defect (METHOD.md §2.8)
+_REFERENCE_FACE: dict[str, Any] = {
+    "vision": {"true_grid": False},
+    "tokenizer": {
+        "attention": "relative_1d",
+        "residual": False,
+        "mask_padding": False,
+        "positions": False,
+        "normalise_scores": False,
+        "straight_through": False,
+    },
+    "placeholder_aligned": False,
+}
+
+
 class ModelConfig(Section):
     language_model: str = Field("small", description="small, smollm2, or name or path of any HF causal LM or GGUF")
     text_encoder: str = Field("minilm", description="minilm, small, or name or path of any HF encoder")
-    face: Literal["corrected", "reference"] = "corrected"
+    face: Literal["corrected", "reference"] = Field(
+        "corrected", description="reference sets every mend of the published code back, where it is not set itself"
+    )
     vision: VisionConfig = VisionConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     small: SmallLanguageModel = SmallLanguageModel()
     lora: LoraSettings | None = None
+    placeholder_aligned: bool = Field(True, description="visual tokens go where the placeholders are, not to 1…n")
     max_text_tokens: int = 512
+
+    @model_validator(mode="before")
+    @classmethod
+    def _face(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("face") != "reference":
+            return values
+        return _merge(_REFERENCE_FACE, values)
 
 
 class StageConfig(Section):

@@ -1,0 +1,248 @@
+"""A fresh μ²LLM from a ModelConfig and a spec; checkpoints opened; LoRA put on and merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from mu2llm import storage, weights
+from mu2llm.config import ContrastiveConfig, LoraSettings, ModelConfig
+from mu2llm.errors import UserError
+from mu2llm.model.configuration import Mu2Config, Mu2ContrastiveConfig, Mu2TokenizerConfig, Mu2VisionConfig
+from mu2llm.model.contrastive import Mu2ForContrastive
+from mu2llm.model.modeling import Mu2ForConditionalGeneration
+from mu2llm.model.processing import PLAIN_TEMPLATE, VOLUME_TOKEN, Mu2Processor
+from mu2llm.records import PreprocessSpec
+
+_SMALL_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def build(
+    model: ModelConfig, spec: PreprocessSpec, texts: Sequence[str] | None = None, seed: int = 0
+) -> tuple[Mu2ForConditionalGeneration, Mu2Processor]:
+    """A fresh model and its processor; `texts` train the tokenizer of the language model `small`.
+
+    Raises UserError where sizes do not fit each other or the language model cannot be had.
+    """
+    set_seed(seed)
+    if model.language_model == "small":
+        backbone, tokenizer = _small(model, texts)
+    else:
+        backbone, tokenizer = weights.language_model(model.language_model)
+        _add_volume_token(backbone, tokenizer)
+    config = configuration(model, spec, backbone.config, tokenizer.convert_tokens_to_ids(VOLUME_TOKEN))
+    whole = Mu2ForConditionalGeneration(config)
+    _take_over(whole, backbone)
+    if model.vision.weights:
+        load_vision(whole, model.vision.weights)
+    return whole, processor_for(config, spec, tokenizer)
+
+
+def configuration(model: ModelConfig, spec: PreprocessSpec, text_config: Any, volume_token_id: int = 0) -> Mu2Config:
+    """The transformers configuration that a user's settings mean for scans of a spec."""
+    try:
+        vision = vision_configuration(model, spec)
+        return Mu2Config(
+            vision_config=vision,
+            tokenizer_config=tokenizer_configuration(model, spec, vision, text_config.hidden_size),
+            text_config=text_config,
+            volume_token_id=volume_token_id,
+            placeholder_aligned=model.placeholder_aligned,
+            max_text_tokens=model.max_text_tokens,
+            spec=spec.model_dump(mode="json"),
+        )
+    except ValueError as error:
+        raise UserError(f"model: {str(error).splitlines()[-1].strip()}") from error
+
+
+def vision_configuration(model: ModelConfig, spec: PreprocessSpec) -> Mu2VisionConfig:
+    _, channels, *chunk = spec.shape
+    return Mu2VisionConfig(channels=channels, chunk_shape=tuple(chunk), **model.vision.model_dump(exclude={"weights"}))
+
+
+def tokenizer_configuration(
+    model: ModelConfig, spec: PreprocessSpec, vision: Mu2VisionConfig, width: int
+) -> Mu2TokenizerConfig:
+    return Mu2TokenizerConfig(
+        hidden_size=width, chunks=spec.chunks, grid=vision.pooled_grid, **model.tokenizer.model_dump()
+    )
+
+
+def processor_for(config: Mu2Config, spec: PreprocessSpec, tokenizer: PreTrainedTokenizerBase) -> Mu2Processor:
+    return Mu2Processor(
+        tokenizer,
+        chat_template=tokenizer.chat_template or PLAIN_TEMPLATE,
+        preprocess=spec.model_dump(mode="json"),
+        queries=config.tokenizer_config.queries,
+        max_text_tokens=config.max_text_tokens,
+    )
+
+
+def build_contrastive(
+    model: ModelConfig,
+    spec: PreprocessSpec,
+    settings: ContrastiveConfig,
+    text_width: int,
+    parent: str | None = None,
+    seed: int = 0,
+) -> Mu2ForContrastive:
+    """The vision encoder of such a model under a contrastive head; `parent` is a checkpoint to start from."""
+    set_seed(seed)
+    small = model.language_model == "small"
+    config = Mu2ContrastiveConfig(
+        vision_config=vision_configuration(model, spec),
+        hidden_size=model.small.hidden_size if small else weights.language_config(model.language_model).hidden_size,
+        chunks=spec.chunks,
+        text_width=text_width,
+        loss=settings.loss,
+        temperature=settings.temperature,
+        spec=spec.model_dump(mode="json"),
+    )
+    whole = Mu2ForContrastive(config)
+    start = parent or model.vision.weights
+    if start:
+        load_vision(whole, start)
+    return whole
+
+
+def load(uri: str) -> tuple[Mu2ForConditionalGeneration, Mu2Processor]:
+    """A checkpoint's model, in evaluation mode, and its processor."""
+    with storage.local_copy(uri) as folder:
+        if not (folder / "processor_config.json").is_file():
+            raise UserError(f"{uri} has no language model: it is no checkpoint of sft, dpo or convert")
+        return (
+            Mu2ForConditionalGeneration.from_pretrained(folder).eval(),
+            Mu2Processor.from_pretrained(folder),
+        )
+
+
+def load_vision(model: Mu2ForConditionalGeneration | Mu2ForContrastive, uri: str) -> None:
+    """The vision encoder's weights and running statistics from a checkpoint of ours, of any stage.
+
+    Raises UserError where the shapes differ or something is missing.
+    """
+    with storage.local_copy(uri) as folder:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{uri} has no *.safetensors to take the vision encoder from")
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    vision = {
+        name.split("vision.", 1)[1]: t for name, t in tensors.items() if name.startswith(("vision.", "model.vision."))
+    }
+    target = model.vision if isinstance(model, Mu2ForContrastive) else model.model.vision
+    try:
+        target.load_state_dict(vision)
+    except RuntimeError as error:
+        raise UserError(f"{uri}: its vision encoder does not fit: {str(error).splitlines()[1].strip()}") from error
+
+
+def add_lora(model: Mu2ForConditionalGeneration, settings: LoraSettings) -> PeftModel:
+    """LoRA on the language model's linear layers; what else was to be trained still is, in full."""
+    own = {"vision": model.model.vision, "mu2_tokenizer": model.model.mu2_tokenizer}
+    trained = [name for name, module in own.items() if any(p.requires_grad for p in module.parameters())]
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=_linear_layers(model.model.language_model),
+        modules_to_save=trained or None,
+    )
+    return get_peft_model(model, config)
+
+
+def merge_lora(model: Any) -> Mu2ForConditionalGeneration:
+    """The plain model with the adapter's weights in it; a model without one as it is."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def _linear_layers(language_model: PreTrainedModel) -> list[str]:
+    names = [name for name, module in language_model.named_modules() if isinstance(module, nn.Linear)]
+    return [f"model.language_model.{name}" for name in names]
+
+
+def _small(model: ModelConfig, texts: Sequence[str] | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A Llama from scratch, and a byte-level BPE learnt from the texts."""
+    if not texts:
+        raise UserError("language model 'small' learns its tokenizer from the reports: there are none")
+    tokenizer = train_tokenizer(texts, model.small.vocabulary)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=model.small.hidden_size,
+        intermediate_size=model.small.mlp_dim,
+        num_hidden_layers=model.small.num_layers,
+        num_attention_heads=model.small.num_heads,
+        num_key_value_heads=model.small.num_heads,
+        max_position_embeddings=model.max_text_tokens + model.tokenizer.queries,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config), tokenizer
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: any text can be written in it, those of `texts` in few tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "</s>", VOLUME_TOKEN, "<user>", "<assistant>", "<system>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocabulary, 256 + len(special)),
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        extra_special_tokens=special[2:],
+        chat_template=_SMALL_TEMPLATE,
+    )
+
+
+def _add_volume_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The placeholder gets an id and the mean embedding; a tokenizer without padding pads with its end."""
+    tokenizer.add_special_tokens({"extra_special_tokens": [VOLUME_TOKEN]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
+        backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for table in {backbone.get_input_embeddings().weight, backbone.get_output_embeddings().weight}:
+                table[-1] = table[:-1].mean(0)
+
+
+def _take_over(whole: Mu2ForConditionalGeneration, backbone: PreTrainedModel) -> None:
+    """The backbone's own weights, without a copy; its head must be a plain linear layer."""
+    with torch.no_grad():
+        ids = torch.arange(2)[None]
+        plain = backbone.get_output_embeddings()(backbone.base_model(input_ids=ids).last_hidden_state)
+        if not torch.allclose(plain, backbone(input_ids=ids).logits, atol=1e-3):
+            raise UserError(
+                f"language model {backbone.config.model_type} changes its logits; only a linear head will do"
+            )
+    whole.model.language_model = backbone.base_model
+    whole.lm_head = backbone.get_output_embeddings()
+    whole.tie_weights()
+    whole.generation_config.eos_token_id = backbone.generation_config.eos_token_id
+    whole.generation_config.pad_token_id = backbone.generation_config.pad_token_id

@@ -1,0 +1,148 @@
+"""The vision encoder under a contrastive head: scans against the sentences, sections or reports about them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from mu2llm.model.configuration import Mu2ContrastiveConfig
+from mu2llm.model.modeling import Mu2PreTrainedModel
+from mu2llm.model.vision import VisionEncoder
+
+Gather = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class ContrastiveOutput(ModelOutput):
+    """`logits` (M, B) of every text with every scan, and which of them belong together, `targets` (M, B)."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    targets: Tensor | None = None
+
+
+class TextConditionedPooling(nn.Module):
+    """How well a text fits a scan: it attends to the scan's tokens, and what it finds is compared to it.
+
+    The product with the text is taken token by token, before the pooling: the same as pooling first, without
+    a pooled vector for every pair of text and scan.
+    """
+
+    def __init__(self, config: Mu2ContrastiveConfig) -> None:
+        super().__init__()
+        self.look = nn.Linear(config.text_width, config.head_width)
+        self.mean = nn.Linear(config.text_width, config.head_width)
+        self.key = nn.Linear(config.hidden_size, config.head_width)
+        self.value = nn.Linear(config.hidden_size, config.head_width)
+        self.scale = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def scan(self, features: Tensor) -> Tensor:
+        """(B, T, n, E) → keys and values (B, T·n, 2, head)"""
+        tokens = features.flatten(1, 2)
+        return torch.stack([self.key(tokens), F.layer_norm(self.value(tokens), (self.value.out_features,))], dim=2)
+
+    def forward(self, texts: Tensor, scans: Tensor, mask: Tensor) -> Tensor:
+        """(M, D), (B, n, 2, head), (B, n) → logits (M, B)"""
+        keys, values = scans.unbind(2)
+        look = torch.einsum("md,bnd->mbn", self.look(texts), keys) / math.sqrt(keys.shape[-1])
+        share = look.masked_fill(~mask, float("-inf")).softmax(-1)
+        fit = torch.einsum("md,bnd->mbn", F.normalize(self.mean(texts), dim=-1), values) / math.sqrt(keys.shape[-1])
+        return (share * fit).sum(-1) * self.scale.exp() + self.bias
+
+
+class Mu2ForContrastive(Mu2PreTrainedModel):
+    """Sigmoid (SigLIP) or InfoNCE over all texts and scans of the batch; gives the vision encoder SFT starts from."""
+
+    config_class = Mu2ContrastiveConfig
+    base_model_prefix = "vision"
+    main_input_name = "volumes"
+
+    def __init__(self, config: Mu2ContrastiveConfig) -> None:
+        super().__init__(config)
+        self.vision = VisionEncoder(config.vision_config, config.hidden_size)
+        self.head = TextConditionedPooling(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TextConditionedPooling):
+            init.constant_(module.scale, math.log(1 / self.config.temperature))
+            init.constant_(module.bias, -2.0 if self.config.loss == "sigmoid" else 0.0)
+
+    def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
+        """(B, T, C, K, H, W) → projected features (B, T, n, hidden)"""
+        if chunk_mask is None:
+            chunk_mask = torch.ones(volumes.shape[:2], dtype=torch.bool, device=volumes.device)
+        return cast(Tensor, self.vision(volumes, chunk_mask.bool()))
+
+    def score(self, volumes: Tensor, chunk_mask: Tensor, text_embeddings: Tensor) -> Tensor:
+        """Logits (M, B) of each text with each scan."""
+        features = self.encode_vision(volumes, chunk_mask)
+        mask = chunk_mask.bool().repeat_interleave(features.shape[2], dim=1)
+        return self.head(text_embeddings.to(features.dtype), self.head.scan(features), mask)
+
+    def forward(
+        self,
+        volumes: Tensor,
+        chunk_mask: Tensor,
+        text_embeddings: Tensor,
+        owner: Tensor | None = None,
+        targets: Tensor | None = None,
+        gather: Gather | None = None,
+        **_: Any,
+    ) -> ContrastiveOutput:
+        """text_embeddings (M, D); `owner` (M,) is each text's scan, or `targets` (M, B) all scans it is true of.
+
+        `gather` brings (n, …) of this worker to (N, …) of all, in the same order on each, with the gradient.
+        Texts of the same embedding are one text, whoever brought them.
+        """
+        features = self.encode_vision(volumes, chunk_mask)
+        scans, mask = self.head.scan(features), chunk_mask.bool().repeat_interleave(features.shape[2], dim=1)
+        texts = text_embeddings.to(features.dtype)
+        if targets is None:
+            targets = F.one_hot(owner, len(volumes)).bool()
+        if gather is not None:
+            targets = _gather_targets(targets, gather)
+            scans, texts, mask = gather(scans), gather(texts), gather(mask.float()) > 0
+        same = F.normalize(texts.detach(), dim=-1) @ F.normalize(texts.detach(), dim=-1).T > 1 - 1e-4
+        targets = (same.float() @ targets.float()) > 0
+        logits = self.head(texts, scans, mask)
+        first = ~same.tril(-1).any(1)
+        losses = {"sigmoid": _sigmoid, "infonce": _infonce}[self.config.loss](logits[first], targets[first])
+        return ContrastiveOutput(loss=losses, logits=logits, targets=targets)
+
+
+def _gather_targets(targets: Tensor, gather: Gather) -> Tensor:
+    """(M, B) of each worker → the blocks of all of them along one diagonal."""
+    counts = gather(torch.tensor([targets.shape], device=targets.device, dtype=torch.float32)).long()
+    widest = int(counts[:, 1].max())
+    rows = gather(F.pad(targets.float(), (0, widest - targets.shape[1])))
+    blocks = [part[:, : int(n)] for part, (_, n) in zip(rows.split(counts[:, 0].tolist()), counts, strict=True)]
+    return torch.block_diag(*blocks) > 0
+
+
+def _sigmoid(logits: Tensor, targets: Tensor) -> Tensor:
+    """SigLIP: every pair is its own yes or no; positives and negatives weigh the same."""
+    sign = targets.to(logits.dtype) * 2 - 1
+    losses = -F.logsigmoid(sign * logits)
+    positives, negatives = targets.sum().clamp(min=1), (~targets).sum().clamp(min=1)
+    return losses[targets].sum() / positives + losses[~targets].sum() / negatives
+
+
+def _infonce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each text over the scans and of each scan over the texts, any positive being right."""
+    hit = logits.masked_fill(~targets, float("-inf"))
+    by_text = logits.logsumexp(1) - hit.logsumexp(1)
+    owned = targets.any(0)
+    by_scan = (logits.logsumexp(0) - hit.logsumexp(0))[owned]
+    return (by_text.mean() + by_scan.mean()) / 2

@@ -1,0 +1,319 @@
+"""The μ²LLM: vision encoder → μ²Tokenizer → any causal language model of transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from mu2llm.errors import UserError
+from mu2llm.model.attention import RelativeBias1d, RelativeBias3d
+from mu2llm.model.configuration import Mu2Config
+from mu2llm.model.mu2_tokenizer import Mu2Tokenizer, PlaceEmbedding, VisualTokens
+from mu2llm.model.selection import DifferentiableSelection
+from mu2llm.model.standardise import RunningStandardise
+from mu2llm.model.vision import VisionEncoder, VisionTower
+
+
+class Mu2PreTrainedModel(PreTrainedModel):
+    config_class = Mu2Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ("VisionBlock", "SpatioTemporalLayer", "TextConditionedLayer")
+    _skip_keys_device_placement = ("past_key_values",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Our own modules; what belongs to the language model is initialised as it says itself."""
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            init.xavier_uniform_(module.weight) if isinstance(module, nn.Linear) else init.kaiming_normal_(
+                module.weight
+            )
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is not None:
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, RelativeBias1d | RelativeBias3d):
+            init.zeros_(module.table)
+        elif isinstance(module, VisionTower):
+            init.trunc_normal_(module.position_embeddings, std=0.02)
+            if module.cls_token is not None:
+                init.zeros_(module.cls_token)
+        elif isinstance(module, PlaceEmbedding):
+            for axis in module.axes:
+                init.normal_(axis, std=0.5)
+        elif isinstance(module, Mu2Tokenizer):
+            init.normal_(module.queries, std=0.02)
+        elif isinstance(module, RunningStandardise):
+            init.zeros_(module.mean)
+            init.ones_(module.variance)
+            init.zeros_(module.updates)
+        self._init_selection(module)
+
+    def _init_selection(self, module: nn.Module) -> None:
+        if not isinstance(module, DifferentiableSelection):
+            return
+        if module.norm is not None:  # scores of spread 2: each soft token starts with a few tokens of its own
+            init.normal_(module.score.weight, std=2 * module.config.hidden_size**-0.5)
+        if module.config.temperature_mode == "learned":
+            init.constant_(module.log_temperature, float(torch.tensor(module.config.temperature).log()))
+        if module.config.temperature_mode == "annealed":
+            init.zeros_(module.step)
+
+
+@dataclass
+class Mu2ModelOutput(BaseModelOutputWithPast):
+    """`visual_tokens` (B, queries, hidden): what the scan was to the language model."""
+
+    visual_tokens: Tensor | None = None
+
+
+@dataclass
+class Mu2CausalLMOutput(CausalLMOutputWithPast):
+    """`visual_tokens` (B, queries, hidden): what the scan was to the language model."""
+
+    visual_tokens: Tensor | None = None
+
+
+class Mu2Model(Mu2PreTrainedModel):
+    """Without the language model's head; gives its last hidden states."""
+
+    def __init__(self, config: Mu2Config) -> None:
+        super().__init__(config)
+        self.vision = VisionEncoder(config.vision_config, config.text_config.hidden_size)
+        self.mu2_tokenizer = Mu2Tokenizer(config.tokenizer_config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
+        """(B, T, C, K, H, W) → projected features (B, T, n, hidden); integer volumes stand for 0…1 in 255 steps.
+
+        Raises UserError where the shape is not the one that the model was made for.
+        """
+        self._check_volumes(volumes)
+        if chunk_mask is None:
+            chunk_mask = torch.ones(volumes.shape[:2], dtype=torch.bool, device=volumes.device)
+        chunk_mask = chunk_mask.bool()
+        if not bool(chunk_mask.any(1).all()):
+            raise UserError("chunk_mask leaves a scan without any chunk; at least one must be True")
+        return cast(Tensor, self.vision(volumes, chunk_mask))
+
+    def encode_volumes(
+        self,
+        volumes: Tensor | None = None,
+        chunk_mask: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        return_selection: bool = False,
+    ) -> VisualTokens:
+        """Scans, or their features from `encode_vision`, → what `forward` and `generate` take as `visual_tokens`.
+
+        question_ids (k·B, L) may be several for each scan: it is then encoded once and repeated.
+        """
+        if vision_features is None:
+            if volumes is None:
+                raise UserError("give volumes, vision_features or visual_tokens")
+            vision_features = self.encode_vision(volumes, chunk_mask)
+        text = None if question_ids is None else self.get_input_embeddings()(question_ids)
+        rows = len(vision_features) if text is None else len(text)
+        features = _serve(vision_features.to(self.dtype), rows, "questions")
+        chunk_mask = None if chunk_mask is None else _serve(chunk_mask.bool(), rows, "questions")
+        question_mask = None if question_mask is None else question_mask.bool()
+        return self.mu2_tokenizer.run(features, text, chunk_mask, question_mask, return_selection)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        volumes: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        visual_tokens: Tensor | VisualTokens | None = None,
+        chunk_mask: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Mu2ModelOutput:
+        """B scans may serve k·B sequences: each scan's tokens then serve k neighbouring rows."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if visual_tokens is None and (volumes is not None or vision_features is not None):
+            visual_tokens = self.encode_volumes(volumes, chunk_mask, question_ids, question_mask, vision_features)
+        tokens = visual_tokens.tokens if isinstance(visual_tokens, VisualTokens) else visual_tokens
+        if tokens is not None:
+            if input_ids is None:
+                raise UserError("visual tokens need input_ids to find their placeholders; inputs_embeds has none")
+            inputs_embeds = self._insert(inputs_embeds, input_ids, tokens)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return Mu2ModelOutput(**outputs, visual_tokens=tokens)
+
+    def _insert(self, embeds: Tensor, input_ids: Tensor, tokens: Tensor) -> Tensor:
+        tokens = _serve(tokens, len(input_ids), "sequences").to(embeds.dtype)
+        count = tokens.shape[1]
+        if not self.config.placeholder_aligned:
+            return torch.cat([embeds[:, :1], tokens, embeds[:, count + 1 :]], dim=1)
+        here = input_ids == self.config.volume_token_id
+        given = here.sum(1)
+        if bool((given != count).any()):
+            raise UserError(
+                f"a text has {sorted(set(given.tolist()))} volume placeholders, the scan has {count} visual tokens: "
+                "build the text with Mu2Processor"
+            )
+        return embeds.masked_scatter(here[..., None], tokens)
+
+    def _check_volumes(self, volumes: Tensor) -> None:
+        vision = self.config.vision_config
+        expected = (vision.channels, *vision.chunk_shape)
+        most = self.config.tokenizer_config.chunks
+        if volumes.dim() != 6 or tuple(volumes.shape[2:]) != expected or volumes.shape[1] > most:
+            raise UserError(
+                f"volumes of shape {tuple(volumes.shape)}; expected (scans, up to {most} chunks, "
+                f"{', '.join(map(str, expected))}): prepare the scan by the checkpoint's spec"
+            )
+
+
+class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
+    """Writes the report. See `Mu2Model` for what the arguments are; `labels` are −100 where there is no loss."""
+
+    def __init__(self, config: Mu2Config) -> None:
+        super().__init__(config)
+        self.model = Mu2Model(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=bool(getattr(text, "lm_head_bias", False)))
+        self._tied_weights_keys = {
+            "lm_head.weight": f"model.language_model.{_embedding_name(self.model.language_model)}"
+        }
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
+        return self.model.encode_vision(volumes, chunk_mask)
+
+    def encode_volumes(self, *args: Any, **kwargs: Any) -> VisualTokens:
+        return self.model.encode_volumes(*args, **kwargs)
+
+    def freeze_vision(self) -> None:
+        """The vision encoder is trained no more, nor do its running statistics move."""
+        self.model.vision.freeze()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        volumes: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        visual_tokens: Tensor | VisualTokens | None = None,
+        chunk_mask: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Mu2CausalLMOutput:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            volumes=volumes,
+            vision_features=vision_features,
+            visual_tokens=visual_tokens,
+            chunk_mask=chunk_mask,
+            question_ids=question_ids,
+            question_mask=question_mask,
+            return_dict=True,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            vocabulary = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+        return Mu2CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            visual_tokens=outputs.visual_tokens,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        volumes: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        visual_tokens: Tensor | VisualTokens | None = None,
+        chunk_mask: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; each scan is encoded once, however many sequences it serves."""
+        input_ids = kwargs.pop("input_ids", inputs)
+        if visual_tokens is None and (volumes is not None or vision_features is not None):
+            visual_tokens = self.encode_volumes(volumes, chunk_mask, question_ids, question_mask, vision_features)
+        tokens = visual_tokens.tokens if isinstance(visual_tokens, VisualTokens) else visual_tokens
+        if tokens is not None:
+            kwargs["visual_tokens"] = _serve(tokens, len(input_ids), "sequences")
+        return super().generate(input_ids=input_ids, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
+            model_inputs.pop("visual_tokens", None)  # they are in the cache
+        return model_inputs
+
+
+def _serve(x: Tensor, rows: int, what: str) -> Tensor:
+    """B rows for k·B: each repeated for its k neighbours."""
+    if rows % len(x):
+        raise UserError(f"{len(x)} scans cannot serve {rows} {what}: give a multiple of {len(x)}")
+    return x if rows == len(x) else x.repeat_interleave(rows // len(x), dim=0)
+
+
+def _embedding_name(language_model: PreTrainedModel) -> str:
+    table = language_model.get_input_embeddings()
+    return next(f"{name}.weight" for name, module in language_model.named_modules() if module is table)

@@ -1,0 +1,249 @@
+"""The μ²Tokenizer (arXiv 2507.00316 §2.2): many visual tokens and a question → few tokens for the language model.
+
+Spatio-temporal attention → selection → multi-scale pooling → text-conditioned queries → linear aggregation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from mu2llm.model.attention import (
+    CrossAttention,
+    LinearAggregation,
+    RelativeBias1d,
+    RelativeBias3d,
+    Rotary,
+    SelfAttention,
+)
+from mu2llm.model.configuration import Mu2TokenizerConfig
+from mu2llm.model.selection import DifferentiableSelection, MultiScalePooling, Selected, TopKSelection
+from mu2llm.model.standardise import RunningStandardise
+
+
+@dataclass
+class VisualTokens(ModelOutput):
+    """What a scan is to the language model.
+
+    `tokens` (B, queries, hidden). On request `selection` (B, queries, T, z, y, x): each token's weight over the
+    scan's patches, summing to 1 (without the mixing by attention before the selection), and two numbers that
+    tell a collapse: `entropy` of the selection over that of a uniform one, `similarity` the mean cosine between
+    the selected tokens of a scan.
+    """
+
+    tokens: Tensor | None = None
+    selection: Tensor | None = None
+    entropy: Tensor | None = None
+    similarity: Tensor | None = None
+
+
+class PlaceEmbedding(nn.Module):
+    """Learned embedding of chunk, z, y and x, added to every token."""
+
+    def __init__(self, chunks: int, grid: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        self.axes = nn.ParameterList([nn.Parameter(torch.zeros(size, width)) for size in (chunks, *grid)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, n, E) → the same."""
+        chunk, z, y, x_axis = self.axes
+        inside = z[:, None, None] + y[None, :, None] + x_axis[None, None]
+        return x + chunk[: x.shape[1], None] + inside.flatten(0, 2)
+
+
+class SpatioTemporalLayer(GradientCheckpointingLayer):
+    """Attention among the tokens of each chunk, then among the chunks at each place; x is (B, T, n, E)."""
+
+    def __init__(self, config: Mu2TokenizerConfig) -> None:
+        super().__init__()
+        width, heads = config.hidden_size, config.num_heads
+        self.config = config
+        self.spatial = SelfAttention(width, heads, _spatial_position(config))
+        self.temporal = SelfAttention(width, heads, _sequence_position(config, config.chunks))
+        if config.residual:
+            self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
+            self.feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
+        if not self.config.residual:
+            return self._temporal(self._spatial(x), chunk_mask)
+        x = x + self._spatial(self.norms[0](x))
+        x = x + self._temporal(self.norms[1](x), chunk_mask)
+        return x + self.feed_forward(self.norms[2](x))
+
+    def _spatial(self, x: Tensor) -> Tensor:
+        return self._attend(self.spatial, x.flatten(0, 1)).view_as(x)
+
+    def _temporal(self, x: Tensor, chunk_mask: Tensor | None) -> Tensor:
+        across = x.transpose(1, 2)
+        mask = None if chunk_mask is None else chunk_mask.repeat_interleave(x.shape[2], dim=0)
+        mixed = self._attend(self.temporal, across.flatten(0, 1), mask)
+        return mixed.view_as(across).transpose(1, 2)
+
+    def _attend(self, attention: SelfAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.config.batch_first:
+            return attention(x, mask)
+        return attention(x.transpose(0, 1)).transpose(0, 1)  # the published baseline's axis, wrong on purpose
+
+
+class TextConditionedLayer(GradientCheckpointingLayer):
+    """Queries attend to each other, to the visual tokens, and to the question."""
+
+    def __init__(self, config: Mu2TokenizerConfig) -> None:
+        super().__init__()
+        width, heads = config.hidden_size, config.num_heads
+        self.batch_first = config.batch_first
+        self.among = SelfAttention(width, heads, _sequence_position(config, config.queries))
+        self.visual = CrossAttention(width, heads)
+        self.norm_among, self.norm_visual = nn.LayerNorm(width), nn.LayerNorm(width)
+        if config.text_conditioned:
+            self.text = CrossAttention(width, heads)
+            self.norm_text = nn.LayerNorm(width)
+
+    def forward(
+        self,
+        query: Tensor,
+        visual: Tensor,
+        text: Tensor | None,
+        visual_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
+        among = self.among(query) if self.batch_first else self.among(query.transpose(0, 1)).transpose(0, 1)
+        query = self.norm_among(query + among)
+        query = self.norm_visual(query + self.visual(query, visual, visual_mask))
+        if text is None:
+            return query
+        return self.norm_text(query + self.text(query, text, text_mask))
+
+
+class Mu2Tokenizer(nn.Module):
+    """(B, T, n, E) visual tokens and (B, L, E) text → (B, queries, E)."""
+
+    def __init__(self, config: Mu2TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.places = PlaceEmbedding(config.chunks, config.grid, width) if config.positions else None
+        self.layers = nn.ModuleList([SpatioTemporalLayer(config) for _ in range(config.num_layers)])
+        self.norm = nn.LayerNorm(width) if config.residual else nn.Identity()
+        differentiable = config.selection == "differentiable"
+        self.selection = DifferentiableSelection(config) if differentiable else TopKSelection(config)
+        self.pooling = MultiScalePooling(config)
+        self.queries = nn.Parameter(torch.zeros(1, config.queries, width))
+        self.aggregation_layers = nn.ModuleList([TextConditionedLayer(config) for _ in range(config.num_layers)])
+        self.aggregation = LinearAggregation(width, config.num_heads)
+        self.standardise = RunningStandardise(width) if config.standardise else None
+
+    def forward(
+        self,
+        visual: Tensor,
+        text: Tensor | None = None,
+        chunk_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
+        """chunk_mask (B, T) and text_mask (B, L) are False for padding; no `text`, no conditioning on it."""
+        return self.run(visual, text, chunk_mask, text_mask, False).tokens
+
+    def run(
+        self,
+        visual: Tensor,
+        text: Tensor | None = None,
+        chunk_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        return_selection: bool = False,
+    ) -> VisualTokens:
+        """The same, with the selection's maps and metrics where they are asked for."""
+        if not self.config.mask_padding:
+            chunk_mask = text_mask = None
+        significant = self.significance(visual, chunk_mask)
+        selected = self.select(significant, chunk_mask, return_selection)
+        multiscale, mask, gates = self.pooling(selected.tokens, selected.valid)
+        query = self.query(multiscale, text if self.config.text_conditioned else None, mask, text_mask)
+        tokens = self.aggregation(query, multiscale, mask)
+        if self.standardise is not None:
+            tokens = self.standardise(tokens)
+        if not return_selection:
+            return VisualTokens(tokens=tokens)
+        share = self.aggregation.weights(query, multiscale, mask) @ self.pooling.matrix(
+            self.config.top_k, selected.valid, gates
+        ).to(tokens)
+        weights = share @ selected.weights
+        maps = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
+        return VisualTokens(
+            tokens=tokens,
+            selection=maps.unflatten(-1, (visual.shape[1], *self._grid(visual.shape[2]))),
+            entropy=_entropy(selected.weights, significant, chunk_mask),
+            similarity=_similarity(selected.tokens),
+        )
+
+    def significance(self, visual: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
+        """Spatio-temporal attention: (B, T, n, E) → the same."""
+        x = visual if self.places is None else self.places(visual)
+        for layer in self.layers:
+            x = layer(x, chunk_mask)
+        return self.norm(x)
+
+    def select(self, x: Tensor, chunk_mask: Tensor | None = None, return_weights: bool = False) -> Selected:
+        """(B, T, n, E) → the selected tokens (B, k, E), over all chunks."""
+        mask = None if chunk_mask is None else chunk_mask.repeat_interleave(x.shape[2], dim=1)
+        return self.selection(x.flatten(1, 2), mask, return_weights)
+
+    def query(
+        self, multiscale: Tensor, text: Tensor | None, mask: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> Tensor:
+        """The queries after all layers: (B, queries, E)."""
+        query = self.queries.expand(len(multiscale), -1, -1)
+        for layer in self.aggregation_layers:
+            query = layer(query, multiscale, text, mask, text_mask)
+        return query
+
+    def _grid(self, tokens: int) -> tuple[int, ...]:
+        depth, height, width = self.config.grid
+        return (depth, height, width) if depth * height * width == tokens else (1, 1, tokens)
+
+
+def _spatial_position(config: Mu2TokenizerConfig) -> nn.Module | None:
+    heads, size = config.num_heads, config.hidden_size // config.num_heads
+    match config.attention:
+        case "relative_1d":
+            return RelativeBias1d(config.max_positions, heads)
+        case "relative_3d":
+            return RelativeBias3d(config.grid, heads)
+        case "rotary_1d":
+            return Rotary(size)
+        case "rotary_3d":
+            return Rotary(size, config.grid)
+        case _:
+            return None
+
+
+def _sequence_position(config: Mu2TokenizerConfig, longest: int) -> nn.Module | None:
+    """Positions along the chunks, or along the queries."""
+    if config.attention == "relative_1d":
+        return RelativeBias1d(config.max_positions, config.num_heads)
+    if config.attention == "relative_3d":
+        return RelativeBias1d(longest, config.num_heads)
+    if config.attention.startswith("rotary"):
+        return Rotary(config.hidden_size // config.num_heads)
+    return None
+
+
+def _entropy(weights: Tensor, x: Tensor, chunk_mask: Tensor | None) -> Tensor:
+    """Entropy of each selected token's weights over ln(tokens that take part), averaged: 1 is uniform."""
+    tokens = x.shape[1] * x.shape[2]
+    taking_part = tokens if chunk_mask is None else chunk_mask.sum(1) * x.shape[2]
+    entropy = -torch.xlogy(weights, weights).sum(-1).mean(-1)
+    return (entropy / torch.as_tensor(taking_part, device=weights.device).clamp(min=2).log()).mean()
+
+
+def _similarity(tokens: Tensor) -> Tensor:
+    """Mean cosine between two different selected tokens of a scan: 1 is a collapse."""
+    unit = F.normalize(tokens, dim=-1)
+    k = max(tokens.shape[1], 2)
+    total = unit.sum(1).square().sum(-1)  # Σ_ij cos = |Σ_i u_i|²
+    return ((total - k) / (k * (k - 1))).mean()

@@ -1,0 +1,214 @@
+"""Scans and text → the model's inputs: the CT side by a PreprocessSpec, the text by the backbone's chat format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from mu2llm import ct
+from mu2llm.errors import UserError
+from mu2llm.records import PreprocessSpec
+
+VOLUME_TOKEN = "<volume>"
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+class Mu2Processor(ProcessorMixin):
+    """Scans by the spec, text by the chat template, in which one `<volume>` stands for all visual tokens."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        preprocess: dict[str, Any] | None = None,
+        queries: int = 256,
+        max_text_tokens: int = 512,
+    ) -> None:
+        self.preprocess, self.queries, self.max_text_tokens = preprocess, queries, max_text_tokens
+        super().__init__(tokenizer, chat_template=chat_template)
+
+    @property
+    def spec(self) -> PreprocessSpec:
+        """What scans must be prepared by."""
+        return PreprocessSpec.model_validate(self.preprocess)
+
+    def prepare(self, volumes: Any) -> dict[str, Tensor]:
+        """Scans → `volumes` (B, T, C, K, H, W) and `chunk_mask` (B, T).
+
+        Each scan is a path, URI or bytes, a CTVolume, a ModelInput, or voxels (T, C, K, H, W) that were prepared
+        by this very spec.
+        """
+        scans = [_prepare_scan(volume, self.spec) for volume in _as_list(volumes)]
+        return {
+            "volumes": torch.stack([voxels for voxels, _ in scans]),
+            "chunk_mask": torch.stack([mask for _, mask in scans]),
+        }
+
+    def prompt(self, question: str) -> str:
+        """The chat-formatted instruction with its `<volume>`, up to where the answer begins."""
+        messages = [{"role": "user", "content": f"{VOLUME_TOKEN}{question}"}]
+        template = self.chat_template or self.tokenizer.chat_template or PLAIN_TEMPLATE
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    def encode(
+        self, questions: Sequence[str], answers: Sequence[str] | None = None, padding_side: str | None = None
+    ) -> dict[str, Tensor]:
+        """input_ids, attention_mask, labels, question_ids, question_mask, each (B, L).
+
+        Labels are the answer and its end, −100 elsewhere; without `answers` there are none. Pads on the right
+        for training and on the left for generation, unless told. Raises UserError where a text is too long.
+        """
+        prompts = [self._prompt_ids(self.prompt(question)) for question in questions]
+        ends = [self._answer_ids(answer) for answer in answers] if answers is not None else [[] for _ in prompts]
+        for prompt, end in zip(prompts, ends, strict=True):
+            self._check_length(len(prompt) - self.queries + len(end))
+        side = padding_side or ("right" if answers is not None else "left")
+        batch = {
+            "input_ids": self._pad(
+                [p + a for p, a in zip(prompts, ends, strict=True)], self.tokenizer.pad_token_id, side
+            ),
+            "attention_mask": self._pad([[1] * (len(p) + len(a)) for p, a in zip(prompts, ends, strict=True)], 0, side),
+        }
+        if answers is not None:
+            labels = [[-100] * len(p) + a for p, a in zip(prompts, ends, strict=True)]
+            batch["labels"] = self._pad(labels, -100, side)
+        return batch | self._encode_questions(questions)
+
+    def __call__(
+        self,
+        text: str | Sequence[Any] | None = None,
+        volumes: Any = None,
+        images: Any = None,
+        questions: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Model inputs for generation from scans and from questions, chats, or texts that hold one `<volume>`.
+
+        `text` may be a prompt, a chat (a list of messages), or a list of either; `images` is another name for
+        `volumes`.
+        """
+        volumes = images if volumes is None else volumes
+        data: dict[str, Tensor] = {} if volumes is None else self.prepare(volumes)
+        if questions is not None:
+            data |= self.encode([questions] if isinstance(questions, str) else list(questions))
+        elif text is not None:
+            data |= self._encode_prompts(_as_prompts(text), needs_volume=volumes is not None)
+        return BatchFeature(data)
+
+    def _encode_prompts(self, texts: list[Any], needs_volume: bool) -> dict[str, Tensor]:
+        prompts = [text if isinstance(text, str) else self._render(text) for text in texts]
+        for prompt in prompts:
+            if needs_volume and prompt.count(VOLUME_TOKEN) != 1:
+                raise UserError(
+                    f"a text has {prompt.count(VOLUME_TOKEN)} placeholders {VOLUME_TOKEN}, expected 1: {prompt!r:.80}"
+                )
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        for row in ids:
+            self._check_length(len(row) - self.queries)
+        batch = {
+            "input_ids": self._pad(ids, self.tokenizer.pad_token_id, "left"),
+            "attention_mask": self._pad([[1] * len(row) for row in ids], 0, "left"),
+        }
+        return batch | self._encode_questions([_question(text, self.tokenizer) for text in texts])
+
+    def _render(self, messages: Any) -> str:
+        template = self.chat_template or self.tokenizer.chat_template or PLAIN_TEMPLATE
+        return str(
+            self.tokenizer.apply_chat_template(
+                [{**message, "content": _content(message)} for message in messages],
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        )
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        return self.tokenizer(
+            prompt.replace(VOLUME_TOKEN, VOLUME_TOKEN * self.queries), add_special_tokens=False
+        ).input_ids
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        return [*self.tokenizer(answer, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+
+    def _encode_questions(self, questions: Sequence[str]) -> dict[str, Tensor]:
+        ids = [self.tokenizer(question or " ", add_special_tokens=False).input_ids for question in questions]
+        return {
+            "question_ids": self._pad(ids, self.tokenizer.pad_token_id, "right"),
+            "question_mask": self._pad([[1] * len(row) for row in ids], 0, "right").bool(),
+        }
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self.max_text_tokens:
+            raise UserError(
+                f"a text of {tokens} tokens; the model takes {self.max_text_tokens} beside the scan: "
+                "shorten it or raise model.max_text_tokens"
+            )
+
+    @staticmethod
+    def _pad(rows: list[list[int]], value: int, side: str) -> Tensor:
+        longest = max(len(row) for row in rows)
+        fill = [[value] * (longest - len(row)) for row in rows]
+        padded = [row + f if side == "right" else f + row for row, f in zip(rows, fill, strict=True)]
+        return torch.tensor(padded, dtype=torch.long)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "volumes", "chunk_mask", "question_ids", "question_mask"]
+
+
+def _prepare_scan(volume: Any, spec: PreprocessSpec) -> tuple[Tensor, Tensor]:
+    if isinstance(volume, str | Path | bytes):
+        volume = ct.read(volume)
+    if isinstance(volume, ct.CTVolume):
+        volume = ct.prepare(volume, spec)
+    if isinstance(volume, ct.ModelInput):
+        return torch.as_tensor(volume.voxels), torch.as_tensor(volume.chunk_mask)
+    voxels = torch.as_tensor(np.asarray(volume))
+    if tuple(voxels.shape) != spec.shape:
+        raise UserError(f"voxels of shape {tuple(voxels.shape)}; spec {spec.name} has {spec.shape} (T, C, K, H, W)")
+    return voxels, torch.ones(len(voxels), dtype=torch.bool)
+
+
+def _as_list(volumes: Any) -> list[Any]:
+    if isinstance(volumes, list | tuple):
+        return list(volumes)
+    if isinstance(volumes, np.ndarray | Tensor) and volumes.ndim == 6:
+        return list(volumes)
+    return [volumes]
+
+
+def _as_prompts(text: Any) -> list[Any]:
+    """One prompt, one chat, or a list of either → a list."""
+    if isinstance(text, str) or (len(text) and isinstance(text[0], dict)):
+        return [text]
+    return list(text)
+
+
+def _content(message: dict[str, Any]) -> str:
+    """A message's content as text; parts of type volume or image become the placeholder."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] if part["type"] == "text" else VOLUME_TOKEN for part in content)
+
+
+def _question(text: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is asked: the last user message of a chat, or the text without its special tokens."""
+    if not isinstance(text, str):
+        users = [message for message in text if message["role"] == "user"]
+        return _content(users[-1] if users else text[-1]).replace(VOLUME_TOKEN, "").strip()
+    ids = tokenizer(text.replace(VOLUME_TOKEN, ""), add_special_tokens=False).input_ids
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -1,0 +1,139 @@
+"""Which of a scan's tokens go on, and at which scales: DTS, hard top-k and DMTP (METHOD.md §1.2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mu2llm.errors import UserError
+from mu2llm.model.configuration import Mu2TokenizerConfig
+
+
+class Selected(NamedTuple):
+    """`tokens` (B, k, E), `valid` (B, k) or None where all are, `weights` (B, k, tokens of the scan) or None."""
+
+    tokens: Tensor
+    valid: Tensor | None
+    weights: Tensor | None
+
+
+class DifferentiableSelection(nn.Module):
+    """k soft tokens, each a softmax-weighted mean over all tokens of all chunks: one product, no loop.
+
+    With `normalise_scores` the scores come from normalised tokens and start with unit-free spread, so that the
+    soft tokens do not begin as k copies of the mean.
+    """
+
+    step: Tensor
+
+    def __init__(self, config: Mu2TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.score = nn.Linear(config.hidden_size, config.top_k, bias=False)  # a bias leaves a softmax as it is
+        self.norm = nn.LayerNorm(config.hidden_size, elementwise_affine=False) if config.normalise_scores else None
+        if config.temperature_mode == "learned":
+            self.log_temperature = nn.Parameter(torch.tensor(float(config.temperature)).log())
+        if config.temperature_mode == "annealed":
+            self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def temperature(self) -> Tensor | float:
+        """τ now: as configured, learned, or on its way from `temperature` to `temperature_end`."""
+        config = self.config
+        if config.temperature_mode == "learned":
+            return self.log_temperature.exp()
+        if config.temperature_mode == "annealed":
+            done = (self.step / config.annealing_steps).clamp(max=1)
+            return config.temperature * (config.temperature_end / config.temperature) ** done
+        return config.temperature
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, return_weights: bool = False) -> Selected:
+        """x (B, n, E), mask (B, n) → k soft tokens."""
+        if self.training and self.config.temperature_mode == "annealed":
+            self.step.add_(1)
+        scores = self.score.weight @ (x if self.norm is None else self.norm(x)).transpose(1, 2)
+        scores = scores / self.temperature()
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], float("-inf"))
+        weights = scores.softmax(-1)
+        return Selected(weights @ x, None, weights if return_weights else None)
+
+
+class TopKSelection(nn.Module):
+    """The k tokens of the highest score, in that order.
+
+    `straight_through` leaves the tokens as they are and hands the gradient of σ(score) on to the scores.
+    """
+
+    def __init__(self, config: Mu2TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.score = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, return_weights: bool = False) -> Selected:
+        """x (B, n, E), mask (B, n) → k tokens; those beyond the unmasked ones are zero and not valid."""
+        if self.config.top_k > x.shape[1]:
+            raise UserError(f"top_k {self.config.top_k} is more than the {x.shape[1]} tokens there are")
+        scores = self.score(x).squeeze(-1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        best, index = scores.topk(self.config.top_k, dim=1)
+        tokens = x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+        valid = None if mask is None else best.isfinite()
+        if self.config.straight_through:
+            gate = best.masked_fill(best.isinf(), 0).sigmoid()[..., None]
+            tokens = tokens * (1 + gate - gate.detach())
+        if valid is not None:
+            tokens = tokens.masked_fill(~valid[..., None], 0)
+        weights = F.one_hot(index, x.shape[1]).to(x.dtype) if return_weights else None
+        return Selected(tokens, valid, weights)
+
+
+class MultiScalePooling(nn.Module):
+    """The selected tokens averaged in runs of each scale, one after another; dynamic: weighted by a gate."""
+
+    def __init__(self, config: Mu2TokenizerConfig) -> None:
+        super().__init__()
+        self.scales = [scale for scale in config.scales if scale <= config.top_k] or [1]
+        self.gate = nn.Linear(config.hidden_size, 1) if config.pooling == "dynamic" else None
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(B, k, E) → (B, Σ k/scale, E), which of them are valid, and the scales' weights (B, scales)."""
+        pooled = [_pool(x, valid, scale) for scale in self.scales]
+        masks = None if valid is None else torch.cat([m for _, m in pooled if m is not None], dim=1)
+        tokens = [y for y, _ in pooled]
+        if self.gate is None:
+            return torch.cat(tokens, dim=1), masks, None
+        means = torch.stack([_mean(y, m) for y, m in pooled], dim=1)
+        weights = cast(Tensor, self.gate(means)).squeeze(-1).softmax(-1)
+        return torch.cat([y * weights[:, i, None, None] for i, y in enumerate(tokens)], dim=1), masks, weights
+
+    def matrix(self, k: int, valid: Tensor | None, gates: Tensor | None) -> Tensor:
+        """(B or 1, Σ k/scale, k): the same as a matrix on the selected tokens."""
+        rows = []
+        for i, scale in enumerate(self.scales):
+            groups = k // scale
+            row = F.pad(torch.eye(groups).repeat_interleave(scale, 1), (0, k - groups * scale))[None]
+            row = row if valid is None else row.to(valid.device) * valid[:, None]
+            row = row / row.sum(-1, keepdim=True).clamp(min=1)
+            rows.append(row if gates is None else row.to(gates.device) * gates[:, i, None, None])
+        return torch.cat(rows, dim=1)
+
+
+def _pool(x: Tensor, valid: Tensor | None, scale: int) -> tuple[Tensor, Tensor | None]:
+    if scale == 1:
+        return x, valid
+    groups = x.shape[1] // scale
+    runs = x[:, : groups * scale].unflatten(1, (groups, scale))
+    if valid is None:
+        return runs.mean(2), None
+    count = valid[:, : groups * scale].unflatten(1, (groups, scale)).sum(2)
+    return runs.sum(2) / count.clamp(min=1)[..., None], count > 0
+
+
+def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        return x.mean(1)
+    return x.sum(1) / valid.sum(1, keepdim=True).clamp(min=1)

