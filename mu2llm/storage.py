@@ -67,6 +67,21 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([str(uri).rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def absolute(uri: str) -> str:
+    """The same place, whatever the working directory of the process that reads it."""
+    return uri if "://" in uri else resolve(uri)[1]
+
+
+def parent(uri: str) -> str:
+    """The folder of a URI."""
+    return uri.rstrip("/").rpartition("/")[0] or "."
+
+
+def below(folder: str, path: str) -> str:
+    """A path that a document in `folder` names: as it is where it is absolute or a URI, else below the folder."""
+    return path if "://" in path or path.startswith("/") else join(folder, os.path.normpath(path))
+
+
 def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
@@ -85,6 +100,10 @@ def info(uri: str) -> pafs.FileInfo:
 
 def exists(uri: str) -> bool:
     return bool(info(uri).type != pafs.FileType.NotFound)
+
+
+def is_file(uri: str) -> bool:
+    return bool(info(uri).type == pafs.FileType.File)
 
 
 def list_files(uri: str, recursive: bool = True) -> list[pafs.FileInfo]:

@@ -39,7 +39,7 @@ from mu2llm.records import Case, PreprocessSpec, Rejection
 SPLITS = ("train", "validation", "test")
 REJECTED = "rejected.parquet"
 MANIFEST = "manifest.json"
-LEAST_SHARDS = 16  # of a split, so that small data sets keep several cores busy
+SMALL_SHARDS = 16  # shards of a split that is small, to keep several cores busy; and the least rows of a shard
 READ_AHEAD = 2  # scans whose bytes are fetched while one is decoded
 Progress = Callable[[int, int], None]
 
@@ -65,7 +65,7 @@ def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Progres
     raises Failure after everything is written. Storage that fails is tried again and then a Failure, never a rejection.
     """
     started = time.monotonic()
-    data = experiment.data
+    out, data = storage.absolute(out), experiment.data
     _check_target(out, data.spec)
     groups = plan(table, data)
     summaries = _run(groups, out, data, table, progress)
@@ -91,7 +91,7 @@ def plan(table: CaseTable, data: DataConfig) -> dict[str, list[Case]]:
     row_bytes = math.prod(data.spec.shape) * np.dtype(data.spec.dtype).itemsize
     for split in SPLITS:
         cases = sorted((case for case in table.cases if case.split == split), key=_shuffled)
-        size = max(1, min(data.shard_mb * 2**20 // row_bytes, -(-len(cases) // LEAST_SHARDS)))
+        size = max(1, min(data.shard_mb * 2**20 // row_bytes, max(SMALL_SHARDS, -(-len(cases) // SMALL_SHARDS))))
         for number, group in enumerate(cases[start : start + size] for start in range(0, len(cases), size)):
             sizes = [table.sizes.get(case.volume) for case in group]
             digest = config.digest([[case.row() for case in group], sizes, data.spec.hash, sorted(data.accept)])
@@ -173,7 +173,7 @@ def _scans(
                 source = fetched.popleft().result()
                 yield case, _row(case, source, spec, accept)
             except Rejection as rejection:
-                yield case, Rejection(case.volume, rejection.reason, rejection.message, case.id)
+                yield case, Rejection(_lasting(case).volume, rejection.reason, rejection.message, case.id)
             shutil.rmtree(Path(folder, str(number)), ignore_errors=True)
 
 
@@ -194,13 +194,18 @@ def _row(case: Case, source: Path, spec: PreprocessSpec, accept: tuple[str, ...]
     volume = storage.retried(case.volume, lambda: ct.read(source, rescale=case.rescale, accept=accept))
     model_input = ct.prepare(ct.admit(volume, accept), spec)
     return {
-        **case.row(),
+        **_lasting(case).row(),
         "voxels": model_input.voxels,
         "chunk_mask": model_input.chunk_mask,
         "affine": model_input.affine,
         "spacing_mm": volume.spacing_mm,
         "warnings": json.dumps(volume.warnings),
     }
+
+
+def _lasting(case: Case) -> Case:
+    """The case with the URI of its volume as it is to be recorded."""
+    return case.model_copy(update={"volume": storage.lasting(case.volume)})
 
 
 def _check_target(out: str, spec: PreprocessSpec) -> None:
@@ -225,7 +230,7 @@ def _write_index(
     for path, summary in zip(groups, summaries, strict=True):
         facts = {name: summary[name] for name in ("rows", "bytes", "sha256")}
         files[path.split("/")[0]].append(ShardFile(path=path, **facts))
-        written.extend(cases[name] for name in summary["ids"])
+        written.extend(_lasting(cases[name]) for name in summary["ids"])
     index = Index.of(experiment.data.spec, files, experiment=experiment.model_dump(mode="json"))
     return write_index(out, index, written)
 

@@ -72,6 +72,7 @@ class Shards:
     @classmethod
     def open(cls, uri: str) -> Self:
         """The shards at a URI; a UserError where there are none, or of a version this program cannot read."""
+        uri = storage.absolute(uri)
         try:
             values = storage.read_json(storage.join(uri, INDEX))
         except FileNotFoundError:
@@ -221,6 +222,7 @@ def write_rows(
     `splits` gives for each split its rows: a Dataset, or batches as dicts of columns, with the column `id` of a
     case of `parent`. `facts` go into the index. What was at the URI before is replaced.
     """
+    uri = storage.absolute(uri)
     storage.delete(uri)
     known = {case.id: case for split in splits for case in parent.cases(split)}
     files: dict[str, list[ShardFile]] = {}
@@ -231,7 +233,7 @@ def write_rows(
         for path, ids in _write_files(uri, split, iter(batches), shard_mb * 2**20):
             files[split].append(shard_file(uri, path))
             cases.extend(known[name] for name in ids)
-    index = Index.of(parent.spec, files, parent=parent.uri, parent_checksum=parent.checksum, **facts)
+    index = Index.of(parent.spec, files, parent=storage.lasting(parent.uri), parent_checksum=parent.checksum, **facts)
     return write_index(uri, index, cases)
 
 

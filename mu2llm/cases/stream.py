@@ -23,6 +23,7 @@ from mu2llm.errors import UserError
 BLOCK_BYTES = 16 * 2**20  # what one step of a reading task gives; large enough to hide Ray Data's cost a block
 TASK_BYTES = 128 * 2**20  # what one reading task gives before the next is scheduled
 MAX_TASKS = 4096
+READING_TASKS = 2  # at once, of one stream
 
 
 @functools.lru_cache(maxsize=4)
@@ -103,7 +104,9 @@ class Reader:
             yield {**columns, "row": positions}
 
 
-def blocks(shards: Shards, split: str, columns: list[str], order: Order, share: Share, **task: Any) -> ray.data.Dataset:
+def blocks(
+    shards: Shards, split: str, columns: list[str], order: Order, share: Share, num_cpus: float
+) -> ray.data.Dataset:
     """A Dataset of the rows of a share in order, in small blocks, with the column `row` (position in the order)."""
     schema = shards.schema(split)
     missing = [name for name in columns if name not in schema.names]
@@ -115,11 +118,18 @@ def blocks(shards: Shards, split: str, columns: list[str], order: Order, share: 
         block_rows -= block_rows % share.local_batch
     number = -(-len(share) // block_rows)
     per_task = max(1, TASK_BYTES // (block_rows * row_bytes), -(-number // MAX_TASKS))
-    dataset = ray.data.range(number, override_num_blocks=max(1, -(-number // per_task)))
+    tasks = max(1, -(-number // per_task))
+    dataset = ray.data.range(number, override_num_blocks=tasks)
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = int(0.9 * block_rows * row_bytes)  # so that each step gives a block
     reader = Reader(shards.files(split), shards.rows(split), columns, order, share, block_rows)
-    return dataset.map_batches(reader, batch_size=None, batch_format="numpy", **task)
+    return dataset.map_batches(
+        reader,
+        batch_size=None,
+        batch_format="numpy",
+        num_cpus=num_cpus,
+        compute=TaskPoolStrategy(size=min(READING_TASKS, tasks)),
+    )
 
 
 def _width(field: pa.Field) -> int:
@@ -129,7 +139,7 @@ def _width(field: pa.Field) -> int:
 def dataset(shards: Shards, split: str, columns: list[str], num_cpus: float = 0.25) -> ray.data.Dataset:
     """All rows of a split once, as stored, as a Dataset: tensors as arrays, JSON columns as JSON text."""
     count = shards.count(split)
-    return blocks(shards, split, columns, Order(count, None), Share(0, count, 1), num_cpus=num_cpus)
+    return blocks(shards, split, columns, Order(count, None), Share(0, count, 1), num_cpus)
 
 
 class Stream:
@@ -159,9 +169,7 @@ class Stream:
         self.share = Share(start_row, shards.count(split) if rows is None else rows, batch_size, rank, world)
         self.wait_seconds = 0.0
         order = Order(shards.count(split), seed, shuffle_rows)
-        self._dataset = blocks(
-            shards, split, columns, order, self.share, num_cpus=num_cpus, compute=TaskPoolStrategy(size=2)
-        )
+        self._dataset = blocks(shards, split, columns, order, self.share, num_cpus)
 
     def __len__(self) -> int:
         """Batches."""

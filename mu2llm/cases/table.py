@@ -15,12 +15,13 @@ NOTES: dict[str, str] = {
     "rows": "rows of the manifest",
     "cases": "cases that are to be ingested",
     "unknown_columns": "columns of the manifest that nothing uses",
-    "unknown_files": "tables beside the manifest that nothing uses",
+    "unknown_files": "files of the manifest that nothing uses, or that cannot be read",
     "invalid_row": "rows that are no case: a field is missing or of a wrong type",
     "duplicate_id": "further rows with the id of an earlier one",
-    "no_report": "scans of the manifest without a report",
+    "no_report": "scans of the manifest without a report, left out",
     "not_found": "reports without a scan: the volume is not there",
     "scan_without_row": "scans below --volumes that no row names",
+    "scan_without_report": "scans of the metadata table that the table of reports does not name",
     "several_volumes": "volumes whose name is there more than once; the first was taken",
     "other_reconstruction": "further reconstructions of a scan, left out (data.reconstructions)",
     "no_rescale": "volumes without slope and intercept in the metadata table",
@@ -32,7 +33,7 @@ NOTES: dict[str, str] = {
 }
 """What is counted and listed about a manifest: code → description."""
 
-MANIFEST_REASONS = ("invalid_row", "duplicate_id", "no_report", "not_found")
+MANIFEST_REASONS = ("invalid_row", "duplicate_id", "not_found")
 """The codes among them for which a row is rejected; the others are notes."""
 
 

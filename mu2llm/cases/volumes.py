@@ -7,53 +7,75 @@ from dataclasses import dataclass, field
 
 from mu2llm import storage
 
-SUFFIXES = (".nii", ".nii.gz", ".dcm", ".zip", ".npy")
+SUFFIXES = (".nii.gz", ".nii", ".npy", ".zip", ".dcm")
+
+
+def stem(path: str) -> str:
+    """The name of a scan: the last part of its path without suffix."""
+    name = path.rstrip("/").rpartition("/")[2]
+    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
 
 
 @dataclass
 class Volumes:
-    """Files below a root, by their path relative to it; `named` are those that the manifest names."""
+    """Files below a root by their path relative to it, with their bytes; `named` are those that the manifest names."""
 
     root: str
     files: dict[str, int]
-    folders: set[str]
+    folders: set[str] = field(default_factory=set)
     named: set[str] = field(default_factory=set)
-    by_name: dict[str, list[str]] = field(default_factory=dict)
+    by_tail: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def below(cls, root: str) -> Volumes:
         """Lists a root; one that is not there has no files."""
         base = storage.resolve(root)[1].rstrip("/") + "/"
-        files = {info.path.removeprefix(base): info.size for info in storage.list_files(root)}
-        folders = {os.path.dirname(path) for path in files}
-        for folder in list(folders):
-            while folder := os.path.dirname(folder):
-                folders.add(folder)
-        by_name: dict[str, list[str]] = {}
-        for path in [*files, *sorted(folders)]:
-            by_name.setdefault(os.path.basename(path), []).append(path)
-        return cls(root, files, folders, by_name=by_name)
+        found = cls(root, {info.path.removeprefix(base): info.size for info in storage.list_files(root)})
+        for path in found.files:
+            while (path := os.path.dirname(path)) and path not in found.folders:
+                found.folders.add(path)
+        for path in [*found.files, *sorted(found.folders)]:
+            parts = path.split("/")
+            for tail in {parts[-1], "/".join(parts[-2:])}:
+                found.by_tail.setdefault(tail, []).append(path)
+        return found
 
     def name(self, path: str) -> str:
-        """The URI of a volume that a manifest names: relative to the root, or a URI or absolute path as it is."""
-        if "://" in path or path.startswith("/"):
-            return path
-        relative = os.path.normpath(path)
-        self.named.add(relative)
-        return storage.join(self.root, relative)
+        """The URI of a volume that a manifest names."""
+        self.named.add(os.path.normpath(path))
+        return storage.below(self.root, path)
 
-    def find(self, name: str) -> list[str]:
-        """Relative paths of the files and folders of a name, wherever they lie below the root."""
-        return self.by_name.get(name, [])
+    def locate(self, path: str, least: int = 1) -> str | None:
+        """The relative path of a file or folder, also one that a manifest names by another machine's path: the same
+        place, else where the last two parts of the path agree, else (`least` 1) where its last part does."""
+        relative = os.path.normpath(path)
+        if relative in self.files or relative in self.folders:
+            return relative
+        for parts in range(2, least - 1, -1):
+            if found := self.find("/".join(relative.split("/")[-parts:])):
+                return found[0]
+        return None
+
+    def scan(self, path: str) -> str:
+        """The URI of a scan; a NIfTI of the same name is taken where the manifest names an array (.npy)."""
+        nifti = self.locate(path.removesuffix(".npy") + ".nii.gz") if path.endswith(".npy") else None
+        return self.name(nifti or self.locate(path) or path)
+
+    def beside(self, manifest: str, path: str) -> str:
+        """The URI of a text that a manifest names: below the root, else in the manifest's folder."""
+        relative = self.locate(path, least=2)
+        return storage.join(self.root, relative) if relative else storage.below(storage.parent(manifest), path)
+
+    def find(self, tail: str) -> list[str]:
+        """Relative paths of the files and folders whose last part, or last two, are given."""
+        return self.by_tail.get(tail, [])
 
     def missing(self, uri: str) -> bool:
         """Whether a volume below the root is not there; of other places nothing is known until they are read."""
-        relative = self._relative(uri)
-        return relative is not None and relative not in self.files and relative not in self.folders
-
-    def _relative(self, uri: str) -> str | None:
-        base = str(self.root).rstrip("/") + "/"
-        return uri.removeprefix(base) if uri.startswith(base) else None
+        base = self.root.rstrip("/") + "/"
+        relative = uri.removeprefix(base)
+        known = uri.startswith(base) and not relative.startswith("..")
+        return known and relative not in self.files and relative not in self.folders
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -63,8 +85,8 @@ class Volumes:
         """Scans that no row names; of a folder of DICOM files the folder."""
         found: dict[str, None] = {}
         for path in self.files:
-            parents = path.split("/")
-            if any("/".join(parents[:depth]) in self.named for depth in range(1, len(parents) + 1)):
+            parts = path.split("/")
+            if any("/".join(parts[:depth]) in self.named for depth in range(1, len(parts) + 1)):
                 continue
             if path.lower().endswith(".dcm"):
                 found[os.path.dirname(path) or "."] = None

@@ -1,0 +1,98 @@
+"""CT-RATE: reports, metadata and labels in CSV tables, by volume (`train_17051_a_1.nii.gz`: the first reconstruction
+of scan a of patient train_17051). The tables are told apart by their columns, not by their names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from mu2llm import storage
+from mu2llm.cases.rows import compose, read_folder, unused
+from mu2llm.cases.table import CaseTable
+from mu2llm.cases.volumes import Volumes
+from mu2llm.config import DataConfig
+from mu2llm.errors import UserError
+from mu2llm.records import Case, Split
+
+NAME = "VolumeName"
+FINDINGS, IMPRESSION = "Findings_EN", "Impressions_EN"
+SLOPE, INTERCEPT = "RescaleSlope", "RescaleIntercept"
+A_LABEL = "Medical material"
+SPLITS: dict[str, Split] = {"train": "train", "valid": "validation"}
+Rows = dict[str, dict[str, str]]
+
+
+def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> Iterator[Case]:
+    """`manifest` is a folder with the tables, or the table of reports with the others beside it.
+
+    One reconstruction a scan (the first that is there), all with `data.reconstructions=all`. Slope and intercept of
+    the metadata go into `rescale`; train and valid volumes keep their split.
+    """
+    reports, metadata, labels = _tables(manifest, table)
+    table.counts["rows"] = len(reports)
+    chosen = list(reports) if data.reconstructions == "all" else _one_each(reports, found, table)
+    for name in chosen:
+        identity = name.removesuffix(".nii.gz")
+        if name not in metadata:
+            table.note("no_rescale", [identity])
+        if name not in labels:
+            table.note("no_labels", [identity])
+        yield Case(
+            id=identity,
+            patient="_".join(identity.split("_")[:2]),
+            volume=_volume(name, found, table),
+            report=compose(reports[name].get(FINDINGS), reports[name].get(IMPRESSION)),
+            split=SPLITS.get(identity.split("_")[0]),
+            labels={key: int(float(value or 0)) for key, value in labels[name].items()} if name in labels else None,
+            rescale=metadata.get(name),
+            source="CT-RATE",
+        )
+    table.note("scan_without_report", sorted(set(metadata) - set(reports)))
+
+
+def _tables(manifest: str, table: CaseTable) -> tuple[Rows, dict[str, tuple[float, float]], Rows]:
+    given = read_folder(manifest, table)
+    beside = given
+    if storage.is_file(manifest):
+        beside = {**read_folder(storage.parent(manifest), table), **given}
+    reports: Rows = {}
+    metadata: dict[str, tuple[float, float]] = {}
+    labels: Rows = {}
+    for uri, rows in beside.items():
+        columns = rows[0]
+        if NAME in columns and FINDINGS in columns:
+            if uri in given:
+                reports.update((row[NAME], row) for row in rows if row[NAME])
+                table.note("unknown_columns", unused(rows, (NAME, FINDINGS, IMPRESSION)))
+        elif NAME in columns and SLOPE in columns:
+            pairs = ((row[NAME], row[SLOPE], row[INTERCEPT]) for row in rows)
+            metadata.update((name, (float(slope), float(shift))) for name, slope, shift in pairs if slope and shift)
+            table.note("unknown_columns", unused(rows, (NAME, SLOPE, INTERCEPT)))
+        elif NAME in columns and A_LABEL in columns:
+            labels.update((row.pop(NAME), row) for row in rows)
+        else:
+            table.note("unknown_files", [uri])
+    if not reports:
+        raise UserError(f"manifest {manifest}: no CT-RATE table of reports (columns {NAME} and {FINDINGS})")
+    return reports, metadata, labels
+
+
+def _one_each(reports: Rows, found: Volumes, table: CaseTable) -> list[str]:
+    """Of each scan's reconstructions the first that is there; the first of all where none is."""
+    scans: dict[str, list[str]] = defaultdict(list)
+    for name in reports:
+        scans[name.removesuffix(".nii.gz").rpartition("_")[0]].append(name)
+    chosen = []
+    for names in scans.values():
+        ranked = sorted(names, key=lambda name: (not found.find(name), len(name), name))
+        chosen.append(ranked[0])
+        table.note("other_reconstruction", ranked[1:])
+    return chosen
+
+
+def _volume(name: str, found: Volumes, table: CaseTable) -> str:
+    """The volume wherever it lies; of a raw and a fixed release the fixed one."""
+    paths = sorted(found.find(name), key=lambda path: ("_fixed" not in path, path))
+    if len(paths) > 1:
+        table.note("several_volumes", [name])
+    return found.name(paths[0] if paths else name)

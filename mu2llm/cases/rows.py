@@ -1,0 +1,116 @@
+"""Tables and texts as manifests have them: CSV, JSON lines, Parquet → rows; report texts set right."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mu2llm import storage
+from mu2llm.cases.table import CaseTable
+from mu2llm.errors import UserError
+
+READERS = 16  # small files read at once
+NOTHING = {"", "not given.", "not given", "nan", "none", "n/a"}
+
+
+def read_text(uri: str, table: CaseTable) -> str:
+    """A text file; what is not UTF-8 is read as Windows-1252, and noted."""
+    raw = storage.read_bytes(uri)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        table.note("decoded_as_latin", [uri])
+        return raw.decode("cp1252", errors="replace")
+
+
+def read_texts(uris: list[str], table: CaseTable) -> list[str | None]:
+    """Many small text files, read in parallel; None for one that is not there."""
+
+    def read(uri: str) -> str | None:
+        try:
+            return read_text(uri, table)
+        except FileNotFoundError:
+            return None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(read, uris))
+
+
+def read_csv(uri: str, table: CaseTable) -> list[dict[str, str]]:
+    """Rows of a CSV file, also with line breaks in fields; cells that are missing are empty."""
+    csv.field_size_limit(2**24)
+    rows = csv.DictReader(io.StringIO(read_text(uri, table), newline=""), restval="")
+    return [{name: value for name, value in row.items() if name} for row in rows]
+
+
+def read_json_lines(uri: str, table: CaseTable) -> list[dict[str, Any]]:
+    """One JSON object a line; a line that is none becomes an empty row."""
+    return [_object(line) for line in read_text(uri, table).splitlines() if line.strip()]
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def read_parquet(uri: str) -> list[dict[str, Any]]:
+    """Rows of a Parquet file; a UserError where it is none."""
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(storage.read_bytes(uri))).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise UserError(f"manifest {uri} is not Parquet: {str(error).splitlines()[0]}") from None
+    return rows
+
+
+def read_json(uri: str) -> Any:
+    """A JSON document; a UserError where it is none."""
+    try:
+        return json.loads(storage.read_bytes(uri))
+    except ValueError as error:
+        raise UserError(f"manifest {uri} is not JSON: {error}") from None
+
+
+def read_folder(manifest: str, table: CaseTable) -> dict[str, list[dict[str, str]]]:
+    """A CSV file, or all CSV files below a folder → rows by URI; those without any are left out."""
+    if storage.is_file(manifest):
+        uris = [manifest]
+    else:
+        base = storage.resolve(manifest)[1].rstrip("/") + "/"
+        names = [each.path.removeprefix(base) for each in storage.list_files(manifest)]
+        uris = [storage.join(manifest, name) for name in names if name.lower().endswith(".csv")]
+    tables = {uri: read_csv(uri, table) for uri in uris}
+    return {uri: rows for uri, rows in tables.items() if rows}
+
+
+def clean(text: str | None) -> str:
+    """Text with single spaces; what only says that there is none becomes empty."""
+    joined = " ".join((text or "").split())
+    return "" if joined.lower() in NOTHING else joined
+
+
+def compose(findings: str | None, impression: str | None) -> str:
+    """One report of its two parts. CT-RATE joins some by a stray quotation mark: they are parted there."""
+    first, second = clean(findings), clean(impression)
+    if not second and first.count('"') == 1 and re.search(r'(?:^|\s)"(?:\s|$)', first):
+        first, second = (part.strip() for part in first.split('"'))
+    parts = [f"{name}: {text}" for name, text in (("Findings", first), ("Impression", second)) if text]
+    return " ".join(parts)
+
+
+def unused(rows: Iterable[dict[str, Any]], used: Iterable[str]) -> list[str]:
+    """The columns of rows that are not among those used, in their order."""
+    seen: dict[str, None] = {}
+    for row in rows:
+        seen.update(dict.fromkeys(row))
+    return [name for name in seen if name not in set(used)]
