@@ -112,6 +112,7 @@ def _hash(word):
     return int.from_bytes(word.encode()[:8].ljust(8, b"\0"), "big")
 
 
+@pytest.mark.slow
 def test_bert_score_is_the_packages():
     utils = pytest.importorskip("bert_score.utils")
     import torch
