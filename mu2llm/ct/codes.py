@@ -21,7 +21,6 @@ REASONS: dict[str, str] = {
     "unsafe_archive": "an archive with absolute or climbing paths, links or encrypted members",
     "rgb": "colour voxels: a screen save or rendered map, not HU",
     "complex": "complex voxels",
-    "unsupported_dtype": "voxels of a data type that is not a number",
     "not_3d": "not one three-dimensional volume (4-D series, vectors, 2-D)",
     "single_slice": "one slice alone is no volume",
     "other_modality": "the file calls itself another modality than CT",

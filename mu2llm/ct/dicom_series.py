@@ -16,7 +16,13 @@ import numpy as np
 import pydicom
 from pydicom.filereader import read_dataset
 from pydicom.pixels import get_decoder
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, UncompressedTransferSyntaxes
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    UncompressedTransferSyntaxes,
+)
 
 from mu2llm.ct.codes import MAX_BYTES, Rejection
 from mu2llm.ct.sources import DICOM, NIFTI, Part, kind_of
@@ -59,7 +65,11 @@ class Slice:
     def dataset(self, uri: str) -> pydicom.Dataset:
         """The whole file."""
         try:
-            return pydicom.dcmread(io.BytesIO(self.part.load()), force=True)
+            dataset = pydicom.dcmread(io.BytesIO(self.part.load()), force=True)
+            if not self.syntax:  # files from before there was meta information
+                implicit, _ = dataset.original_encoding
+                dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+            return dataset
         except Rejection:
             raise
         except Exception as error:  # pydicom raises many kinds for damaged files

@@ -66,8 +66,6 @@ def _layout(header: Header, uri: str) -> tuple[tuple[int, int, int], np.dtype]:
         raise Rejection(uri, "rgb", "colour voxels, not HU")
     if dtype.kind == "c":
         raise Rejection(uri, "complex", f"voxels of {dtype}, not HU")
-    if dtype.kind not in "iuf":
-        raise Rejection(uri, "unsupported_dtype", f"voxels of data type code {int(header['datatype'])}")
     if any(size < 1 for size in shape) or not shape:
         raise Rejection(uri, "empty", f"no voxels: shape {shape}")
     while len(shape) > 3 and shape[-1] == 1:

@@ -92,7 +92,7 @@ def gunzip(stream: io.BufferedReader, uri: str) -> Iterator[Stream]:
             yield inner
     except EOFError as error:
         raise Rejection(uri, "truncated", "the gzip stream ends too early") from error
-    except (gzip.BadGzipFile, isal_zlib.IsalError, zlib.error) as error:
+    except (gzip.BadGzipFile, isal_zlib.IsalError, zlib.error) as error:  # type: ignore[misc]  # its stub is wrong
         raise Rejection(uri, "corrupt", f"damaged gzip: {error}") from error
 
 

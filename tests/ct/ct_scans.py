@@ -1,0 +1,122 @@
+"""Scans that the tests make: a small chest as NIfTI, DICOM slices and zips, with whatever is wrong with them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zipfile
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
+
+SERIES = "1.2.826.0.1.3680043.8.498.1"
+AFFINE = np.array([[2.0, 0, 0, -20], [0, 2.5, 0, -30], [0, 0, 3, -40], [0, 0, 0, 1]])  # RAS+, mm
+
+
+def chest(shape: tuple[int, int, int] = (24, 20, 16), seed: int = 0) -> np.ndarray:
+    """HU (x, y, z): air, a body of soft tissue with fat, the right lung larger than the left, a spine; noise."""
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, size) for size in shape], indexing="ij")
+    hu = np.full(shape, -1000.0)
+    hu[(x / 0.95) ** 2 + (y / 0.85) ** 2 < 1] = -100
+    hu[(x / 0.9) ** 2 + (y / 0.8) ** 2 < 1] = 40
+    hu[((x - 0.42) / 0.35) ** 2 + (y / 0.5) ** 2 + (z / 0.9) ** 2 < 1] = -820
+    hu[((x + 0.42) / 0.25) ** 2 + (y / 0.4) ** 2 + (z / 0.8) ** 2 < 1] = -820
+    hu[(x / 0.15) ** 2 + ((y + 0.5) / 0.15) ** 2 < 1] = 400
+    return np.maximum(hu + np.random.default_rng(seed).normal(0, 12, shape), -1024).astype(np.int16)
+
+
+def nifti(
+    stored: np.ndarray,
+    affine: np.ndarray | None = AFFINE,
+    scaling: tuple[float, float] | None = None,
+    kind: type = nib.Nifti1Image,
+    big_endian: bool = False,
+    compress: bool = True,
+    **fields: Any,
+) -> bytes:
+    """A NIfTI of stored values (x, y, z); `fields` are written into its header as they are."""
+    header = kind.header_class(endianness=">" if big_endian else "<")
+    header.set_data_dtype(stored.dtype)
+    image = kind(stored, affine, header)
+    if affine is not None:
+        image.set_sform(affine, 1)
+        image.set_qform(affine, 1)
+    header = image.header
+    header.set_slope_inter(*(scaling or (1, 0)))
+    header["vox_offset"] = header.single_vox_offset
+    for name, value in fields.items():
+        header[name] = value
+    voxels = stored.astype(stored.dtype.newbyteorder(">" if big_endian else "<")).tobytes(order="F")
+    data = header.binaryblock + b"\0" * (int(header.single_vox_offset) - len(header.binaryblock)) + voxels
+    return gzip.compress(data, 1) if compress else data
+
+
+def slices(
+    hu: np.ndarray,
+    affine: np.ndarray = AFFINE,
+    scaling: tuple[float, float] = (1, -1024),
+    positions: np.ndarray | None = None,
+    **tags: Any,
+) -> list[Dataset]:
+    """DICOM CT slices of HU (x, y, z): columns run to the left, rows to the back, as scanners store them.
+
+    `positions` are mm along the third axis instead of equal steps; `tags` are set on every slice, None deletes.
+    """
+    flipped = hu[::-1, ::-1]
+    axes = affine[:3, :3] * [-1, -1, 1]
+    origin = affine @ [hu.shape[0] - 1, hu.shape[1] - 1, 0, 1]
+    spacing = np.linalg.norm(axes, axis=0)
+    rows, columns = (np.array([-1, -1, 1]) * axes[:, axis] / spacing[axis] for axis in (0, 1))
+    along = axes[:, 2] / spacing[2]
+    places = np.arange(hu.shape[2]) * spacing[2] if positions is None else positions
+    made = []
+    for index, place in enumerate(places):
+        stored = np.rint((flipped[..., index].T - scaling[1]) / scaling[0]).astype(np.int16)
+        dataset = _slice(stored, index, scaling)
+        dataset.ImagePositionPatient = [f"{v:.6f}" for v in (origin[:3] + along * place) * [-1, -1, 1]]
+        dataset.ImageOrientationPatient = [f"{v:.7f}" for v in (*rows, *columns)]
+        dataset.PixelSpacing = [float(spacing[1]), float(spacing[0])]
+        for name, value in tags.items():
+            delattr(dataset, name) if value is None else setattr(dataset, name, value)
+        made.append(dataset)
+    return made
+
+
+def _slice(stored: np.ndarray, index: int, scaling: tuple[float, float]) -> Dataset:
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = CTImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = UID(f"{SERIES}.{index + 1}")
+    dataset.SeriesInstanceUID = SERIES
+    dataset.StudyInstanceUID = dataset.FrameOfReferenceUID = "1.2.3"
+    dataset.Modality = "CT"
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    dataset.InstanceNumber = index + 1
+    dataset.SliceThickness = 7.5  # not the spacing, as so often
+    dataset.Rows, dataset.Columns = stored.shape
+    dataset.SamplesPerPixel = 1
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit = 15
+    dataset.PixelRepresentation = 1
+    dataset.RescaleSlope, dataset.RescaleIntercept = scaling
+    dataset.PixelData = stored.astype("<i2").tobytes()
+    return dataset
+
+
+def to_bytes(dataset: Dataset) -> bytes:
+    stream = io.BytesIO()
+    dataset.save_as(stream, enforce_file_format=True)
+    return stream.getvalue()
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return stream.getvalue()
