@@ -20,7 +20,8 @@ def draw_abdomen(canvas: Canvas, anatomy: Anatomy, below: Array, plan: Plan, rng
 def _bowel(canvas: Canvas, anatomy: Anatomy, rng: np.random.Generator) -> None:
     for _ in range(44):
         r, turn = 0.66 * np.sqrt(rng.uniform()), rng.uniform(0, 2 * np.pi)
-        x, y, z = r * np.cos(turn) * anatomy.a, 14 + r * np.sin(turn) * anatomy.b, rng.uniform(-5, anatomy.dome - 75)
+        x, y = r * np.cos(turn) * anatomy.a, (0.3 + 0.6 * r * np.sin(turn)) * anatomy.b
+        z = rng.uniform(-5, anatomy.dome - 75)
         size = rng.uniform(11, 18)
         loop = canvas.ellipsoid((x, y, z), (size * rng.uniform(1, 2), size, size), rng.uniform(0, np.pi))
         canvas.paint(loop, rng.uniform(30, 100))
@@ -66,11 +67,11 @@ def _kidneys(canvas: Canvas, anatomy: Anatomy, plan: Plan) -> None:
         z = anatomy.dome - (108 if side == "right" else 94)
         y = float(anatomy.spine(z)[1]) + 12
         for across, inset, value in ((62, 0, hu["fat"]), (62, 8, hu["kidney"])):
-            radii = (33 * k - inset, 38 * k - inset, 61 * k - inset)
+            radii = (35 * k - inset, 40 * k - inset, 64 * k - inset)
             canvas.paint(canvas.ellipsoid((sign * across, y, z), radii, sign * 0.5), value)
         canvas.paint(canvas.ellipsoid((sign * 48, y + 6, z), (13 * k, 10 * k, 24 * k), rough=2), -40)
         if cyst and cyst.finding.side == side:
             _, v, w = cyst.spot
-            pole = z + np.sign(w) * (18 + 10 * abs(w))
-            centre = (sign * (76 + 5 * cyst.extent), y + 12 + 5 * v, float(pole))
+            pole = z + np.sign(w) * (24 + 10 * abs(w))
+            centre = (sign * (70 + 6 * cyst.extent), y + 7 + 4 * v, float(pole))
             canvas.paint(canvas.ellipsoid(centre, (cyst.radius,) * 3), 5)

@@ -9,7 +9,7 @@ from mu2llm.ct.phantom.canvas import EVERYWHERE, Array, Canvas, Point
 from mu2llm.ct.phantom.plan import Plan, Planted
 
 # centre of each lobe: shares of the cavity's half width and depth, and height above the hilum in mm
-LOBE_CENTRE = {"upper lobe": (0.52, 0.05, 52), "middle lobe": (0.6, 0.42, -38), "lower lobe": (0.58, -0.45, -30)}
+LOBE_CENTRE = {"upper lobe": (0.6, 0.05, 50), "middle lobe": (0.6, 0.42, -38), "lower lobe": (0.58, -0.45, -30)}
 
 
 def draw_chest(
@@ -54,7 +54,7 @@ def _vessels(canvas: Canvas, anatomy: Anatomy, pleura: Array, rng: np.random.Gen
     t = np.linspace(0.05, 1, 36)[:, None]
     path = (1 - t) ** 2 * hila[:, :, None] + 2 * t * (1 - t) * middle[:, :, None] + t**2 * end[:, :, None]
     path[..., 2] += anatomy.hilum
-    value = -100 - 620 * t[:, 0] ** 0.5
+    value = -280 - 480 * t[:, 0] ** 0.5
     canvas.brighten(path, np.broadcast_to(value, path.shape[:-1]), pleura)
 
 
