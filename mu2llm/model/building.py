@@ -85,13 +85,16 @@ def tokenizer_configuration(
     )
 
 
-def processor_for(config: Mu2Config, spec: PreprocessSpec, tokenizer: PreTrainedTokenizerBase) -> Mu2Processor:
+def processor_for(
+    config: Mu2Config, spec: PreprocessSpec, tokenizer: PreTrainedTokenizerBase, volume_token: str = VOLUME_TOKEN
+) -> Mu2Processor:
     return Mu2Processor(
         tokenizer,
         chat_template=tokenizer.chat_template or PLAIN_TEMPLATE,
         preprocess=spec.model_dump(mode="json"),
         queries=config.tokenizer_config.queries,
         max_text_tokens=config.max_text_tokens,
+        volume_token=volume_token,
     )
 
 

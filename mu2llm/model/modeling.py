@@ -155,9 +155,11 @@ class Mu2Model(Mu2PreTrainedModel):
         chunk_mask: Tensor | None = None,
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
+        tile_scans: bool = False,
         **kwargs: Any,
     ) -> Mu2ModelOutput:
-        """B scans may serve k·B sequences: each scan's tokens then serve k neighbouring rows."""
+        """B scans may serve k·B sequences: each scan's tokens then serve k neighbouring rows, or with `tile_scans`
+        rows i, B + i, 2B + i … (DPO: all chosen before all rejected)."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if visual_tokens is None and (volumes is not None or vision_features is not None):
@@ -166,6 +168,7 @@ class Mu2Model(Mu2PreTrainedModel):
         if tokens is not None:
             if input_ids is None:
                 raise UserError("visual tokens need input_ids to find their placeholders; inputs_embeds has none")
+            tokens = _serve(tokens, len(input_ids), "sequences", tile_scans)
             inputs_embeds = self._insert(inputs_embeds, input_ids, tokens)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -177,7 +180,7 @@ class Mu2Model(Mu2PreTrainedModel):
         return Mu2ModelOutput(**outputs, visual_tokens=tokens)
 
     def _insert(self, embeds: Tensor, input_ids: Tensor, tokens: Tensor) -> Tensor:
-        tokens = _serve(tokens, len(input_ids), "sequences").to(embeds.dtype)
+        tokens = tokens.to(embeds.dtype)
         count = tokens.shape[1]
         if not self.config.placeholder_aligned:
             return torch.cat([embeds[:, :1], tokens, embeds[:, count + 1 :]], dim=1)
@@ -307,11 +310,14 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
         return model_inputs
 
 
-def _serve(x: Tensor, rows: int, what: str) -> Tensor:
-    """B rows for k·B: each repeated for its k neighbours."""
+def _serve(x: Tensor, rows: int, what: str, tile: bool = False) -> Tensor:
+    """B rows for k·B: each repeated for its k neighbours, or all of them k times over."""
     if rows % len(x):
         raise UserError(f"{len(x)} scans cannot serve {rows} {what}: give a multiple of {len(x)}")
-    return x if rows == len(x) else x.repeat_interleave(rows // len(x), dim=0)
+    if rows == len(x):
+        return x
+    times = rows // len(x)
+    return x.repeat(times, *[1] * (x.dim() - 1)) if tile else x.repeat_interleave(times, dim=0)
 
 
 def _embedding_name(language_model: PreTrainedModel) -> str:

@@ -32,8 +32,10 @@ class Mu2Processor(ProcessorMixin):
         preprocess: dict[str, Any] | None = None,
         queries: int = 256,
         max_text_tokens: int = 512,
+        volume_token: str = VOLUME_TOKEN,
     ) -> None:
-        self.preprocess, self.queries, self.max_text_tokens = preprocess, queries, max_text_tokens
+        self.preprocess, self.queries = preprocess, queries
+        self.max_text_tokens, self.volume_token = max_text_tokens, volume_token
         super().__init__(tokenizer, chat_template=chat_template)
 
     @property
@@ -55,7 +57,7 @@ class Mu2Processor(ProcessorMixin):
 
     def prompt(self, question: str) -> str:
         """The chat-formatted instruction with its `<volume>`, up to where the answer begins."""
-        messages = [{"role": "user", "content": f"{VOLUME_TOKEN}{question}"}]
+        messages = [{"role": "user", "content": f"{self.volume_token}{question}"}]
         template = self.chat_template or self.tokenizer.chat_template or PLAIN_TEMPLATE
         return str(
             self.tokenizer.apply_chat_template(
@@ -87,6 +89,12 @@ class Mu2Processor(ProcessorMixin):
             batch["labels"] = self._pad(labels, -100, side)
         return batch | self._encode_questions(questions)
 
+    def token_ids(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        """Prompt with its placeholders, and answer with its end, as token ids: what `encode` joins and pads."""
+        prompt, end = self._prompt_ids(self.prompt(question)), self._answer_ids(answer)
+        self._check_length(len(prompt) - self.queries + len(end))
+        return prompt, end
+
     def __call__(
         self,
         text: str | Sequence[Any] | None = None,
@@ -111,9 +119,9 @@ class Mu2Processor(ProcessorMixin):
     def _encode_prompts(self, texts: list[Any], needs_volume: bool) -> dict[str, Tensor]:
         prompts = [text if isinstance(text, str) else self._render(text) for text in texts]
         for prompt in prompts:
-            if needs_volume and prompt.count(VOLUME_TOKEN) != 1:
+            if needs_volume and prompt.count(self.volume_token) != 1:
                 raise UserError(
-                    f"a text has {prompt.count(VOLUME_TOKEN)} placeholders {VOLUME_TOKEN}, expected 1: {prompt!r:.80}"
+                    f"a text has {prompt.count(self.volume_token)} placeholders {self.volume_token}, expected 1: {prompt!r:.80}"
                 )
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         for row in ids:
@@ -137,7 +145,7 @@ class Mu2Processor(ProcessorMixin):
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         return self.tokenizer(
-            prompt.replace(VOLUME_TOKEN, VOLUME_TOKEN * self.queries), add_special_tokens=False
+            prompt.replace(self.volume_token, self.volume_token * self.queries), add_special_tokens=False
         ).input_ids
 
     def _answer_ids(self, answer: str) -> list[int]:
