@@ -66,7 +66,7 @@ def _case(split: Split, entry: dict[str, Any], text: Any, asked: Any, found: Vol
     return Case(
         id=identity,
         patient=identity,
-        volume=found.scan(entry["image"]),
+        volume=found.scan(entry["image"], least=1),
         report=" ".join(f"{region.capitalize()}: {words}" for region, words in present.items()),
         split=split,
         questions=(*by_region, *_choices(labels.get("qa") or asked)),

@@ -42,7 +42,7 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
         yield Case(
             id=identity,
             patient=identity.rpartition("/")[0] or identity,
-            volume=found.scan(identity if found.locate(identity, least=2) else image),
+            volume=found.scan(identity if found.locate(identity, least=2) else image, least=2),
             report=clean(report),
             split=split,
             source="M3D-Cap",

@@ -45,21 +45,22 @@ class Volumes:
         self.named.add(os.path.normpath(path))
         return storage.below(self.root, path)
 
-    def locate(self, path: str, least: int = 1) -> str | None:
+    def locate(self, path: str, least: int) -> str | None:
         """The relative path of a file or folder, also one that a manifest names by another machine's path: the same
-        place, else where the last two parts of the path agree, else (`least` 1) where its last part does."""
+        place, else the only one whose path ends in the same two parts, or at least in the same `least`."""
         relative = os.path.normpath(path)
         if relative in self.files or relative in self.folders:
             return relative
         for parts in range(2, least - 1, -1):
-            if found := self.find("/".join(relative.split("/")[-parts:])):
+            found = self.find("/".join(relative.split("/")[-parts:]))
+            if len(found) == 1:
                 return found[0]
         return None
 
-    def scan(self, path: str) -> str:
+    def scan(self, path: str, least: int) -> str:
         """The URI of a scan; a NIfTI of the same name is taken where the manifest names an array (.npy)."""
-        nifti = self.locate(path.removesuffix(".npy") + ".nii.gz") if path.endswith(".npy") else None
-        return self.name(nifti or self.locate(path) or path)
+        nifti = self.locate(path.removesuffix(".npy") + ".nii.gz", least) if path.endswith(".npy") else None
+        return self.name(nifti or self.locate(path, least) or path)
 
     def beside(self, manifest: str, path: str) -> str:
         """The URI of a text that a manifest names: below the root, else in the manifest's folder."""
