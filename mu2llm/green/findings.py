@@ -21,8 +21,7 @@ def findings(text: str) -> list[Finding]:
 
 def labels(text: str) -> dict[str, int]:
     """The 18 CT-RATE labels of a report: name → 0 or 1."""
-    entries = lexicon().by_name
-    found = {entries[m.name].label for m in read(text).present}
+    found = read(text).labels
     return {label: int(label in found) for label in LABELS}
 
 
@@ -32,6 +31,7 @@ class Reading:
     normal; whether it states a change since an earlier examination of nothing in particular."""
 
     present: tuple[Mention, ...]
+    labels: frozenset[str]
     normal: bool
     compares: bool
 
@@ -40,15 +40,17 @@ class Reading:
 def read(text: str) -> Reading:
     """A report as the rules read it; what is stated twice (body and impression) is one finding."""
     merged: list[Mention] = []
+    labels: set[str] = set()
     normal = changed = False
     for sentence in sentences(text):
         found = mentions(sentence)
-        present = [mention for mention in found if mention.status != "absent"]
+        present = [mention for mention in found if mention.status == "present"]
         for mention in present:
             merge(merged, mention)
+        labels.update(mention.label for mention in present if mention.label)
         normal = normal or len(present) < len(found) or states_normal(sentence)
         changed = changed or (not present and states_change(sentence))
-    return Reading(tuple(merged), normal, changed)
+    return Reading(tuple(merged), frozenset(labels), normal, changed)
 
 
 def merge(merged: list[Mention], new: Mention) -> None:

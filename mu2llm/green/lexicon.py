@@ -79,7 +79,7 @@ def lexicon() -> Lexicon:
     verbs = f"({cues.pop('verbs')})"
     return Lexicon(
         entries,
-        {entry.name: entry for entry in entries},
+        {entry.name: entry for entry in reversed(entries)},
         {name: _compile(pattern.replace("{verbs}", verbs)) for name, pattern in cues.items()},
         {grade: _compile(pattern) for grade, pattern in source["severity"].items()},
         {change: _compile(pattern) for change, pattern in source["change"].items()},

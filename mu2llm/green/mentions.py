@@ -18,11 +18,13 @@ from mu2llm.records import Side
 
 Status = Literal["present", "uncertain", "absent"]
 
-_CLAUSE = re.compile(r"\s*;\s*|,?\s+(?=(?:but|however|although|whereas|while)\b)|,\s+(?=there (?:is|are|was|were)\b)")
+_CLAUSE = re.compile(r"\s*;\s*|,?\s+(?=(?:but|however|although|whereas|while)\b)")
 _SIDES = re.compile(r"\b(?:(left)|(right)|(bilateral(?:ly)?|both|either))\b")
 _SIZE = re.compile(
     r"(?<![\d.])((?:\d+(?:[.,]\d+)?\s*(?:mm|cm)?\s*[x×*]\s*){0,2}\d+(?:[.,]\d+)?)\s*(mm|millimet\w+|cm|centimet\w+)\b"
 )
+_QUESTION = re.compile(r"[\w\s/-]{0,40}\?")
+_RELATIVE = re.compile(r", which (?:is|are|was|were|has|have)\b[^,;]*,")
 _JOINT = re.compile(r"^\s*(?:,|and|or|/|&|with|,\s*and|as well as|accompanied by|-)?\s*$")
 _LINK = re.compile(r",|\band\b|\bor\b|\bwith\b|\bas well as\b|\baccompanied by\b")
 
@@ -38,6 +40,7 @@ class Mention:
     size_mm: float | None
     severity: int | None
     change: Change | None
+    label: str | None
     sentence: str
 
 
@@ -76,14 +79,15 @@ def _in_clause(clause: str, sentence: str) -> Iterator[Mention]:
     windows = _windows(clause, hits)
     denied = _denied(clause)
     for index, (hit, (start, end)) in enumerate(zip(hits, windows, strict=True)):
-        if lexicon().cues["unstated"].search(clause[: hit.start]):
+        before = clause[: hit.start]
+        if lexicon().cues["unstated"].search(before) or lexicon().cues["past"].search(before):
             continue
         window = clause[start:end]
         for entry in hit.entries:
             if not _fits(entry, window, clause):
                 continue
             status: Status = "absent" if any(a < hit.end and hit.start < b for a, b in denied) else "present"
-            if status == "present" and lexicon().cues["doubt"].search(window):
+            if status == "present" and _left_open(clause[hit.end :]):
                 status = "uncertain"
             yield _mention(entry, status, clause, hits, windows, index, sentence)
 
@@ -117,7 +121,7 @@ def _windows(clause: str, hits: list[_Hit]) -> list[tuple[int, int]]:
     """The words that belong to each hit: the text between two hits is divided at its last “and” or comma."""
     bounds = [0]
     for left, right in pairwise(hits):
-        gap = clause[left.end : right.start]
+        gap = clause[left.end : right.start].partition("(")[0]  # what is in brackets is about what stands before
         links = list(_LINK.finditer(gap))
         bounds.append(left.end + (links[-1].start() if links else len(gap)))
     bounds.append(len(clause))
@@ -132,7 +136,7 @@ def _fits(entry: Entry, window: str, clause: str) -> bool:
 
 def _denied(clause: str) -> list[tuple[int, int]]:
     """The spans of a clause within which a finding is denied."""
-    asserts = [(m.start(), m.end()) for m in lexicon().cues["assert"].finditer(clause)]
+    asserts = [(m.start(), m.end()) for m in lexicon().cues["assert"].finditer(_RELATIVE.sub(_blank, clause))]
     ends = [m.start() for m in lexicon().cues["scope_end"].finditer(clause)]
     spans = []
     for cue in lexicon().cues["deny_before"].finditer(clause):
@@ -142,6 +146,15 @@ def _denied(clause: str) -> list[tuple[int, int]]:
         starts = [b for _, b in asserts if b <= cue.start()] + [e for e in ends if e <= cue.start()]
         spans.append((max(starts, default=0), cue.start()))
     return spans
+
+
+def _left_open(after: str) -> bool:
+    """Whether what follows a finding makes it a mere possibility: “(atelectasis?)”, “cannot be excluded”."""
+    return bool(_QUESTION.match(after) or lexicon().cues["doubt"].search(after))
+
+
+def _blank(match: re.Match[str]) -> str:
+    return " " * len(match[0])
 
 
 def _mention(
@@ -165,6 +178,7 @@ def _mention(
         change=next((change for change, pattern in lexicon().change.items() if pattern.search(clause)), None)
         if lexicon().cues["prior"].search(clause)
         else None,
+        label=entry.label,
         sentence=sentence,
     )
 

@@ -12,7 +12,8 @@ _HEADING = re.compile(
     re.IGNORECASE,
 )
 _BREAK = re.compile(
-    r"(?<=[.!?])[\"'”)\]]*\s+"  # a full stop and a space
+    r"(?<=[.!])[\"'”)\]]*\s+(?!(?<=\d\.\s)\d)"  # a full stop and a space, but not within a date or number
+    r"|(?<=[?])\s+(?=[A-Z])"  # a doubt in brackets ends no sentence
     r"|(?<=[a-z)][.!])(?=[A-Z])"  # a full stop with the space forgotten
     r"|\s*[\r\n]+\s*|\s*[\"“”•●▪]+\s*|(?:^|\s)[-–*]\s+(?=[A-Z])"  # lines, bullets, stray quotes
 )
