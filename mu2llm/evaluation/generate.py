@@ -1,0 +1,117 @@
+"""Reports for many cases on Ray Data: readers feed actors that hold the checkpoints.
+
+The cases stand in a ring in which each one's neighbour is another patient; "shuffled" is the neighbour's scan, so a
+batch needs but one scan more than it has cases, and each scan is encoded once for all that is asked about it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from mu2llm import storage
+from mu2llm.cases import Shards
+from mu2llm.errors import UserError
+from mu2llm.evaluation.predictions import Prediction, Request
+from mu2llm.evaluation.writer import Reader, Writer
+from mu2llm.records import Case, Checkpoint
+
+Progress = Callable[[int, int], None]
+"""(cases done, cases in all)"""
+
+
+def generate(request: Request, state: str | None = None, progress: Progress | None = None) -> list[Prediction]:
+    """Writes all that is requested; the cases in the order of the shards.
+
+    With `state` (a URI) finished batches are kept there and an interrupted request goes on. Raises UserError where
+    a checkpoint cannot write, or expects another preprocessing than the shards have.
+    """
+    shards = _checked(request)
+    cases = shards.cases(request.split)[: request.max_cases]
+    order = ring([case.patient for case in cases], request.decoding.seed)
+    done = _finished(state, request) if state else {}
+    numbers = [n for n in range(-(-len(order) // request.batch_size)) if n not in done]
+    tables = list(done.values())
+    total = len(cases)
+    for number, table in _written(request, shards, cases, order, numbers):
+        if state:
+            with storage.staged(storage.join(state, request.identity, f"{number:06d}.parquet")) as path:
+                pq.write_table(table, path)
+        tables.append(table)
+        if progress:
+            progress(min(total, len(tables) * request.batch_size), total)
+    runs, place = list(request.checkpoints), {case.id: i for i, case in enumerate(cases)}
+    predictions = [Prediction.from_row(row) for table in tables for row in table.to_pylist()]
+    return sorted(predictions, key=lambda p: (runs.index(p.run), place[p.case_id]))
+
+
+def ring(patients: Sequence[str], seed: int) -> np.ndarray:
+    """The cases in a random order, one of each patient in turn: neighbours are of different patients where it can be.
+
+    The last one's neighbour is the first.
+    """
+    rng = np.random.default_rng(seed)
+    turn: Counter[str] = Counter()
+    rank = dict(zip(dict.fromkeys(patients), rng.permutation(len(set(patients))), strict=True))
+    keys = []
+    for i in rng.permutation(len(patients)):
+        keys.append((turn[patients[i]], rank[patients[i]], int(i)))
+        turn[patients[i]] += 1
+    return np.array([i for _, _, i in sorted(keys)], dtype=int)
+
+
+def _checked(request: Request) -> Shards:
+    shards = Shards.open(request.data)
+    shards.schema(request.split)
+    for uri in request.checkpoints.values():
+        lineage = Checkpoint.open(uri).lineage
+        if lineage.stage == "contrastive":
+            raise UserError(f"{uri} is a contrastive checkpoint and writes no reports; train sft from it")
+        if lineage.spec_hash != shards.spec.hash:
+            raise UserError(
+                f"{uri} expects scans prepared by spec {lineage.spec_hash}, {request.data} has {shards.spec.name} "
+                f"({shards.spec.hash}): ingest the scans with the checkpoint's preset"
+            )
+    return shards
+
+
+def _finished(state: str, request: Request) -> dict[int, pa.Table]:
+    """The batches that an interrupted request had finished, by number."""
+    folder = storage.join(state, request.identity)
+    names = [info.base_name for info in storage.list_files(folder)]
+    return {
+        int(name.removesuffix(".parquet")): pq.read_table(
+            pa.BufferReader(storage.read_bytes(storage.join(folder, name)))
+        )
+        for name in names
+        if name.endswith(".parquet") and not name.startswith(".")
+    }
+
+
+def _written(
+    request: Request, shards: Shards, cases: list[Case], order: np.ndarray, numbers: list[int]
+) -> Iterator[tuple[int, pa.Table]]:
+    """Batch number and predictions, as the actors finish them."""
+    if not numbers:
+        return
+    reader = Reader.of(request, shards, order)
+    batches = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
+    batches.context.target_max_block_size = None  # a batch stays one block, however large
+    written = batches.map_batches(reader, batch_size=1, batch_format="numpy", num_cpus=0.25).map_batches(
+        Writer,
+        fn_constructor_args=(request, {case.id: case.patient for case in cases}),
+        batch_size=None,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(size=min(request.actors, len(numbers))),
+        num_cpus=request.cpus,
+        num_gpus=request.gpus,
+    )
+    for table in written.iter_batches(batch_size=None, batch_format="pyarrow"):
+        assert isinstance(table, pa.Table)
+        yield table["batch"][0].as_py(), table.drop_columns("batch").cast(Prediction.arrow_schema)

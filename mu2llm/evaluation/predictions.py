@@ -1,0 +1,75 @@
+"""What is asked of checkpoints, and what they wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar, Literal
+
+import pyarrow as pa
+
+from mu2llm import config
+from mu2llm.cases import Shards
+from mu2llm.evaluation.decoding import Decoding
+from mu2llm.records import Checkpoint, Record
+
+Variant = Literal["as_is", "shuffled", "zeroed"]
+VARIANTS: tuple[Variant, ...] = ("as_is", "shuffled", "zeroed")
+"""With the case's own scan, with another patient's, with an empty one."""
+
+
+class Prediction(Record):
+    """One text that a checkpoint (`run`) wrote for a case; `scan_of` is the case whose scan it saw, "" for none."""
+
+    run: str
+    case_id: str
+    variant: Variant
+    region: str | None
+    question: str
+    index: int
+    text: str
+    tokens: int
+    finished: bool
+    scan_of: str
+    seed: int
+
+    arrow_schema: ClassVar[pa.Schema] = pa.schema(
+        [
+            *[pa.field(name, pa.string()) for name in ("run", "case_id", "variant", "region", "question")],
+            pa.field("index", pa.int32()),
+            pa.field("text", pa.string()),
+            pa.field("tokens", pa.int32()),
+            pa.field("finished", pa.bool_()),
+            pa.field("scan_of", pa.string()),
+            pa.field("seed", pa.int64()),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be written: by which checkpoints (run → URI), for which cases, on what question.
+
+    `data` is the URI of shards or of their cached features. `regions` also asks each case's own questions about a
+    region of the body, with the scan as it is.
+    """
+
+    checkpoints: Mapping[str, str]
+    data: str
+    split: str
+    question: str
+    decoding: Decoding = field(default_factory=Decoding)
+    variants: tuple[Variant, ...] = ("as_is",)
+    regions: bool = False
+    batch_size: int = 16
+    max_cases: int | None = None
+    actors: int = 1
+    cpus: float = 1
+    gpus: float = 0
+
+    @property
+    def identity(self) -> str:
+        """Digest of all that decides what is written."""
+        runs = {run: Checkpoint.open(uri).lineage.identity or uri for run, uri in self.checkpoints.items()}
+        decides = [self.split, self.question, asdict(self.decoding), self.variants, self.regions, self.max_cases]
+        return config.digest([runs, Shards.open(self.data).checksum, self.batch_size, *decides])

@@ -1,0 +1,154 @@
+"""What the tasks and the actors of `generate` do: rows of shards → scans with their questions → predictions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from mu2llm.cases import Shards
+from mu2llm.cases.shards import read_rows
+from mu2llm.evaluation.decoding import Text, write
+from mu2llm.evaluation.encode import vision_digest
+from mu2llm.evaluation.predictions import Prediction, Request, Variant
+from mu2llm.model import Mu2ForConditionalGeneration, load
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads batches of the ring: the batch's cases, and behind them the next one for its scan alone."""
+
+    files: list[str]
+    counts: list[int]
+    order: np.ndarray
+    batch_size: int
+    scan: str
+
+    @classmethod
+    def of(cls, request: Request, shards: Shards, order: np.ndarray) -> Reader:
+        """For shards with `voxels`, or for a table with their `features`."""
+        scan = "features" if "features" in shards.schema(request.split).names else "voxels"
+        return cls(shards.files(request.split), shards.rows(request.split), order, request.batch_size, scan)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        number = int(batch["batch"][0])
+        places = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.order)) + 1)
+        rows = self.order[places % len(self.order)]
+        columns = read_rows(self.files, self.counts, ["id", "questions", "chunk_mask", self.scan], rows)
+        return {**columns, "batch": np.full(len(rows), number)}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One text to write: for the batch's case number `case`, from its scan number `scan` (None: an empty one)."""
+
+    case: int
+    scan: int | None
+    variant: Variant
+    question: str
+    region: str | None = None
+
+
+class Writer:
+    """Holds the checkpoints in a Ray Data actor and writes what is requested of a batch."""
+
+    def __init__(self, request: Request, patients: dict[str, str]) -> None:
+        torch.set_num_threads(max(1, int(request.cpus)))
+        self.request, self.patients = request, patients
+        device = "cuda" if request.gpus else "cpu"
+        loaded = {run: load(uri) for run, uri in request.checkpoints.items()}
+        self.models = {run: (model.to(device), processor) for run, (model, processor) in loaded.items()}
+        self.visions = {run: vision_digest(model) for run, (model, _) in self.models.items()}
+        self.of_nothing: dict[Hashable, list[Text]] = {}
+
+    @torch.inference_mode()
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        """Rows of `Reader` → a table of predictions, with the number of the batch."""
+        tasks = list(self._tasks(batch))
+        encoded: dict[str, Tensor] = {}
+        predictions: list[Prediction] = []
+        for run, (model, _) in self.models.items():
+            if self.visions[run] not in encoded:
+                encoded[self.visions[run]] = _encode(model, batch)
+            texts = self._write(run, tasks, batch, encoded[self.visions[run]])
+            for task, samples in zip(tasks, texts, strict=True):
+                predictions += self._predictions(run, task, samples, batch)
+        table = Prediction.table(predictions)
+        return table.append_column("batch", pa.array([int(batch["batch"][0])] * len(table), pa.int64()))
+
+    def _tasks(self, batch: dict[str, np.ndarray]) -> Iterator[_Task]:
+        patients = [self.patients[case] for case in batch["id"]]
+        for i in range(len(patients) - 1):
+            scans: dict[Variant, int | None] = {"as_is": i, "shuffled": i + 1, "zeroed": None}
+            for variant in self.request.variants:
+                if variant != "shuffled" or patients[i] != patients[i + 1]:
+                    yield _Task(i, scans[variant], variant, self.request.question)
+            if self.request.regions:
+                for asked in json.loads(batch["questions"][i] or "[]"):
+                    if asked.get("region"):
+                        yield _Task(i, i, "as_is", asked["question"], asked["region"])
+
+    def _write(self, run: str, tasks: list[_Task], batch: dict[str, np.ndarray], features: Tensor) -> list[list[Text]]:
+        """The texts of each task; what is greedily written of an empty scan is written once."""
+        mask = torch.from_numpy(np.array(batch["chunk_mask"]))
+        keys = [self._key(run, task, batch) for task in tasks]
+        texts = dict(self.of_nothing)
+        new = {key: task for key, task in zip(keys, tasks, strict=True) if key not in texts}
+        model, processor = self.models[run]
+        scans = [len(features) - 1 if task.scan is None else task.scan for task in new.values()]
+        masks = mask[[task.case if task.scan is None else task.scan for task in new.values()]].to(model.device)
+        written = write(
+            model,
+            processor,
+            features[scans] * masks[..., None, None],
+            masks,
+            [task.question for task in new.values()],
+            [str(batch["id"][task.case]) for task in new.values()],
+            self.request.decoding,
+        )
+        texts.update(zip(new, written, strict=True))
+        self.of_nothing |= {key: texts[key] for key, task in new.items() if task.scan is None}
+        return [texts[key] for key in keys]
+
+    def _key(self, run: str, task: _Task, batch: dict[str, np.ndarray]) -> Hashable:
+        if task.scan is None and not self.request.decoding.temperature:
+            return run, task.question, batch["chunk_mask"][task.case].tobytes()
+        return run, str(batch["id"][task.case]), task
+
+    def _predictions(
+        self, run: str, task: _Task, samples: list[Text], batch: dict[str, np.ndarray]
+    ) -> list[Prediction]:
+        return [
+            Prediction(
+                run=run,
+                case_id=str(batch["id"][task.case]),
+                variant=task.variant,
+                region=task.region,
+                question=task.question,
+                index=index,
+                text=sample.text,
+                tokens=sample.tokens,
+                finished=sample.finished,
+                scan_of="" if task.scan is None else str(batch["id"][task.scan]),
+                seed=self.request.decoding.seed,
+            )
+            for index, sample in enumerate(samples)
+        ]
+
+
+def _encode(model: Mu2ForConditionalGeneration, batch: dict[str, np.ndarray]) -> Tensor:
+    """(scans + 1, T, n, E): features of the batch's scans, and last those of an empty one."""
+    mask = torch.from_numpy(np.array(batch["chunk_mask"])).to(model.device)
+    if "features" in batch:
+        features = torch.from_numpy(np.array(batch["features"])).to(model.device, model.dtype)
+    else:
+        features = model.encode_vision(torch.from_numpy(np.array(batch["voxels"])).to(model.device), mask)
+    vision = model.config.vision_config
+    empty = torch.zeros(1, mask.shape[1], vision.channels, *vision.chunk_shape, device=model.device)
+    return torch.cat([features, model.encode_vision(empty)])

@@ -1,0 +1,173 @@
+"""Generation: what is asked is written once, with the right scan, the same whatever the batch; on Ray it is the same."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small_runs import case, write_checkpoint, write_shards
+
+from mu2llm.errors import UserError
+from mu2llm.evaluation import writer as writer_module
+from mu2llm.evaluation.decoding import Decoding, _Sampling, write
+from mu2llm.evaluation.generate import generate, ring
+from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
+from mu2llm.evaluation.writer import Reader, Writer
+from mu2llm.model import load
+
+QUESTION = "Write the radiology report."
+
+
+def request(shards, checkpoints, **changes):
+    plain = Request(checkpoints, shards.uri, "test", QUESTION, Decoding(max_new_tokens=6), VARIANTS, batch_size=4)
+    return replace(plain, **changes)
+
+
+def here(asked, shards):
+    """What the tasks and actors do, in this process."""
+    cases = shards.cases(asked.split)
+    order = ring([each.patient for each in cases], asked.decoding.seed)
+    reader, writer = Reader.of(asked, shards, order), Writer(asked, {each.id: each.patient for each in cases})
+    numbers = range(-(-len(cases) // asked.batch_size))
+    tables = [writer(reader({"batch": np.array([number])})) for number in numbers]
+    return [Prediction.from_row(row) for table in tables for row in table.to_pylist()]
+
+
+def test_ring_is_a_permutation_whose_neighbours_are_other_patients():
+    patients = [f"p{i // 3}" for i in range(30)]
+    order = ring(patients, seed=1)
+    assert sorted(order) == list(range(30))
+    shifted = np.roll(order, -1)
+    assert all(patients[i] != patients[j] for i, j in zip(order, shifted, strict=True))
+    assert list(order) != list(ring(patients, seed=2))
+    assert list(order) == list(ring(patients, seed=1))
+
+
+def test_each_case_gets_its_own_scan_another_patients_and_none(shards, checkpoints):
+    predictions = here(request(shards, checkpoints), shards)
+    patients = {each.id: each.patient for each in shards.cases("test")}
+    assert len(predictions) == 2 * 10 * 3
+    for prediction in predictions:
+        if prediction.variant == "as_is":
+            assert prediction.scan_of == prediction.case_id
+        elif prediction.variant == "shuffled":
+            assert patients[prediction.scan_of] != patients[prediction.case_id]
+        else:
+            assert prediction.scan_of == ""
+    for run in checkpoints:
+        scans = [p.scan_of for p in predictions if p.run == run and p.variant == "shuffled"]
+        assert sorted(scans) == sorted(patients)  # a derangement: every scan once
+
+
+def test_shuffled_is_what_the_other_case_sees(shards, checkpoints):
+    by_key = {(p.run, p.variant, p.case_id): p for p in here(request(shards, checkpoints), shards)}
+    shuffled = [p for p in by_key.values() if p.variant == "shuffled"]
+    assert all(p.text == by_key[p.run, "as_is", p.scan_of].text for p in shuffled)
+
+
+def test_each_scan_is_encoded_once_and_an_empty_one_written_once(shards, checkpoints, monkeypatch):
+    encoded, written = [], []
+    real_encode, real_write = writer_module._encode, writer_module.write
+
+    def encode(model, batch):
+        encoded.append(len(batch["id"]))
+        return real_encode(model, batch)
+
+    def count(model, processor, features, mask, questions, keys, decoding):
+        written.append(len(questions))
+        return real_write(model, processor, features, mask, questions, keys, decoding)
+
+    monkeypatch.setattr(writer_module, "_encode", encode)
+    monkeypatch.setattr(writer_module, "write", count)
+    same_vision = dict.fromkeys(("one", "two"), checkpoints["sft"])
+    here(request(shards, same_vision), shards)
+    assert encoded == [5, 5, 3]  # 10 scans and each batch's neighbour; not once a run
+    masks = {tuple(each) for each in _masks(shards)}
+    assert sum(written) == 2 * (10 + 10 + len(masks))
+
+
+def _masks(shards):
+    from mu2llm.cases.shards import read_rows
+
+    return read_rows(shards.files("test"), shards.rows("test"), ["chunk_mask"], np.arange(10))["chunk_mask"].tolist()
+
+
+def test_regions_ask_the_cases_own_questions(shards, checkpoints):
+    asked = request(shards, {"sft": checkpoints["sft"]}, variants=("as_is",), regions=True)
+    predictions = here(asked, shards)
+    assert sorted(p.region or "" for p in predictions) == [""] * 10 + ["chest"] * 10
+    assert {p.question for p in predictions if p.region} == {"What does the scan show in the chest?"}
+
+
+def test_samples_do_not_depend_on_the_batch(shards, checkpoints):
+    decoding = Decoding(max_new_tokens=6, samples=3, temperature=1.0, top_p=0.9, seed=5)
+    one = {"sft": checkpoints["sft"]}
+    small, large = (
+        here(request(shards, one, decoding=decoding, variants=("as_is",), batch_size=size), shards) for size in (2, 10)
+    )
+    texts = {(p.case_id, p.index): p.text for p in small}
+    assert texts == {(p.case_id, p.index): p.text for p in large}
+    assert len(set(texts.values())) > 15  # of 30: an untrained model writes nearly anything
+    other = replace(decoding, seed=6)
+    again = here(request(shards, one, decoding=other, variants=("as_is",), batch_size=10), shards)
+    assert texts != {(p.case_id, p.index): p.text for p in again}
+
+
+def test_sampling_follows_the_nucleus():
+    scores = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    draws = torch.linspace(0, 0.9999, 2000, dtype=torch.float64)[:, None]
+    decoding = Decoding(temperature=1.0, top_p=0.9)
+    chosen = _Sampling(draws, 0, decoding)(torch.zeros(2000, 0), scores.expand(2000, -1)).argmax(-1)
+    shares = torch.bincount(chosen, minlength=4) / 2000
+    expected = torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95
+    assert torch.allclose(shares, expected, atol=2e-3)
+    cold = _Sampling(draws, 0, Decoding(temperature=0.01))(torch.zeros(2000, 0), scores.expand(2000, -1)).argmax(-1)
+    assert (cold == 0).all()
+
+
+def test_greedy_is_what_transformers_generates(shards, checkpoints):
+    from mu2llm.cases.shards import read_rows
+
+    model, processor = load(checkpoints["sft"])
+    rows = read_rows(shards.files("test"), shards.rows("test"), ["voxels", "chunk_mask"], np.arange(2))
+    volumes, mask = torch.from_numpy(rows["voxels"].copy()), torch.from_numpy(rows["chunk_mask"].copy())
+    features = model.encode_vision(volumes, mask)
+    ours = write(model, processor, features, mask, [QUESTION] * 2, ["a", "b"], Decoding(max_new_tokens=6))
+    inputs = processor.encode([QUESTION] * 2)
+    theirs = model.generate(volumes=volumes, chunk_mask=mask, max_new_tokens=6, do_sample=False, **inputs)
+    texts = processor.tokenizer.batch_decode(theirs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [text.text for (text,) in ours] == [text.strip() for text in texts]
+
+
+def test_greedy_samples_are_refused():
+    with pytest.raises(ValueError, match="temperature"):
+        Decoding(samples=4)
+
+
+def test_a_checkpoint_that_cannot_write_or_expects_other_scans(shards, checkpoints, tmp_path):
+    contrastive = write_checkpoint(str(tmp_path / "c"), 0, "contrastive")
+    with pytest.raises(UserError, match="train sft from it"):
+        generate(request(shards, {"c": contrastive}))
+    with pytest.raises(UserError, match="no rows in split 'train'"):
+        generate(request(shards, checkpoints, split="train"))
+
+
+@pytest.mark.slow
+def test_on_ray_and_resumed(ray_cluster, checkpoints, tmp_path):
+    shards = write_shards(str(tmp_path / "shards"), [case(i) for i in range(10)])
+    asked = request(shards, checkpoints)
+    seen = []
+    state = str(tmp_path / "state")
+    first = generate(asked, state, progress=lambda done, total: seen.append((done, total)))
+    key = [(p.run, p.case_id, p.variant, p.text, p.scan_of) for p in first]
+    assert sorted(key) == sorted((p.run, p.case_id, p.variant, p.text, p.scan_of) for p in here(asked, shards))
+    assert [p.case_id for p in first if p.variant == "as_is" and p.run == "dpo"] == [case(i).id for i in range(10)]
+    assert seen[-1] == (10, 10)
+    # one finished batch is lost: only that one is written again
+    kept = sorted((tmp_path / "state" / asked.identity).glob("*.parquet"))
+    assert len(kept) == 3
+    kept[1].unlink()
+    seen.clear()
+    again = generate(asked, state, progress=lambda done, total: seen.append(done))
+    assert len(seen) == 1
+    assert again == first
