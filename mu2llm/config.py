@@ -172,7 +172,7 @@ class ContrastiveConfig(StageConfig):
 class SftConfig(StageConfig):
     text_warmup_epochs: float = Field(0, ge=0, description="epochs of text alone for a model from scratch")
     cache_vision: bool = Field(True, description="with frozen vision: encode each scan once, train on that")
-    packing: bool = False
+    report_share: float = Field(0.8, ge=0, le=1, description="share of reports; the rest are the case's questions")
     generate_steps: int | None = Field(None, description="every so often, judge reports generated on validation")
 
 
@@ -210,10 +210,15 @@ class JudgeConfig(Section):
 
 
 class EvaluationConfig(Section):
-    batch_size: int = 16
+    batch_size: int = Field(16, ge=1, description="cases that an actor writes at a time")
     max_new_tokens: int = 256
     max_cases: int | None = None
     bootstrap: int = Field(1000, ge=100)
+    regions: bool = Field(True, description="also ask the cases' own questions about a region of the body")
+    pages: int = Field(10, ge=0, description="cases that the report shows with their scans")
+    actors: int = Field(1, ge=1)
+    cpus_per_actor: float = 1
+    gpus_per_actor: float = 0
     question: str = "Write the radiology report of this CT scan."
     text_encoder: str = Field("minilm", description="encoder of BERTScore")
 
