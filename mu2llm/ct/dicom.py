@@ -112,7 +112,9 @@ def _pixels(each: Slice, uri: str) -> tuple[np.ndarray, tuple[float, float] | No
         slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
         scaling = None if slope is None or intercept is None else (float(slope), float(intercept))
         padding = _padding(dataset, pixels.dtype)
-    except Exception as error:  # pydicom and its decoders raise many kinds
+    except BaseException as error:  # pydicom and its decoders raise many kinds
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # the RLE decoder's, in Rust
+            raise
         reason = "corrupt" if each.syntax in UncompressedTransferSyntaxes else "undecodable"
         why = (str(error).splitlines() or [type(error).__name__])[0]
         syntax = f"transfer syntax {each.syntax.name} ({each.syntax})"

@@ -50,7 +50,7 @@ def to_hu(
 
 def _scale(plane: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     small = plane.dtype.kind in "iu" and plane.dtype.itemsize <= 4
-    if small and float(slope).is_integer() and float(intercept).is_integer() and abs(slope) < 2**15:
+    if small and slope.is_integer() and intercept.is_integer() and max(abs(slope), abs(intercept)) < 2**24:
         return plane.astype(np.int64) * int(slope) + int(intercept)
     with np.errstate(over="ignore", invalid="ignore"):
         return plane.astype(np.float64) * slope + intercept

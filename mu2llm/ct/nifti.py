@@ -14,15 +14,18 @@ from mu2llm.ct.volume import CTVolume, build
 
 Header = nib.Nifti1Header | nib.Nifti2Header
 _SIZES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
-_MM = {"meter": 1000.0, "micron": 0.001}
+_UNITS_MM = {1: 1000.0, 3: 0.001}  # metres and micrometres
 
 
 def read(
-    stream: sources.Stream, uri: str, rescale: tuple[float, float] | None = None, accept: frozenset[str] = frozenset()
+    stream: sources.Stream, most: int, uri: str, rescale: tuple[float, float] | None, accept: frozenset[str]
 ) -> CTVolume:
-    """A decompressed NIfTI stream → CTVolume; `rescale` and `accept` as in `mu2llm.ct.read`."""
+    """A decompressed NIfTI stream of at most `most` bytes → CTVolume; the rest as in `mu2llm.ct.read`."""
     header, warnings = _read_header(stream, uri)
     shape, dtype = _layout(header, uri)
+    promised = int(np.prod(shape)) * dtype.itemsize
+    if promised > most:
+        raise Rejection(uri, "truncated", f"the header promises {promised} bytes of voxels; the file cannot hold them")
     affine, geometry_warnings = _affine(header, shape, uri, accept)
     warnings |= geometry_warnings
     scalings = [_scaling(header, uri)] * shape[2]
@@ -99,7 +102,7 @@ def _affine(header: Header, shape: tuple[int, ...], uri: str, accept: frozenset[
     corner = np.array([*shape, 1.0])
     if len(forms) == 2 and np.abs(forms[0] @ corner - forms[1] @ corner).max() > 1.0:
         warnings.add("forms_differ")
-    unit = _MM.get(header.get_xyzt_units()[0])
+    unit = _UNITS_MM.get(int(header["xyzt_units"]) & 7)
     if unit:
         affine[:3] *= unit
         warnings.add("units_converted")

@@ -67,9 +67,9 @@ def _read_file(
     sources.check_sizes(uri, 1, size)
     if kind == sources.GZIP:
         with sources.gunzip(stream, uri) as inner:
-            return nifti.read(inner, uri, rescale, accept)
+            return nifti.read(inner, size * sources.GZIP_RATIO, uri, rescale, accept)
     if kind == sources.NIFTI:
-        return nifti.read(stream, uri, rescale, accept)
+        return nifti.read(stream, size, uri, rescale, accept)
     if kind == sources.UNKNOWN:
         raise Rejection(uri, "unsupported_format", "neither NIfTI nor DICOM nor a zip of DICOM files")
     data = stream.read()

@@ -25,6 +25,7 @@ from mu2llm import storage
 from mu2llm.ct.codes import MAX_BYTES, MAX_FILES, Rejection
 
 GZIP, ZIP, NIFTI, DICOM, UNKNOWN = "gzip", "zip", "NIfTI", "DICOM", "unknown"
+GZIP_RATIO = 1032  # deflate packs no better
 _SUFFIXES = {".nii.gz": GZIP, ".gz": GZIP, ".nii": NIFTI, ".dcm": DICOM, ".zip": ZIP}
 _SLACK = 2**20  # bytes that may follow the voxels
 _BLOCK = 2**22

@@ -9,6 +9,7 @@ ours:     `mu2llm.ct.read` and `prepare`.
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import subprocess
@@ -64,10 +65,7 @@ def baseline(path: str) -> np.ndarray:
 def measure(way: str, path: str) -> None:
     """Runs one way once, after its imports, and prints seconds, peak memory and the result's shape as JSON."""
     function = {"ours": ours, "baseline": baseline}[way]
-    if way == "ours":
-        import mu2llm.ct
-    else:
-        import monai.transforms  # noqa: F401
+    importlib.import_module({"ours": "mu2llm.ct", "baseline": "monai.transforms"}[way])
     start = time.perf_counter()
     voxels = function(path)
     seconds = time.perf_counter() - start
