@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from mu2llm.records import Estimate
+
+Values = Sequence[float | None] | np.ndarray
+"""One number a case (n,); NaN or None where a case has none."""
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
@@ -34,8 +36,8 @@ class Statistic:
     n: int | None = None
 
     @classmethod
-    def mean(cls, values: ArrayLike) -> Statistic:
-        """The mean of one value a case; NaN or None where a case has none."""
+    def mean(cls, values: Values) -> Statistic:
+        """The mean of one value a case."""
         array = np.asarray(values, dtype=float)
         known = ~np.isnan(array)
         return cls(np.stack([np.where(known, array, 0.0), known], axis=1), n=int(known.sum()))
@@ -71,11 +73,11 @@ class Bootstrap:
             [ours, theirs], lambda sums: ours.metric(sums[0]) - theirs.metric(sums[1]), min(counts, default=None)
         )
 
-    def mean(self, values: ArrayLike) -> Estimate | None:
+    def mean(self, values: Values) -> Estimate | None:
         """The mean over the cases that have a value."""
         return self.estimate(Statistic.mean(values))
 
-    def mean_difference(self, ours: ArrayLike, theirs: ArrayLike) -> Estimate | None:
+    def mean_difference(self, ours: Values, theirs: Values) -> Estimate | None:
         """The mean of ours − theirs over the cases in which both have a value."""
         return self.mean(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float))
 

@@ -25,7 +25,7 @@ class Tally:
 
     def statistic(self, metric: Metric) -> Statistic:
         """A metric of the sums (…, names, 3) as a statistic of the cases."""
-        flat = self.counts.reshape(len(self.counts), -1)
+        flat = self.counts.reshape(len(self.counts), 3 * len(self.names))
         return Statistic(flat, partial(_unflatten, metric, len(self.names)))
 
     def macro(self, rate: str) -> Statistic:
@@ -100,7 +100,7 @@ def _keys(findings: Sequence[Finding], sided: set[str]) -> set[tuple[str, str | 
 def tally_labels(truth: Sequence[Mapping[str, int]], found: Sequence[Mapping[str, int]], names: Sequence[str]) -> Tally:
     """Labels 0/1 of the references against those of the reports; a label that a case does not have is 0."""
     true, given = (
-        np.array([[bool(case.get(name, 0)) for name in names] for case in cases]).reshape(-1, len(names))
+        np.array([[bool(case.get(name, 0)) for name in names] for case in cases], dtype=bool).reshape(-1, len(names))
         for cases in (truth, found)
     )
     return Tally(tuple(names), np.stack([true & given, ~true & given, true & ~given], axis=-1).astype(float))

@@ -63,8 +63,8 @@ class Writer:
         self.request, self.patients = request, patients
         device = "cuda" if request.gpus else "cpu"
         loaded = {run: load(uri) for run, uri in request.checkpoints.items()}
-        self.models = {run: (model.to(device), processor) for run, (model, processor) in loaded.items()}
-        self.visions = {run: vision_digest(model) for run, (model, _) in self.models.items()}
+        self.visions = {run: vision_digest(model) for run, (model, _) in loaded.items()}
+        self.models = {run: (model.to(device), processor) for run, (model, processor) in loaded.items()}  # type: ignore[arg-type]
         self.of_nothing: dict[Hashable, list[Text]] = {}
 
     @torch.inference_mode()

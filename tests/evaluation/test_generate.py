@@ -1,4 +1,4 @@
-"""Generation: what is asked is written once, with the right scan, the same whatever the batch; on Ray it is the same."""
+"""What is asked is written once, with the right scan, the same whatever the batch; on Ray it is the same."""
 
 from dataclasses import replace
 

@@ -1,0 +1,103 @@
+"""Texts → statistics: what each metric of one run needs of each case, before any interval is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mu2llm import green
+from mu2llm.evaluation import clinical, text_metrics
+from mu2llm.evaluation.bootstrap import Statistic
+from mu2llm.evaluation.clinical import Tally
+from mu2llm.evaluation.text_metrics import TokenEncoder
+from mu2llm.records import Case, Finding, Judgement
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The reports of one run, in one variant, beside the references of their cases."""
+
+    cases: tuple[Case, ...]
+    references: tuple[str, ...]
+    candidates: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        return list(zip(self.references, self.candidates, strict=True))
+
+    def of(self, ids: Sequence[str]) -> Texts:
+        """The same of some of the cases, in the order of `ids`."""
+        place = {case.id: i for i, case in enumerate(self.cases)}
+        rows = [place[name] for name in ids]
+        return Texts(
+            tuple(self.cases[i] for i in rows),
+            tuple(self.references[i] for i in rows),
+            tuple(self.candidates[i] for i in rows),
+        )
+
+    @cached_property
+    def truth(self) -> list[Sequence[Finding]]:
+        """The case's findings where they are known, else those read in the reference."""
+        return [
+            case.findings if case.findings is not None else green.findings(reference)
+            for case, reference in zip(self.cases, self.references, strict=True)
+        ]
+
+    @cached_property
+    def found(self) -> list[Sequence[Finding]]:
+        """The findings read in the candidates."""
+        return [green.findings(text) for text in self.candidates]
+
+    @cached_property
+    def labels(self) -> Tally:
+        """The 18 labels: the data set's where a case has them, else those read in the reference."""
+        truth = [
+            case.labels if case.labels is not None else green.labels(reference)
+            for case, reference in zip(self.cases, self.references, strict=True)
+        ]
+        return clinical.tally_labels(truth, [green.labels(text) for text in self.candidates], green.LABELS)
+
+
+def content(texts: Texts) -> dict[str, Statistic]:
+    """What the reports say: finding_*, ce_*, crg, laterality."""
+    return {
+        **clinical.finding_metrics(texts.truth, texts.found),
+        **clinical.label_metrics(texts.labels),
+        "laterality": laterality(texts.truth, texts.found),
+    }
+
+
+def wording(texts: Texts, encoder: TokenEncoder | None = None) -> dict[str, Statistic]:
+    """How the reports say it: bleu_*, rouge_*, meteor and, where there is an encoder, bert_score."""
+    scores = text_metrics.text_metrics(texts.pairs)
+    return scores if encoder is None else {**scores, "bert_score": text_metrics.bert_score(texts.pairs, encoder)}
+
+
+def judged(judgements: Sequence[Judgement]) -> Statistic:
+    """The mean GREEN over the valid judgements."""
+    return Statistic.mean([judgement.score if judgement.valid else None for judgement in judgements])
+
+
+def laterality(truth: Sequence[Sequence[Finding]], found: Sequence[Sequence[Finding]]) -> Statistic:
+    """Of the findings with a side that both name, and give a side, the share in which the sides agree."""
+    rows = np.zeros((len(truth), 2))
+    for i, (true, read) in enumerate(zip(truth, found, strict=True)):
+        ours, theirs = _sides(true), _sides(read)
+        both = ours.keys() & theirs.keys()
+        rows[i] = sum(ours[name] == theirs[name] for name in both), len(both)
+    return Statistic(rows, n=int((rows[:, 1] > 0).sum()))
+
+
+def _sides(findings: Sequence[Finding]) -> dict[str, set[str]]:
+    sides: dict[str, set[str]] = {}
+    for finding in findings:
+        if finding.side:
+            both = {"left", "right"} if finding.side == "bilateral" else {finding.side}
+            sides.setdefault(finding.name, set()).update(both)
+    return sides

@@ -1,0 +1,112 @@
+"""A model that reads the scan passes; one that writes what reports usually say does not."""
+
+import numpy as np
+import pytest
+from small_runs import SIDES
+
+from mu2llm.config import JudgeConfig
+from mu2llm.evaluation.audits import audit, prior_report
+from mu2llm.evaluation.scoring import Texts
+from mu2llm.green import load_judge
+from mu2llm.records import Case, Finding, Judgement
+
+RULES = load_judge(JudgeConfig())
+NORMAL = "No pleural effusion. The liver is normal."
+
+
+def make_case(i, kind):
+    side = SIDES[i % 2]
+    present = kind % 2 == 0
+    text = f"There is a {side} pleural effusion." if present else "No pleural effusion."
+    lesion = kind % 3 == 0
+    text += " Hypodense liver lesion." if lesion else " The liver is normal."
+    findings = [Finding(name="pleural effusion", side=side)] if present else []
+    findings += [Finding(name="liver lesion")] if lesion else []
+    return Case(id=f"c{i}", patient=f"p{i}", volume="", report=text, findings=tuple(findings))
+
+
+CASES = tuple(make_case(i, int(k)) for i, k in enumerate(np.random.default_rng(0).integers(0, 6, 60)))
+REFERENCES = tuple(case.report for case in CASES)
+
+
+def texts(candidates, cases=CASES):
+    return Texts(cases, tuple(case.report for case in cases), tuple(candidates))
+
+
+def shifted(by):
+    return [REFERENCES[(i + by) % len(REFERENCES)] for i in range(len(REFERENCES))]
+
+
+def run(candidates, shuffled, prior=NORMAL, **changes):
+    own = texts(candidates)
+    judgements = changes.pop("judgements", RULES.judge(own.pairs))
+    variants = {
+        "shuffled": texts(shuffled),
+        "zeroed": texts([NORMAL] * len(CASES)),
+        "prior": texts([prior] * len(CASES)),
+        **changes.pop("variants", {}),
+    }
+    return audit(own, variants, judgements, changes.pop("finished", [True] * len(CASES)), RULES, resamples=200)
+
+
+def test_a_model_that_looks_passes():
+    result = run(REFERENCES, shifted(7))
+    assert result.passed and not result.red_line and not result.reasons
+    assert result.contrasts["shuffled"]["finding_f1"].gain.low > 0
+    assert result.laterality.value == 1
+    assert result.overlooked.value == 0
+    assert 0 < result.distinct_reports < 1
+
+
+def test_a_model_that_writes_any_report_gets_the_red_line():
+    result = run(shifted(7), shifted(13))
+    assert not result.passed
+    assert any("other patients' scans" in reason for reason in result.reasons)
+    assert result.red_line.startswith("does not look at the scan: finding_f1 0.")
+
+
+def test_a_template_is_called_one():
+    result = run([NORMAL] * len(CASES), [NORMAL] * len(CASES))
+    assert any("one text is 100%" in reason for reason in result.reasons)
+    assert any("as one fixed report" in reason for reason in result.reasons)
+    assert result.most_frequent_report == NORMAL
+    assert result.distinct_reports == pytest.approx(1 / len(CASES))
+    assert result.overlooked.value == 1
+
+
+def test_sides_swapped_show_as_laterality():
+    swapped = [text.replace("left", "LEFT").replace("right", "left").replace("LEFT", "right") for text in REFERENCES]
+    result = run(swapped, shifted(7))
+    assert result.laterality.value == 0
+    assert result.laterality.n == sum(any(f.side for f in case.findings) for case in CASES)
+
+
+def test_invalid_cut_off_and_empty_are_said():
+    judgements = [Judgement(valid=False, score=None, why="refused")] * 3 + list(RULES.judge(texts(REFERENCES).pairs))[
+        3:
+    ]
+    candidates = ["", *REFERENCES[1:]]
+    result = run(candidates, shifted(7), judgements=judgements, finished=[False] * 6 + [True] * 54)
+    assert result.invalid == {"refused": 3}
+    assert result.cut_off == pytest.approx(0.1)
+    told = " | ".join(result.warnings)
+    assert "3 of 60 judgements are invalid" in told and "6 of 60 reports were cut off" in told
+    assert "1 of 60 reports are empty" in told
+
+
+def test_without_another_patient_there_is_no_verdict_to_pass():
+    nobody = Texts((), (), ())
+    result = run(REFERENCES, shifted(7), variants={"shuffled": nobody})
+    assert not result.passed and "not measurable with other patients' scans" in result.reasons[0]
+
+
+def test_variants_of_some_cases_are_compared_on_these():
+    some = Texts(CASES[:30], REFERENCES[:30], tuple(shifted(7)[:30]))
+    contrast = run(REFERENCES, shifted(7), variants={"shuffled": some}).contrasts["shuffled"]["finding_f1"]
+    assert contrast.without.n == contrast.gain.n == 30
+
+
+def test_the_fixed_report_is_the_one_that_fits_most():
+    reports = [NORMAL] * 3 + ["Left pleural effusion."] + ["No pleural effusion. Normal liver."] * 6
+    assert prior_report(reports, RULES) in (NORMAL, "No pleural effusion. Normal liver.")
+    assert prior_report(reports, RULES, seed=1) == prior_report(reports, RULES, seed=1)
