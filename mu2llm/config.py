@@ -206,7 +206,8 @@ class JudgeConfig(Section):
     truncate_words: int | None = Field(None, description="the published cut at 300 words; None judges by section")
     concurrency: int = 8
     requests_per_minute: float | None = None
-    cache: str | None = Field(None, description="URI of the cache of judgements")
+    cache: str | None = Field(None, description="URI of the cache of a language model's judgements")
+    prompt: str | None = Field(None, description="URI of a prompt with {reference} and {candidate}, instead of ours")
 
 
 class EvaluationConfig(Section):

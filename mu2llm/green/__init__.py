@@ -4,6 +4,21 @@ from mu2llm.green.findings import findings, labels
 from mu2llm.green.judges import Judge, load_judge
 from mu2llm.green.lexicon import LABELS
 from mu2llm.green.parser import parse
+from mu2llm.green.prompt import write_answer
+from mu2llm.green.scoring import label_lines, parse_lines, score_lines, score_pairs
 from mu2llm.green.sentences import sentences
 
-__all__ = ["LABELS", "Judge", "findings", "labels", "load_judge", "parse", "sentences"]
+__all__ = [
+    "LABELS",
+    "Judge",
+    "findings",
+    "label_lines",
+    "labels",
+    "load_judge",
+    "parse",
+    "parse_lines",
+    "score_lines",
+    "score_pairs",
+    "sentences",
+    "write_answer",
+]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from mu2llm import storage
 from mu2llm.config import JudgeConfig
 from mu2llm.errors import UserError
 from mu2llm.records import Judgement
+
+if TYPE_CHECKING:
+    from mu2llm.green.prompt import Prompt
+    from mu2llm.green.prompted import Writer
 
 Pair = tuple[str, str]
 """(reference, candidate)"""
@@ -35,12 +40,43 @@ class Judge(Protocol):
 
 
 def load_judge(config: JudgeConfig) -> Judge:
-    """The judge that `config.name` names; a UserError says which names there are."""
+    """The judge that `config.name` names; a UserError says which names there are.
+
+    Rules are quicker than any cache; a language model's judgements are kept under `config.cache`, if given.
+    """
     if config.name == "rules":
         from mu2llm.green.rules import RulesJudge
 
         return RulesJudge()
+    from mu2llm.green.cache import CachedJudge
+    from mu2llm.green.prompted import PromptedJudge
+
+    judge = PromptedJudge(_writer(config), _prompt(config.prompt), config.truncate_words)
+    return CachedJudge(judge, config.cache) if config.cache else judge
+
+
+def _writer(config: JudgeConfig) -> Writer:
+    if local := re.fullmatch(r"hf:(.+)", config.name):
+        from mu2llm.green.local import LocalWriter
+
+        return LocalWriter(local[1], config.batch_size, config.max_new_tokens)
+    if remote := re.fullmatch(r"openai:(.+?)@(\w+://.+)", config.name):
+        from mu2llm.green.endpoint import EndpointWriter
+
+        return EndpointWriter(
+            remote[1], remote[2], config.max_new_tokens, config.concurrency, config.requests_per_minute
+        )
     raise UserError(f"judge {config.name!r} is not known; give rules, hf:NAME_OR_PATH or openai:MODEL@URL")
+
+
+def _prompt(uri: str | None) -> Prompt:
+    from mu2llm.green.prompt import Prompt
+
+    if uri is None:
+        return Prompt()
+    if not storage.exists(uri):
+        raise UserError(f"judge.prompt {uri}: there is no such file")
+    return Prompt(storage.read_bytes(uri).decode())
 
 
 def unreadable(pair: Pair) -> str | None:

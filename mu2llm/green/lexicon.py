@@ -67,6 +67,7 @@ class Lexicon:
     cues: dict[str, re.Pattern[str]]
     severity: dict[int, re.Pattern[str]]
     change: dict[Change, re.Pattern[str]]
+    regions: dict[str, re.Pattern[str]]
 
 
 @cache
@@ -83,6 +84,7 @@ def lexicon() -> Lexicon:
         {name: _compile(pattern.replace("{verbs}", verbs)) for name, pattern in cues.items()},
         {grade: _compile(pattern) for grade, pattern in source["severity"].items()},
         {change: _compile(pattern) for change, pattern in source["change"].items()},
+        {region: _compile(pattern) for region, pattern in source["regions"].items()},
     )
 
 
