@@ -26,7 +26,8 @@ import pyarrow.fs as pafs
 from mu2llm.errors import Failure, UserError
 
 T = TypeVar("T")
-ATTEMPTS = 6
+ATTEMPTS = 5
+SDK_ATTEMPTS = 4  # of one request within each of them
 BACK_OFF_S = 0.1  # before the second attempt; doubled before each further one
 EMBEDDED_ROOT = "MU2LLM_S3_ROOT"  # the folder behind the embedded server, known to every process it serves
 
@@ -49,7 +50,9 @@ def _s3() -> pafs.S3FileSystem:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if not endpoint:
-        return pafs.S3FileSystem(region=region, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=8))
+        return pafs.S3FileSystem(
+            region=region, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=SDK_ATTEMPTS)
+        )
     # other servers than AWS's often refuse its newer trailing checksums (rclone answers 411)
     os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     scheme, _, host = endpoint.rpartition("://")
@@ -58,7 +61,7 @@ def _s3() -> pafs.S3FileSystem:
         scheme=scheme or "https",
         region=region or "us-east-1",
         allow_bucket_creation=True,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=8),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=SDK_ATTEMPTS),
     )
 
 
@@ -199,7 +202,7 @@ def staged(uri: str) -> Iterator[Path]:
         if isinstance(filesystem, pafs.LocalFileSystem):
             partial.replace(path)
         else:
-            retried(uri, lambda: pafs.copy_files(str(partial), path, pafs.LocalFileSystem(), filesystem))
+            _upload(partial, uri)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -215,21 +218,36 @@ def write_json(uri: str, value: Any) -> None:
 def delete(uri: str) -> None:
     """Deletes a file or a folder with all that is in it; nothing there is fine."""
     filesystem, path = resolve(uri)
-    kind = filesystem.get_file_info(path).type
-    if kind == pafs.FileType.Directory:
-        filesystem.delete_dir(path)
-    elif kind == pafs.FileType.File:
-        filesystem.delete_file(path)
+    kind = info(uri).type
+    if kind == pafs.FileType.NotFound:
+        return
+
+    def remove() -> None:
+        try:
+            filesystem.delete_dir(path) if kind == pafs.FileType.Directory else filesystem.delete_file(path)
+        except OSError:
+            # some servers (rclone) complain of folders that went with their last file
+            if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
+                raise
+
+    retried(uri, remove)
 
 
 def copy_folder(source: str, destination: str) -> None:
-    """Copies a folder between any two storages."""
-    from_filesystem, from_path = resolve(source)
-    to_filesystem, to_path = resolve(destination)
-    to_filesystem.create_dir(to_path, recursive=True)
-    pafs.copy_files(
-        from_path, to_path, source_filesystem=from_filesystem, destination_filesystem=to_filesystem, use_threads=False
-    )
+    """Copies the files of a folder between any two storages; each appears whole."""
+    base = resolve(source)[1].rstrip("/") + "/"
+    for each in list_files(source):
+        path = each.path.removeprefix(base)
+        if is_remote(destination) and not is_remote(source):
+            _upload(Path(each.path), join(destination, path))
+        else:
+            with staged(join(destination, path)) as local:
+                download(join(source, path), local)
+
+
+def _upload(path: Path, uri: str) -> None:
+    filesystem, target = resolve(uri)
+    retried(uri, lambda: pafs.copy_files(str(path), target, pafs.LocalFileSystem(), filesystem))
 
 
 @contextlib.contextmanager
