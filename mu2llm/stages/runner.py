@@ -24,11 +24,16 @@ from pydantic import BaseModel, Field
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from mu2llm import config, storage, tracking
+from mu2llm.cases import Shards, Stream
 from mu2llm.config import Experiment, StageConfig
 from mu2llm.errors import Failure, UserError
 from mu2llm.records import Checkpoint, Lineage, Training
 
 Progress = Callable[[dict[str, float]], None]
+_NOT_OF_THE_RESULT = {
+    *("workers", "gpus_per_worker", "cpus_per_worker", "max_failures"),
+    *("save_steps", "keep_checkpoints", "log_steps"),
+}
 PROGRESS_FILE = "mu2llm_progress.json"  # in every intermediate checkpoint: what is cumulative over resumes
 
 
@@ -41,11 +46,15 @@ class Job(BaseModel):
     data_checksum: str
     out: str
     parent: str | None = None
+    parent_identity: str = ""
     spec_hash: str
     rows: int
     judge: str | None = None
     git_commit: str | None = None
-    extra: dict[str, Any] = Field({}, description="what else decides the result, such as the cached features' URI")
+    shards: str = Field("", description="dpo: URI of the shards that the pairs in `data` were made on")
+    split: str = "train"
+    reference: str | None = Field(None, description="dpo: URI of the reference's log-probabilities")
+    features: str | None = Field(None, description="URI of the cached vision features that are read in place of voxels")
 
     @property
     def resolved(self) -> Experiment:
@@ -93,6 +102,37 @@ class Job(BaseModel):
         return config.digest(parts)
 
 
+def job(
+    stage: Literal["contrastive", "sft", "dpo"],
+    shards: Shards,
+    out: str,
+    experiment: Experiment,
+    parent: str | None = None,
+    **more: Any,
+) -> Job:
+    """The job of a stage on the `train` split of shards; a UserError where the inputs do not fit together."""
+    if shards.spec.hash != experiment.data.spec.hash:
+        raise UserError(
+            f"{shards.uri} has spec {shards.spec.name} ({shards.spec.hash}), preset {experiment.name} expects "
+            f"{experiment.data.spec.name} ({experiment.data.spec.hash}): name the preset that it was ingested with"
+        )
+    if not shards.count("train"):
+        raise UserError(f"{shards.uri} has no rows in split train; ingest more scans or change data.split")
+    values = {
+        "stage": stage,
+        "experiment": experiment.model_dump(mode="json"),
+        "data": shards.uri,
+        "data_checksum": shards.checksum,
+        "out": out,
+        "parent": parent,
+        "parent_identity": Checkpoint.open(parent).lineage.identity if parent else "",
+        "spec_hash": shards.spec.hash,
+        "rows": shards.count("train"),
+        "git_commit": tracking.git_commit(),
+    }
+    return Job(**{**values, **more})
+
+
 def finished(job: Job) -> Checkpoint | None:
     """The checkpoint at `out` if this very job made it; a UserError if another one did."""
     if not storage.exists(storage.join(job.out, Checkpoint.FILE)):
@@ -106,7 +146,7 @@ def finished(job: Job) -> Checkpoint | None:
     return checkpoint
 
 
-def run(job: Job, loop: Callable[[Job], dict[str, Any] | None], progress: Progress | None = None) -> Checkpoint:
+def run(job: Job, loop: Callable[[Job, Resume], None], progress: Progress | None = None) -> Checkpoint:
     """Runs a stage to its end, from where an interrupted run of the same job left off.
 
     Raises UserError where the workers do not fit the cluster, Failure where training failed.
@@ -233,11 +273,11 @@ def _relay(path: Path, total: int, progress: Progress | None) -> Iterator[None]:
 # ---- on the workers
 
 
-def _worker(settings: dict[str, Any]) -> dict[str, Any] | None:
+def _worker(settings: dict[str, Any]) -> None:
     job = Job.model_validate(settings["job"])
     torch.set_num_threads(max(1, int(job.settings.cpus_per_worker)))
     set_seed(job.resolved.seed)
-    return settings["loop"](job)
+    settings["loop"](job, Resume.point())
 
 
 def arguments(job: Job, folder: str, **more: Any) -> dict[str, Any]:
@@ -278,8 +318,7 @@ class Streamed:
     A batch is a dict of tensors and the list `case_ids`, which names the cases when the loss is not finite.
     """
 
-    batches: Iterator[dict[str, Any]]
-    job: Job
+    batches: Batches
 
     def get_train_dataloader(self) -> Any:
         return self.batches
@@ -301,42 +340,94 @@ class _NotFinite(Exception):
         self.cases = cases
 
 
-def resume_point() -> tuple[str | None, dict[str, Any]]:
-    """The folder of the last intermediate checkpoint, if there is one, and what it says of progress so far."""
-    checkpoint = ray.train.get_checkpoint()
-    nothing = {"step": 0, "seconds": 0.0, "cases_seen": 0}
-    if checkpoint is None:
-        return None, nothing
-    folder = tempfile.mkdtemp(prefix="mu2llm-resume-")
-    checkpoint.to_directory(folder)
-    return folder, json.loads((Path(folder) / PROGRESS_FILE).read_text())
+class Resume(BaseModel):
+    """Where to go on: the last intermediate checkpoint's folder, if there is one, and what was done up to it."""
+
+    folder: str | None = None
+    step: int = 0
+    seconds: float = 0.0
+    cases_seen: int = 0
+
+    @classmethod
+    def point(cls) -> Resume:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return cls()
+        folder = checkpoint.to_directory(tempfile.mkdtemp(prefix="mu2llm-resume-"))
+        return cls(folder=folder, **json.loads((Path(folder) / PROGRESS_FILE).read_text()))
 
 
-def train(trainer: Trainer, job: Job, resume: str | None, before: dict[str, Any], save: Callable[[str], None]) -> None:
-    """Trains to the end, reporting and checkpointing on the way, and publishes what `save(folder)` writes.
+class Batches:
+    """What a worker trains on: its share of the stream from where it is to go on, collated."""
 
-    `save` writes the final `save_pretrained` folder; only rank 0 calls it. `before` is `resume_point`'s.
+    def __init__(
+        self,
+        job: Job,
+        resume: Resume,
+        shards: Shards,
+        columns: list[str],
+        collate: Callable[[Any], dict[str, Any]],
+        **more: Any,
+    ) -> None:
+        context, settings = ray.train.get_context(), job.settings
+        rows_a_step = settings.batch_size * settings.accumulation
+        self.collate = collate
+        self.stream = Stream(
+            shards,
+            job.split,
+            columns,
+            batch_size=settings.batch_size,
+            seed=job.resolved.seed,
+            rank=context.get_world_rank(),
+            world=context.get_world_size(),
+            start_row=resume.step * rows_a_step,
+            rows=job.total_steps * rows_a_step,
+            shuffle_rows=job.resolved.data.shuffle_rows,
+            **more,
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.collate, self.stream)
+
+
+def train(trainer: Trainer, job: Job, resume: Resume, finish: Callable[[str], dict[str, float]]) -> None:
+    """Trains to the end, reporting and checkpointing on the way, and publishes the checkpoint.
+
+    `finish(folder)` writes the final `save_pretrained` folder and returns the stage's own metrics; only rank 0
+    calls it.
     """
-    reports = _Reports(job, before, trainer.batches)  # type: ignore[attr-defined]
+    reports = _Reports(job, resume, trainer.batches.stream)
     trainer.add_callback(reports)
     rank = ray.train.get_context().get_world_rank()
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=resume.folder)
     except _NotFinite as error:
         # not raised on: the same batch would fail again on every retry
         storage.write_json(storage.join(job.state, "stopped.json"), {"why": str(error), "case_ids": error.cases})
         return
     if rank == 0:
         with tempfile.TemporaryDirectory() as folder:
-            save(folder)
-            _publish(job, folder, reports, trainer)
+            metrics = finish(folder)
+            progress = reports.progress(trainer.state.global_step)
+            _publish(job, folder, progress, resume.step, history(trainer), metrics)
 
 
-def _publish(job: Job, folder: str, reports: _Reports, trainer: Trainer) -> None:
-    history = [
-        {k: float(v) for k, v in entry.items() if isinstance(v, int | float)} for entry in trainer.state.log_history
+def history(trainer: Trainer) -> list[dict[str, float]]:
+    """The numbers that the trainer logged, a dict for each time, over all resumes."""
+    return [
+        {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
+        for entry in trainer.state.log_history
     ]
-    progress = reports.progress(trainer.state.global_step)
+
+
+def _publish(
+    job: Job,
+    folder: str,
+    progress: dict[str, Any],
+    resumed_from: int,
+    logged: list[dict[str, float]],
+    metrics: dict[str, float],
+) -> None:
     Checkpoint(
         uri=job.out,
         experiment=job.experiment,
@@ -356,24 +447,17 @@ def _publish(job: Job, folder: str, reports: _Reports, trainer: Trainer) -> None
             steps=progress["step"],
             cases_seen=progress["cases_seen"],
             seconds=progress["seconds"],
-            resumed_from_step=reports.before["step"],
-            metrics=_last_metrics(history),
-            history=[entry for entry in history if "loss" in entry],
+            resumed_from_step=resumed_from,
+            metrics={**dict(item for entry in logged for item in entry.items()), **metrics},
+            history=[entry for entry in logged if "loss" in entry],
         ),
     ).publish(folder)
-
-
-def _last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for entry in history:
-        metrics.update(entry)
-    return metrics
 
 
 class _Reports(TrainerCallback):
     """HF Trainer → Ray Train: metrics at every log, a checkpoint at every save, one when a node is to go."""
 
-    def __init__(self, job: Job, before: dict[str, Any], stream: Any) -> None:
+    def __init__(self, job: Job, before: Resume, stream: Stream) -> None:
         self.job, self.before, self.stream = job, before, stream
         self.started = time.monotonic()
         self.logged: dict[str, float] = {}
@@ -381,24 +465,24 @@ class _Reports(TrainerCallback):
 
     def progress(self, step: int) -> dict[str, Any]:
         settings = self.job.settings
-        rows = (step - self.before["step"]) * settings.batch_size * settings.accumulation
+        rows = (step - self.before.step) * settings.batch_size * settings.accumulation
         return {
             "step": step,
-            "seconds": round(self.before["seconds"] + time.monotonic() - self.started, 3),
-            "cases_seen": self.before["cases_seen"] + rows,
+            "seconds": round(self.before.seconds + time.monotonic() - self.started, 3),
+            "cases_seen": self.before.cases_seen + rows,
         }
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         self.logged = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         progress = self.progress(state.global_step)
-        steps = max(1, state.global_step - self.before["step"])
+        steps = max(1, state.global_step - self.before.step)
         elapsed = time.monotonic() - self.started
         ray.train.report(
             {
                 **self.logged,
                 **progress,
                 "samples_per_second": steps * self.job.settings.batch_size * self.job.settings.accumulation / elapsed,
-                "data_wait_share": getattr(self.stream, "wait_seconds", 0.0) / elapsed,
+                "data_wait_share": self.stream.wait_seconds / elapsed,
                 "seconds_left": elapsed / steps * (state.max_steps - state.global_step),
             }
         )

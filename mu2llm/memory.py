@@ -1,0 +1,45 @@
+"""How much memory a command and all that it started took."""
+
+from __future__ import annotations
+
+import threading
+
+import psutil
+
+
+class PeakMemory:
+    """Highest PSS of the process tree while it runs, in GiB; shared pages are counted once.
+
+    Sampled every `interval` seconds in a thread: a shorter peak can be missed.
+    """
+
+    def __init__(self, interval: float = 1.0) -> None:
+        self.interval = interval
+        self.gib = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(10)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval):
+            self.gib = max(self.gib, tree_pss() / 2**30)
+
+
+def tree_pss() -> int:
+    """Bytes of PSS of this process and its descendants; of RSS where the system has no PSS (macOS)."""
+    total = 0
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            memory = process.memory_full_info()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # it ended while we looked
+        total += getattr(memory, "pss", memory.rss)
+    return total

@@ -1,0 +1,248 @@
+"""DPO stage: the SFT model learns to prefer what the judge preferred.
+
+trl's `DPOTrainer` with three changes: the batches come from the stream; each scan is encoded once and serves
+chosen and rejected alike, policy and reference seeing the very same view; and the reference log-probabilities
+are computed once, in a Ray Data pass, so that no second model is held. All of trl's losses stay.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from ray.data import ActorPoolStrategy
+from trl import DPOConfig as TrlDpoConfig
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from mu2llm import storage
+from mu2llm.cases import Shards, dataset
+from mu2llm.config import DpoConfig, Experiment
+from mu2llm.errors import UserError
+from mu2llm.evaluation.encode import encode_scans
+from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, add_lora, load, merge_lora
+from mu2llm.records import Checkpoint, PreferencePair
+from mu2llm.stages import runner
+from mu2llm.stages.preferences import Preferences, read_pairs
+
+BATCH = 8
+
+
+def run(
+    data: str, out: str, experiment: Experiment, init: str | None = None, progress: runner.Progress | None = None
+) -> Checkpoint:
+    """Trains on the pairs that `prefer` wrote at `data`, from `init` (default: the checkpoint that wrote them)."""
+    preferences, pairs = Preferences.open(data), read_pairs(data)
+    init = init or preferences.checkpoint
+    shards = Shards.open(preferences.shards)
+    check(preferences, shards, pairs, init)
+    job = runner.job(
+        "dpo", shards, out, experiment, init, data=data, data_checksum=preferences.identity, rows=len(pairs)
+    ).model_copy(update={"judge": preferences.judge, "shards": preferences.shards, "split": preferences.split})
+    done = runner.finished(job)
+    if done:
+        return done
+    runner.check_resources(job.settings)
+    settings = experiment.dpo
+    if settings.freeze_vision:
+        features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker)
+        job = job.model_copy(update={"features": features.uri})
+    job = job.model_copy(update={"reference": reference_logps(job, pairs)})
+    return runner.run(job, loop, progress)
+
+
+def check(preferences: Preferences, shards: Shards, pairs: list[PreferencePair], init: str) -> None:
+    """Refuses pairs without rows, of other shards, or of cases that are not there; another spec or architecture."""
+    checkpoint = Checkpoint.open(init)
+    if checkpoint.lineage.stage == "contrastive":
+        raise UserError(f"{init} is a contrastive checkpoint and writes no reports; start dpo from an sft checkpoint")
+    if checkpoint.lineage.spec_hash != preferences.spec_hash:
+        raise UserError(
+            f"{init} expects spec {checkpoint.lineage.spec_hash}, the pairs were made on {preferences.spec_hash}: "
+            "start from the checkpoint that wrote their candidates"
+        )
+    if shards.checksum != preferences.data_checksum:
+        raise UserError(f"{shards.uri} has changed since the pairs were made; run mu2llm prefer again")
+    known = {case.id for case in shards.cases(preferences.split)}
+    missing = sorted({pair.case_id for pair in pairs} - known)
+    if missing:
+        raise UserError(
+            f"{len(missing)} cases of the pairs are not in {shards.uri} ({preferences.split}), such as {missing[0]}; "
+            "run mu2llm prefer again"
+        )
+
+
+def loop(job: runner.Job, resume: runner.Resume) -> None:
+    """One worker: the policy, the stream of pairs with their scans, the training, the merged checkpoint."""
+    experiment, settings = job.resolved, job.resolved.dpo
+    assert job.parent and job.reference
+    shards, scan = Shards.open(job.features or job.shards), "features" if job.features else "voxels"
+    model, processor = load(job.parent)
+    if settings.freeze_vision:
+        model.freeze_vision()
+    if experiment.model.lora:
+        model = add_lora(model, experiment.model.lora)
+    examples = Examples(read_pairs(job.data), read_reference(job.reference), processor)
+    batches = runner.Batches(
+        job, resume, shards, ["id", "chunk_mask", scan], lambda rows: examples.collate(rows, scan),
+        ids=[pair.case_id for pair in examples.pairs],
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Mu2DPOTrainer(
+            model=model,
+            args=TrlDpoConfig(**runner.arguments(job, folder, **loss_arguments(settings))),
+            train_dataset=datasets.Dataset.from_list([{"prompt": "", "chosen": "", "rejected": ""}]),
+            data_collator=examples.collator,
+            processing_class=processor.tokenizer,
+        )
+        trainer.batches = batches
+
+        def finish(target: str) -> dict[str, float]:
+            merge_lora(model).save_pretrained(target)
+            processor.save_pretrained(target)
+            return {}
+
+        runner.train(trainer, job, resume, finish)
+
+
+def loss_arguments(settings: DpoConfig) -> dict[str, Any]:
+    """Our settings in trl's names."""
+    return {
+        "beta": settings.beta,
+        "loss_type": list(settings.loss),
+        "loss_weights": list(settings.loss_weights) if settings.loss_weights else None,
+        "label_smoothing": settings.label_smoothing,
+        "ld_alpha": settings.ld_alpha,
+        "precompute_ref_log_probs": True,
+        "max_length": None,
+        "disable_dropout": True,
+    }
+
+
+class Mu2DPOTrainer(runner.Streamed, DPOTrainer):
+    """trl's trainer on our stream: what it would do to a dataset of its own falls away."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super(DPOTrainer, self)._save_checkpoint(model, trial)  # without a model card for every few steps
+
+
+class Examples:
+    """The pairs as token ids, and the batches made of them and of the streamed scans."""
+
+    def __init__(self, pairs: list[PreferencePair], reference: np.ndarray | None, processor: Mu2Processor) -> None:
+        self.pairs, self.reference, self.processor = pairs, reference, processor
+        self.collator = DataCollatorForPreference(pad_token_id=processor.tokenizer.pad_token_id)
+
+    def collate(self, rows: dict[str, Any], scan: str) -> dict[str, Any]:
+        """Streamed rows (`item` is the pair's number) → trl's batch: chosen, then rejected, over B scans.
+
+        The model serves each scan's tokens to neighbouring rows, trl puts all chosen before all rejected: so the
+        scans are given as they are and the model is told to tile them.
+        """
+        numbers = [int(item) for item in rows["item"]]
+        batch = self.collator([self.example(number) for number in numbers])
+        questions = self.processor.encode([self.pairs[number].prompt for number in numbers])
+        name = "vision_features" if scan == "features" else "volumes"
+        return {
+            "case_ids": list(rows["id"]),
+            name: torch.as_tensor(np.asarray(rows[scan])),
+            "chunk_mask": torch.as_tensor(np.asarray(rows["chunk_mask"])),
+            "question_ids": questions["question_ids"],
+            "question_mask": questions["question_mask"],
+            "tile_scans": True,
+            **batch,
+        }
+
+    def example(self, number: int) -> dict[str, Any]:
+        pair = self.pairs[number]
+        prompt, chosen = self.processor.token_ids(pair.prompt, pair.chosen)
+        _, rejected = self.processor.token_ids(pair.prompt, pair.rejected)
+        example: dict[str, Any] = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        if self.reference is not None:
+            example["ref_chosen_logps"], example["ref_rejected_logps"] = self.reference[number].tolist()
+        return example
+
+
+# ---- the reference's log-probabilities, once for all epochs, betas and losses
+
+
+def reference_logps(job: runner.Job, pairs: list[PreferencePair]) -> str:
+    """URI of the pairs' reference log-probabilities under the parent, made unless they are there.
+
+    They lie beside the pairs under the parent's digest (and `ld_alpha`, which weighs tokens), one row a pair.
+    """
+    settings = job.resolved.dpo
+    name = job.parent_identity + (f"-ld{settings.ld_alpha:g}" if settings.ld_alpha is not None else "")
+    uri = storage.join(job.data, "reference", f"{name}.parquet")
+    if storage.exists(uri):
+        return uri
+    shards, scan = Shards.open(job.features or job.shards), "features" if job.features else "voxels"
+    ids = [pair.case_id for pair in pairs]
+    logps = dataset(shards, job.split, ["id", "chunk_mask", scan], ids=ids).map_batches(
+        ReferenceActor,
+        fn_constructor_args=(job, pairs, scan),
+        batch_size=BATCH,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(size=1),
+        num_cpus=settings.cpus_per_worker,
+        num_gpus=settings.gpus_per_worker,
+    )
+    columns = list(logps.iter_batches(batch_size=None, batch_format="numpy"))
+    table = pa.table({name: np.concatenate([part[name] for part in columns]) for name in columns[0]}).sort_by("item")
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+    return uri
+
+
+def read_reference(uri: str) -> np.ndarray:
+    """(pairs, 2): log-probability of chosen and of rejected."""
+    table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+    return np.stack([table.column("chosen").to_numpy(), table.column("rejected").to_numpy()], axis=1)
+
+
+class ReferenceActor:
+    """Holds the parent in a Ray Data actor: batches of pairs → their log-probabilities."""
+
+    def __init__(self, job: runner.Job, pairs: list[PreferencePair], scan: str) -> None:
+        settings = job.resolved.dpo
+        torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
+        assert job.parent
+        model, processor = load(job.parent)
+        self.model = model.to("cuda" if settings.gpus_per_worker else "cpu")
+        self.examples, self.scan, self.ld_alpha = Examples(pairs, None, processor), scan, settings.ld_alpha
+
+    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+        batch = self.examples.collate(rows, self.scan)
+        batch.pop("case_ids")
+        moved = {k: v.to(self.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        chosen, rejected = sequence_logps(self.model, moved, self.ld_alpha).chunk(2)
+        return {"item": rows["item"], "chosen": chosen.cpu().numpy(), "rejected": rejected.cpu().numpy()}
+
+
+@torch.inference_mode()
+def sequence_logps(
+    model: Mu2ForConditionalGeneration, batch: dict[str, Any], ld_alpha: float | None = None
+) -> torch.Tensor:
+    """(2B,) log-probability of each completion; tokens beyond the pair's shorter one weigh `ld_alpha`."""
+    inputs = dict(batch)
+    mask = inputs.pop("completion_mask")[:, 1:]
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    tokens = inputs["input_ids"][:, 1:, None]
+    logps = logits.gather(-1, tokens).squeeze(-1) - logits.logsumexp(-1)
+    weight = mask.to(logps.dtype)
+    if ld_alpha is not None:
+        shared = mask.sum(1).view(2, -1).amin(0).repeat(2)[:, None]
+        weight = weight * torch.where(mask.cumsum(1) <= shared, 1.0, ld_alpha)
+    return (logps * weight).sum(1)

@@ -1,0 +1,200 @@
+"""Preference data: candidates of a checkpoint → judgements → pairs of a better and a worse report.
+
+Everything is kept under `out`: `candidates`, `judgements` and `pairs` as Parquet, and `preferences.json`, which
+names the shards, spec and split they came from and is written last. Sampling resumes by batches of cases.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import groupby
+from statistics import fmean
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from mu2llm import config, storage
+from mu2llm.cases import Shards
+from mu2llm.config import Experiment
+from mu2llm.errors import Failure, UserError
+from mu2llm.evaluation.decoding import Decoding
+from mu2llm.evaluation.encode import encode_scans
+from mu2llm.evaluation.generate import generate
+from mu2llm.evaluation.predictions import Request
+from mu2llm.green import Judge, load_judge
+from mu2llm.records import Candidate, Case, Checkpoint, Judgement, PreferencePair, Record
+from mu2llm.stages.corruption import corrupt
+from mu2llm.stages.pairs import Judged, make_pairs, screen
+
+Progress = Callable[[int, int], None]
+
+
+class Preferences(BaseModel):
+    """What `prefer` wrote, and all that `dpo` needs to know. `dropped` counts candidates and pairs by reason."""
+
+    FILE = "preferences.json"
+
+    shards: str
+    data_checksum: str
+    spec_hash: str
+    split: str
+    checkpoint: str
+    judge: str
+    identity: str
+    cases: int
+    candidates: int
+    pairs: int
+    cases_with_pairs: int
+    dropped: dict[str, int]
+    green_best: float | None
+    green_worst: float | None
+
+    @classmethod
+    def open(cls, uri: str) -> Self:
+        """A UserError where there are none."""
+        path = storage.join(uri, cls.FILE)
+        if not storage.exists(path):
+            raise UserError(f"{uri} holds no preference pairs: it has no {cls.FILE}; give what `mu2llm prefer` wrote")
+        return cls.model_validate(storage.read_json(path))
+
+
+def prefer(
+    checkpoint: str,
+    data: str,
+    out: str,
+    experiment: Experiment,
+    judge: Judge | None = None,
+    progress: Progress | None = None,
+) -> Preferences:
+    """Samples, judges and pairs. Raises UserError where checkpoint and shards do not fit, Failure without any pair."""
+    shards, origin = Shards.open(data), Checkpoint.open(checkpoint)
+    judge = judge or load_judge(experiment.judge)
+    settings = experiment.preferences
+    decides = [settings.model_dump(mode="json"), judge.identity, experiment.seed]
+    identity = config.digest([origin.lineage.identity, shards.checksum, *decides])
+    if storage.exists(storage.join(out, Preferences.FILE)):
+        there = Preferences.open(out)
+        if there.identity != identity:
+            raise UserError(f"{out} holds pairs made otherwise; name another --out or delete it")
+        return there
+    cases = {case.id: case for case in shards.cases(settings.split)[: settings.max_cases]}
+    sampled = _sample(checkpoint, shards, out, experiment, progress)
+    if settings.negatives == "corrupted":
+        sampled += _corrupted(sampled, cases, experiment.seed)
+    kept, dropped = _screened(sampled, settings.min_words)
+    judgements = judge.judge([(cases[candidate.case_id].report, candidate.text) for candidate in kept])
+    judged = list(zip(kept, judgements, strict=True))
+    pairs: list[PreferencePair] = []
+    for _, group in groupby(judged, key=lambda item: item[0].case_id):
+        made, why = make_pairs(experiment.evaluation.question, list(group), settings)
+        pairs += made
+        dropped += why
+    result = Preferences(
+        shards=storage.lasting(data),
+        data_checksum=shards.checksum,
+        spec_hash=shards.spec.hash,
+        split=settings.split,
+        checkpoint=storage.lasting(checkpoint),
+        judge=judge.identity,
+        identity=identity,
+        cases=len(cases),
+        candidates=len(kept),
+        pairs=len(pairs),
+        cases_with_pairs=len({pair.case_id for pair in pairs}),
+        dropped={reason: n for reason, n in sorted(dropped.items()) if n},
+        **_extremes(judged),
+    )
+    _write(out, kept, judgements, pairs)
+    if not pairs:
+        raise Failure(f"{len(cases)} cases gave no pair ({result.dropped}); lower preferences.margin or add candidates")
+    storage.write_json(storage.join(out, Preferences.FILE), result.model_dump(mode="json"))
+    return result
+
+
+def read_pairs(uri: str) -> list[PreferencePair]:
+    """The pairs at a URI that `prefer` wrote, in order."""
+    table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(uri, "pairs.parquet"))))
+    return [PreferencePair.from_row(row) for row in table.to_pylist()]
+
+
+def _sample(
+    checkpoint: str, shards: Shards, out: str, experiment: Experiment, progress: Progress | None
+) -> list[Candidate]:
+    """`candidates` texts a case, each scan encoded once; what is finished is kept below `out` and not done again."""
+    settings, stage = experiment.preferences, experiment.dpo
+    request = Request(
+        checkpoints={"policy": checkpoint},
+        data=encode_scans(checkpoint, shards, stage.cpus_per_worker, stage.gpus_per_worker).uri,
+        split=settings.split,
+        question=experiment.evaluation.question,
+        decoding=Decoding(
+            max_new_tokens=settings.max_new_tokens,
+            samples=settings.candidates,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=experiment.seed,
+        ),
+        batch_size=settings.batch_size,
+        max_cases=settings.max_cases,
+        cpus=stage.cpus_per_worker,
+        gpus=stage.gpus_per_worker,
+    )
+    written = generate(request, storage.join(out, "sampling"), progress)
+    seed = experiment.seed
+    return [Candidate(case_id=p.case_id, index=p.index, text=p.text, origin="sampled", seed=seed) for p in written]
+
+
+def _corrupted(sampled: list[Candidate], cases: dict[str, Case], seed: int) -> list[Candidate]:
+    """References with known errors, and the references themselves, as further candidates of each case."""
+    most = 1 + max((candidate.index for candidate in sampled), default=-1)
+    reports = [case.report for case in cases.values()]
+    made = []
+    for case in cases.values():
+        made.append(Candidate(case_id=case.id, index=most, text=case.report, origin="corrupted", seed=seed))
+        made += corrupt(case, reports, most + 1, seed)
+    return made
+
+
+def _screened(candidates: list[Candidate], min_words: int) -> tuple[list[Candidate], Counter[str]]:
+    """What `screen` keeps of each case, in the order of cases and indexes."""
+    ordered = sorted(candidates, key=lambda candidate: (candidate.case_id, candidate.index))
+    kept: list[Candidate] = []
+    dropped: Counter[str] = Counter()
+    for _, group in groupby(ordered, key=lambda candidate: candidate.case_id):
+        some, why = screen(list(group), min_words)
+        kept += some
+        dropped += why
+    return kept, dropped
+
+
+def _extremes(judged: list[Judged]) -> dict[str, float | None]:
+    """Means over the cases of their best and their worst valid score."""
+    by_case = [
+        [judgement.score for _, judgement in group if judgement.score is not None]
+        for _, group in groupby(judged, key=lambda item: item[0].case_id)
+    ]
+    scores = [values for values in by_case if values]
+    if not scores:
+        return {"green_best": None, "green_worst": None}
+    return {"green_best": fmean(map(max, scores)), "green_worst": fmean(map(min, scores))}
+
+
+def _write(out: str, candidates: list[Candidate], judgements: list[Judgement], pairs: list[PreferencePair]) -> None:
+    tables: dict[str, list] = {"candidates": candidates, "pairs": pairs}
+    kinds: dict[str, type[Record]] = {"candidates": Candidate, "pairs": PreferencePair}
+    for name, records in tables.items():
+        _write_table(storage.join(out, f"{name}.parquet"), kinds[name].table(records))
+    judged = Judgement.table(judgements)
+    for column in ("index", "case_id"):
+        values = [getattr(candidate, column) for candidate in candidates]
+        judged = judged.add_column(0, column, pa.array(values, Candidate.arrow_schema.field(column).type))
+    _write_table(storage.join(out, "judgements.parquet"), judged)
+
+
+def _write_table(uri: str, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
