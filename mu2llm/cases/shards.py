@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -107,8 +107,19 @@ class Shards:
 
     def cases(self, split: str) -> list[Case]:
         """The cases of a split, in the rows' order, without voxels."""
+        return [Case.from_row(row) for row in self._cases(split).to_pylist()]
+
+    def rows_of(self, split: str, ids: Sequence[str]) -> np.ndarray:
+        """The rows in a split of cases by their ids; a UserError names those that are not there."""
+        rows = {name: row for row, name in enumerate(self._cases(split).column("id").to_pylist())}
+        missing = [name for name in ids if name not in rows]
+        if missing:
+            raise UserError(f"{self.uri}: {len(missing)} cases are not in split {split!r}, such as {missing[0]}")
+        return np.array([rows[name] for name in ids], np.int64)
+
+    def _cases(self, split: str) -> pa.Table:
         table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.uri, CASES))))
-        return [Case.from_row(row) for row in table.filter(pc.field("split") == split).to_pylist()]
+        return table.filter(pc.field("split") == split)
 
     def schema(self, split: str) -> pa.Schema:
         """Columns of a split; a UserError for a split without rows."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import ray.data
 from ray.data import TaskPoolStrategy
 
+from mu2llm.cases import tensors
 from mu2llm.cases.shards import Shards, read_rows
 from mu2llm.errors import UserError
 
@@ -24,34 +25,36 @@ BLOCK_BYTES = 16 * 2**20  # what one step of a reading task gives; large enough 
 TASK_BYTES = 128 * 2**20  # what one reading task gives before the next is scheduled
 MAX_TASKS = 4096
 READING_TASKS = 2  # at once, of one stream
+READING_CPUS = 0.25  # that Ray counts for each: they mostly wait, and training workers hold the others
+TEXT_BYTES = 1024
 
 
 @functools.lru_cache(maxsize=4)
 def permutation(count: int, seed: int | None, epoch: int, neighbours: int) -> np.ndarray:
-    """The order of `count` rows in an epoch; runs of `neighbours` rows stay together. No seed: as stored."""
+    """The order of `count` items in an epoch; runs of `neighbours` items stay together. No seed: as stored."""
     if seed is None:
         return np.arange(count)
     runs = np.random.default_rng((seed, epoch)).permutation(-(-count // neighbours))
-    rows = (runs[:, None] * neighbours + np.arange(neighbours)).ravel()
-    return rows[rows < count]
+    items = (runs[:, None] * neighbours + np.arange(neighbours)).ravel()
+    return items[items < count]
 
 
 @dataclass(frozen=True)
 class Order:
-    """The global order over all epochs."""
+    """The global order over all epochs of `count` items."""
 
     count: int
     seed: int | None
     neighbours: int = 1
 
-    def rows(self, positions: np.ndarray) -> np.ndarray:
-        """Positions in the order (any number of epochs long) → rows of the split."""
+    def items(self, positions: np.ndarray) -> np.ndarray:
+        """Positions in the order (any number of epochs long) → items."""
         epochs, places = np.divmod(positions, self.count)
-        rows = np.empty_like(positions)
+        items = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            rows[here] = permutation(self.count, self.seed, int(epoch), self.neighbours)[places[here]]
-        return rows
+            items[here] = permutation(self.count, self.seed, int(epoch), self.neighbours)[places[here]]
+        return items
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,44 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Reader:
-    """What a reading task does: numbers of blocks → their rows."""
+class Source:
+    """Where the items of an order lie: files, the rows of each, the columns wanted, and the row of each item (none:
+    the items are the rows)."""
 
     files: list[str]
     counts: list[int]
-    columns: list[str]
+    schema: pa.Schema
+    rows: np.ndarray | None
+
+    @classmethod
+    def of(cls, shards: Shards, split: str, columns: list[str], ids: Sequence[str] | None) -> Self:
+        """A UserError names columns and ids that are not there."""
+        schema = shards.schema(split)
+        missing = [name for name in columns if name not in schema.names]
+        if missing:
+            raise UserError(f"{shards.uri}: no column {', '.join(missing)}; there are {', '.join(schema.names)}")
+        rows = None if ids is None else shards.rows_of(split, ids)
+        return cls(shards.files(split), shards.rows(split), pa.schema([schema.field(name) for name in columns]), rows)
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts) if self.rows is None else len(self.rows)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row; of a text an estimate."""
+        return sum(field.type.byte_width if tensors.is_tensor(field) else TEXT_BYTES for field in self.schema)
+
+    def read(self, items: np.ndarray) -> dict[str, np.ndarray]:
+        rows = items if self.rows is None else self.rows[items]
+        return read_rows(self.files, self.counts, self.schema.names, rows)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a reading task does: numbers of blocks → their rows."""
+
+    source: Source
     order: Order
     share: Share
     block_rows: int
@@ -100,31 +135,23 @@ class Reader:
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         for block in batch["id"].tolist():
             positions = self.share.positions(block * self.block_rows, (block + 1) * self.block_rows)
-            columns = read_rows(self.files, self.counts, self.columns, self.order.rows(positions))
-            yield {**columns, "row": positions}
+            items = self.order.items(positions)
+            yield {**self.source.read(items), "row": positions, "item": items}
 
 
-def blocks(
-    shards: Shards, split: str, columns: list[str], order: Order, share: Share, num_cpus: float
-) -> ray.data.Dataset:
-    """A Dataset of the rows of a share in order, in small blocks, with the column `row` (position in the order)."""
-    schema = shards.schema(split)
-    missing = [name for name in columns if name not in schema.names]
-    if missing:
-        raise UserError(f"{shards.uri}: no column {', '.join(missing)}; there are {', '.join(schema.names)}")
-    row_bytes = sum(_width(schema.field(name)) for name in columns)
-    block_rows = max(1, BLOCK_BYTES // row_bytes)
+def blocks(source: Source, order: Order, share: Share, num_cpus: float) -> ray.data.Dataset:
+    """The rows of a share in order, in small blocks, with `row` (position in the order) and `item`."""
+    block_rows = max(1, BLOCK_BYTES // source.row_bytes)
     if block_rows > share.local_batch:
         block_rows -= block_rows % share.local_batch
+    block_bytes = block_rows * source.row_bytes
     number = -(-len(share) // block_rows)
-    per_task = max(1, TASK_BYTES // (block_rows * row_bytes), -(-number // MAX_TASKS))
-    tasks = max(1, -(-number // per_task))
+    tasks = max(1, -(-number // max(1, TASK_BYTES // block_bytes, -(-number // MAX_TASKS))))
     dataset = ray.data.range(number, override_num_blocks=tasks)
     dataset.context.execution_options.preserve_order = True
-    dataset.context.target_max_block_size = int(0.9 * block_rows * row_bytes)  # so that each step gives a block
-    reader = Reader(shards.files(split), shards.rows(split), columns, order, share, block_rows)
+    dataset.context.target_max_block_size = int(0.9 * block_bytes)  # so that each step of a task gives a block
     return dataset.map_batches(
-        reader,
+        Reader(source, order, share, block_rows),
         batch_size=None,
         batch_format="numpy",
         num_cpus=num_cpus,
@@ -132,22 +159,29 @@ def blocks(
     )
 
 
-def _width(field: pa.Field) -> int:
-    return field.type.byte_width if pa.types.is_fixed_size_binary(field.type) else 1024
+def dataset(
+    shards: Shards,
+    split: str,
+    columns: list[str],
+    ids: Sequence[str] | None = None,
+    num_cpus: float = READING_CPUS,
+) -> ray.data.Dataset:
+    """All rows of a split once, as stored, or those of `ids` in their order, as a Dataset.
 
-
-def dataset(shards: Shards, split: str, columns: list[str], num_cpus: float = 0.25) -> ray.data.Dataset:
-    """All rows of a split once, as stored, as a Dataset: tensors as arrays, JSON columns as JSON text."""
-    count = shards.count(split)
-    return blocks(shards, split, columns, Order(count, None), Share(0, count, 1), num_cpus)
+    Tensors are arrays, JSON columns JSON text; `item` is the row's number in the split, or its place in `ids`.
+    """
+    source = Source.of(shards, split, columns, ids)
+    return blocks(source, Order(source.count, None), Share(0, source.count, 1), num_cpus)
 
 
 class Stream:
     """Batches for rank `rank` of `world`: dicts of arrays (tensors as (b, …), text as lists) in the global order.
 
-    `rows` is where the stream ends (default: one epoch), `start_row` where it starts; both count rows of all
-    workers over all epochs. Each batch has `row`, the rows' global positions. Without a seed rows come as stored.
-    The last batch may be smaller. JSON columns come as JSON text. `wait_seconds` is how long the consumer waited.
+    The order is over the rows of a split, or over `ids` of its cases, which may name a case several times. `rows` is
+    where the stream ends (default: one epoch), `start_row` where it starts; both count rows of all workers over all
+    epochs. Runs of `shuffle_rows` neighbours stay together. Without a seed the order is as stored. Each batch has
+    `row` (positions in the global order) and `item` (number in the split, or place in `ids`). The last batch may be
+    smaller. JSON columns come as JSON text. `wait_seconds` is how long the consumer waited for data.
     """
 
     def __init__(
@@ -162,20 +196,23 @@ class Stream:
         start_row: int = 0,
         rows: int | None = None,
         shuffle_rows: int = 1,
-        num_cpus: float = 0.25,
+        ids: Sequence[str] | None = None,
+        num_cpus: float = READING_CPUS,
     ) -> None:
         if batch_size < world:
             raise UserError(f"a batch of {batch_size} cannot be shared by {world} workers; raise batch_size")
-        self.share = Share(start_row, shards.count(split) if rows is None else rows, batch_size, rank, world)
+        source = Source.of(shards, split, columns, ids)
+        self.share = Share(start_row, source.count if rows is None else rows, batch_size, rank, world)
         self.wait_seconds = 0.0
-        order = Order(shards.count(split), seed, shuffle_rows)
-        self._dataset = blocks(shards, split, columns, order, self.share, num_cpus)
+        self._dataset = blocks(source, Order(source.count, seed, shuffle_rows), self.share, num_cpus)
 
     def __len__(self) -> int:
         """Batches."""
         return -(-len(self.share) // self.share.local_batch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if not len(self):
+            return
         asked = time.perf_counter()
         for batch in self._dataset.iter_batches(
             batch_size=self.share.local_batch, batch_format="numpy", prefetch_batches=2

@@ -6,8 +6,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from mu2llm.cases.shards import Index, Shards, write_index
 from mu2llm.config import Experiment
-from mu2llm.records import PreprocessSpec
+from mu2llm.records import Case, PreprocessSpec
 
 SPEC = PreprocessSpec(name="test", windows=((-1000, 200),), fit="stretch", grid=(4, 8, 8), chunks=2)
 WINDOWS_OF_TWO = SPEC.model_copy(update={"name": "other", "windows": ((-1000, 200), (-120, 220))})
@@ -57,3 +58,12 @@ def experiment(**data: object) -> Experiment:
     """An experiment whose data section is the test's."""
     vision = {"patch_size": (1, 4, 4)}
     return Experiment.model_validate({"data": {"spec": SPEC, **data}, "model": {"vision": vision}})
+
+
+def case(number: int) -> Case:
+    return Case.model_validate({**row(number), "split": "train"})
+
+
+def finished(uri: str, items: list[Case]) -> Shards:
+    """Shards that have cases but no rows: parents for derived tables."""
+    return write_index(uri, Index.of(SPEC, {"train": []}), items)

@@ -1,0 +1,173 @@
+"""The global order and its shares by arithmetic alone, then streams of shards on Ray Data."""
+
+import itertools
+
+import numpy as np
+import pytest
+import ray.data
+import small_scans as scans
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mu2llm import cases
+from mu2llm.cases.stream import Order, Share, permutation
+from mu2llm.errors import UserError
+
+COUNT = 23
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    count=st.integers(1, 40),
+    seed=st.integers(0, 9),
+    neighbours=st.integers(1, 5),
+    batch=st.integers(1, 12),
+    start=st.integers(0, 60),
+    length=st.integers(0, 60),
+    worlds=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+)
+def test_any_number_of_workers_sees_the_same_global_batches(count, seed, neighbours, batch, start, length, worlds):
+    order = Order(count, seed, neighbours)
+    wanted = order.items(np.arange(start, start + length))
+    for world in worlds:
+        if batch < world:
+            continue
+        shares = [Share(start, start + length, batch, rank, world) for rank in range(world)]
+        positions = [share.positions(0, len(share)) for share in shares]
+        steps = [
+            np.concatenate([part[(part - start) // batch == step] for part in positions])
+            for step in range(-(-length // batch))
+        ]
+        assert order.items(np.concatenate([[], *steps]).astype(int)).tolist() == wanted.tolist()
+        for share, part in zip(shares, positions, strict=True):
+            cut = len(part) // 2
+            assert np.concatenate([share.positions(0, cut), share.positions(cut, len(part))]).tolist() == part.tolist()
+            full = np.bincount((part - start) // batch)[: length // batch]
+            assert (full == share.local_batch).all()
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(1, 60), st.integers(0, 5), st.integers(1, 7), st.integers(0, 3))
+def test_an_epoch_has_every_row_once_and_neighbours_together(count, seed, neighbours, epoch):
+    order = permutation(count, seed, epoch, neighbours)
+    assert sorted(order.tolist()) == list(range(count))
+    starts = np.flatnonzero(order % neighbours == 0)
+    for start in starts:
+        run = order[start : start + neighbours]
+        run = run[run // neighbours == run[0] // neighbours]
+        assert run.tolist() == list(range(run[0], run[0] + len(run)))
+    assert permutation(count, None, epoch, neighbours).tolist() == list(range(count))
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    orders = {(seed, epoch): tuple(permutation(50, seed, epoch, 1)) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(set(orders.values())) == 4
+    permutation.cache_clear()
+    assert tuple(permutation(50, 1, 1, 1)) == orders[1, 1]
+
+
+@pytest.fixture(scope="module")
+def shards(ray_cluster, tmp_path_factory):
+    """A derived table of COUNT rows in several files, without scans."""
+    folder = tmp_path_factory.mktemp("stream")
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(COUNT, 3, 5)).astype(np.float16)
+    items = [scans.case(number) for number in range(COUNT)]
+    parent = scans.finished(str(folder / "parent"), items)
+    batches = (
+        {
+            "id": [c.id for c in items[a : a + 2]],
+            "report": [c.report for c in items[a : a + 2]],
+            "x": features[a : a + 2],
+        }
+        for a in range(0, COUNT, 2)
+    )
+    made = cases.write_rows(str(folder / "features"), {"train": batches}, parent, shard_mb=1)
+    made.truth = features
+    return made
+
+
+def stream(shards, **more):
+    return cases.Stream(shards, "train", ["id", "x"], **{"batch_size": 4, "seed": 0, **more})
+
+
+def test_a_stream_gives_the_rows_of_its_order(shards):
+    batches = stream(shards, rows=2 * COUNT + 1)
+    got = list(batches)
+    assert len(got) == len(batches) == 12 and [len(batch["id"]) for batch in got] == [4] * 11 + [3]
+    items = np.concatenate([batch["item"] for batch in got])
+    np.testing.assert_array_equal(items, Order(COUNT, 0).items(np.arange(2 * COUNT + 1)))
+    np.testing.assert_array_equal(np.concatenate([batch["row"] for batch in got]), np.arange(2 * COUNT + 1))
+    np.testing.assert_array_equal(np.concatenate([batch["x"] for batch in got]), shards.truth[items])
+    assert list(itertools.chain(*(batch["id"] for batch in got))) == [f"case-{item:03d}" for item in items]
+    assert got[0]["x"].flags.writeable and batches.wait_seconds > 0
+
+
+def test_it_goes_on_at_any_row_on_another_number_of_workers(shards):
+    whole = np.concatenate([batch["item"] for batch in stream(shards, rows=2 * COUNT)])
+    parts = [list(stream(shards, rows=2 * COUNT, start_row=8, rank=rank, world=2)) for rank in range(2)]
+    joined = np.concatenate([part["item"] for pair in zip(*parts, strict=True) for part in pair])
+    np.testing.assert_array_equal(joined, whole[8:])
+
+
+def test_ids_may_name_a_case_several_times(shards):
+    ids = ["case-003", "case-001", "case-003", "case-022"]
+    got = list(stream(shards, ids=ids, rows=8, seed=5))
+    items = np.concatenate([batch["item"] for batch in got])
+    assert sorted(items[:4]) == [0, 1, 2, 3] and sorted(items[4:]) == [0, 1, 2, 3]
+    assert list(itertools.chain(*(batch["id"] for batch in got))) == [ids[item] for item in items]
+    rows = cases.dataset(shards, "train", ["id", "x"], ids=ids).take_all()
+    assert [row["id"] for row in rows] == ids and [row["item"] for row in rows] == [0, 1, 2, 3]
+
+
+def test_without_a_seed_all_rows_come_once_as_stored(shards):
+    got = list(stream(shards, seed=None, batch_size=10))
+    assert [len(batch["id"]) for batch in got] == [10, 10, 3]
+    assert list(itertools.chain(*(batch["id"] for batch in got))) == [f"case-{n:03d}" for n in range(COUNT)]
+
+
+def test_nothing_left_is_an_empty_stream(shards):
+    assert list(stream(shards, rows=8, start_row=8)) == [] and len(stream(shards, rows=8, start_row=8)) == 0
+
+
+def test_a_stream_may_be_left_early_and_begun_again(shards):
+    batches = stream(shards, rows=10 * COUNT)
+    first = next(iter(batches))["item"].tolist()
+    for batch in batches:
+        assert batch["item"].tolist() == first
+        break
+
+
+def test_streams_leave_ray_datas_settings_alone(shards):
+    before = ray.data.DataContext.get_current().target_max_block_size
+    stream(shards)
+    context = ray.data.DataContext.get_current()
+    assert context.target_max_block_size == before and not context.execution_options.preserve_order
+
+
+def test_a_dataset_has_every_row_in_order_for_map_batches(shards):
+    means = cases.dataset(shards, "train", ["id", "x"]).map_batches(
+        lambda batch: {"id": batch["id"], "mean": batch["x"].astype(np.float32).mean((1, 2))}, batch_format="numpy"
+    )
+    rows = means.take_all()
+    assert [row["id"] for row in rows] == [f"case-{n:03d}" for n in range(COUNT)]
+    np.testing.assert_allclose([row["mean"] for row in rows], shards.truth.astype(np.float32).mean((1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"world": 5, "batch_size": 4}, "cannot be shared by 5 workers"),
+        ({"ids": ["case-000", "nobody"]}, "1 cases are not in split 'train', such as nobody"),
+    ],
+)
+def test_what_cannot_be_streamed_is_a_user_error(shards, more, says):
+    with pytest.raises(UserError, match=says):
+        stream(shards, **more)
+
+
+def test_columns_and_splits_that_are_not_there_are_user_errors(shards):
+    with pytest.raises(UserError, match="no column voxels; there are id, report, x"):
+        cases.Stream(shards, "train", ["voxels"], 4, 0)
+    with pytest.raises(UserError, match="no rows in split 'test'; there are train"):
+        cases.Stream(shards, "test", ["x"], 4, 0)

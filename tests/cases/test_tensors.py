@@ -1,0 +1,45 @@
+"""Tensors in Parquet come back as they were."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mu2llm.cases import tensors
+
+ARRAYS = st.sampled_from(["uint8", "bool", "float16", "float32", "int16", "int64"]).flatmap(
+    lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=2, max_dims=4, max_side=4))
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(ARRAYS)
+def test_any_tensor_survives_parquet(array):
+    batch = {"id": [str(n) for n in range(len(array))], "x": array}
+    schema = tensors.schema_of(batch)
+    stored = io.BytesIO()
+    pq.write_table(pa.Table.from_batches([tensors.encode(batch, schema)]), stored)
+    table = pq.read_table(stored)
+    back = tensors.decode(table, table.schema)
+    assert back["x"].dtype == array.dtype
+    np.testing.assert_array_equal(back["x"], array)
+    assert back["id"].tolist() == batch["id"]
+
+
+def test_slices_and_several_chunks_come_back_too():
+    array = np.arange(24, dtype=np.int16).reshape(6, 4)
+    schema = tensors.schema_of({"x": array})
+    table = pa.Table.from_batches([tensors.encode({"x": array}, schema)])
+    parts = pa.concat_tables([table.slice(4, 2), table.slice(1, 2)])
+    np.testing.assert_array_equal(tensors.decode(parts, schema)["x"], array[[4, 5, 1, 2]])
+
+
+def test_a_row_of_another_shape_is_refused():
+    schema = pa.schema([tensors.tensor_field("x", (2, 2), "uint8")])
+    with pytest.raises(ValueError, match=r"\(3, 3\), expected \(2, 2\)"):
+        tensors.encode({"x": np.zeros((1, 3, 3), np.uint8)}, schema)
