@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mu2llm.errors import UserError
-from mu2llm.records import Rejection
 
 REASONS: dict[str, str] = {
     "not_found": "there is nothing under this path or URI",
@@ -57,7 +56,7 @@ WARNINGS: dict[str, str] = {
     "not_hu": "the distribution of values cannot be CT in HU (MR, label map, 8-bit export, scaled twice)",
 }
 
-ACCEPTABLE = ("unknown_orientation", "not_hu")
+ACCEPTABLE = ("unknown_orientation", "not_hu")  # reasons; warnings but not_hu are let in anyway
 
 MAX_BYTES = 2 * 2**30  # decompressed, of one scan; 512×512×2500 in int16 is 1.3 GB
 MAX_FILES = 20_000
@@ -65,11 +64,11 @@ AIR_HU = -1024
 
 
 def check_accept(accept: Iterable[str]) -> frozenset[str]:
-    """The codes to let in; a UserError names one that is not known."""
+    """The codes to let in; a UserError names one that cannot be."""
     codes = frozenset(accept)
     for code in sorted(codes):
-        if code not in REASONS and code not in WARNINGS:
-            raise UserError(f"accept: {code!r} is not a code; those that can be accepted are {', '.join(ACCEPTABLE)}")
+        if code not in ACCEPTABLE and code not in WARNINGS:
+            raise UserError(f"accept: {code!r} cannot be accepted; {' and '.join(ACCEPTABLE)} can")
     return codes
 
 
@@ -77,16 +76,3 @@ def in_order(codes: Iterable[str]) -> tuple[str, ...]:
     """Warning codes, each once, in the order of the documented list."""
     given = set(codes)
     return tuple(code for code in WARNINGS if code in given)
-
-
-__all__ = [
-    "ACCEPTABLE",
-    "AIR_HU",
-    "MAX_BYTES",
-    "MAX_FILES",
-    "REASONS",
-    "WARNINGS",
-    "Rejection",
-    "check_accept",
-    "in_order",
-]

@@ -10,11 +10,11 @@ import pydicom
 from pydicom.uid import UncompressedTransferSyntaxes
 
 from mu2llm.ct import dicom_series, geometry
-from mu2llm.ct.codes import Rejection
 from mu2llm.ct.dicom_series import Slice
 from mu2llm.ct.hounsfield import apply_table, to_hu
 from mu2llm.ct.sources import DICOM, Part
 from mu2llm.ct.volume import CTVolume, build
+from mu2llm.records import Rejection
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 

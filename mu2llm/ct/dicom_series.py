@@ -24,8 +24,9 @@ from pydicom.uid import (
     UncompressedTransferSyntaxes,
 )
 
-from mu2llm.ct.codes import MAX_BYTES, Rejection
+from mu2llm.ct.codes import MAX_BYTES
 from mu2llm.ct.sources import DICOM, NIFTI, Part, kind_of
+from mu2llm.records import Rejection
 
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _AXIAL = 0.7  # cosine between the slices' normal and the body's long axis
@@ -86,7 +87,7 @@ def parse(parts: list[Part], uri: str) -> tuple[list[Slice], set[str]]:
         kind = kind_of(data)
         kinds.add(kind)
         if kind != DICOM:
-            warnings.add("files_set_aside" if data.strip(b"\0") else "unreadable_files")
+            warnings.add("unreadable_files" if data.count(0) == len(data) else "files_set_aside")
             continue
         try:
             _check_deflated(data, uri)
@@ -177,22 +178,32 @@ def choose(slices: list[Slice], uri: str, series: str | None) -> list[Slice]:
     grey = [each for each in images if each.grey]
     if not grey:
         raise Rejection(uri, "rgb", "colour pixels: a screen save or rendered image, not HU")
-    grids: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
+    grids: list[list[Slice]] = []
     for each in [each for each in grey if not each.localiser] or grey:
-        grids[_grid(each)].append(each)
-    return max(grids.items(), key=lambda item: (*_rank(item[1]), str(item[0])))[1]
+        grid = next((grid for grid in grids if _share_grid(grid[0], each)), None)
+        grids.append([each]) if grid is None else grid.append(each)
+    return max(grids, key=lambda grid: (*_rank(grid), grid[0].series))
 
 
 def _listed(slices: list[Slice]) -> str:
     return ", ".join(sorted({each.modality for each in slices}))
 
 
-def _grid(each: Slice) -> tuple[Any, ...]:
-    """What the slices of one scan share; every multi-frame object is a scan of its own."""
-    turned = tuple(np.round(each.orientation, 2).tolist()) if each.orientation else None
-    spacing = tuple(np.round(each.spacing, 3).tolist()) if each.spacing else None
-    alone = each.instance if each.frames > 1 else None
-    return each.series, each.rows, each.columns, turned, spacing, alone
+def _share_grid(one: Slice, other: Slice) -> bool:
+    """Whether two slices can be of one scan; every multi-frame object is a scan of its own."""
+    if (one.series, one.rows, one.columns) != (other.series, other.rows, other.columns):
+        return False
+    return (
+        one.frames == other.frames == 1
+        and _are_close(one.orientation, other.orientation, 0.02)
+        and _are_close(one.spacing, other.spacing, 0.001)
+    )
+
+
+def _are_close(one: tuple[float, ...] | None, other: tuple[float, ...] | None, tolerance: float) -> bool:
+    if one is None or other is None:
+        return one is other
+    return bool(np.abs(np.subtract(one, other)).max() <= tolerance)
 
 
 def _rank(slices: list[Slice]) -> tuple[bool, int]:

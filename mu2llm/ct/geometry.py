@@ -12,7 +12,8 @@ import numpy as np
 from nibabel import affines
 from scipy import ndimage
 
-from mu2llm.ct.codes import AIR_HU, MAX_BYTES, Rejection
+from mu2llm.ct.codes import AIR_HU, MAX_BYTES
+from mu2llm.records import Rejection
 
 _STRAIGHT = 1e-3  # cosine between axes below which a grid counts as straight (0.06°)
 _MAX_SHEAR = 0.71  # cosine: 45°; gantries tilt by 30° at most

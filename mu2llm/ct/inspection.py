@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from mu2llm import storage
-from mu2llm.ct.codes import Rejection
 from mu2llm.ct.reading import read
 from mu2llm.ct.volume import CTVolume
+from mu2llm.records import Rejection
 
 _WINDOW = (-1000, 400)  # HU, lung to contrast
+_LEFT_EDGE = {"axial": "R", "coronal": "R", "sagittal": "A"}  # the body's side at the picture's left
 
 
 def inspect(source: str | Path, **options: Any) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def three_planes(volume: CTVolume, path: str | Path) -> None:
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     for axes, (name, (plane, aspect)) in zip(figure.subplots(1, 3), planes.items(), strict=True):
         axes.imshow(np.asarray(plane), cmap="gray", vmin=_WINDOW[0], vmax=_WINDOW[1], aspect=aspect)
-        axes.set_title(name)
+        axes.set_title(f"{_LEFT_EDGE[name]} – {name}", loc="left")
         axes.set_axis_off()
     shape = "×".join(map(str, hu.shape))
     figure.suptitle(f"{Path(volume.uri).name}  {shape}  {', '.join(volume.warnings)}", fontsize=9)

@@ -21,7 +21,7 @@ _BODY_SHARE = 0.01  # share of a plane that must be body
 _CROP_STEP = 4  # voxels looked at on each axis to find the body
 
 SPECS: dict[str, PreprocessSpec] = {
-    # the published input (METHOD.md §2.1), number for number
+    # the published input (METHOD.md §2.1), number for number but for values below −1024, which `read` clips
     "reference": PreprocessSpec(
         name="reference",
         orientation="as_stored",

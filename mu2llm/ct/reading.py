@@ -10,8 +10,9 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from mu2llm.ct import dicom, nifti, sources
-from mu2llm.ct.codes import Rejection, check_accept
+from mu2llm.ct.codes import check_accept
 from mu2llm.ct.volume import CTVolume
+from mu2llm.records import Rejection
 
 _HEAD = 1024
 
@@ -26,8 +27,8 @@ def read(
     """One scan in HU on a straight grid in RAS+ axes.
 
     `source` is a path or URI (s3://, gs://) of a NIfTI, a DICOM file, a zip or a folder of DICOM files, or the
-    bytes of one of them, or a list of the bytes of DICOM files. `series` picks a series by its instance UID or
-    description. `rescale` is (slope, intercept) from a metadata table: applied once, and not at all where the
+    bytes of one of them, or a list of the bytes of DICOM files. `series` picks a DICOM series by its instance UID
+    or description. `rescale` is (slope, intercept) from a metadata table: applied once, and not at all where the
     values are in HU already. `accept` lists codes to let in: unknown_orientation.
 
     Raises Rejection (a code of `REASONS`) for what is wrong with the scan, OSError for storage that cannot be

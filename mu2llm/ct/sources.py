@@ -22,13 +22,16 @@ import pyarrow.fs as pafs
 from isal import igzip, isal_zlib
 
 from mu2llm import storage
-from mu2llm.ct.codes import MAX_BYTES, MAX_FILES, Rejection
+from mu2llm.ct.codes import MAX_BYTES, MAX_FILES
+from mu2llm.records import Rejection
 
 GZIP, ZIP, NIFTI, DICOM, UNKNOWN = "gzip", "zip", "NIfTI", "DICOM", "unknown"
 GZIP_RATIO = 1032  # deflate packs no better
 _SUFFIXES = {".nii.gz": GZIP, ".gz": GZIP, ".nii": NIFTI, ".dcm": DICOM, ".zip": ZIP}
 _SLACK = 2**20  # bytes that may follow the voxels
-_BLOCK = 2**22
+_BLOCK = 2**23  # bytes a request to object storage
+_HEAD = 1024
+_BOMB_BYTES, _BOMB_RATIO = 2**26, 200  # larger members that pack better are no pixels
 _REMOTE_READS = 16
 
 
@@ -40,7 +43,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """One file of several: its name, and its bytes when they are wanted."""
+    """One file of several: its name, and its bytes when they are wanted (the first ones if it is not DICOM)."""
 
     name: str
     load: Callable[[], bytes]
@@ -117,13 +120,12 @@ def folder_parts(filesystem: pafs.FileSystem, path: str, uri: str) -> list[Part]
     check_sizes(uri, len(files), 0)
 
     def load(each: pafs.FileInfo) -> bytes:
-        with filesystem.open_input_stream(each.path, compression=None) as stream:
-            return bytes(stream.read())
+        with filesystem.open_input_stream(each.path, compression=None, buffer_size=_BLOCK) as stream:
+            return _load(stream, each.size, uri)
 
     names = [PurePosixPath(each.path).name for each in files]
     if isinstance(filesystem, pafs.LocalFileSystem):
-        regular = [(name, each) for name, each in zip(names, files, strict=True) if each.size <= MAX_BYTES]
-        return [Part(name, partial(load, each)) for name, each in regular]
+        return [Part(name, partial(load, each)) for name, each in zip(names, files, strict=True)]
     check_sizes(uri, len(files), sum(each.size for each in files))
     with ThreadPoolExecutor(_REMOTE_READS) as pool:
         contents = list(pool.map(load, files))
@@ -144,11 +146,20 @@ def zip_parts(data: bytes, uri: str) -> list[Part]:
     def load(member: zipfile.ZipInfo) -> bytes:
         try:
             with archive.open(member) as stream:
-                return stream.read(member.file_size)  # and no more, whatever is in it
-        except Exception as error:
+                return _load(stream, member.file_size, uri)
+        except Exception as error:  # zipfile and zlib raise many kinds
             raise Rejection(uri, "corrupt", f"damaged zip member {member.filename}: {error}") from error
 
     return [Part(member.filename, partial(load, member)) for member in members]
+
+
+def _load(stream: Stream, size: int, uri: str) -> bytes:
+    """All of a DICOM file of `size` bytes; of any other file its first bytes only."""
+    head = stream.read(_HEAD)
+    if kind_of(head) != DICOM:
+        return head
+    check_sizes(uri, 1, size)
+    return head + stream.read()
 
 
 def _check_member(member: zipfile.ZipInfo, uri: str) -> None:
@@ -158,6 +169,8 @@ def _check_member(member: zipfile.ZipInfo, uri: str) -> None:
         raise Rejection(uri, "unsafe_archive", f"member {member.filename!r} points outside the archive")
     if member.flag_bits & 1:
         raise Rejection(uri, "unsafe_archive", f"member {member.filename!r} is encrypted")
+    if member.file_size > max(_BOMB_BYTES, _BOMB_RATIO * member.compress_size):
+        raise Rejection(uri, "too_large", f"member {member.filename!r} unpacks to {member.file_size} bytes")
 
 
 def check_sizes(uri: str, files: int, size: int) -> None:

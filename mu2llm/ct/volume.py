@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from nibabel import affines
 
 from mu2llm.ct import geometry
-from mu2llm.ct.codes import AIR_HU, Rejection, check_accept, in_order
+from mu2llm.ct.codes import check_accept, in_order
 from mu2llm.ct.hounsfield import cannot_be_hu
+from mu2llm.records import Rejection
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +22,8 @@ class CTVolume:
 
     `hu` is (x, y, z) in the closest canonical axes (RAS+: x to the patient's right, y to the front, z up),
     int16, or float32 where HU are not whole numbers, never below −1024. `affine` maps voxel (x, y, z) to mm.
-    `warnings` are codes of `mu2llm.ct.WARNINGS`. `stored_axes` are the axes of the file, such as "LPS".
+    `warnings` are codes of `mu2llm.ct.WARNINGS`. `stored_axes` are the axes of the file, such as "LPS", and
+    `format` is NIfTI or DICOM; `modality` and `series` (its instance UID) are what DICOM says.
     """
 
     hu: np.ndarray
@@ -31,7 +33,7 @@ class CTVolume:
     modality: str = ""
     series: str = ""
     stored_axes: str = "RAS"
-    provenance: dict[str, str] = field(default_factory=dict)
+    format: str = ""
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -55,7 +57,15 @@ class CTVolume:
         return digest.hexdigest()
 
 
-def build(hu: np.ndarray, affine: np.ndarray, uri: str, warnings: Iterable[str], **provenance: str) -> CTVolume:
+def build(
+    hu: np.ndarray,
+    affine: np.ndarray,
+    uri: str,
+    warnings: Iterable[str],
+    format: str = "",
+    modality: str = "",
+    series: str = "",
+) -> CTVolume:
     """HU in any axes, with their affine → a CTVolume on a straight grid in RAS+; Rejection for impossible geometry."""
     geometry.check_affine(affine, uri)
     if min(hu.shape) < 2:
@@ -69,8 +79,7 @@ def build(hu: np.ndarray, affine: np.ndarray, uri: str, warnings: Iterable[str],
         codes.add("oblique")
     if cannot_be_hu(hu):
         codes.add("not_hu")
-    known = {name: provenance.pop(name, "") for name in ("modality", "series")}
-    return CTVolume(hu, affine, uri, in_order(codes), stored_axes=stored, provenance=provenance, **known)
+    return CTVolume(hu, affine, uri, in_order(codes), modality, series, stored, format)
 
 
 def admit(volume: CTVolume, accept: Iterable[str] = ()) -> CTVolume:
@@ -84,6 +93,3 @@ def admit(volume: CTVolume, accept: Iterable[str] = ()) -> CTVolume:
             "accept not_hu to use it all the same",
         )
     return volume
-
-
-__all__ = ["AIR_HU", "CTVolume", "admit", "build"]

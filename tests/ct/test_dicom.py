@@ -158,6 +158,15 @@ def test_other_things_in_the_folder_are_set_aside():
     assert reason(everything, series="1.4") == "no_series"
 
 
+def test_jitter_of_directions_and_spacing_does_not_split_a_series():
+    datasets = slices(chest())
+    for index, each in enumerate(datasets):
+        off = 0.0049999 if index % 2 else 0.0050001
+        each.ImageOrientationPatient = [1, off, 0, -off, 1, 0]
+        each.PixelSpacing = [2.5, 2.0004999 if index % 2 else 2.0005001]
+    assert read(as_bytes(datasets)).hu.shape == chest().shape
+
+
 def test_of_two_phases_in_one_series_the_larger_is_taken():
     first, second = slices(chest(), AcquisitionNumber=1), slices(chest(seed=1)[..., :10], AcquisitionNumber=2)
     for index, each in enumerate(second):

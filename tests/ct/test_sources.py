@@ -93,6 +93,7 @@ def test_a_promise_that_no_file_of_this_size_can_keep():
 
 
 def test_zip_bombs_are_refused(monkeypatch):
+    assert reason(zipped({"a": bytes(2**26 + 1)})) == "too_large"
     monkeypatch.setattr("mu2llm.ct.sources.MAX_BYTES", 2**20)
     assert reason(zipped({"a": bytes(2**20), "b": bytes(2**20)})) == "too_large"
     monkeypatch.setattr("mu2llm.ct.sources.MAX_FILES", 5)
@@ -136,8 +137,8 @@ def test_damaged_and_empty_zips():
     assert reason(data[:-10]) == "corrupt"
     assert reason(zipped({})) == "empty"
     assert reason(data) == "unsupported_format"
-    broken = bytearray(data)
-    broken[40] ^= 0xFF
+    broken = bytearray(zipped({"a": to_bytes(slices(chest())[0])}))
+    broken[len(broken) // 2] ^= 0xFF
     assert reason(bytes(broken)) == "corrupt"
 
 
@@ -163,8 +164,9 @@ def test_missing_paths_are_rejected_and_unknown_schemes_are_the_users_mistake(tm
     assert reason(tmp_path / "nothing.nii.gz") == "not_found"
     with pytest.raises(UserError, match="ftp"):
         read("ftp://host/scan.nii.gz")
-    with pytest.raises(UserError, match="nonsense"):
-        read(tmp_path, accept=["nonsense"])
+    for code in ("nonsense", "slice_gap"):
+        with pytest.raises(UserError, match=code):
+            read(tmp_path, accept=[code])
 
 
 def test_a_file_that_may_not_be_read_is_no_rejection(tmp_path, monkeypatch):
