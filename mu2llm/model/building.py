@@ -73,8 +73,10 @@ def configuration(model: ModelConfig, spec: PreprocessSpec, text_config: Any, vo
 
 
 def vision_configuration(model: ModelConfig, spec: PreprocessSpec) -> Mu2VisionConfig:
-    _, channels, *chunk = spec.shape
-    return Mu2VisionConfig(channels=channels, chunk_shape=tuple(chunk), **model.vision.model_dump(exclude={"weights"}))
+    chunks, channels, *chunk = spec.shape
+    return Mu2VisionConfig(
+        chunks=chunks, channels=channels, chunk_shape=tuple(chunk), **model.vision.model_dump(exclude={"weights"})
+    )
 
 
 def tokenizer_configuration(

@@ -37,6 +37,8 @@ class Mu2VisionConfig(PreTrainedConfig):
     pooling: int = 2
     projector_layers: int = 2
     standardise: bool = False
+    standardise_input: bool = False
+    chunks: int = 8
     true_grid: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:

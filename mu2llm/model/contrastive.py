@@ -33,30 +33,32 @@ class TextConditionedPooling(nn.Module):
     """How well a text fits a scan: it attends to the scan's tokens, and what it finds is compared to it.
 
     The product with the text is taken token by token, before the pooling: the same as pooling first, without
-    a pooled vector for every pair of text and scan.
+    a pooled vector for every pair of text and scan. Neither attention nor product is scaled down by the width:
+    a text must find its few tokens among hundreds, and started flat it takes long to.
     """
 
     def __init__(self, config: Mu2ContrastiveConfig) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.chunks = nn.Parameter(torch.zeros(config.chunks, config.hidden_size))
         self.look = nn.Linear(config.text_width, config.head_width)
         self.mean = nn.Linear(config.text_width, config.head_width)
         self.key = nn.Linear(config.hidden_size, config.head_width)
         self.value = nn.Linear(config.hidden_size, config.head_width)
-        self.scale = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(()))
 
     def scan(self, features: Tensor) -> Tensor:
         """(B, T, n, E) → keys and values (B, T·n, 2, head)"""
-        tokens = features.flatten(1, 2)
-        return torch.stack([self.key(tokens), F.layer_norm(self.value(tokens), (self.value.out_features,))], dim=2)
+        tokens = self.norm(features + self.chunks[: features.shape[1], None]).flatten(1, 2)
+        return torch.stack([self.key(tokens), self.value(tokens)], dim=2)
 
     def forward(self, texts: Tensor, scans: Tensor, mask: Tensor) -> Tensor:
         """(M, D), (B, n, 2, head), (B, n) → logits (M, B)"""
         keys, values = scans.unbind(2)
-        look = torch.einsum("md,bnd->mbn", self.look(texts), keys) / math.sqrt(keys.shape[-1])
+        look = torch.einsum("md,bnd->mbn", self.look(texts), keys)
         share = look.masked_fill(~mask, float("-inf")).softmax(-1)
-        fit = torch.einsum("md,bnd->mbn", F.normalize(self.mean(texts), dim=-1), values) / math.sqrt(keys.shape[-1])
-        return (share * fit).sum(-1) * self.scale.exp() + self.bias
+        fit = torch.einsum("md,bnd->mbn", self.mean(texts), values)
+        return (share * fit).sum(-1) + self.bias
 
 
 class Mu2ForContrastive(Mu2PreTrainedModel):
@@ -76,8 +78,10 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, TextConditionedPooling):
-            init.constant_(module.scale, math.log(1 / self.config.temperature))
-            init.constant_(module.bias, -2.0 if self.config.loss == "sigmoid" else 0.0)
+            init.zeros_(module.bias)
+            init.normal_(module.chunks, std=0.02)
+            for layer in (module.look, module.mean, module.key, module.value):
+                init.normal_(layer.weight, std=(3 * layer.in_features) ** -0.5)
 
     def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
         """(B, T, C, K, H, W) → projected features (B, T, n, hidden)"""

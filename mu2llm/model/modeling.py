@@ -19,7 +19,7 @@ from mu2llm.model.configuration import Mu2Config
 from mu2llm.model.mu2_tokenizer import Mu2Tokenizer, PlaceEmbedding, VisualTokens
 from mu2llm.model.selection import DifferentiableSelection
 from mu2llm.model.standardise import RunningStandardise
-from mu2llm.model.vision import VisionEncoder, VisionTower
+from mu2llm.model.vision import CommonAnatomy, ConvStem, VisionEncoder, VisionTower
 
 
 class Mu2PreTrainedModel(PreTrainedModel):
@@ -43,9 +43,15 @@ class Mu2PreTrainedModel(PreTrainedModel):
             )
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is not None:
+        elif isinstance(module, nn.LayerNorm | nn.BatchNorm3d) and module.weight is not None:
             init.ones_(module.weight)
             init.zeros_(module.bias)
+            if isinstance(module, nn.BatchNorm3d):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, ConvStem):
+            init.zeros_(module.places)
         elif isinstance(module, RelativeBias1d | RelativeBias3d):
             init.zeros_(module.table)
         elif isinstance(module, VisionTower):
@@ -57,7 +63,7 @@ class Mu2PreTrainedModel(PreTrainedModel):
                 init.normal_(axis, std=0.5)
         elif isinstance(module, Mu2Tokenizer):
             init.normal_(module.queries, std=0.02)
-        elif isinstance(module, RunningStandardise):
+        elif isinstance(module, RunningStandardise | CommonAnatomy):
             init.zeros_(module.mean)
             init.ones_(module.variance)
             init.zeros_(module.updates)
@@ -169,7 +175,7 @@ class Mu2Model(Mu2PreTrainedModel):
             if input_ids is None:
                 raise UserError("visual tokens need input_ids to find their placeholders; inputs_embeds has none")
             tokens = _serve(tokens, len(input_ids), "sequences", tile_scans)
-            inputs_embeds = self._insert(inputs_embeds, input_ids, tokens)
+            inputs_embeds = self._insert(inputs_embeds, input_ids, tokens.to(inputs_embeds.dtype))
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -249,6 +255,7 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
         chunk_mask: Tensor | None = None,
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
+        tile_scans: bool = False,
         **kwargs: Any,
     ) -> Mu2CausalLMOutput:
         outputs = self.model(
@@ -263,6 +270,7 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
             chunk_mask=chunk_mask,
             question_ids=question_ids,
             question_mask=question_mask,
+            tile_scans=tile_scans,
             return_dict=True,
             **kwargs,
         )

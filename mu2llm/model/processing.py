@@ -65,6 +65,12 @@ class Mu2Processor(ProcessorMixin):
             )
         )
 
+    def token_ids(self, question: str, answer: str | None = None) -> tuple[list[int], list[int]]:
+        """The prompt's ids, with all placeholders, and the answer's with its end; UserError if too long together."""
+        prompt, end = self._prompt_ids(self.prompt(question)), [] if answer is None else self._answer_ids(answer)
+        self._check_length(len(prompt) - self.queries + len(end))
+        return prompt, end
+
     def encode(
         self, questions: Sequence[str], answers: Sequence[str] | None = None, padding_side: str | None = None
     ) -> dict[str, Tensor]:
@@ -73,27 +79,13 @@ class Mu2Processor(ProcessorMixin):
         Labels are the answer and its end, −100 elsewhere; without `answers` there are none. Pads on the right
         for training and on the left for generation, unless told. Raises UserError where a text is too long.
         """
-        prompts = [self._prompt_ids(self.prompt(question)) for question in questions]
-        ends = [self._answer_ids(answer) for answer in answers] if answers is not None else [[] for _ in prompts]
-        for prompt, end in zip(prompts, ends, strict=True):
-            self._check_length(len(prompt) - self.queries + len(end))
+        pairs = zip(questions, answers if answers is not None else [None] * len(questions), strict=True)
+        rows = [self.token_ids(question, answer) for question, answer in pairs]
         side = padding_side or ("right" if answers is not None else "left")
-        batch = {
-            "input_ids": self._pad(
-                [p + a for p, a in zip(prompts, ends, strict=True)], self.tokenizer.pad_token_id, side
-            ),
-            "attention_mask": self._pad([[1] * (len(p) + len(a)) for p, a in zip(prompts, ends, strict=True)], 0, side),
-        }
+        batch = self._pad_inputs([prompt + end for prompt, end in rows], side)
         if answers is not None:
-            labels = [[-100] * len(p) + a for p, a in zip(prompts, ends, strict=True)]
-            batch["labels"] = self._pad(labels, -100, side)
+            batch["labels"] = self._pad([[-100] * len(prompt) + end for prompt, end in rows], -100, side)
         return batch | self._encode_questions(questions)
-
-    def token_ids(self, question: str, answer: str) -> tuple[list[int], list[int]]:
-        """Prompt with its placeholders, and answer with its end, as token ids: what `encode` joins and pads."""
-        prompt, end = self._prompt_ids(self.prompt(question)), self._answer_ids(answer)
-        self._check_length(len(prompt) - self.queries + len(end))
-        return prompt, end
 
     def __call__(
         self,
@@ -120,16 +112,12 @@ class Mu2Processor(ProcessorMixin):
         prompts = [text if isinstance(text, str) else self._render(text) for text in texts]
         for prompt in prompts:
             if needs_volume and prompt.count(self.volume_token) != 1:
-                raise UserError(
-                    f"a text has {prompt.count(self.volume_token)} placeholders {self.volume_token}, expected 1: {prompt!r:.80}"
-                )
+                given = f"{prompt.count(self.volume_token)} placeholders {self.volume_token}"
+                raise UserError(f"a text has {given}, expected 1: {prompt!r:.80}")
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         for row in ids:
             self._check_length(len(row) - self.queries)
-        batch = {
-            "input_ids": self._pad(ids, self.tokenizer.pad_token_id, "left"),
-            "attention_mask": self._pad([[1] * len(row) for row in ids], 0, "left"),
-        }
+        batch = self._pad_inputs(ids, "left")
         return batch | self._encode_questions([_question(text, self.tokenizer) for text in texts])
 
     def _render(self, messages: Any) -> str:
@@ -164,6 +152,12 @@ class Mu2Processor(ProcessorMixin):
                 f"a text of {tokens} tokens; the model takes {self.max_text_tokens} beside the scan: "
                 "shorten it or raise model.max_text_tokens"
             )
+
+    def _pad_inputs(self, rows: list[list[int]], side: str) -> dict[str, Tensor]:
+        return {
+            "input_ids": self._pad(rows, self.tokenizer.pad_token_id, side),
+            "attention_mask": self._pad([[1] * len(row) for row in rows], 0, side),
+        }
 
     @staticmethod
     def _pad(rows: list[list[int]], value: int, side: str) -> Tensor:

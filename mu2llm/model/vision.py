@@ -10,6 +10,7 @@ import math
 from typing import Self, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -35,39 +36,29 @@ class LinearStem(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """A few strided convolutions whose strides reach the patch size; learns from few scans what a ViT does not."""
+    """Patches of half the size, then a strided convolution over their neighbours; learns from few scans what a
+    linear patch embedding does not.
+
+    Batch norm by batch statistics in training: with several workers each normalises by its own share of the
+    batch.
+    """
 
     def __init__(self, config: Mu2VisionConfig) -> None:
         super().__init__()
-        strides = _strides(config.patch_size)
-        last = len(strides) - 1
-        widths = [config.channels, *(max(8, config.hidden_size >> (last - i + 1)) for i in range(len(strides)))]
-        layers: list[nn.Module] = []
-        for i, stride in enumerate(strides):
-            layers += [
-                nn.Conv3d(widths[i], widths[i + 1], kernel_size=3, stride=stride, padding=1),
-                nn.GroupNorm(math.gcd(8, widths[i + 1]), widths[i + 1]),
-                nn.GELU(),
-            ]
-        self.layers = nn.Sequential(*layers, nn.Conv3d(widths[-1], config.hidden_size, kernel_size=1))
+        half = tuple(max(1, size // 2) for size in config.patch_size)
+        stride = tuple(size // part for size, part in zip(config.patch_size, half, strict=True))
+        width = max(8, 3 * config.hidden_size // 8)
+        grid = tuple(size // part for size, part in zip(config.chunk_shape, half, strict=True))
+        self.patches = nn.Conv3d(config.channels, width, kernel_size=half, stride=half)
+        self.norm = nn.BatchNorm3d(width)
+        self.places = nn.Parameter(torch.zeros(1, width, *grid))
+        self.neighbours = nn.Conv3d(width, config.hidden_size, kernel_size=3, stride=stride, padding=1)
+        self.norm_out = nn.BatchNorm3d(config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, K, H, W) → (B, patches, hidden)"""
-        return cast(Tensor, self.layers(x)).flatten(2).transpose(1, 2)
-
-
-def _strides(patch_size: tuple[int, ...] | list[int]) -> list[tuple[int, ...]]:
-    """Patch sizes shared out to strides of at most 2; what does not halve goes into the first step."""
-    steps = max(1, *(int(math.log2(size & -size)) for size in patch_size))
-    strides = []
-    for step in range(steps):
-        halvings = [int(math.log2(size & -size)) for size in patch_size]
-        stride = [2 if step >= steps - n else 1 for n in halvings]
-        if step == 0:
-            odd = [size // (size & -size) for size in patch_size]
-            stride = [s * o for s, o in zip(stride, odd, strict=True)]
-        strides.append(tuple(stride))
-    return strides
+        x = F.gelu(self.norm(self.patches(x))) + self.places
+        return F.gelu(self.norm_out(self.neighbours(x))).flatten(2).transpose(1, 2)
 
 
 class VisionAttention(nn.Module):
@@ -122,6 +113,46 @@ class VisionTower(nn.Module):
         return cast(Tensor, self.norm(x))
 
 
+class CommonAnatomy(nn.Module):
+    """Each voxel less its mean over all scans, by running statistics: what is left is what is particular to a scan.
+
+    All scans of one field of view are nearly the same image; a network from scratch spends most of its time
+    on learning that. Only for specs that put every body on the same grid.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    updates: Tensor
+
+    def __init__(self, config: Mu2VisionConfig, momentum: float = 0.01) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(config.chunks, config.channels, *config.chunk_shape))
+        self.register_buffer("variance", torch.ones(()))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """(B, T, C, K, H, W), (B, T) → the same shape, of variance about 1"""
+        mean = self.mean[: x.shape[1]]
+        if self.training:
+            self._update(x.detach(), mask)
+        return (x - mean) * torch.rsqrt(self.variance + 1e-5)
+
+    @torch.no_grad()
+    def _update(self, x: Tensor, mask: Tensor) -> None:
+        weight = mask.to(x.dtype)[..., None, None, None, None]
+        mean = self.mean[: x.shape[1]]
+        total, count = (x * weight).sum(0), weight.sum(0)
+        spread = torch.stack([((x - mean).square() * weight).sum(), weight.sum() * math.prod(x.shape[2:])])
+        for part in (total, count, spread):
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(part)
+        share = torch.clamp(1 / (self.updates + 1), min=self.momentum).to(mean.dtype)
+        mean.add_((total / count.clamp(min=1) - mean) * share * (count > 0))
+        self.variance.lerp_((spread[0] / spread[1].clamp(min=1)).to(self.variance.dtype), share)
+        self.updates.add_(1)
+
+
 class SpatialPoolingProjector(nn.Module):
     """Patches averaged in cubes on the grid, then an MLP to the language model's width."""
 
@@ -149,6 +180,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: Mu2VisionConfig, width: int) -> None:
         super().__init__()
         self.config = config
+        self.anatomy = CommonAnatomy(config) if config.standardise_input else None
         self.tower = VisionTower(config)
         self.projector = SpatialPoolingProjector(config, width)
         self.frozen = False
@@ -163,10 +195,11 @@ class VisionEncoder(nn.Module):
 
     def forward(self, volumes: Tensor, chunk_mask: Tensor) -> Tensor:
         """(B, T, C, K, H, W), (B, T) → (B, T, n, width). Only chunks that hold something are encoded."""
-        chunks = volumes[chunk_mask]
-        scale = 1 / 255 if not chunks.is_floating_point() else None
-        chunks = chunks.to(self.projector.layers[0].weight.dtype)
-        patches = self.tower(chunks if scale is None else chunks * scale)
+        scale = 1.0 if volumes.is_floating_point() else 1 / 255
+        volumes = volumes.to(self.projector.layers[0].weight.dtype) * scale
+        if self.anatomy is not None:
+            volumes = self.anatomy(volumes, chunk_mask)
+        patches = self.tower(volumes[chunk_mask])
         features = self.projector(patches[:, 1:] if self.config.class_token else patches)
         out = features.new_zeros(*chunk_mask.shape, *features.shape[1:])
         out[chunk_mask] = features
