@@ -25,7 +25,9 @@ _HEADER = re.compile(
     rf"|(?<=\s)({_TITLE})[ \t]*:",  # within a line: only in title case, see _sections
     re.IGNORECASE | re.MULTILINE,
 )
-_PLACEHOLDER = re.compile(r"<[^<>\n]*(?:number|error|finding)[^<>\n]*>", re.IGNORECASE)  # the prompt's own format
+_PLACEHOLDER = re.compile(
+    r"<[^<>\n]{0,99}(?:number|error|finding)[^<>\n]{0,99}>", re.IGNORECASE
+)  # the prompt's own format
 _JUDGE_TURN = re.compile(
     r"<\|assistant\|>|<\|im_start\|>assistant|<\|start_header_id\|>assistant<\|end_header_id\|>|\[/INST\]"
 )
@@ -44,12 +46,14 @@ _NUMBERED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _NAMED = re.compile(rf"^[^\w\n]*(?=({_ANY_NAME}))", re.IGNORECASE | re.MULTILINE)
-_STRAY_COUNT = re.compile(r"^.*?(?:\([a-z0-9]\)|^[^\w\n]*[a-z][.)]).*?\d|:\s*\d", re.IGNORECASE | re.MULTILINE)
+_STRAY_LABEL = re.compile(r"\([a-z0-9]\)|^[^\w\n]*[a-z][.)]", re.IGNORECASE)
+_TAILS = "|".join(re.escape(" ".join(name.split()[-2:])) for name in ERROR_CATEGORIES.values())
+_SWALLOWED = re.compile(rf"(?:{_TAILS})\s*:\s*\d", re.IGNORECASE)
 
 _WORDS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _LEAD = re.compile(r"(?:[\s:=,>\"'(\[]|[-–—](?=\s))*")
 _NUMBER = re.compile(
-    r"(\d+)(?:\.0+(?![\d\w]))?"
+    r"(\d{1,9})(?:\.0+(?![\d\w]))?"
     r"(?![.,]\d|[\w%/°+]|\s*(?:/|±|[-–—]|to\b|or\b|out\b|of\b|x\b|×)\s*\d|\s*(?:mm|cm|ml|cc|hu|%|percent|x)\b)"
     r"(?P<unit>\s+(?:errors?|findings?|match(?:es|ed)?(?:\s+findings?)?|instances?)\b)?"
     r"[)\]\"']*(?P<stop>\s*(?:[.;:,)]|[-–—]\s)|[ \t]*\n|\s*\Z)?",
@@ -91,6 +95,7 @@ def score(matched: int, significant: tuple[int, ...]) -> float:
 
 def _plain(text: str) -> str:
     """Without what only dresses: markdown, HTML, control characters, kinds of line ends and spaces."""
+    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("：", ":")
     if "\n" not in text:
         text = text.replace("\\n", "\n")
@@ -99,7 +104,7 @@ def _plain(text: str) -> str:
     text = re.sub(
         r"[\u200b-\u200f\u2060\ufeff\x00-\x08\x0e-\x1f\x7f]|\*+|`+|__|~~|^[ \t]*#+", "", text, flags=re.MULTILINE
     )
-    return re.sub(r"[^\S\n]", " ", text)
+    return re.sub(r"\n(?: ?\n)+", "\n\n", re.sub(r"[^\S\n]+", " ", text))
 
 
 def _answers(text: str) -> list[dict[str, str]]:
@@ -179,10 +184,11 @@ def _errors(body: str, section: str) -> tuple[tuple[int, int, int, int, int, int
     """One error section → counts of (a)–(f) and their sentences."""
     before, items = _items(body)
     if not items:
-        if _is_nothing(before) or re.fullmatch(r"\s*0\s*\.?\s*", before):
+        unsaid = not before.strip() and section == _SECTIONS["insignificant"]  # no score hangs on it
+        if unsaid or _is_nothing(before) or re.fullmatch(r"\s*0\s*\.?\s*", before):
             return (0,) * 6, ((),) * 6  # type: ignore[return-value]
         raise _Unreadable(f"{section}: {'is empty' if not before.strip() else 'neither counts nor “none”'}")
-    if _STRAY_COUNT.search(before):
+    if _has_stray_count(before):
         raise _Unreadable(f"{section}: a line is none of (a)–(f)")
     counts: list[int] = [0] * 6
     sentences: list[tuple[str, ...]] = [()] * 6
@@ -191,6 +197,8 @@ def _errors(body: str, section: str) -> tuple[tuple[int, int, int, int, int, int
         if seen.setdefault(index, item.strip()) != item.strip():
             raise _Unreadable(f"{section}: ({'abcdef'[index]}) is counted twice")
         counts[index], rest = _count(_after_name(item), f"{section} ({'abcdef'[index]})")
+        if _SWALLOWED.search(rest):
+            raise _Unreadable(f"{section}: there is another count within ({'abcdef'[index]})")
         sentences[index] = _sentences(rest) if counts[index] else ()
     return tuple(counts), tuple(sentences)  # type: ignore[return-value]
 
@@ -244,7 +252,15 @@ def _count(text: str, where: str) -> tuple[int, str]:
 def _is_nothing(text: str) -> bool:
     """Whether a text says “none”, and nothing that takes it back."""
     found = _NOTHING.match(text.strip())
-    return bool(found) and not _BUT.search(text) and not _STRAY_COUNT.search(text)
+    return bool(found) and not _BUT.search(text) and not _has_stray_count(text)
+
+
+def _has_stray_count(text: str) -> bool:
+    """Whether a line that is no item looks like one: a colon and a number, or a label and a number behind it."""
+    return any(
+        re.search(r":\s*\d", line) or ((label := _STRAY_LABEL.search(line)) and re.search(r"\d", line[label.end() :]))
+        for line in text.split("\n")
+    )
 
 
 def _sentences(text: str) -> tuple[str, ...]:
