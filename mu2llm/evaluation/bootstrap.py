@@ -67,19 +67,17 @@ class Bootstrap:
         return self._interval([statistic], lambda sums: statistic.metric(sums[0]), statistic.n)
 
     def difference(self, ours: Statistic, theirs: Statistic) -> Estimate | None:
-        """ours − theirs on the same cases, paired: both are drawn alike."""
-        counts = [each.n for each in (ours, theirs) if each.n is not None]
-        return self._interval(
-            [ours, theirs], lambda sums: ours.metric(sums[0]) - theirs.metric(sums[1]), min(counts, default=None)
-        )
+        """ours − theirs, paired: on the same cases (of means, those that have both values), drawn alike."""
+        n = None
+        if ours.metric is ratio:
+            both = (ours.rows[:, 1] > 0) & (theirs.rows[:, 1] > 0)
+            ours, theirs = (Statistic(each.rows * both[:, None]) for each in (ours, theirs))
+            n = int(both.sum())
+        return self._interval([ours, theirs], lambda sums: ours.metric(sums[0]) - theirs.metric(sums[1]), n)
 
     def mean(self, values: Values) -> Estimate | None:
         """The mean over the cases that have a value."""
         return self.estimate(Statistic.mean(values))
-
-    def mean_difference(self, ours: Values, theirs: Values) -> Estimate | None:
-        """The mean of ours − theirs over the cases in which both have a value."""
-        return self.mean(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float))
 
     def _interval(
         self, statistics: list[Statistic], metric: Callable[[list[np.ndarray]], np.ndarray], n: int | None

@@ -54,8 +54,11 @@ def write(
     """
     inputs = {name: tensor.to(model.device) for name, tensor in processor.encode(questions).items()}
     asked = {name: inputs[name] for name in ("question_ids", "question_mask")}
-    visual_tokens = model.encode_volumes(vision_features=vision_features, chunk_mask=chunk_mask, **asked)
-    ids, mask = (inputs[name].repeat_interleave(decoding.samples, dim=0) for name in ("input_ids", "attention_mask"))
+    encoded = model.encode_volumes(vision_features=vision_features, chunk_mask=chunk_mask, **asked)
+    ids, mask, visual_tokens = (
+        each.repeat_interleave(decoding.samples, dim=0)
+        for each in (inputs["input_ids"], inputs["attention_mask"], encoded.tokens)
+    )
     processors = LogitsProcessorList()
     if decoding.temperature:
         uniform = torch.tensor(np.concatenate([_draws(key, decoding) for key in keys])).to(model.device)

@@ -47,7 +47,7 @@ def _bleu(order: int, sums: np.ndarray) -> np.ndarray:
         *counts, candidate_length, reference_length = map(int, row)
         matches, totals = counts[:order], counts[4 : 4 + order]
         score = BLEU.compute_bleu(matches, totals, candidate_length, reference_length, max_ngram_order=order)
-        scores.append(score.score / 100)
+        scores.append(min(score.score / 100, 1.0))  # the exponential of a rounded logarithm may be above
     return np.array(scores).reshape(sums.shape[:-1])
 
 

@@ -48,7 +48,9 @@ def test_missing_values_are_left_out_and_counted_out():
     estimate = Bootstrap(range(4)).mean(values)
     assert estimate.value == pytest.approx(0.75)
     assert estimate.n == 2
-    assert Bootstrap(range(4)).mean_difference(values, [0.0, 0.0, None, 0.0]).n == 1
+    pair = Statistic.mean(values), Statistic.mean([0.25, 0.0, None, 0.0])
+    difference = Bootstrap(range(4)).difference(*pair)
+    assert (difference.value, difference.n) == (0.25, 1)
 
 
 def test_nothing_to_estimate_is_none():

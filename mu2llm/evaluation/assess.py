@@ -1,0 +1,172 @@
+"""Saved predictions → results: every metric of every run with its interval, audits, groups, paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import pyarrow as pa
+
+from mu2llm.config import Experiment, JudgeConfig
+from mu2llm.evaluation import text_metrics
+from mu2llm.evaluation.audits import Audit, audit
+from mu2llm.evaluation.bootstrap import Bootstrap, Statistic, estimates
+from mu2llm.evaluation.clinical import RATES, Tally, finding_metrics, tally_findings
+from mu2llm.evaluation.last_layer import LastLayer
+from mu2llm.evaluation.predictions import Prediction
+from mu2llm.evaluation.results import Difference, Group, Header, Results, RunResult
+from mu2llm.evaluation.scoring import Texts, content, judged, wording
+from mu2llm.green import Judge, load_judge
+from mu2llm.records import Case, Judgement
+
+PRIOR = "prior"
+"""The run that answers every scan with one training report."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run's own reports on whole scans, their judgements, and their metrics before intervals."""
+
+    texts: Texts
+    finished: list[bool]
+    judgements: list[Judgement]
+    statistics: dict[str, Statistic]
+
+
+def assess(
+    header: Header, cases: Sequence[Case], predictions: Sequence[Prediction], experiment: Experiment
+) -> tuple[Results, pa.Table]:
+    """The results, and the table of judgements (run, case_id and the columns of Judgement)."""
+    judge, rules = load_judge(experiment.judge), load_judge(JudgeConfig())
+    encoder = LastLayer(experiment.evaluation.text_encoder)
+    known = {case.id: case for case in cases}
+    bootstrap = Bootstrap([case.patient for case in cases], experiment.evaluation.bootstrap, header.seed)
+    runs: dict[str, _Run] = {}
+    for run in [*header.checkpoints, PRIOR]:
+        own = _of(predictions, run)
+        texts = _texts(own, known)
+        judgements = (rules if run == PRIOR else judge).judge(texts.pairs)
+        statistics = {**content(texts), "green": judged(judgements), **wording(texts, encoder)}
+        if run == PRIOR and judge.identity != rules.identity:
+            del statistics["green"]  # not by the judge of the others
+        runs[run] = _Run(texts, [p.finished for p in own], list(judgements), statistics)
+    audits = {run: _audit(run, runs, predictions, known, rules, bootstrap) for run in header.checkpoints}
+    results = Results(
+        header=header,
+        cases=len(cases),
+        judge=judge.identity,
+        truth=_truth(cases),
+        notes={
+            "bleu": f"sacrebleu {text_metrics.bleu_signature()}",
+            "rouge": "rouge_score, F-measure, stemmed",
+            "meteor": f"nltk, {text_metrics.meteor_variant()}",
+            "bert_score": encoder.identity,
+            "prior": header.prior,
+            "intervals": f"95 % percentile bootstrap over patients, {bootstrap.resamples} resamples",
+        },
+        runs={
+            run: RunResult(
+                metrics=estimates(each.statistics, bootstrap),
+                audit=audits.get(run),
+                findings=_groups(tally_findings(each.texts.truth, each.texts.found), bootstrap),
+                labels=_groups(each.texts.labels, bootstrap),
+                regions=_regions(predictions, run, known, rules, bootstrap),
+                green=[judgement.score for judgement in each.judgements],
+            )
+            for run, each in runs.items()
+        },
+        differences=[
+            _difference(ours, theirs, runs, bootstrap) for theirs, ours in combinations(header.checkpoints, 2)
+        ],
+    )
+    return results, _judgements(runs)
+
+
+def _of(predictions: Sequence[Prediction], run: str, variant: str = "as_is") -> list[Prediction]:
+    """The reports of a run on whole scans."""
+    return [p for p in predictions if (p.run, p.variant, p.region) == (run, variant, None)]
+
+
+def _texts(predictions: Sequence[Prediction], known: Mapping[str, Case]) -> Texts:
+    cases = tuple(known[p.case_id] for p in predictions)
+    return Texts(cases, tuple(case.report for case in cases), tuple(p.text for p in predictions))
+
+
+def _audit(
+    run: str,
+    runs: Mapping[str, _Run],
+    predictions: Sequence[Prediction],
+    known: Mapping[str, Case],
+    rules: Judge,
+    bootstrap: Bootstrap,
+) -> Audit:
+    own = runs[run]
+    variants = {variant: _texts(_of(predictions, run, variant), known) for variant in ("shuffled", "zeroed")}
+    variants[PRIOR] = runs[PRIOR].texts
+    return audit(own.texts, variants, own.judgements, own.finished, rules, bootstrap.resamples, bootstrap.seed)
+
+
+def _truth(cases: Sequence[Case]) -> str:
+    known = sum(case.findings is not None for case in cases)
+    if known == len(cases):
+        return "the cases' own findings"
+    read = "findings that the rules read in the reference reports"
+    return read if not known else f"the own findings of {known} cases, of the others {read}"
+
+
+def _groups(tally: Tally, bootstrap: Bootstrap) -> list[Group]:
+    """Precision, recall and F1 of each finding or label."""
+    rates = {rate: tally.by_name(rate) for rate in RATES}
+    positives = (tally.counts[..., 0] + tally.counts[..., 2] > 0).sum(axis=0)
+    return [
+        Group(name=name, n=int(n), metrics={rate: bootstrap.estimate(by_name[name]) for rate, by_name in rates.items()})
+        for name, n in zip(tally.names, positives, strict=True)
+    ]
+
+
+def _regions(
+    predictions: Sequence[Prediction], run: str, known: Mapping[str, Case], rules: Judge, bootstrap: Bootstrap
+) -> list[Group]:
+    """Answers to the cases' questions about one region, against those answers; GREEN by rules."""
+    groups = []
+    asked = [p for p in predictions if p.run == run and p.region]
+    for region in dict.fromkeys(p.region for p in asked):
+        own = [p for p in asked if p.region == region]
+        texts = _answers(own, known)
+        draw = Bootstrap([case.patient for case in texts.cases], bootstrap.resamples, bootstrap.seed)
+        scores = text_metrics.text_metrics(texts.pairs)
+        statistics = {
+            "finding_f1": finding_metrics(texts.truth, texts.found)["finding_f1"],
+            "green_rules": judged(rules.judge(texts.pairs)),
+            "bleu_1": scores["bleu_1"],
+            "rouge_l": scores["rouge_l"],
+        }
+        groups.append(Group(name=str(region), n=len(own), metrics=estimates(statistics, draw)))
+    return groups
+
+
+def _answers(predictions: Sequence[Prediction], known: Mapping[str, Case]) -> Texts:
+    """The case's own truth is of the whole scan; of a region it is what its answer says."""
+    cases = tuple(known[p.case_id].model_copy(update={"findings": None, "labels": None}) for p in predictions)
+    references = tuple(
+        next(asked.answer for asked in case.questions if (asked.question, asked.region) == (p.question, p.region))
+        for case, p in zip(cases, predictions, strict=True)
+    )
+    return Texts(cases, references, tuple(p.text for p in predictions))
+
+
+def _difference(ours: str, theirs: str, runs: Mapping[str, _Run], bootstrap: Bootstrap) -> Difference:
+    mine, other = runs[ours].statistics, runs[theirs].statistics
+    metrics = {name: bootstrap.difference(statistic, other[name]) for name, statistic in mine.items()}
+    return Difference(ours=ours, theirs=theirs, metrics=metrics)
+
+
+def _judgements(runs: Mapping[str, _Run]) -> pa.Table:
+    """All judgements with their run and case."""
+    table = Judgement.table([judgement for run in runs.values() for judgement in run.judgements])
+    cases = [case.id for run in runs.values() for case in run.texts.cases]
+    names = [name for name, run in runs.items() for _ in run.texts.cases]
+    return table.add_column(0, "case_id", pa.array(cases, pa.string())).add_column(
+        0, "run", pa.array(names, pa.string())
+    )

@@ -1,0 +1,154 @@
+"""`mu2llm evaluate`: a split's reports by one or several checkpoints, scored, audited and shown.
+
+Below `out`: cases, predictions and judgements as Parquet, metrics.json and metrics.parquet, report.html. What is
+scored is read from these tables, so scores can be made anew without any model (`rescore`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mu2llm import storage
+from mu2llm.cases import Shards
+from mu2llm.config import Experiment, JudgeConfig
+from mu2llm.errors import UserError
+from mu2llm.evaluation.assess import PRIOR, assess
+from mu2llm.evaluation.audits import prior_report
+from mu2llm.evaluation.decoding import Decoding
+from mu2llm.evaluation.encode import load_encoder, vision_digest
+from mu2llm.evaluation.generate import Progress, generate
+from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
+from mu2llm.evaluation.results import METRICS, Header, Results
+from mu2llm.green import load_judge
+from mu2llm.records import Case, Checkpoint
+
+STATE = "predictions.state"
+"""Below `out`, while reports are written: finished batches."""
+
+
+def evaluate(
+    checkpoint: str, data: str, out: str, experiment: Experiment, split: str = "test", progress: Progress | None = None
+) -> dict[str, Any]:
+    """One checkpoint's metrics, audits and report; see `compare`."""
+    run = Checkpoint.open(checkpoint).lineage.stage
+    return compare({run: checkpoint}, data, out, experiment, split, progress).summary(run)
+
+
+def compare(
+    checkpoints: Mapping[str, str],
+    data: str,
+    out: str,
+    experiment: Experiment,
+    split: str = "test",
+    progress: Progress | None = None,
+) -> Results:
+    """Several checkpoints (run → URI) on the same cases in one pass, with paired differences of later ones to earlier.
+
+    Reports that are already in `out` are not written again. Raises UserError where checkpoints and shards do not
+    fit, or `out` holds another evaluation.
+    """
+    shards = Shards.open(data)
+    request = _request(checkpoints, shards, split, experiment)
+    if not Header.there(out):
+        _write_predictions(request, shards, out, progress)
+    elif Header.open(out).identity != request.identity:
+        raise UserError(f"{out} holds another evaluation; give another --out or delete it")
+    return rescore(out, experiment)
+
+
+def rescore(out: str, experiment: Experiment) -> Results:
+    """Scores the saved predictions (anew) and writes judgements, metrics and report; needs neither model nor scans."""
+    results, judgements = assess(Header.open(out), *read_predictions(out), experiment)
+    _write_table(storage.join(out, "judgements.parquet"), judgements)
+    _write_table(storage.join(out, "metrics.parquet"), results.table())
+    storage.write_json(storage.join(out, METRICS), results.model_dump(mode="json"))
+    return results
+
+
+def read_predictions(out: str) -> tuple[list[Case], list[Prediction]]:
+    """The saved cases and predictions."""
+    tables = [_read_table(storage.join(out, f"{name}.parquet")).to_pylist() for name in ("cases", "predictions")]
+    return [Case.from_row(row) for row in tables[0]], [Prediction.from_row(row) for row in tables[1]]
+
+
+# ---- writing reports
+
+
+def _request(checkpoints: Mapping[str, str], shards: Shards, split: str, experiment: Experiment) -> Request:
+    settings = experiment.evaluation
+    return Request(
+        checkpoints=checkpoints,
+        data=_features(checkpoints, shards) or shards.uri,
+        split=split,
+        question=settings.question,
+        decoding=Decoding(settings.max_new_tokens, seed=experiment.seed),
+        variants=VARIANTS,
+        regions=settings.regions,
+        batch_size=settings.batch_size,
+        max_cases=settings.max_cases,
+        actors=settings.actors,
+        cpus=settings.cpus_per_actor,
+        gpus=settings.gpus_per_actor,
+    )
+
+
+def _features(checkpoints: Mapping[str, str], shards: Shards) -> str | None:
+    """The table of features of the checkpoints' vision, if they share it and an earlier stage has cached them."""
+    folder = storage.join(shards.uri, "features")
+    if not storage.exists(folder):
+        return None
+    uris = {storage.join(folder, vision_digest(load_encoder(uri))) for uri in checkpoints.values()}
+    uri = uris.pop()
+    return uri if not uris and storage.exists(storage.join(uri, "shards.json")) else None
+
+
+def _write_predictions(request: Request, shards: Shards, out: str, progress: Progress | None) -> None:
+    """Cases and predictions, and last the header, which says that they are whole."""
+    predictions = generate(request, storage.join(out, STATE), progress)
+    cases = shards.cases(request.split)[: request.max_cases]
+    train = [case.report for case in shards.cases("train")]
+    fixed = prior_report(train or [case.report for case in cases], load_judge(JudgeConfig()), request.decoding.seed)
+    predictions += [_prior(case, fixed, request) for case in cases]
+    _write_table(storage.join(out, "cases.parquet"), Case.table(cases))
+    _write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
+    Header(
+        identity=request.identity,
+        checkpoints={run: storage.lasting(uri) for run, uri in request.checkpoints.items()},
+        data=storage.lasting(shards.uri),
+        split=request.split,
+        question=request.question,
+        seed=request.decoding.seed,
+        prior=f"one of {len(train)} training reports" if train else "one of the split's own reports: there is no train",
+        histories=_histories(request.checkpoints),
+    ).write(out)
+    storage.delete(storage.join(out, STATE))
+
+
+def _prior(case: Case, text: str, request: Request) -> Prediction:
+    same = {"question": request.question, "text": text, "tokens": 0, "finished": True, "seed": request.decoding.seed}
+    return Prediction(run=PRIOR, case_id=case.id, variant="as_is", region=None, index=0, scan_of="", **same)
+
+
+def _histories(checkpoints: Mapping[str, str]) -> dict[str, list[dict[str, float]]]:
+    """What each stage logged: of the checkpoints and of those that they came from, as far as they are still there."""
+    histories: dict[str, list[dict[str, float]]] = {}
+    for uri in checkpoints.values():
+        parent: str | None = uri
+        while parent and storage.exists(storage.join(parent, Checkpoint.FILE)):
+            checkpoint = Checkpoint.open(parent)
+            histories.setdefault(checkpoint.lineage.stage, checkpoint.training.history)
+            parent = checkpoint.lineage.parent
+    return histories
+
+
+def _write_table(uri: str, table: pa.Table) -> None:
+    with storage.staged(uri) as path:
+        pq.write_table(table, path)
+
+
+def _read_table(uri: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(storage.read_bytes(uri)))

@@ -1,0 +1,152 @@
+"""What an evaluation found, as it lies in metrics.json; what the command prints and the leaderboard shows of it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import pyarrow as pa
+from pydantic import BaseModel
+
+from mu2llm import storage
+from mu2llm.errors import UserError
+from mu2llm.evaluation.audits import Audit
+from mu2llm.records import Estimate
+
+METRICS = "metrics.json"
+Metrics = dict[str, Estimate | None]
+
+TITLES = {
+    "finding_f1": "Findings F1 (finding and side)",
+    "finding_f1_any_side": "Findings F1 (any side)",
+    "finding_precision": "Findings precision",
+    "finding_recall": "Findings recall",
+    "green": "GREEN",
+    "ce_macro_f1": "18 labels, macro F1",
+    "ce_micro_f1": "18 labels, micro F1",
+    "crg": "CRG",
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "meteor": "METEOR",
+    "bert_score": "BERTScore",
+    "laterality": "Laterality agreement",
+}
+"""How metrics are called where people read them, in the order of tables."""
+
+
+class Group(BaseModel):
+    """The metrics of one finding, one label or one region of the body; `n` cases of the truth have it."""
+
+    name: str
+    n: int
+    metrics: Metrics
+
+
+class RunResult(BaseModel):
+    """One run's results; `prior`, the fixed report, has no audit."""
+
+    metrics: Metrics
+    audit: Audit | None
+    findings: list[Group]
+    labels: list[Group]
+    regions: list[Group]
+    green: list[float | None]
+
+
+class Difference(BaseModel):
+    """metrics(ours) − metrics(theirs) on the same cases, paired."""
+
+    ours: str
+    theirs: str
+    metrics: Metrics
+
+
+class Header(BaseModel):
+    """request.json: what the saved predictions are of. `histories` is what each stage logged while it trained."""
+
+    FILE: ClassVar[str] = "request.json"
+    identity: str
+    checkpoints: dict[str, str]
+    data: str
+    split: str
+    question: str
+    seed: int
+    prior: str
+    histories: dict[str, list[dict[str, float]]]
+
+    @classmethod
+    def there(cls, out: str) -> bool:
+        return storage.exists(storage.join(out, cls.FILE))
+
+    @classmethod
+    def open(cls, out: str) -> Self:
+        """A UserError where no evaluation has finished writing its predictions."""
+        if not cls.there(out):
+            raise UserError(f"{out} holds no finished predictions (no {cls.FILE}); run mu2llm evaluate --out {out}")
+        return cls.model_validate(storage.read_json(storage.join(out, cls.FILE)))
+
+    def write(self, out: str) -> None:
+        storage.write_json(storage.join(out, self.FILE), self.model_dump(mode="json"))
+
+
+class Results(BaseModel):
+    """metrics.json. `truth` says what the findings were compared with; `notes` what metrics need to be comparable."""
+
+    format_version: int = 1
+    header: Header
+    cases: int
+    judge: str
+    truth: str
+    notes: dict[str, str]
+    runs: dict[str, RunResult]
+    differences: list[Difference]
+
+    @classmethod
+    def open(cls, out: str) -> Self:
+        """The results in a folder that `evaluate` wrote."""
+        path = storage.join(out, METRICS)
+        if not storage.exists(path):
+            raise UserError(f"{out} holds no evaluation: it has no {METRICS}; run mu2llm evaluate --out {out}")
+        return cls.model_validate(storage.read_json(path))
+
+    def summary(self, run: str) -> dict[str, Any]:
+        """One run flat, as `mu2llm evaluate --json` prints it and the demo's summary.json holds it."""
+        result = self.runs[run]
+        flat: dict[str, Any] = {name: value.model_dump() if value else None for name, value in result.metrics.items()}
+        if result.audit:
+            for variant, contrasts in result.audit.contrasts.items():
+                for metric, contrast in contrasts.items():
+                    flat[f"{metric}_{variant}"] = contrast.without.model_dump()
+            flat["distinct_reports"] = result.audit.distinct_reports
+            flat["audits"] = {**result.audit.model_dump(), "red_line": result.audit.red_line}
+        of = {"checkpoint": self.header.checkpoints.get(run), "data": self.header.data, "split": self.header.split}
+        return {**flat, **of, "cases": self.cases, "judge": self.judge, "truth": self.truth, "notes": self.notes}
+
+    def difference(self, ours: str, theirs: str) -> dict[str, dict[str, float] | None]:
+        """The paired differences of two runs by metric."""
+        found = next(each for each in self.differences if (each.ours, each.theirs) == (ours, theirs))
+        return {name: value.model_dump() if value else None for name, value in found.metrics.items()}
+
+    def table(self) -> pa.Table:
+        """Every number as a row: run, group (all, finding, label, region, difference), name, metric, value …"""
+        rows = []
+        for run, result in self.runs.items():
+            groups = {"finding": result.findings, "label": result.labels, "region": result.regions}
+            rows += _rows(run, "all", "", result.metrics)
+            for group, members in groups.items():
+                for member in members:
+                    rows += _rows(run, group, member.name, member.metrics)
+        for each in self.differences:
+            rows += _rows(each.ours, "difference", each.theirs, each.metrics)
+        texts = [pa.field(name, pa.string()) for name in ("run", "group", "name", "metric")]
+        numbers = [pa.field(name, pa.float64()) for name in ("value", "low", "high")]
+        return pa.Table.from_pylist(rows, schema=pa.schema([*texts, *numbers, pa.field("n", pa.int64())]))
+
+
+def _rows(run: str, group: str, name: str, metrics: Metrics) -> list[dict[str, Any]]:
+    head = {"run": run, "group": group, "name": name}
+    return [{**head, "metric": metric, **value.model_dump()} for metric, value in metrics.items() if value]

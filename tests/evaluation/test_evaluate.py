@@ -1,0 +1,138 @@
+"""`evaluate` from shards to files; scores anew from the files alone."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+from small_runs import case, experiment
+
+from mu2llm import storage
+from mu2llm.errors import UserError
+from mu2llm.evaluation import assess as assess_module
+from mu2llm.evaluation import evaluate as evaluate_module
+from mu2llm.evaluation.evaluate import compare, evaluate, rescore
+from mu2llm.evaluation.predictions import Prediction
+from mu2llm.evaluation.results import Header, Results
+from mu2llm.records import Case
+
+CASES = [case(i) for i in range(12)]
+
+
+class Words:
+    """Stands for the encoder of BERTScore."""
+
+    identity = "words"
+
+    def tokens(self, texts):
+        import numpy as np
+
+        return [np.eye(64)[[0, *(len(word) % 60 + 2 for word in text.split()), 1]] for text in texts]
+
+
+@pytest.fixture
+def no_encoder(monkeypatch):
+    monkeypatch.setattr(assess_module, "LastLayer", lambda name: Words())
+
+
+def predict(run, variant, texts, region=None, question="q"):
+    same = {"region": region, "question": question, "index": 0, "tokens": 5, "finished": True, "seed": 0}
+    return [
+        Prediction(run=run, case_id=each.id, variant=variant, text=text, scan_of=each.id, **same)
+        for each, text in zip(CASES, texts, strict=True)
+    ]
+
+
+def save(out):
+    """A finished prediction of a perfect run, and of one that writes the next case's report."""
+    right = [each.report for each in CASES]
+    wrong = right[1:] + right[:1]
+    questions = CASES[0].questions[0]
+    predictions = [
+        *predict("sft", "as_is", wrong),
+        *predict("sft", "shuffled", wrong),
+        *predict("sft", "zeroed", wrong),
+        *predict("dpo", "as_is", right),
+        *predict("dpo", "shuffled", wrong),
+        *predict("dpo", "zeroed", ["The liver is normal."] * 12),
+        *predict("dpo", "as_is", [c.questions[0].answer for c in CASES], "chest", questions.question),
+        *predict("prior", "as_is", ["No pleural effusion. The liver is normal."] * 12),
+    ]
+    evaluate_module._write_table(storage.join(out, "cases.parquet"), Case.table(CASES))
+    evaluate_module._write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
+    Header(
+        identity="x",
+        checkpoints={"sft": "s3://b/sft", "dpo": "s3://b/dpo"},
+        data="shards",
+        split="test",
+        question="q",
+        seed=0,
+        prior="one of 3 training reports",
+        histories={"sft": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]},
+    ).write(out)
+
+
+def test_rescore_needs_nothing_but_the_files(tmp_path, no_encoder):
+    out = str(tmp_path)
+    save(out)
+    results = rescore(out, experiment())
+    assert Results.open(out) == results
+    dpo, sft, prior = (results.summary(run) for run in ("dpo", "sft", "prior"))
+    assert [dpo[name]["value"] for name in ("finding_f1", "green", "bleu_1", "rouge_l")] == [1, 1, 1, 1]
+    assert dpo["finding_f1"]["n"] == 12
+    assert sft["finding_f1"]["value"] < 0.5
+    assert prior["finding_f1"]["value"] == 0 and "audits" not in prior
+    assert dpo["finding_f1_shuffled"]["value"] == sft["finding_f1"]["value"]
+    assert dpo["distinct_reports"] == len({each.report for each in CASES}) / 12
+    assert dpo["audits"]["passed"] and not sft["audits"]["passed"]
+    assert sft["audits"]["red_line"].startswith("does not look at the scan")
+    difference = results.difference("dpo", "sft")["green"]
+    assert difference["value"] == pytest.approx(1 - sft["green"]["value"]) and difference["low"] > 0
+    assert json.dumps(dpo)  # what --json prints
+
+
+def test_tables(tmp_path, no_encoder):
+    out = str(tmp_path)
+    save(out)
+    results = rescore(out, experiment())
+    judgements = pq.read_table(tmp_path / "judgements.parquet")
+    assert judgements.num_rows == 36 and judgements["run"].unique().to_pylist() == ["sft", "dpo", "prior"]
+    metrics = pq.read_table(tmp_path / "metrics.parquet").to_pylist()
+    keys = {(row["run"], row["group"], row["name"], row["metric"]) for row in metrics}
+    assert ("dpo", "finding", "pleural effusion", "recall") in keys
+    assert ("dpo", "label", "Pleural effusion", "f1") in keys
+    assert ("dpo", "region", "chest", "rouge_l") in keys
+    assert ("dpo", "difference", "sft", "finding_f1") in keys
+    [effusion] = results.runs["dpo"].findings
+    assert effusion.n == sum(bool(each.findings) for each in CASES)
+    [chest] = results.runs["dpo"].regions
+    assert chest.n == 12 and chest.metrics["finding_f1"].value == 1
+
+
+def test_scores_do_not_change_when_made_again(tmp_path, no_encoder):
+    save(str(tmp_path))
+    assert rescore(str(tmp_path), experiment()) == rescore(str(tmp_path), experiment())
+
+
+def test_nothing_saved_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"no finished predictions .*run mu2llm evaluate"):
+        rescore(str(tmp_path), experiment())
+    with pytest.raises(UserError, match="holds no evaluation"):
+        Results.open(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_from_shards_to_files(ray_cluster, shards, checkpoints, tmp_path, monkeypatch):
+    out = str(tmp_path / "out")
+    results = compare(checkpoints, shards.uri, out, experiment())
+    assert list(results.runs) == ["sft", "dpo", "prior"]
+    assert results.cases == 10
+    assert not results.runs["sft"].audit.passed  # it has learnt nothing
+    assert results.header.histories["sft"][0] == {"step": 0, "loss": 3.0}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"predictions.parquet", "judgements.parquet", "metrics.json", "cases.parquet"} <= names
+    assert "predictions.state" not in names
+    # again: nothing is written anew
+    monkeypatch.setattr(evaluate_module, "generate", lambda *_: pytest.fail("generated again"))
+    assert compare(checkpoints, shards.uri, out, experiment()) == results
+    with pytest.raises(UserError, match="holds another evaluation"):
+        evaluate(checkpoints["sft"], shards.uri, out, experiment())
