@@ -54,6 +54,7 @@ class VisionConfig(Section):
     pooling: int = Field(2, description="edge of the cubes of patches that the projector averages")
     projector_layers: int = 2
     standardise: bool = Field(False, description="projected features standardised by running statistics")
+    standardise_input: bool = Field(False, description="subtract the running mean scan, voxel by voxel")
     true_grid: bool = Field(True, description="pool cubes of the true patch grid, not of the published default's")
     weights: str | None = Field(None, description="M3D-CLIP's pretrained_ViT.bin or a checkpoint to start from")
 
@@ -164,7 +165,9 @@ class StageConfig(Section):
 
 class ContrastiveConfig(StageConfig):
     loss: Literal["infonce", "sigmoid"] = "sigmoid"
-    positives: Literal["report", "section", "sentence"] = "sentence"
+    positives: Literal["report", "section", "sentence", "finding"] = Field(
+        "sentence", description="what of a report is held against the scan; finding: what the rules read in it"
+    )
     train_text_encoder: bool = False
     temperature: float = 0.07
 

@@ -110,10 +110,9 @@ def build_contrastive(
 ) -> Mu2ForContrastive:
     """The vision encoder of such a model under a contrastive head; `parent` is a checkpoint to start from."""
     set_seed(seed)
-    small = model.language_model == "small"
     config = Mu2ContrastiveConfig(
         vision_config=vision_configuration(model, spec),
-        hidden_size=model.small.hidden_size if small else weights.language_config(model.language_model).hidden_size,
+        hidden_size=model.vision.hidden_size,
         chunks=spec.chunks,
         text_width=text_width,
         loss=settings.loss,
@@ -160,7 +159,7 @@ def load_vision(model: Mu2ForConditionalGeneration | Mu2ForContrastive, uri: str
 
 def add_lora(model: Mu2ForConditionalGeneration, settings: LoraSettings) -> PeftModel:
     """LoRA on the language model's linear layers; what else was to be trained still is, in full."""
-    own = {"vision": model.model.vision, "mu2_tokenizer": model.model.mu2_tokenizer}
+    own = {name: getattr(model.model, name) for name in ("vision", "projector", "mu2_tokenizer")}
     trained = [name for name, module in own.items() if any(p.requires_grad for p in module.parameters())]
     config = LoraConfig(
         r=settings.r,

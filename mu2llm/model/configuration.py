@@ -160,7 +160,7 @@ class Mu2Config(PreTrainedConfig):
 
 @strict
 class Mu2ContrastiveConfig(PreTrainedConfig):
-    """The vision tower and projector under a contrastive head. `hidden_size` is the projector's output width."""
+    """The vision tower under a contrastive head; `hidden_size` is the tower's width."""
 
     model_type = "mu2llm_contrastive"
     sub_configs_defaults = {  # noqa: RUF012

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -70,7 +69,7 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
 
     def __init__(self, config: Mu2ContrastiveConfig) -> None:
         super().__init__(config)
-        self.vision = VisionEncoder(config.vision_config, config.hidden_size)
+        self.vision = VisionEncoder(config.vision_config)
         self.head = TextConditionedPooling(config)
         self.post_init()
 
@@ -84,7 +83,7 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
                 init.normal_(layer.weight, std=(3 * layer.in_features) ** -0.5)
 
     def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
-        """(B, T, C, K, H, W) → projected features (B, T, n, hidden)"""
+        """(B, T, C, K, H, W) → pooled features (B, T, n, hidden)"""
         if chunk_mask is None:
             chunk_mask = torch.ones(volumes.shape[:2], dtype=torch.bool, device=volumes.device)
         return cast(Tensor, self.vision(volumes, chunk_mask.bool()))
@@ -136,11 +135,8 @@ def _gather_targets(targets: Tensor, gather: Gather) -> Tensor:
 
 
 def _sigmoid(logits: Tensor, targets: Tensor) -> Tensor:
-    """SigLIP: every pair is its own yes or no; positives and negatives weigh the same."""
-    sign = targets.to(logits.dtype) * 2 - 1
-    losses = -F.logsigmoid(sign * logits)
-    positives, negatives = targets.sum().clamp(min=1), (~targets).sum().clamp(min=1)
-    return losses[targets].sum() / positives + losses[~targets].sum() / negatives
+    """SigLIP: every pair is its own yes or no."""
+    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
 
 
 def _infonce(logits: Tensor, targets: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from mu2llm.model.building import configuration, processor_for
 from mu2llm.model.configuration import Mu2TokenizerConfig, Mu2VisionConfig
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.model.mu2_tokenizer import Mu2Tokenizer
-from mu2llm.model.vision import VisionEncoder
+from mu2llm.model.vision import SpatialPoolingProjector, VisionTower
 from mu2llm.records import Checkpoint, Lineage
 
 _ATTENTION = [
@@ -97,14 +97,16 @@ def load_reference_tokenizer(weights: Mapping[str, Tensor], **arguments: Any) ->
 class ReferenceVision(nn.Module):
     """`volume` (B, C, K, H, W) → (tower's output with the class token first, projected patches), in float64."""
 
-    def __init__(self, encoder: VisionEncoder) -> None:
+    def __init__(self, config: Mu2VisionConfig, width: int) -> None:
         super().__init__()
-        self.encoder = encoder.double()
+        self.config = config
+        self.tower = VisionTower(config)
+        self.projector = SpatialPoolingProjector(config, width)
 
     def forward(self, volume: Tensor) -> tuple[Tensor, Tensor]:
-        vision = self.encoder.tower(volume.double())
-        patches = vision[:, 1:] if self.encoder.config.class_token else vision
-        return vision.to(volume.dtype), self.encoder.projector(patches).to(volume.dtype)
+        vision = self.tower(volume.double())
+        patches = vision[:, 1:] if self.config.class_token else vision
+        return vision.to(volume.dtype), self.projector(patches).to(volume.dtype)
 
 
 def load_reference_vision(
@@ -115,11 +117,11 @@ def load_reference_vision(
     Raises Failure where keys are missing or left over.
     """
     config = Mu2VisionConfig(chunk_shape=tuple(img_size), projector_layers=layers, **arguments)
-    encoder = VisionEncoder(config, projector_out)
+    module = ReferenceVision(config, projector_out)
     rules = [(rf"vision\.{pattern}", target, inner) for pattern, target, inner in _VISION]
     rules += [(rf"projector\.{pattern}", target, inner) for pattern, target, inner in _PROJECTOR]
-    _load(encoder, rename(weights, rules, encoder))
-    return ReferenceVision(encoder).eval()
+    _load(module, rename(weights, rules, module))
+    return module.double().eval()
 
 
 def reference_tokenizer_config(
@@ -292,7 +294,7 @@ def _raw_processor(config: Any, spec: Any, tokenizer: PreTrainedTokenizerBase) -
 def _whole_rules() -> list[Any]:
     rules = [(rf"model\.u2tokenizer\.{pattern}", f"model.mu2_tokenizer.{t}", inner) for pattern, t, inner in _TOKENIZER]
     rules += [(rf"model\.vision_tower\.vision_tower\.{pattern}", f"model.vision.{t}", i) for pattern, t, i in _VISION]
-    rules += [(rf"model\.mm_projector\.{pattern}", f"model.vision.{t}", inner) for pattern, t, inner in _PROJECTOR]
+    rules += [(rf"model\.mm_projector\.{pattern}", f"model.{t}", inner) for pattern, t, inner in _PROJECTOR]
     return [*rules, (r"model\.(?!u2tokenizer|vision_tower|mm_projector)", "model.language_model.", [])]
 
 

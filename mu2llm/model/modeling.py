@@ -19,7 +19,7 @@ from mu2llm.model.configuration import Mu2Config
 from mu2llm.model.mu2_tokenizer import Mu2Tokenizer, PlaceEmbedding, VisualTokens
 from mu2llm.model.selection import DifferentiableSelection
 from mu2llm.model.standardise import RunningStandardise
-from mu2llm.model.vision import CommonAnatomy, ConvStem, VisionEncoder, VisionTower
+from mu2llm.model.vision import CommonAnatomy, ConvStem, SpatialPoolingProjector, VisionEncoder, VisionTower
 
 
 class Mu2PreTrainedModel(PreTrainedModel):
@@ -99,7 +99,8 @@ class Mu2Model(Mu2PreTrainedModel):
 
     def __init__(self, config: Mu2Config) -> None:
         super().__init__(config)
-        self.vision = VisionEncoder(config.vision_config, config.text_config.hidden_size)
+        self.vision = VisionEncoder(config.vision_config)
+        self.projector = SpatialPoolingProjector(config.vision_config, config.text_config.hidden_size)
         self.mu2_tokenizer = Mu2Tokenizer(config.tokenizer_config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -111,7 +112,7 @@ class Mu2Model(Mu2PreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
-        """(B, T, C, K, H, W) → projected features (B, T, n, hidden); integer volumes stand for 0…1 in 255 steps.
+        """(B, T, C, K, H, W) → pooled features (B, T, n, vision width); integer volumes stand for 0…1 in 255 steps.
 
         Raises UserError where the shape is not the one that the model was made for.
         """
@@ -142,7 +143,8 @@ class Mu2Model(Mu2PreTrainedModel):
             vision_features = self.encode_vision(volumes, chunk_mask)
         text = None if question_ids is None else self.get_input_embeddings()(question_ids)
         rows = len(vision_features) if text is None else len(text)
-        features = _serve(vision_features.to(self.dtype), rows, "questions")
+        projected = self.projector.project(vision_features.to(self.dtype), chunk_mask)
+        features = _serve(projected, rows, "questions")
         chunk_mask = None if chunk_mask is None else _serve(chunk_mask.bool(), rows, "questions")
         question_mask = None if question_mask is None else question_mask.bool()
         return self.mu2_tokenizer.run(features, text, chunk_mask, question_mask, return_selection)
@@ -236,7 +238,7 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
         return self.model.encode_volumes(*args, **kwargs)
 
     def freeze_vision(self) -> None:
-        """The vision encoder is trained no more, nor do its running statistics move."""
+        """The vision encoder is trained no more, nor do its running statistics move; the projector behind it is."""
         self.model.vision.freeze()
 
     @can_return_tuple

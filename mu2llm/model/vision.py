@@ -165,24 +165,35 @@ class SpatialPoolingProjector(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.standardise = RunningStandardise(width) if config.standardise else None
 
+    def pool(self, x: Tensor) -> Tensor:
+        """(B, patches, hidden) → (B, pooled patches, hidden)"""
+        return pool_patches(x, self.config)
+
+    def project(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(…, hidden) → (…, width); `mask` is over x's leading dimensions, for the running statistics."""
+        projected = self.layers(x)
+        return projected if self.standardise is None else self.standardise(projected, mask)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, patches, hidden) → (B, pooled patches, width)"""
-        grid, edge = self.config.projector_grid, self.config.pooling
-        split = [part for size in grid for part in (size // edge, edge)]
-        pooled = x.unflatten(1, split).mean(dim=(2, 4, 6)).flatten(1, 3)
-        projected = self.layers(pooled)
-        return projected if self.standardise is None else self.standardise(projected)
+        return self.project(self.pool(x))
+
+
+def pool_patches(x: Tensor, config: Mu2VisionConfig) -> Tensor:
+    """(B, patches, hidden) → (B, pooled patches, hidden): the mean over cubes of patches on the grid."""
+    grid, edge = config.projector_grid, config.pooling
+    split = [part for size in grid for part in (size // edge, edge)]
+    return x.unflatten(1, split).mean(dim=(2, 4, 6)).flatten(1, 3)
 
 
 class VisionEncoder(nn.Module):
-    """Tower and projector: what turns the chunks of a scan into features. Both models below are built on it."""
+    """Vision tower and pooling: what turns the chunks of a scan into features. Both models are built on it."""
 
-    def __init__(self, config: Mu2VisionConfig, width: int) -> None:
+    def __init__(self, config: Mu2VisionConfig) -> None:
         super().__init__()
         self.config = config
         self.anatomy = CommonAnatomy(config) if config.standardise_input else None
         self.tower = VisionTower(config)
-        self.projector = SpatialPoolingProjector(config, width)
         self.frozen = False
 
     def freeze(self) -> None:
@@ -194,13 +205,13 @@ class VisionEncoder(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, volumes: Tensor, chunk_mask: Tensor) -> Tensor:
-        """(B, T, C, K, H, W), (B, T) → (B, T, n, width). Only chunks that hold something are encoded."""
+        """(B, T, C, K, H, W), (B, T) → (B, T, n, hidden). Only chunks that hold something are encoded."""
         scale = 1.0 if volumes.is_floating_point() else 1 / 255
-        volumes = volumes.to(self.projector.layers[0].weight.dtype) * scale
+        volumes = volumes.to(self.tower.position_embeddings.dtype) * scale
         if self.anatomy is not None:
             volumes = self.anatomy(volumes, chunk_mask)
         patches = self.tower(volumes[chunk_mask])
-        features = self.projector(patches[:, 1:] if self.config.class_token else patches)
+        features = pool_patches(patches[:, 1:] if self.config.class_token else patches, self.config)
         out = features.new_zeros(*chunk_mask.shape, *features.shape[1:])
         out[chunk_mask] = features
         return out

@@ -1,8 +1,8 @@
-"""Contrastive stage: scans and the sentences of their reports meet in one space.
+"""Contrastive stage: scans and what their reports say meet in one space.
 
-Gives the vision tower and the projector that SFT starts from. Positives are whole reports, their sections, or
-single sentences (`contrastive.positives`); the loss is InfoNCE or the sigmoid of SigLIP, with the negatives
-of all workers.
+Gives the vision tower that SFT starts from. Positives are whole reports, their sections, single sentences, or
+the findings that the rules read in them (`contrastive.positives`); the loss is InfoNCE or the sigmoid of
+SigLIP, with the negatives of all workers.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.nn
+import torch.nn.functional as functional
 from transformers import Trainer, TrainingArguments
 
 from mu2llm import weights
 from mu2llm.cases import Shards, Stream
 from mu2llm.config import Experiment
-from mu2llm.green import sentences
+from mu2llm.errors import UserError
+from mu2llm.green import findings, sentences
 from mu2llm.model import Mu2ForContrastive, build_contrastive
 from mu2llm.records import Checkpoint
 from mu2llm.stages import runner
@@ -42,7 +44,7 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
     experiment, settings = job.resolved, job.resolved.contrastive
     shards = Shards.open(job.data)
     encoder = weights.text_encoder(experiment.model.text_encoder)
-    texts = SentenceBank(encoder, settings.positives, [case.report for case in shards.cases("train")], experiment.seed)
+    texts = TextBank(encoder, settings.positives, [case.report for case in shards.cases("train")], experiment.seed)
     model = build_contrastive(experiment.model, shards.spec, settings, texts.width, job.parent, experiment.seed)
     batches = runner.Batches(job, resume, shards, COLUMNS, lambda rows: collate(rows, texts))
     with tempfile.TemporaryDirectory() as folder:
@@ -75,48 +77,58 @@ def gather(local: torch.Tensor) -> torch.Tensor:
     return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)])
 
 
-class SentenceBank:
-    """Embeddings of positives, each distinct text embedded once, centred on the mean of a sample.
+class TextBank:
+    """The positives of reports and their embeddings, each distinct text embedded once, whitened.
 
-    All reports speak of the same anatomy: uncentred, their embeddings are nearly one vector.
+    All reports speak of the same anatomy: as they come, embeddings of "left" and "right" are nearly one vector.
+    Where the training reports have few distinct positives (findings), all of them are compared with every scan.
     """
+
+    MOST_COMPONENTS, MOST_COMPARED, SAMPLE = 128, 256, 2048
 
     def __init__(self, encoder: weights.TextEncoder, positives: str, reports: list[str], seed: int) -> None:
         self.encoder, self.positives = encoder, positives
-        self.known: dict[str, np.ndarray] = {}
+        distinct = sorted({text for report in reports for text in self.split(report)})
+        if not distinct:
+            raise UserError(f"no report has a {positives}: choose other contrastive.positives")
+        self.compared = distinct if len(distinct) <= self.MOST_COMPARED else []
         rng = np.random.default_rng(seed)
-        sample = [reports[i] for i in rng.permutation(len(reports))[:64]]
-        self.centre = np.mean(self._embed(sorted({t for report in sample for t in self.split(report)})), axis=0)
-        self.width = len(self.centre)
+        sample = [distinct[i] for i in sorted(rng.permutation(len(distinct))[: self.SAMPLE])]
+        embedded = np.asarray(encoder.embed(sample), dtype=np.float32)
+        self.centre = embedded.mean(axis=0)
+        _, spread, axes = np.linalg.svd(embedded - self.centre, full_matrices=False)
+        self.width = max(1, min(self.MOST_COMPONENTS, len(sample) - 1))
+        kept = np.maximum(spread[: self.width], 1e-4)
+        self.whiten = axes[: self.width].T / kept * np.sqrt(len(sample) / self.width)
+        self.known = dict(zip(sample, self._whitened(embedded), strict=True))
 
     def split(self, report: str) -> list[str]:
-        """The positives of a report: itself, its sections or its sentences, each once."""
+        """The positives of a report: itself, its sections, its sentences, or its findings, each once."""
         if self.positives == "report":
             return [report]
         if self.positives == "section":
             parts = re.split(r"(?i)\b(?=(?:findings|impression)\s*:)", report)
             return [part.strip() for part in parts if part.strip()]
+        if self.positives == "finding":
+            return list(dict.fromkeys(f"{f.side or ''} {f.name}".strip() for f in findings(report)))
         return list(dict.fromkeys(sentences(report)))
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """(M, D) float32, centred and normalised."""
+        """(M, width) float32"""
         new = sorted(set(texts) - self.known.keys())
         if new:
-            self.known.update(zip(new, self._embed(new), strict=True))
-        centred = np.stack([self.known[text] for text in texts]) - self.centre
-        return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
+            embedded = np.asarray(self.encoder.embed(new), dtype=np.float32)
+            self.known.update(zip(new, self._whitened(embedded), strict=True))
+        return np.stack([self.known[text] for text in texts])
 
-    def _embed(self, texts: list[str]) -> np.ndarray:
-        return np.asarray(self.encoder.embed(texts), dtype=np.float32)
+    def _whitened(self, embedded: np.ndarray) -> np.ndarray:
+        return ((embedded - self.centre) @ self.whiten).astype(np.float32)
 
 
-def collate(rows: dict[str, Any], texts: SentenceBank) -> dict[str, Any]:
-    """Rows of the shards → the model's inputs; each text's `owner` is its case's place in the batch.
-
-    A text that several cases of the batch share is a positive of them all (`targets`, (M, B)).
-    """
+def collate(rows: dict[str, Any], texts: TextBank) -> dict[str, Any]:
+    """Rows of the shards → the model's inputs; a text is a positive of every case that has it (`targets`, (M, B))."""
     parts = [texts.split(report) for report in rows["report"]]
-    distinct = list(dict.fromkeys(text for part in parts for text in part))
+    distinct = texts.compared or list(dict.fromkeys(text for part in parts for text in part))
     targets = np.array([[text in part for part in map(set, parts)] for text in distinct], dtype=bool)
     return {
         "case_ids": list(rows["id"]),
@@ -128,29 +140,29 @@ def collate(rows: dict[str, Any], texts: SentenceBank) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def recall(
-    model: Mu2ForContrastive, shards: Shards, texts: SentenceBank, split: str = "validation"
-) -> dict[str, float]:
+def recall(model: Mu2ForContrastive, shards: Shards, texts: TextBank, split: str = "validation") -> dict[str, float]:
     """recall@1 and @5 of finding a held-out case's report by its scan, and chance = 1/n.
 
-    A report's score for a scan is the mean of its texts' logits.
+    A report's score for a scan is how likely the scan has the report's texts and no others of the split. Reports
+    of equal score share their places: five reports without findings are each found first one time in five.
     """
     cases = shards.cases(split)
-    if len(cases) < 2:
-        return {"recall_n": float(len(cases))}
-    parts = [texts.split(case.report) for case in cases]
-    embeddings = torch.as_tensor(texts([text for part in parts for text in part]))
+    if not cases:
+        return {"recall_n": 0.0}
+    parts = [set(texts.split(case.report)) for case in cases]
+    distinct = sorted(set().union(*parts))
+    has = torch.tensor([[text in part for text in distinct] for part in parts], dtype=torch.float32)
+    embeddings = torch.as_tensor(texts(distinct)).to(model.device)
     columns = []
-    for rows in Stream(shards, split, COLUMNS, batch_size=16, seed=None):
-        batch = collate(rows, texts)
-        device = model.device
-        logits = model.score(batch["volumes"].to(device), batch["chunk_mask"].to(device), embeddings.to(device))
-        columns.append(logits.cpu())
-    scores = torch.stack([part.mean(0) for part in torch.cat(columns, dim=1).split([len(p) for p in parts])])
-    place = (scores > scores.diagonal()).sum(0)
+    for rows in Stream(shards, split, ["id", "voxels", "chunk_mask"], batch_size=16, seed=None):
+        scan = [torch.as_tensor(np.asarray(rows[name])).to(model.device) for name in ("voxels", "chunk_mask")]
+        columns.append(model.score(*scan, embeddings).cpu())
+    logits = torch.cat(columns, dim=1)
+    scores = has @ functional.logsigmoid(logits) + (1 - has) @ functional.logsigmoid(-logits)
+    own = scores.diagonal()
+    better, equal = (scores > own + 1e-5).sum(0), ((scores - own).abs() <= 1e-5).sum(0)
     return {
-        "recall_at_1": float((place < 1).float().mean()),
-        "recall_at_5": float((place < 5).float().mean()),
+        **{f"recall_at_{k}": float(((k - better).clamp(min=0) / equal).clamp(max=1).mean()) for k in (1, 5)},
         "chance_at_1": 1 / len(cases),
         "recall_n": float(len(cases)),
     }
