@@ -158,7 +158,7 @@ def _fit_reference(
 ) -> tuple[Axis, Axis, Axis]:
     """METHOD.md §2.1: rows and columns by one ratio, slices kept or squeezed, padding behind."""
     ratio = min(places / size for places, size in zip(spec.grid[1:], sizes[1:].tolist(), strict=True))
-    counts = [min(int(sizes[0]), spec.grid[0]), *(int(size * ratio) for size in sizes[1:].tolist())]
+    counts = [min(int(sizes[0]), spec.grid[0]), *(max(1, int(size * ratio)) for size in sizes[1:].tolist())]
     smooth = any(count < size for count, size in zip(counts, sizes, strict=True))
     axes = []
     for full, (low, high), count in zip(shape, box, counts, strict=True):

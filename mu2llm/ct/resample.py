@@ -46,6 +46,7 @@ def smoothed_linear_weights(size: int, count: int, smooth: bool) -> sparse.csr_m
     if not smooth or sigma <= 0:
         return linear.tocsr().astype(np.float32)
     tail = int(max(sigma * 4, 0.5) + 0.5)
+    tail = min(tail, size - 1)
     edges = (np.arange(-tail, tail + 2) - 0.5) / sigma / np.sqrt(2)
     kernel = np.diff(special.erf(edges)) / 2
     gaussian = sparse.diags([np.full(size, k) for k in kernel], range(-tail, tail + 1), shape=(size, size))

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from ct_scans import AFFINE, chest, nifti
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from monai.transforms import Compose, CropForeground, Resize, ScaleIntensityRangePercentiles
 
 from mu2llm import config
@@ -157,6 +159,31 @@ def test_float_and_integer_volumes_and_all_orientations_give_the_same_input():
 def flipped(shape: tuple[int, ...]) -> np.ndarray:
     affine = AFFINE @ nib.orientations.inv_ornt_aff([[0, -1], [1, 1], [2, 1]], shape)
     return affine[:, [2, 0, 1, 3]]
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(*[st.integers(2, 40)] * 3),
+    spacing=st.tuples(*[st.floats(0.3, 9)] * 3),
+    grid=st.tuples(st.sampled_from([4, 8, 16]), st.integers(1, 24), st.integers(1, 24)),
+    fit=st.sampled_from(["isotropic", "stretch", "reference"]),
+    orientation=st.sampled_from(["RAS", "as_stored"]),
+    spacing_mm=st.sampled_from([None, (1.5, 1.5, 1.5), (5, 1, 1)]),
+    scaled=st.sampled_from([{"percentiles": (0.5, 99.5), "windows": None}, {}]),
+    seed=st.integers(0, 9),
+)
+def test_any_scan_fills_any_grid(shape, spacing, grid, fit, orientation, spacing_mm, scaled, seed):
+    hu = np.random.default_rng(seed).integers(-1024, 2000, shape).astype(np.int16)
+    volume = CTVolume(hu, np.diag([*spacing, 1.0]), stored_axes="PIR")
+    fields = {"fit": fit, "grid": grid, "orientation": orientation, "spacing_mm": spacing_mm, **scaled}
+    for dtype in ("uint8", "float32"):
+        made = prepare(volume, spec(dtype=dtype, **fields))
+        assert made.voxels.shape == (4, 1, grid[0] // 4, *grid[1:])
+        assert made.voxels.dtype == dtype
+        assert np.isfinite(made.affine).all() and np.linalg.det(made.affine[:3, :3]) != 0
+        assert made.voxels.min() >= 0 and made.voxels.max() <= (255 if dtype == "uint8" else 1)
+        assert made.chunk_mask.any()
+        assert not made.voxels[~made.chunk_mask].any()
 
 
 def test_nothing_of_the_volume_is_changed():
