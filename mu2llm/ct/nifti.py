@@ -50,13 +50,15 @@ def _read_header(stream: sources.Stream, uri: str) -> tuple[Header, set[str]]:
         header = _SIZES[size](block, check=False)
         if bytes(header["magic"])[:2] != b"n+":
             raise Rejection(uri, "unsupported_format", "an Analyze file or half of a NIfTI pair; give one .nii file")
-        negative = bool((header["pixdim"][1:4] < 0).any())
+        sizes = header["pixdim"][1:4].copy()
+        if (sizes == 0).any():  # the library would make them 1 mm; without them a qform says nothing
+            header["qform_code"] = 0
         header.check_fix(logger=nib.imageglobals.logger, error_level=40)
     except Rejection:
         raise
     except Exception as error:  # nibabel raises many kinds for damaged headers
         raise Rejection(uri, "corrupt", f"damaged NIfTI header: {error}") from error
-    return header, {"spacing_repaired"} if negative else set()
+    return header, {"spacing_repaired"} if (sizes < 0).any() else set()
 
 
 def _layout(header: Header, uri: str) -> tuple[tuple[int, int, int], np.dtype]:
@@ -96,7 +98,7 @@ def _affine(header: Header, shape: tuple[int, ...], uri: str, accept: frozenset[
     if not forms:
         if "unknown_orientation" not in accept:
             raise Rejection(
-                uri, "unknown_orientation", "neither qform nor sform; accept unknown_orientation to guess the axes"
+                uri, "unknown_orientation", "no sound qform or sform; accept unknown_orientation to guess the axes"
             )
         forms, warnings = [header.get_base_affine()], {"orientation_assumed"}
     affine = forms[0].astype(np.float64)

@@ -130,6 +130,7 @@ def test_padding_and_missing_values_become_air():
         (nifti(chest(), np.diag([0.001, 1, 1, 1])), "bad_geometry"),
         (nifti(chest(), np.diag([200, 1, 1, 1])), "bad_geometry"),
         (nifti(chest(), srow_x=[np.nan, 0, 0, 0], qform_code=0), "unknown_orientation"),
+        (nifti(chest(), sform_code=0, pixdim=[1, 2, 0, 3, 0, 0, 0, 0]), "unknown_orientation"),
     ],
 )
 def test_what_is_no_scan_is_rejected(data, expected):
