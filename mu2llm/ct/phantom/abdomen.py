@@ -71,7 +71,6 @@ def _kidneys(canvas: Canvas, anatomy: Anatomy, plan: Plan) -> None:
             canvas.paint(canvas.ellipsoid((sign * across, y, z), radii, sign * 0.5), value)
         canvas.paint(canvas.ellipsoid((sign * 48, y + 6, z), (13 * k, 10 * k, 24 * k), rough=2), -40)
         if cyst and cyst.finding.side == side:
-            _, v, w = cyst.spot
-            pole = z + np.sign(w) * (24 + 10 * abs(w))
-            centre = (sign * (70 + 6 * cyst.extent), y + 7 + 4 * v, float(pole))
+            u, v, w = cyst.spot
+            centre = (sign * (72 + 4 * u), y + 8 + 4 * v, z - 27 + 6 * w)  # at the lower pole
             canvas.paint(canvas.ellipsoid(centre, (cyst.radius,) * 3), 5)

@@ -21,8 +21,7 @@ def draw_chest(
     if consolidation := plan.get("consolidation"):
         _consolidation(canvas, anatomy, pleura, consolidation)
     if nodule := plan.get("lung nodule"):
-        centre = _in_lobe(anatomy, nodule, plan)
-        canvas.paint(canvas.ellipsoid(centre, (nodule.radius,) * 3, rough=1), 40)
+        _nodule(canvas, anatomy, pleura, nodule, plan)
     if pneumothorax := plan.get("pneumothorax"):
         _pneumothorax(canvas, anatomy, pleura, oval, pneumothorax)
     if effusion := plan.get("pleural effusion"):
@@ -33,7 +32,7 @@ def draw_chest(
 
 def _lungs(canvas: Canvas, anatomy: Anatomy, thorax: Array) -> Array:
     """Both lungs, denser where they lie lower; gives their share of each voxel."""
-    mediastinum = 13 + 17 * np.exp(-(((canvas.y + 22) / 34) ** 2))
+    mediastinum = 13 + 17 * np.exp(-(((canvas.y + 22) / 34) ** 2)) + 14 * np.clip(-2 * canvas.y / anatomy.b - 1, 0, 1)
     pleura = thorax * canvas.soft(np.abs(canvas.x) - mediastinum)[:, :, None]
     pleura *= canvas.soft(anatomy.length - 14 - canvas.z)
     density = anatomy.hu["lung"] - 45 * canvas.y / anatomy.b
@@ -68,6 +67,13 @@ def _in_lobe(anatomy: Anatomy, item: Planted, plan: Plan) -> Point:
     narrow = float(anatomy.taper(height)) * (0.8 if collapsed else 1)
     forward = (y + 0.1 * v - (0.15 if collapsed else 0)) * anatomy.b * narrow
     return SIGN[item.finding.side or ""] * (x + 0.06 * u) * anatomy.a * narrow, forward, height
+
+
+def _nodule(canvas: Canvas, anatomy: Anatomy, pleura: Array, item: Planted, plan: Plan) -> None:
+    """A solid ball in a halo of ground glass."""
+    centre = _in_lobe(anatomy, item, plan)
+    canvas.paint(canvas.ellipsoid(centre, (item.radius + 11,) * 3, rough=2), -450, pleura)
+    canvas.paint(canvas.ellipsoid(centre, (item.radius,) * 3, rough=1), 40)
 
 
 def _consolidation(canvas: Canvas, anatomy: Anatomy, pleura: Array, item: Planted) -> None:

@@ -41,9 +41,9 @@ def _arms_and_breasts(canvas: Canvas, anatomy: Anatomy, beside: float) -> None:
     hu = anatomy.hu
     for sign in SIGN.values():
         if anatomy.breast:
-            centre = (sign * 0.48 * anatomy.a, anatomy.depth + 0.7 * anatomy.fat - 8, anatomy.hilum - 25)
+            centre = (sign * 0.48 * anatomy.a, anatomy.depth + 0.7 * anatomy.fat - 14, anatomy.hilum - 25)
             for inset, value in ((0.0, 10.0), (3.0, hu["fat"]), (10.0, 0.0)):
-                radii = (58 - inset, anatomy.breast + 8 - 0.6 * inset, 55 - inset)
+                radii = (58 - inset, anatomy.breast + 12 - 0.6 * inset, 55 - inset)
                 canvas.paint(canvas.ellipsoid(centre, radii, rough=inset / 3), value)
         if anatomy.arms:
             for radius, value in ((40.0, hu["fat"]), (34.0, hu["muscle"]), (12.0, 900.0), (6.0, 50.0)):
