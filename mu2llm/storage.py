@@ -181,7 +181,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         return
 
     def write() -> None:
-        with filesystem.open_output_stream(path) as stream:
+        with filesystem.open_output_stream(path, compression=None) as stream:
             stream.write(data)
 
     retried(uri, write)

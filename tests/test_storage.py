@@ -40,6 +40,11 @@ def test_files_are_written_whole_listed_read_and_deleted(place):
     assert not storage.exists(storage.join(folder, "b.bin")) and storage.list_files(folder) == []
 
 
+def test_bytes_are_stored_as_they_are_whatever_the_name_says(place):
+    storage.write_bytes(f"{place}/scan.nii.gz", b"not compressed again")
+    assert storage.read_bytes(f"{place}/scan.nii.gz") == b"not compressed again"
+
+
 def test_a_missing_file_is_said_at_once(place):
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(storage.join(place, "nothing"))
