@@ -25,7 +25,7 @@ from mu2llm.model.building import configuration, processor_for
 from mu2llm.model.configuration import Mu2TokenizerConfig, Mu2VisionConfig
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.model.mu2_tokenizer import Mu2Tokenizer
-from mu2llm.model.vision import SpatialPoolingProjector, VisionTower
+from mu2llm.model.vision import Projector, VisionTower, pool_patches
 from mu2llm.records import Checkpoint, Lineage
 
 _ATTENTION = [
@@ -61,7 +61,7 @@ _VISION = [
 ]
 _PROJECTOR = [(r"projector\.", "projector.layers.", [])]
 WITHOUT_EFFECT = re.compile(
-    r"layer_linagg\.linear_aggregator\.(wv|dense)\.|norm_cross_attn\.|patch_embedding\.cls_token|rotary_emb\.inv_freq"
+    r"layer_linagg\.linear_aggregator\.(wv|dense)\.|dynamic_pool\.gate_fc\.bias|norm_cross_attn\.|patch_embedding\.cls_token|rotary_emb\.inv_freq"
 )
 _TEXT_TYPES = ("llama", "qwen3", "qwen2", "phi3", "phi")
 _OWN_KEYS = re.compile(
@@ -81,7 +81,7 @@ class ReferenceTokenizer(nn.Module):
         self.tokenizer = tokenizer.double()
 
     def forward(self, visual: Tensor, text: Tensor) -> Tensor:
-        return cast(Tensor, self.tokenizer(visual.double(), text.double())).to(visual.dtype)
+        return cast(Tensor, self.tokenizer(visual.double(), text.double()).tokens).to(visual.dtype)
 
 
 def load_reference_tokenizer(weights: Mapping[str, Tensor], **arguments: Any) -> ReferenceTokenizer:
@@ -101,12 +101,12 @@ class ReferenceVision(nn.Module):
         super().__init__()
         self.config = config
         self.tower = VisionTower(config)
-        self.projector = SpatialPoolingProjector(config, width)
+        self.projector = Projector(config, width)
 
     def forward(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         vision = self.tower(volume.double())
         patches = vision[:, 1:] if self.config.class_token else vision
-        return vision.to(volume.dtype), self.projector(patches).to(volume.dtype)
+        return vision.to(volume.dtype), self.projector(pool_patches(patches, self.config)).to(volume.dtype)
 
 
 def load_reference_vision(

@@ -19,7 +19,14 @@ from mu2llm.model.configuration import Mu2Config
 from mu2llm.model.mu2_tokenizer import Mu2Tokenizer, PlaceEmbedding, VisualTokens
 from mu2llm.model.selection import DifferentiableSelection
 from mu2llm.model.standardise import RunningStandardise
-from mu2llm.model.vision import CommonAnatomy, ConvStem, SpatialPoolingProjector, VisionEncoder, VisionTower
+from mu2llm.model.vision import (
+    CommonAnatomy,
+    ConvStem,
+    Projector,
+    VisionEncoder,
+    VisionTower,
+    spread_to_patches,
+)
 
 
 class Mu2PreTrainedModel(PreTrainedModel):
@@ -100,7 +107,7 @@ class Mu2Model(Mu2PreTrainedModel):
     def __init__(self, config: Mu2Config) -> None:
         super().__init__(config)
         self.vision = VisionEncoder(config.vision_config)
-        self.projector = SpatialPoolingProjector(config.vision_config, config.text_config.hidden_size)
+        self.projector = Projector(config.vision_config, config.text_config.hidden_size)
         self.mu2_tokenizer = Mu2Tokenizer(config.tokenizer_config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -118,11 +125,10 @@ class Mu2Model(Mu2PreTrainedModel):
         """
         self._check_volumes(volumes)
         if chunk_mask is None:
-            chunk_mask = torch.ones(volumes.shape[:2], dtype=torch.bool, device=volumes.device)
-        chunk_mask = chunk_mask.bool()
-        if not bool(chunk_mask.any(1).all()):
+            return cast(Tensor, self.vision(volumes))
+        if not bool(chunk_mask.bool().any(1).all()):
             raise UserError("chunk_mask leaves a scan without any chunk; at least one must be True")
-        return cast(Tensor, self.vision(volumes, chunk_mask))
+        return cast(Tensor, self.vision(volumes, chunk_mask.bool()))
 
     def encode_volumes(
         self,
@@ -143,11 +149,14 @@ class Mu2Model(Mu2PreTrainedModel):
             vision_features = self.encode_vision(volumes, chunk_mask)
         text = None if question_ids is None else self.get_input_embeddings()(question_ids)
         rows = len(vision_features) if text is None else len(text)
-        projected = self.projector.project(vision_features.to(self.dtype), chunk_mask)
+        projected = self.projector(vision_features.to(self.dtype), chunk_mask)
         features = _serve(projected, rows, "questions")
         chunk_mask = None if chunk_mask is None else _serve(chunk_mask.bool(), rows, "questions")
         question_mask = None if question_mask is None else question_mask.bool()
-        return self.mu2_tokenizer.run(features, text, chunk_mask, question_mask, return_selection)
+        visual = cast(VisualTokens, self.mu2_tokenizer(features, text, chunk_mask, question_mask, return_selection))
+        if visual.selection is not None:
+            visual.selection = spread_to_patches(visual.selection, self.config.vision_config)
+        return visual
 
     @can_return_tuple
     def forward(
@@ -194,7 +203,7 @@ class Mu2Model(Mu2PreTrainedModel):
             return torch.cat([embeds[:, :1], tokens, embeds[:, count + 1 :]], dim=1)
         here = input_ids == self.config.volume_token_id
         given = here.sum(1)
-        if bool((given != count).any()):
+        if not here.is_meta and bool((given != count).any()):
             raise UserError(
                 f"a text has {sorted(set(given.tolist()))} volume placeholders, the scan has {count} visual tokens: "
                 "build the text with Mu2Processor"

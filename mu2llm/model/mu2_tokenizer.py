@@ -145,19 +145,9 @@ class Mu2Tokenizer(nn.Module):
         text: Tensor | None = None,
         chunk_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
-    ) -> Tensor:
-        """chunk_mask (B, T) and text_mask (B, L) are False for padding; no `text`, no conditioning on it."""
-        return self.run(visual, text, chunk_mask, text_mask, False).tokens
-
-    def run(
-        self,
-        visual: Tensor,
-        text: Tensor | None = None,
-        chunk_mask: Tensor | None = None,
-        text_mask: Tensor | None = None,
         return_selection: bool = False,
     ) -> VisualTokens:
-        """The same, with the selection's maps and metrics where they are asked for."""
+        """chunk_mask (B, T) and text_mask (B, L) are False for padding; no `text`, no conditioning on it."""
         if not self.config.mask_padding:
             chunk_mask = text_mask = None
         significant = self.significance(visual, chunk_mask)
@@ -169,17 +159,19 @@ class Mu2Tokenizer(nn.Module):
             tokens = self.standardise(tokens)
         if not return_selection:
             return VisualTokens(tokens=tokens)
-        share = self.aggregation.weights(query, multiscale, mask) @ self.pooling.matrix(
-            self.config.top_k, selected.valid, gates
-        ).to(tokens)
-        weights = share @ selected.weights
-        maps = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
+        pooling = self.pooling.matrix(self.config.top_k, selected.valid, gates).to(tokens)
+        share = self.aggregation.weights(query, multiscale, mask) @ pooling
         return VisualTokens(
             tokens=tokens,
-            selection=maps.unflatten(-1, (visual.shape[1], *self._grid(visual.shape[2]))),
+            selection=self._maps(share @ selected.weights, visual.shape[1]),
             entropy=_entropy(selected.weights, significant, chunk_mask),
             similarity=_similarity(selected.tokens),
         )
+
+    def _maps(self, weights: Tensor, chunks: int) -> Tensor:
+        """(B, queries, T·n) → (B, queries, T, z, y, x), summing to 1."""
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
+        return weights.unflatten(-1, (chunks, *self.config.grid))
 
     def significance(self, visual: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
         """Spatio-temporal attention: (B, T, n, E) → the same."""
@@ -201,10 +193,6 @@ class Mu2Tokenizer(nn.Module):
         for layer in self.aggregation_layers:
             query = layer(query, multiscale, text, mask, text_mask)
         return query
-
-    def _grid(self, tokens: int) -> tuple[int, ...]:
-        depth, height, width = self.config.grid
-        return (depth, height, width) if depth * height * width == tokens else (1, 1, tokens)
 
 
 def _spatial_position(config: Mu2TokenizerConfig) -> nn.Module | None:

@@ -97,7 +97,8 @@ class MultiScalePooling(nn.Module):
     def __init__(self, config: Mu2TokenizerConfig) -> None:
         super().__init__()
         self.scales = [scale for scale in config.scales if scale <= config.top_k] or [1]
-        self.gate = nn.Linear(config.hidden_size, 1) if config.pooling == "dynamic" else None
+        dynamic = config.pooling == "dynamic"
+        self.gate = nn.Linear(config.hidden_size, 1, bias=False) if dynamic else None  # as above: no bias
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(B, k, E) → (B, Σ k/scale, E), which of them are valid, and the scales' weights (B, scales)."""

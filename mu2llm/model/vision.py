@@ -131,11 +131,11 @@ class CommonAnatomy(nn.Module):
         self.register_buffer("variance", torch.ones(()))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, C, K, H, W), (B, T) → the same shape, of variance about 1"""
         mean = self.mean[: x.shape[1]]
         if self.training:
-            self._update(x.detach(), mask)
+            self._update(x.detach(), x.new_ones(x.shape[:2]) if mask is None else mask)
         return (x - mean) * torch.rsqrt(self.variance + 1e-5)
 
     @torch.no_grad()
@@ -153,30 +153,21 @@ class CommonAnatomy(nn.Module):
         self.updates.add_(1)
 
 
-class SpatialPoolingProjector(nn.Module):
-    """Patches averaged in cubes on the grid, then an MLP to the language model's width."""
+class Projector(nn.Module):
+    """An MLP from pooled patches to the language model's width."""
 
     def __init__(self, config: Mu2VisionConfig, width: int) -> None:
         super().__init__()
-        self.config = config
         layers: list[nn.Module] = [nn.Linear(config.hidden_size, width)]
         for _ in range(1, config.projector_layers):
             layers += [nn.GELU(), nn.Linear(width, width)]
         self.layers = nn.Sequential(*layers)
         self.standardise = RunningStandardise(width) if config.standardise else None
 
-    def pool(self, x: Tensor) -> Tensor:
-        """(B, patches, hidden) → (B, pooled patches, hidden)"""
-        return pool_patches(x, self.config)
-
-    def project(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(…, hidden) → (…, width); `mask` is over x's leading dimensions, for the running statistics."""
-        projected = self.layers(x)
+        projected = cast(Tensor, self.layers(x))
         return projected if self.standardise is None else self.standardise(projected, mask)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, patches, hidden) → (B, pooled patches, width)"""
-        return self.project(self.pool(x))
 
 
 def pool_patches(x: Tensor, config: Mu2VisionConfig) -> Tensor:
@@ -184,6 +175,13 @@ def pool_patches(x: Tensor, config: Mu2VisionConfig) -> Tensor:
     grid, edge = config.projector_grid, config.pooling
     split = [part for size in grid for part in (size // edge, edge)]
     return x.unflatten(1, split).mean(dim=(2, 4, 6)).flatten(1, 3)
+
+
+def spread_to_patches(weights: Tensor, config: Mu2VisionConfig) -> Tensor:
+    """The inverse for weights (…, z, y, x) of pooled patches: each shared out among the patches it is the mean of."""
+    for axis in (-3, -2, -1):
+        weights = weights.repeat_interleave(config.pooling, dim=axis) / config.pooling
+    return weights.flatten(-3).unflatten(-1, config.grid)
 
 
 class VisionEncoder(nn.Module):
@@ -204,14 +202,19 @@ class VisionEncoder(nn.Module):
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
 
-    def forward(self, volumes: Tensor, chunk_mask: Tensor) -> Tensor:
+    def forward(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
         """(B, T, C, K, H, W), (B, T) → (B, T, n, hidden). Only chunks that hold something are encoded."""
         scale = 1.0 if volumes.is_floating_point() else 1 / 255
         volumes = volumes.to(self.tower.position_embeddings.dtype) * scale
         if self.anatomy is not None:
             volumes = self.anatomy(volumes, chunk_mask)
-        patches = self.tower(volumes[chunk_mask])
-        features = pool_patches(patches[:, 1:] if self.config.class_token else patches, self.config)
+        if chunk_mask is None:
+            return self._encode(volumes.flatten(0, 1)).unflatten(0, volumes.shape[:2])
+        features = self._encode(volumes[chunk_mask])
         out = features.new_zeros(*chunk_mask.shape, *features.shape[1:])
         out[chunk_mask] = features
         return out
+
+    def _encode(self, chunks: Tensor) -> Tensor:
+        patches = self.tower(chunks)
+        return pool_patches(patches[:, 1:] if self.config.class_token else patches, self.config)
