@@ -54,10 +54,11 @@ def write(
     """
     inputs = {name: tensor.to(model.device) for name, tensor in processor.encode(questions).items()}
     asked = {name: inputs[name] for name in ("question_ids", "question_mask")}
-    encoded = model.encode_volumes(vision_features=vision_features, chunk_mask=chunk_mask, **asked)
+    tokens = model.encode_volumes(vision_features=vision_features, chunk_mask=chunk_mask, **asked).tokens
+    assert tokens is not None
     ids, mask, visual_tokens = (
         each.repeat_interleave(decoding.samples, dim=0)
-        for each in (inputs["input_ids"], inputs["attention_mask"], encoded.tokens)
+        for each in (inputs["input_ids"], inputs["attention_mask"], tokens)
     )
     processors = LogitsProcessorList()
     if decoding.temperature:

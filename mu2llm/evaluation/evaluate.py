@@ -22,9 +22,10 @@ from mu2llm.evaluation.decoding import Decoding
 from mu2llm.evaluation.encode import load_encoder, vision_digest
 from mu2llm.evaluation.generate import Progress, generate
 from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
+from mu2llm.evaluation.report import write_report
 from mu2llm.evaluation.results import METRICS, Header, Results
 from mu2llm.green import load_judge
-from mu2llm.records import Case, Checkpoint
+from mu2llm.records import Case, Checkpoint, Judgement
 
 STATE = "predictions.state"
 """Below `out`, while reports are written: finished batches."""
@@ -62,10 +63,14 @@ def compare(
 
 def rescore(out: str, experiment: Experiment) -> Results:
     """Scores the saved predictions (anew) and writes judgements, metrics and report; needs neither model nor scans."""
-    results, judgements = assess(Header.open(out), *read_predictions(out), experiment)
+    header = Header.open(out)
+    cases, predictions = read_predictions(out)
+    results, judgements = assess(header, cases, predictions, experiment)
     _write_table(storage.join(out, "judgements.parquet"), judgements)
     _write_table(storage.join(out, "metrics.parquet"), results.table())
     storage.write_json(storage.join(out, METRICS), results.model_dump(mode="json"))
+    judged = {(row["run"], row["case_id"]): Judgement.from_row(row) for row in judgements.to_pylist()}
+    write_report(out, results, cases, predictions, judged, experiment.evaluation.pages)
     return results
 
 
