@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import groupby
 from statistics import fmean
-from typing import Self
+from typing import ClassVar, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 class Preferences(BaseModel):
     """What `prefer` wrote, and all that `dpo` needs to know. `dropped` counts candidates and pairs by reason."""
 
-    FILE = "preferences.json"
+    FILE: ClassVar[str] = "preferences.json"
 
     shards: str
     data_checksum: str

@@ -90,16 +90,8 @@ class Job(BaseModel):
             "log_steps",
         ):
             settings.pop(name)
-        parts = [
-            self.stage,
-            settings,
-            self.experiment["model"],
-            self.experiment["seed"],
-            self.data_checksum,
-            self.parent,
-            self.extra,
-        ]
-        return config.digest(parts)
+        parts = [self.stage, settings, self.experiment["model"], self.experiment["seed"]]
+        return config.digest([*parts, self.data_checksum, self.parent_identity])
 
 
 def job(
@@ -186,7 +178,10 @@ def run(job: Job, loop: Callable[[Job, Resume], None], progress: Progress | None
     stopped = storage.join(job.state, "stopped.json")
     if storage.exists(stopped):
         tracking.end_stage(tracked, {}, "FAILED")
-        raise Failure(f"{job.stage} stopped: {storage.read_json(stopped)['why']}; see {stopped}")
+        told = storage.read_json(stopped)
+        if told.get("mistake"):
+            raise UserError(told["why"])
+        raise Failure(f"{job.stage} stopped: {told['why']}; see {stopped}")
     checkpoint = Checkpoint.open(job.out)
     storage.delete(job.state)
     tracking.end_stage(tracked, {"checkpoint": storage.lasting(job.out)})
@@ -277,7 +272,11 @@ def _worker(settings: dict[str, Any]) -> None:
     job = Job.model_validate(settings["job"])
     torch.set_num_threads(max(1, int(job.settings.cpus_per_worker)))
     set_seed(job.resolved.seed)
-    settings["loop"](job, Resume.point())
+    try:
+        settings["loop"](job, Resume.point())
+    except UserError as error:
+        # not raised on: a retry would end the same way
+        storage.write_json(storage.join(job.state, "stopped.json"), {"why": str(error), "mistake": True})
 
 
 def arguments(job: Job, folder: str, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""Any scans → reports: what `mu2llm generate` and the demo's `--scan` do, without shards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mu2llm import ct
+from mu2llm.config import EvaluationConfig
+from mu2llm.evaluation.decoding import Decoding, write
+from mu2llm.model import load
+from mu2llm.records import Rejection
+
+
+def report_scans(
+    checkpoint: str,
+    scans: Sequence[str],
+    settings: EvaluationConfig,
+    accept: tuple[str, ...] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """One entry a scan, in order: `{path, report, seconds, spec, warnings}` or `{path, rejected, message, spec}`.
+
+    Scans are prepared by the checkpoint's own spec. One that is no CT by its values (`not_hu`) is rejected
+    unless `accept` lists that code.
+    """
+    model, processor = load(checkpoint)
+    decoding = Decoding(settings.max_new_tokens)
+    entries = []
+    for number, path in enumerate(scans):
+        started = time.monotonic()
+        entry: dict[str, Any] = {"path": path, "spec": {"name": processor.spec.name, "hash": processor.spec.hash}}
+        try:
+            volume = ct.read(path, accept=accept)
+            if "not_hu" in volume.warnings and "not_hu" not in accept:
+                raise Rejection(path, "not_hu", ct.WARNINGS["not_hu"])
+            prepared = ct.prepare(volume, processor.spec)
+        except Rejection as rejection:
+            entry |= {"rejected": rejection.reason, "message": rejection.message}
+        else:
+            voxels, mask = torch.as_tensor(prepared.voxels)[None], torch.as_tensor(prepared.chunk_mask)[None]
+            with torch.inference_mode():
+                features = model.encode_vision(voxels, mask)
+                text = write(model, processor, features, mask, [settings.question], [path], decoding)[0][0]
+            entry |= {"report": text.text, "finished": text.finished, "warnings": list(volume.warnings)}
+        entries.append({**entry, "seconds": round(time.monotonic() - started, 3)})
+        if progress:
+            progress(number + 1, len(scans))
+    return entries
