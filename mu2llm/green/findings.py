@@ -27,8 +27,8 @@ def labels(text: str) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the rules read in a report: present findings, each once; whether it also says that anything is
-    normal; whether it states a change since an earlier examination of nothing in particular."""
+    """What the rules read in a report: present findings, each once; the labels they mean; whether it also says
+    that anything is normal or as before; whether it states a change of nothing in particular."""
 
     present: tuple[Mention, ...]
     labels: frozenset[str]
@@ -50,6 +50,7 @@ def read(text: str) -> Reading:
         labels.update(mention.label for mention in present if mention.label)
         normal = normal or len(present) < len(found) or states_normal(sentence)
         changed = changed or (not present and states_change(sentence))
+    normal = normal or changed
     return Reading(tuple(merged), frozenset(labels), normal, changed)
 
 

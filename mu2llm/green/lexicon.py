@@ -75,7 +75,10 @@ def lexicon() -> Lexicon:
     """The findings in the order of lexicon.yaml."""
     source = yaml.safe_load((files("mu2llm.green") / "lexicon.yaml").read_text(encoding="utf-8"))
     places = {table: tuple((name, _compile(p)) for name, p in rows.items()) for table, rows in source["places"].items()}
-    entries = tuple(_entry(row, places) for row in source["findings"])
+    first: dict[str, dict[str, Any]] = {}
+    for row in source["findings"]:
+        first.setdefault(row["name"], row)
+    entries = tuple(_entry(row, first[row["name"]], places) for row in source["findings"])
     cues = {name: "|".join(rows.split("\n")[:-1]) for name, rows in source["cues"].items()}
     verbs = f"({cues.pop('verbs')})"
     return Lexicon(
@@ -88,13 +91,15 @@ def lexicon() -> Lexicon:
     )
 
 
-def _entry(row: dict[str, Any], places: dict[str, tuple[tuple[str, re.Pattern[str]], ...]]) -> Entry:
+def _entry(
+    row: dict[str, Any], first: dict[str, Any], places: dict[str, tuple[tuple[str, re.Pattern[str]], ...]]
+) -> Entry:
     return Entry(
         name=row["name"],
         terms=tuple(Term(_compile(term), _literal(term)) for term in row["terms"].splitlines()),
         label=row.get("label"),
-        sided=row.get("sided", False),
-        places=places[row["places"]] if "places" in row else (),
+        sided=first.get("sided", False),
+        places=places[first["places"]] if "places" in first else (),
         within=_compile(row["within"]) if "within" in row else None,
         outside=_compile(row["outside"]) if "outside" in row else None,
         unless=_compile(row["unless"]) if "unless" in row else None,

@@ -54,7 +54,14 @@ class _Hit:
 @lru_cache(maxsize=131072)
 def mentions(sentence: str) -> tuple[Mention, ...]:
     """The findings that a sentence mentions, in its order."""
-    return tuple(mention for clause in _CLAUSE.split(sentence.lower()) for mention in _in_clause(clause, sentence))
+    return tuple(mention for clause in _clauses(sentence.lower()) for mention in _in_clause(clause, sentence))
+
+
+def _clauses(sentence: str) -> Iterator[str]:
+    """Clauses of at most a hundred words: more than that is a list, or no language."""
+    for clause in _CLAUSE.split(sentence):
+        words = clause.split(" ")
+        yield from (" ".join(words[i : i + 100]) for i in range(0, len(words), 100))
 
 
 @lru_cache(maxsize=131072)
@@ -66,59 +73,52 @@ def states_normal(sentence: str) -> bool:
 @lru_cache(maxsize=131072)
 def states_change(sentence: str) -> bool:
     """Whether a sentence states a change, or none, since an earlier examination."""
-    lower = sentence.lower()
-    return bool(lexicon().cues["prior"].search(lower)) and any(
-        pattern.search(lower) for _, pattern in lexicon().change.items()
-    )
+    return _change(sentence.lower()) is not None
 
 
 def _in_clause(clause: str, sentence: str) -> Iterator[Mention]:
     hits = _hits(clause)
     if not hits:
         return
-    windows = _windows(clause, hits)
+    windows = [clause[start:end] for start, end in _bounds(clause, hits)]
     denied = _denied(clause)
-    for index, (hit, (start, end)) in enumerate(zip(hits, windows, strict=True)):
-        before = clause[: hit.start]
-        if lexicon().cues["unstated"].search(before) or lexicon().cues["past"].search(before):
+    for index, hit in enumerate(hits):
+        before, after = clause[: hit.start], clause[hit.end :]
+        if any(lexicon().cues[cue].search(before) for cue in ("unstated", "past")):
             continue
-        window = clause[start:end]
-        for entry in hit.entries:
-            if not _fits(entry, window, clause):
-                continue
-            status: Status = "absent" if any(a < hit.end and hit.start < b for a, b in denied) else "present"
-            if status == "present" and _left_open(clause[hit.end :]):
-                status = "uncertain"
-            yield _mention(entry, status, clause, hits, windows, index, sentence)
+        status: Status = "present"
+        if any(start < hit.end and hit.start < end for start, end in denied):
+            status = "absent"
+        elif _left_open(after):
+            status = "uncertain"
+        scope = (windows[index], *_listed_with(clause, hits, windows, index))
+        for entry in _fitting(hit.entries, windows[index], clause):
+            yield _mention(entry, status, scope, sentence)
 
 
 def _hits(clause: str) -> list[_Hit]:
     """What the lexicon finds in a clause; of overlapping spans the longest, with all entries that match it."""
     found: dict[tuple[int, int], list[Entry]] = {}
     for entry in lexicon().entries:
-        if entry.unless and entry.unless.search(clause):
-            continue
         for term in entry.terms:
-            if term.literal in clause:
+            if term.literal in clause and not (entry.unless and entry.unless.search(clause)):
                 for match in term.pattern.finditer(clause):
-                    entries = found.setdefault(match.span(), [])
-                    if entry not in entries:
-                        entries.append(entry)
+                    found.setdefault(match.span(), []).append(entry)
     chosen: list[_Hit] = []
     for (start, end), entries in sorted(found.items(), key=lambda item: (item[0][0] - item[0][1], item[0][0])):
-        names = {entry.name for entry in entries}
-        overlapping = [hit for hit in chosen if hit.start < end and start < hit.end]
-        fresh = [e for e in entries if all(e.name not in {x.name for x in h.entries} for h in overlapping)]
-        if not overlapping:
-            chosen.append(_Hit(start, end, tuple(entries)))
-        elif fresh and names:
-            first = overlapping[0]
-            chosen[chosen.index(first)] = _Hit(first.start, first.end, (*first.entries, *fresh))
+        rival = next((i for i, hit in enumerate(chosen) if hit.start < end and start < hit.end), None)
+        if rival is None:
+            chosen.append(_Hit(start, end, tuple(dict.fromkeys(entries))))
+        else:
+            longer = chosen[rival]
+            named = {entry.name for entry in longer.entries}
+            others = (entry for entry in entries if entry.name not in named)
+            chosen[rival] = _Hit(longer.start, longer.end, (*longer.entries, *others))
     return sorted(chosen, key=lambda hit: hit.start)
 
 
-def _windows(clause: str, hits: list[_Hit]) -> list[tuple[int, int]]:
-    """The words that belong to each hit: the text between two hits is divided at its last “and” or comma."""
+def _bounds(clause: str, hits: list[_Hit]) -> list[tuple[int, int]]:
+    """Where the words of each hit are: the text between two hits is divided at its last “and” or comma."""
     bounds = [0]
     for left, right in pairwise(hits):
         gap = clause[left.end : right.start].partition("(")[0]  # what is in brackets is about what stands before
@@ -128,22 +128,38 @@ def _windows(clause: str, hits: list[_Hit]) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def _fits(entry: Entry, window: str, clause: str) -> bool:
-    if entry.outside and entry.outside.search(window):
-        return False
-    return not entry.within or bool(entry.within.search(window) or entry.within.search(clause))
+def _listed_with(clause: str, hits: list[_Hit], windows: list[str], index: int) -> Iterator[str]:
+    """The words of findings that are listed together with this one: “consolidation and atelectasis on the left”."""
+    for step in (1, -1):
+        other = index
+        while 0 <= other + step < len(hits):
+            first, second = sorted((other, other + step))
+            if not _JOINT.match(clause[hits[first].end : hits[second].start]):
+                break
+            other += step
+            yield windows[other]
+
+
+def _fitting(entries: tuple[Entry, ...], window: str, clause: str) -> list[Entry]:
+    """The entries whose anatomy fits: named around the finding or, if none of them is, in the clause."""
+    allowed = [entry for entry in entries if not (entry.outside and entry.outside.search(window))]
+    near = [entry for entry in allowed if entry.within and entry.within.search(window)]
+    far = [entry for entry in allowed if entry.within and entry.within.search(clause)]
+    return [entry for entry in allowed if not entry.within or entry in (near or far)]
 
 
 def _denied(clause: str) -> list[tuple[int, int]]:
     """The spans of a clause within which a finding is denied."""
-    asserts = [(m.start(), m.end()) for m in lexicon().cues["assert"].finditer(_RELATIVE.sub(_blank, clause))]
-    ends = [m.start() for m in lexicon().cues["scope_end"].finditer(clause)]
+    cues = lexicon().cues
+    main = _RELATIVE.sub(_blank, clause)
+    asserts = [match.span() for match in cues["assert"].finditer(main)]
+    ends = [match.start() for match in cues["scope_end"].finditer(main)]
     spans = []
-    for cue in lexicon().cues["deny_before"].finditer(clause):
-        stops = [a for a, _ in asserts if a > cue.end()] + [e for e in ends if e > cue.end()]
+    for cue in cues["deny_before"].finditer(clause):
+        stops = [stop for stop in (*(start for start, _ in asserts), *ends) if stop > cue.end()]
         spans.append((cue.start(), min(stops, default=len(clause))))
-    for cue in lexicon().cues["deny_after"].finditer(clause):
-        starts = [b for _, b in asserts if b <= cue.start()] + [e for e in ends if e <= cue.start()]
+    for cue in cues["deny_after"].finditer(clause):
+        starts = [start for start in (*(end for _, end in asserts), *ends) if start <= cue.start()]
         spans.append((max(starts, default=0), cue.start()))
     return spans
 
@@ -157,42 +173,26 @@ def _blank(match: re.Match[str]) -> str:
     return " " * len(match[0])
 
 
-def _mention(
-    entry: Entry,
-    status: Status,
-    clause: str,
-    hits: list[_Hit],
-    windows: list[tuple[int, int]],
-    index: int,
-    sentence: str,
-) -> Mention:
-    window = clause[windows[index][0] : windows[index][1]]
-    wider = [window, *_joined(clause, hits, windows, index)]
+def _mention(entry: Entry, status: Status, scope: tuple[str, ...], sentence: str) -> Mention:
+    """`scope`: the words of the finding, then those of what is listed with it."""
+    window = scope[0]
     return Mention(
         name=entry.name,
         status=status,
-        side=next((side for text in wider if (side := _side(text))), None) if entry.sided else None,
-        places=next((places for text in wider if (places := _places(entry, text))), frozenset()),
+        side=next((side for text in scope if (side := _side(text))), None) if entry.sided else None,
+        places=next((places for text in scope if (places := _places(entry, text))), frozenset()),
         size_mm=_size(window),
         severity=next((grade for grade, pattern in lexicon().severity.items() if pattern.search(window)), None),
-        change=next((change for change, pattern in lexicon().change.items() if pattern.search(clause)), None)
-        if lexicon().cues["prior"].search(clause)
-        else None,
+        change=next((change for text in scope if (change := _change(text))), None),
         label=entry.label,
         sentence=sentence,
     )
 
 
-def _joined(clause: str, hits: list[_Hit], windows: list[tuple[int, int]], index: int) -> Iterator[str]:
-    """The words of findings that are listed together with this one: “consolidation and atelectasis on the left”."""
-    for step in (1, -1):
-        other = index
-        while 0 <= other + step < len(hits):
-            first, second = sorted((other, other + step))
-            if not _JOINT.match(clause[hits[first].end : hits[second].start]):
-                break
-            other += step
-            yield clause[windows[other][0] : windows[other][1]]
+def _change(text: str) -> Change | None:
+    if not lexicon().cues["prior"].search(text):
+        return None
+    return next((change for change, pattern in lexicon().change.items() if pattern.search(text)), None)
 
 
 def _side(text: str) -> Side | None:
