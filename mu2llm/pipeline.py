@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from rich.table import Table
 
 from mu2llm import cluster, config, storage, tracking
 from mu2llm.cases import ingest, read_manifest
@@ -19,7 +20,7 @@ from mu2llm.config import Experiment
 from mu2llm.ct import phantom
 from mu2llm.errors import UserError
 from mu2llm.evaluation.evaluate import compare
-from mu2llm.evaluation.results import Results
+from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.evaluation.scans import report_scans
 from mu2llm.memory import PeakMemory
 from mu2llm.records import Checkpoint
@@ -107,6 +108,9 @@ def run(pipeline: Pipeline, manifest: str, format: str, volumes: str, shards: st
             if scans
             else []
         )
+    page = storage.join(pipeline.out, "evaluation", "report.html")
+    if storage.exists(page):
+        storage.write_bytes(storage.join(pipeline.out, "report.html"), storage.read_bytes(page))
     summary = summarise(pipeline, ingestion, checkpoints, results, best, reports, memory.gib)
     storage.write_json(storage.join(pipeline.out, "summary.json"), summary)
     return summary
@@ -240,3 +244,34 @@ def check_out(out: str) -> None:
     """The demo's folder must be a local one: the embedded S3 server serves it."""
     if storage.is_remote(out):
         raise UserError(f"--out {out}: the demo needs a local folder, which its embedded S3 server serves")
+
+
+def clear(out: str) -> None:
+    """Removes what the pipeline made below `out`: what `--fresh` does. Other files there are left alone."""
+    for name in ("s3", "steps", "checkpoints", "preferences", "evaluation", "summary.json", "report.html"):
+        storage.delete(storage.join(out, name))
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The summary's numbers for a terminal: SFT, DPO and their paired difference, with 95 % intervals."""
+    title = f"preset {summary['preset']}: {summary['seconds']['total']:.0f} s, {summary['peak_memory_gib']:.1f} GiB"
+    shown = Table("", "SFT", "DPO", "DPO − SFT", title=title)
+    for metric in ("finding_f1", "finding_f1_shuffled", "green", "bleu_1", "rouge_l"):
+        runs = [_cell(summary[run].get(metric)) for run in ("sft", "dpo")]
+        shown.add_row(TITLES.get(metric, metric), *runs, _cell(summary["dpo_minus_sft"].get(metric)))
+    shown.add_row("distinct reports", *(f"{summary[run]['distinct_reports']:.2f}" for run in ("sft", "dpo")), "")
+    for run in ("sft", "dpo"):
+        if not summary[run]["audits"]["passed"]:
+            shown.add_row(f"[red]{run}: {'; '.join(summary[run]['audits']['reasons'])}[/]")
+    alias = summary["registered"]["alias"]
+    best = f"registered {summary['registered']['run']} as version {summary['registered']['version']}"
+    shown.caption = (
+        f"{best}, {'champion' if alias else 'not as champion: no run passed its audit'}; judge {summary['judge']}"
+    )
+    return shown
+
+
+def _cell(estimate: dict[str, float] | None) -> str:
+    if not estimate:
+        return "–"
+    return f"{estimate['value']:.3f} [dim]{estimate['low']:.3f}…{estimate['high']:.3f}, n {estimate['n']}[/]"

@@ -34,9 +34,7 @@ def report_scans(
         started = time.monotonic()
         entry: dict[str, Any] = {"path": path, "spec": {"name": processor.spec.name, "hash": processor.spec.hash}}
         try:
-            volume = ct.read(path, accept=accept)
-            if "not_hu" in volume.warnings and "not_hu" not in accept:
-                raise Rejection(path, "not_hu", ct.WARNINGS["not_hu"])
+            volume = ct.admit(ct.read(path, accept=accept), accept)
             prepared = ct.prepare(volume, processor.spec)
         except Rejection as rejection:
             entry |= {"rejected": rejection.reason, "message": rejection.message}
