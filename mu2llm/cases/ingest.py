@@ -11,6 +11,7 @@ import collections
 import functools
 import hashlib
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -26,7 +27,6 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.exceptions import RayError
 
 from mu2llm import config, ct, storage
 from mu2llm.cases.shards import INDEX, Index, ShardFile, Shards, ShardWriter, read_summary, write_index
@@ -109,8 +109,7 @@ def _run(
     """Every group's summary, in the order of the plan."""
     if not groups:
         return []
-    rows = [Case.table(cases).append_column("path", pa.array([path] * len(cases))) for path, cases in groups.items()]
-    summaries = ray.data.from_arrow(rows).map_batches(
+    summaries = ray.data.from_arrow([group_table(path, cases) for path, cases in groups.items()]).map_batches(
         functools.partial(write_shard, out=out, spec=data.spec, accept=data.accept),
         batch_size=None,
         batch_format="pyarrow",
@@ -119,17 +118,19 @@ def _run(
     )
     done: dict[str, dict[str, Any]] = {}
     cases = 0
-    try:
-        for row in summaries.iter_rows():
-            done[row["path"]] = json.loads(row["summary"])
-            cases += len(groups[row["path"]])
-            if progress:
-                progress(cases, len(table.cases))
-    except RayError as error:
-        if isinstance(getattr(error, "cause", None), Failure | UserError):
-            raise error.cause from error  # type: ignore[attr-defined]
-        raise
+    for row in summaries.iter_rows():
+        done[row["path"]] = summary = json.loads(row["summary"])
+        if "failed" in summary:
+            raise (UserError if summary["user_error"] else Failure)(summary["failed"])
+        cases += len(groups[row["path"]])
+        if progress:
+            progress(cases, len(table.cases))
     return [done[path] for path in groups]
+
+
+def group_table(path: str, cases: list[Case]) -> pa.Table:
+    """One task's input: the cases of a shard and its path."""
+    return Case.table(cases).append_column("path", pa.array([path] * len(cases)))
 
 
 def _memory(table: CaseTable) -> float:
@@ -140,23 +141,29 @@ def _memory(table: CaseTable) -> float:
 
 
 def write_shard(group: pa.Table, out: str, spec: PreprocessSpec, accept: tuple[str, ...]) -> pa.Table:
-    """Reads, decodes and preprocesses the cases of a group and writes their file, unless it is there already."""
+    """The task: writes the shard of a group, unless it is there already, and gives its summary or why it failed."""
     path = group["path"][0].as_py()
     target = storage.join(out, path)
-    if not storage.exists(target):
-        cases = [Case.from_row(row) for row in group.to_pylist()]
-        rejected: list[dict[str, str]] = []
-        written: list[str] = []
-        with storage.staged(target) as local, ShardWriter(local, schema(spec)) as writer:
-            for case, result in _scans(cases, spec, accept):
-                if isinstance(result, Rejection):
-                    rejected.append(result.row())
-                else:
-                    writer.write({name: [value] for name, value in result.items()})
-                    written.append(case.id)
-            writer.summarise(ids=written, rejected=rejected)
-    summary = {**read_summary(target), "bytes": storage.info(target).size}
+    try:
+        if not storage.exists(target):
+            _write(target, [Case.from_row(row) for row in group.to_pylist()], spec, accept)
+        summary = {**read_summary(target), "bytes": storage.info(target).size}
+    except (Failure, UserError) as error:
+        summary = {"failed": str(error), "user_error": isinstance(error, UserError)}
     return pa.table({"path": [path], "summary": [json.dumps(summary)]})
+
+
+def _write(target: str, cases: list[Case], spec: PreprocessSpec, accept: tuple[str, ...]) -> None:
+    rejected: list[dict[str, str]] = []
+    written: list[str] = []
+    with storage.staged(target) as local, ShardWriter(local, schema(spec)) as writer:
+        for case, result in _scans(cases, spec, accept):
+            if isinstance(result, Rejection):
+                rejected.append(result.row())
+            else:
+                writer.write({name: [value] for name, value in result.items()})
+                written.append(case.id)
+        writer.summarise(ids=written, rejected=rejected)
 
 
 def _scans(
@@ -190,9 +197,16 @@ def fetch(uri: str, folder: Path) -> Path:
 
 
 def _row(case: Case, source: Path, spec: PreprocessSpec, accept: tuple[str, ...]) -> dict[str, Any]:
-    """The row of a shard; Rejection where the scan cannot be used."""
-    volume = storage.retried(case.volume, lambda: ct.read(source, rescale=case.rescale, accept=accept))
-    model_input = ct.prepare(ct.admit(volume, accept), spec)
+    """The row of a shard; Rejection where the scan cannot be used, a Failure that names it for what is our fault."""
+    try:
+        volume = storage.retried(case.volume, lambda: ct.read(source, rescale=case.rescale, accept=accept))
+        model_input = ct.prepare(ct.admit(volume, accept), spec)
+    except (Rejection, Failure, UserError):
+        raise
+    except Exception as error:
+        logging.getLogger(__name__).exception("case %s", case.id)
+        what = f"{type(error).__name__}: {error}"
+        raise Failure(f"case {case.id} ({case.volume}): {what}; leave it out of the manifest to go on") from error
     return {
         **_lasting(case).row(),
         "voxels": model_input.voxels,

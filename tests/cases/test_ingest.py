@@ -1,0 +1,219 @@
+"""Ingest on Ray Data: what is written, what is rejected and why, and that a run goes on where the last one was."""
+
+import json
+import shutil
+import time
+
+import nibabel as nib
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+import small_scans as scans
+
+from mu2llm import cases, ct, storage
+from mu2llm.cases.ingest import group_table, plan, write_shard
+from mu2llm.cases.shards import read_summary
+from mu2llm.errors import Failure, UserError
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scans")
+    scans.write(folder, COUNT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(ray_cluster, source, tmp_path_factory):
+    """(folder, result) of an ingest that nothing disturbed."""
+    out = tmp_path_factory.mktemp("shards") / "out"
+    return out, run(source, out)
+
+
+def run(source, out, **data):
+    experiment = scans.experiment(**data)
+    return cases.ingest(read(source, experiment), str(out), experiment)
+
+
+def read(source, experiment):
+    return cases.read_manifest(str(source / "manifest.jsonl"), "jsonl", str(source), experiment.data)
+
+
+def copy(source, folder):
+    shutil.copytree(source, folder)
+    return folder
+
+
+def test_the_result_says_what_was_written(whole):
+    out, result = whole
+    assert result["cases"] == result["written"] == COUNT == sum(result["splits"].values())
+    assert result["rejected"] == {} and result["seconds"] > 0
+    assert result["bytes"] == sum(path.stat().st_size for path in out.glob("*/*.parquet"))
+    assert list(result) == ["cases", "written", "rejected", "seconds", "bytes", "splits"]
+    assert pq.read_table(out / "rejected.parquet").num_rows == 0
+
+
+def test_shards_hold_each_scan_as_prepared_one_a_row_group(whole, source):
+    shards = cases.Shards.open(str(whole[0]))
+    assert shards.spec == scans.SPEC and shards.index.experiment["name"] == "custom"
+    seen = []
+    for file in shards.files("train"):
+        parquet = pq.ParquetFile(file)
+        assert parquet.num_row_groups == parquet.metadata.num_rows
+        assert set(parquet.schema_arrow.names) > {"id", "patient", "report", "voxels", "chunk_mask", "warnings"}
+    for batch in cases.Stream(shards, "train", ["id", "voxels", "chunk_mask", "spacing_mm"], 8, None):
+        for name, voxels, mask, spacing in zip(
+            batch["id"], batch["voxels"], batch["chunk_mask"], batch["spacing_mm"], strict=True
+        ):
+            expected = ct.prepare(ct.read(source / "volumes" / f"{name}.nii.gz"), scans.SPEC)
+            np.testing.assert_array_equal(voxels, expected.voxels)
+            np.testing.assert_array_equal(mask, expected.chunk_mask)
+            np.testing.assert_allclose(spacing, (3, 3, 5))
+            seen.append(name)
+    assert seen == [case.id for case in shards.cases("train")] and len(seen) == whole[1]["splits"]["train"]
+
+
+def test_patients_are_in_one_split(whole):
+    shards = cases.Shards.open(str(whole[0]))
+    patients = [{case.patient for case in shards.cases(split)} for split in ("train", "validation", "test")]
+    assert sum(map(len, patients)) == len(set.union(*patients)) == COUNT // 2
+
+
+def test_run_again_it_writes_nothing_and_says_the_same(whole, source, tmp_path):
+    out = copy(whole[0], tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*.parquet")}
+    again = run(source, out)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/*.parquet")} == before
+    assert {**again, "seconds": 0} == {**whole[1], "seconds": 0}
+
+
+def test_what_is_missing_is_made_and_what_is_left_over_goes(whole, source, tmp_path):
+    out = copy(whole[0], tmp_path / "out")
+    checksum = cases.Shards.open(str(out)).checksum
+    gone, *kept = sorted(out.glob("train/*.parquet"))
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    gone.unlink()
+    (out / "shards.json").unlink()
+    (out / "train" / ".half.parquet.123").write_bytes(b"half")
+    shutil.copy(kept[0], out / "train" / "99999-abcdef.parquet")
+    run(source, out)
+    assert cases.Shards.open(str(out)).checksum == checksum
+    assert gone.exists() and sorted(out.glob("train/*")) == sorted([gone, *kept])
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+
+
+def test_a_killed_run_goes_on_without_duplicates(ray_cluster, whole, source, tmp_path):
+    out = tmp_path / "out"
+
+    @ray.remote(num_cpus=0)
+    def killed(table, experiment):
+        cases.ingest(table, str(out), experiment, progress=lambda done, of: time.sleep(3600))
+
+    task = killed.remote(read(source, scans.experiment()), scans.experiment())
+    while not list(out.glob("*/*.parquet")):
+        assert not ray.wait([task], timeout=0.05)[0]
+    ray.cancel(task, force=True)
+    with pytest.raises(ray.exceptions.RayError):
+        ray.get(task)
+    assert not (out / "shards.json").exists()
+    with pytest.raises(UserError, match="no finished shards"):
+        cases.Shards.open(str(out))
+    first = {path: path.stat().st_mtime_ns for path in out.glob("*/*.parquet")}
+    result = run(source, out)
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+    assert {**result, "seconds": 0} == {**whole[1], "seconds": 0}
+    assert cases.Shards.open(str(out)).checksum == cases.Shards.open(str(whole[0])).checksum
+
+
+def test_bad_scans_are_rejected_with_their_reason_and_all_else_is_written(whole, source, tmp_path):
+    bad = copy(source, tmp_path / "bad")
+    (bad / "volumes" / "case-000.nii.gz").write_bytes(b"")
+    (bad / "volumes" / "case-001.nii.gz").write_bytes(b"not a scan" * 100)
+    data = (bad / "volumes" / "case-002.nii.gz").read_bytes()
+    (bad / "volumes" / "case-002.nii.gz").write_bytes(data[: len(data) // 2])
+    (bad / "volumes" / "case-003.nii.gz").unlink()
+    labels = np.random.default_rng(0).integers(0, 4, (24, 24, 12)).astype(np.int16)
+    nib.save(nib.Nifti1Image(labels, np.diag([3.0, 3.0, 5.0, 1.0])), bad / "volumes" / "case-004.nii.gz")
+    out = tmp_path / "out"
+    with pytest.raises(Failure, match=r"5 of 40 scans were rejected \(.*not_hu 1.*\), over data.rejection_budget 0.05"):
+        run(bad, out)
+    rejected = pq.read_table(out / "rejected.parquet").to_pylist()
+    reasons = {row["case_id"]: row["reason"] for row in rejected}
+    wanted = ("empty", "wrong_suffix", "truncated", "not_found", "not_hu")
+    assert reasons == {f"case-00{number}": reason for number, reason in enumerate(wanted)}
+    assert all(row["uri"].endswith(f"{row['case_id']}.nii.gz") and row["message"] for row in rejected)
+    shards = cases.Shards.open(str(out))
+    assert sum(shards.count(split) for split in ("train", "validation", "test")) == COUNT - 5
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["listed"]["not_found"] == ["case-003"]
+
+    within = run(bad, out, rejection_budget=0.2)
+    assert sum(within["rejected"].values()) == 5
+    accepted = run(bad, out, rejection_budget=0.2, accept=("not_hu",))
+    assert accepted["written"] == COUNT - 4 and "not_hu" not in accepted["rejected"]
+
+    shutil.copy(source / "volumes" / "case-002.nii.gz", bad / "volumes" / "case-002.nii.gz")
+    shutil.copy(source / "volumes" / "case-003.nii.gz", bad / "volumes" / "case-003.nii.gz")
+    mended = run(bad, out, rejection_budget=0.2)
+    assert mended["rejected"] == {"empty": 1, "not_hu": 1, "wrong_suffix": 1} and mended["written"] == COUNT - 3
+
+
+def test_shards_of_another_spec_are_not_overwritten(whole, source, tmp_path):
+    out = copy(whole[0], tmp_path / "out")
+    other = scans.SPEC.model_copy(update={"name": "other", "windows": ((-120, 220),)})
+    with pytest.raises(UserError, match="holds shards of another spec than other"):
+        run(source, out, spec=other)
+
+
+def test_an_unknown_code_to_accept_is_a_user_error(ray_cluster, source, tmp_path):
+    with pytest.raises(UserError, match="no_such_code"):
+        run(source, tmp_path / "out", accept=("no_such_code",))
+
+
+def test_storage_that_fails_is_a_failure_not_a_rejection(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "BACK_OFF_S", 0.0001)
+    out = str(tmp_path / "out")
+    data = scans.experiment().data
+    table = read(source, scans.experiment())
+    (path, group), *_ = plan(table, data).items()
+    rows = group_table(path, group)
+
+    def refuse(*_, **__):
+        raise PermissionError("denied")
+
+    monkeypatch.setattr(ct, "read", refuse)
+    (summary,) = write_shard(rows, out, data.spec, ())["summary"].to_pylist()
+    assert "storage failed 5 times: denied" in json.loads(summary)["failed"]
+    assert not list((tmp_path / "out").rglob("*parquet*"))
+    monkeypatch.undo()
+    write_shard(rows, out, data.spec, ())
+    assert read_summary(f"{out}/{path}")["ids"] == [case.id for case in group]
+
+
+def test_an_error_of_our_own_names_the_case(source, tmp_path, monkeypatch):
+    data = scans.experiment().data
+    (path, group), *_ = plan(read(source, scans.experiment()), data).items()
+
+    def broken(*_):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(ct, "prepare", broken)
+    (summary,) = write_shard(group_table(path, group), str(tmp_path), data.spec, ())["summary"].to_pylist()
+    assert f"case {group[0].id} (" in json.loads(summary)["failed"] and "ZeroDivisionError: oops" in summary
+
+
+def test_the_plan_depends_on_the_cases_alone(source):
+    data = scans.experiment().data
+    table = read(source, scans.experiment())
+    groups = plan(table, data)
+    table.cases.reverse()
+    assert plan(table, data) == groups
+    assert sorted(case.id for group in groups.values() for case in group) == sorted(case.id for case in table.cases)
+    large = scans.SPEC.model_copy(update={"grid": (64, 128, 128)})  # 1 MiB a scan
+    small = plan(table, data.model_copy(update={"spec": large, "shard_mb": 3}))
+    assert max(len(group) for group in small.values()) == 3
+    other = data.model_copy(update={"accept": ("not_hu",)})
+    assert not set(plan(table, other)) & set(groups)
