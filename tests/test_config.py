@@ -1,0 +1,44 @@
+"""Presets, overrides, and errors that name the key and the mend."""
+
+import pytest
+
+from mu2llm import config
+from mu2llm.errors import UserError
+
+
+@pytest.mark.parametrize("preset", config.presets())
+def test_every_preset_is_valid_and_its_settings_survive_json(preset):
+    experiment = config.load(preset)
+    assert experiment.name == preset
+    assert config.validate(experiment.model_dump(mode="json")) == experiment
+
+
+def test_a_preset_extends_another_and_is_overridden():
+    experiment = config.load("tiny", ["dpo.beta=0.2", "data.phantom.cases=7"])
+    assert (experiment.dpo.beta, experiment.data.phantom.cases) == (0.2, 7)
+    assert experiment.data.spec == config.load("demo").data.spec
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("dpo.bta=1", "did you mean beta"),
+        ("dpo.beta=0", "dpo.beta"),
+        ("dpo.beta", "KEY=VALUE"),
+        ("nothing.at.all=1", "nothing is not a key"),
+        ("model.vision.patch_size=[3,8,8]", "does not divide the chunk"),
+    ],
+)
+def test_wrong_overrides_are_one_line_that_names_the_key(override, says):
+    with pytest.raises(UserError, match=says) as error:
+        config.load("demo", [override])
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_preset_lists_those_there_are():
+    with pytest.raises(UserError, match="demo"):
+        config.load("nothing")
+
+
+def test_a_digest_changes_with_any_value():
+    assert config.digest({"a": 1}) == config.digest({"a": 1}) != config.digest({"a": 2})
