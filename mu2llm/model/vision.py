@@ -114,29 +114,30 @@ class VisionTower(nn.Module):
 
 
 class CommonAnatomy(nn.Module):
-    """Each voxel less its mean over all scans, by running statistics: what is left is what is particular to a scan.
+    """Each voxel less its mean over the first scans that were seen: what is left is what is particular to a scan.
 
     All scans of one field of view are nearly the same image; a network from scratch spends most of its time
-    on learning that. Only for specs that put every body on the same grid.
+    on learning that. Only for specs that put every body on the same grid. The mean is over the first `BATCHES`
+    training batches (of all workers) and constant from then on.
     """
+
+    BATCHES = 256
 
     mean: Tensor
     variance: Tensor
     updates: Tensor
 
-    def __init__(self, config: Mu2VisionConfig, momentum: float = 0.01) -> None:
+    def __init__(self, config: Mu2VisionConfig) -> None:
         super().__init__()
-        self.momentum = momentum
         self.register_buffer("mean", torch.zeros(config.chunks, config.channels, *config.chunk_shape))
         self.register_buffer("variance", torch.ones(()))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """(B, T, C, K, H, W), (B, T) → the same shape, of variance about 1"""
-        mean = self.mean[: x.shape[1]]
-        if self.training:
-            self._update(x.detach(), x.new_ones(x.shape[:2]) if mask is None else mask)
-        return (x - mean) * torch.rsqrt(self.variance + 1e-5)
+        if self.training and int(self.updates) < self.BATCHES:
+            self._update(x.detach(), mask)
+        return (x - self.mean[: x.shape[1]]) * torch.rsqrt(self.variance + 1e-5)
 
     @torch.no_grad()
     def _update(self, x: Tensor, mask: Tensor) -> None:
@@ -147,7 +148,7 @@ class CommonAnatomy(nn.Module):
         for part in (total, count, spread):
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 dist.all_reduce(part)
-        share = torch.clamp(1 / (self.updates + 1), min=self.momentum).to(mean.dtype)
+        share = (1 / (self.updates + 1)).to(mean.dtype)
         mean.add_((total / count.clamp(min=1) - mean) * share * (count > 0))
         self.variance.lerp_((spread[0] / spread[1].clamp(min=1)).to(self.variance.dtype), share)
         self.updates.add_(1)

@@ -1,0 +1,93 @@
+"""The whole way at its smallest size: every stage for real, then once more, which does nothing again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mu2llm import storage
+from mu2llm.records import Checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+def demo(folder, *more):
+    """`mu2llm demo` as a user runs it: an S3 server and a Ray of its own."""
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mu2llm.db"}
+    command = [Path(sys.executable).parent / "mu2llm", "demo", "--preset", "tiny", "--json", "--out", folder / "out"]
+    done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, summary) of preset tiny, with two scans to report: one CT, one that is none."""
+    folder = tmp_path_factory.mktemp("demo")
+    scan = folder / "scan.nii.gz"
+    rng = np.random.default_rng(0)
+    hu = np.full((40, 40, 30), -1000.0)
+    hu[8:32, 8:32] = rng.normal(40, 20, (24, 24, 30))
+    nib.save(nib.Nifti1Image(hu.astype(np.int16), np.diag([5.0, 5.0, 5.0, 1.0])), scan)
+    broken = folder / "broken.nii.gz"
+    broken.write_bytes(b"\x1f\x8b\x08 not a scan")
+    return folder, demo(folder, "--scan", scan, "--scan", broken)
+
+
+def test_the_summary_has_what_checks_read(finished):
+    folder, summary = finished
+    assert json.loads((folder / "out" / "summary.json").read_text())["seconds"] == summary["seconds"]
+    for stage in ("phantoms", "ingest", "contrastive", "sft", "preferences", "dpo", "evaluate", "total"):
+        assert summary["seconds"][stage] > 0
+    assert 0.1 < summary["peak_memory_gib"] < 24
+    assert 0 <= summary["contrastive"]["recall_at_1"] <= 1
+    for run in ("sft", "dpo"):
+        for metric in ("finding_f1", "bleu_1", "rouge_l"):
+            estimate = summary[run][metric]
+            assert estimate["low"] <= estimate["value"] <= estimate["high"]
+            assert estimate["n"] == summary["ingest"]["splits"]["test"]
+        assert 0 <= summary[run]["finding_f1_shuffled"]["value"] <= 1
+        assert 0 < summary[run]["distinct_reports"] <= 1
+    assert {"value", "low", "high"} <= summary["dpo_minus_sft"]["rouge_l"].keys()
+    assert (folder / "out" / "report.html").stat().st_size > 10_000
+
+
+def test_checkpoints_can_be_read_when_no_server_runs(finished):
+    _, summary = finished
+    for stage in ("contrastive", "sft", "dpo"):
+        checkpoint = Checkpoint.open(summary["checkpoints"][stage])
+        assert checkpoint.lineage.stage == stage
+        assert checkpoint.training.steps > 0
+        assert Path(checkpoint.lineage.data).exists()
+        assert not storage.exists(summary["checkpoints"][stage] + ".state")
+    assert Checkpoint.open(summary["checkpoints"]["dpo"]).lineage.parent == summary["checkpoints"]["sft"]
+    assert not list(Path(summary["checkpoints"]["dpo"]).glob("*.bin"))
+
+
+def test_scans_are_reported_or_refused_with_a_reason(finished):
+    _, summary = finished
+    scan, broken = summary["scans"]
+    assert isinstance(scan["report"], str)
+    assert broken["rejected"]
+
+
+def test_a_second_run_does_nothing_again_and_a_changed_stage_is_done_again(finished):
+    folder, summary = finished
+    before = times(folder)
+    assert demo(folder)["seconds"] == summary["seconds"]
+    assert times(folder) == before
+    changed = demo(folder, "--set", "dpo.beta=0.3")
+    done_again = {step for step, at in times(folder).items() if at != before[step]}
+    assert done_again == {"dpo", "evaluate", "register"}
+    assert Checkpoint.open(changed["checkpoints"]["dpo"]).experiment["dpo"]["beta"] == 0.3
+
+
+def times(folder):
+    """When each step was finished."""
+    steps = (folder / "out" / "steps").glob("*.json")
+    return {path.stem: path.stat().st_mtime_ns for path in steps if path.stem != "peak"}
