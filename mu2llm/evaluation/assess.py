@@ -16,7 +16,7 @@ from mu2llm.evaluation.clinical import RATES, Tally, finding_metrics, tally_find
 from mu2llm.evaluation.last_layer import LastLayer
 from mu2llm.evaluation.predictions import Prediction
 from mu2llm.evaluation.results import Difference, Group, Header, Results, RunResult
-from mu2llm.evaluation.scoring import Texts, content, judged, wording
+from mu2llm.evaluation.scoring import Texts, content, embedded, judged
 from mu2llm.green import Judge, load_judge
 from mu2llm.records import Case, Judgement
 
@@ -47,10 +47,12 @@ def assess(
         own = _of(predictions, run)
         texts = _texts(own, known)
         judgements = (rules if run == PRIOR else judge).judge(texts.pairs)
-        statistics = {**content(texts), "green": judged(judgements), **wording(texts, encoder)}
+        statistics = {**content(texts), "green": judged(judgements), **text_metrics.text_metrics(texts.pairs)}
         if run == PRIOR and judge.identity != rules.identity:
             del statistics["green"]  # not by the judge of the others
         runs[run] = _Run(texts, [p.finished for p in own], list(judgements), statistics)
+    for run, statistic in embedded({run: each.texts for run, each in runs.items()}, encoder).items():
+        runs[run].statistics["bert_score"] = statistic
     audits = {run: _audit(run, runs, predictions, known, rules, bootstrap) for run in header.checkpoints}
     results = Results(
         header=header,

@@ -30,7 +30,7 @@ class LastLayer:
     def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Each text → (tokens, width), the special tokens first and last."""
         ids = self.tokenizer(list(texts), truncation=True, max_length=self.most).input_ids
-        self.cut = sum(len(row) == self.most for row in ids)
+        self.cut += sum(len(row) == self.most for row in ids)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths pad little
         out: list[np.ndarray] = [np.empty(0)] * len(ids)
         for start in range(0, len(order), BATCH):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,10 +73,11 @@ def content(texts: Texts) -> dict[str, Statistic]:
     }
 
 
-def wording(texts: Texts, encoder: TokenEncoder | None = None) -> dict[str, Statistic]:
-    """How the reports say it: bleu_*, rouge_*, meteor and, where there is an encoder, bert_score."""
-    scores = text_metrics.text_metrics(texts.pairs)
-    return scores if encoder is None else {**scores, "bert_score": text_metrics.bert_score(texts.pairs, encoder)}
+def embedded(runs: Mapping[str, Texts], encoder: TokenEncoder) -> dict[str, Statistic]:
+    """bert_score of every run on the same cases; a reference is encoded once for all of them."""
+    by_case = [pair for pairs in zip(*(texts.pairs for texts in runs.values()), strict=True) for pair in pairs]
+    scores = text_metrics.bert_score(by_case, encoder)
+    return {run: Statistic.mean(scores[i :: len(runs)]) for i, run in enumerate(runs)}
 
 
 def judged(judgements: Sequence[Judgement]) -> Statistic:

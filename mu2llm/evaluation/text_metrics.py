@@ -6,7 +6,7 @@ All between 0 and 1. Higher is more alike; none of them knows what matters (METH
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from nltk.corpus import wordnet
 from nltk.stem.porter import PorterStemmer
 from nltk.translate.meteor_score import single_meteor_score
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenize import tokenize
 from sacrebleu.metrics import BLEU
 
 from mu2llm.evaluation.bootstrap import Statistic
@@ -22,6 +23,7 @@ Pair = tuple[str, str]
 """(reference, candidate), as judges take it."""
 
 ORDERS = (1, 2, 3, 4)
+TOGETHER = 128  # pairs whose token embeddings are in memory at a time
 
 
 def text_metrics(pairs: Sequence[Pair]) -> dict[str, Statistic]:
@@ -58,9 +60,23 @@ def bleu_signature() -> str:
     return str(scorer.get_signature())
 
 
+class _Stems:
+    """Porter stems, each word's found once: reports use few words, many times."""
+
+    def __init__(self) -> None:
+        self.stem = lru_cache(maxsize=65536)(PorterStemmer().stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        """What rouge_score makes of a text."""
+        return tokenize(text, self)
+
+
+_STEMS = _Stems()
+
+
 def rouge(pairs: Sequence[Pair]) -> dict[str, Statistic]:
     """ROUGE-1, -2 and -L as F-measure with stemming, as the published evaluation has it (METHOD.md §2.6)."""
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_STEMS)
     scores = [scorer.score(reference, candidate) for reference, candidate in pairs]
     names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
     return {ours: Statistic.mean([score[theirs].fmeasure for score in scores]) for ours, theirs in names.items()}
@@ -92,10 +108,9 @@ def meteor_variant() -> str:
 
 def meteor(pairs: Sequence[Pair]) -> Statistic:
     """nltk's METEOR of lower-cased tokens between spaces; `meteor_variant` says whether synonyms count."""
-    stemmer = PorterStemmer()
     return Statistic.mean(
         [
-            single_meteor_score(reference.split(), candidate.split(), stemmer=stemmer, wordnet=synonyms())
+            single_meteor_score(reference.split(), candidate.split(), stemmer=_STEMS, wordnet=synonyms())
             for reference, candidate in pairs
         ]
     )
@@ -114,14 +129,19 @@ class TokenEncoder(Protocol):
         ...
 
 
-def bert_score(pairs: Sequence[Pair], encoder: TokenEncoder) -> Statistic:
-    """BERTScore F1 (arXiv 1904.09675) without idf and without baseline rescaling.
+def bert_score(pairs: Sequence[Pair], encoder: TokenEncoder) -> list[float]:
+    """BERTScore F1 (arXiv 1904.09675) of each pair, without idf and without baseline rescaling.
 
-    As in the authors' package, special tokens may be matched but do not count themselves.
+    As in the authors' package, special tokens may be matched but do not count themselves. Texts that come again
+    within a few pairs are encoded once.
     """
-    distinct = sorted({text for pair in pairs for text in pair})
-    known = dict(zip(distinct, map(_normalised, encoder.tokens(distinct)), strict=True))
-    return Statistic.mean([_greedy_f1(known[reference], known[candidate]) for reference, candidate in pairs])
+    scores: list[float] = []
+    for start in range(0, len(pairs), TOGETHER):
+        some = pairs[start : start + TOGETHER]
+        distinct = sorted({text for pair in some for text in pair})
+        known = dict(zip(distinct, map(_normalised, encoder.tokens(distinct)), strict=True))
+        scores += [_greedy_f1(known[reference], known[candidate]) for reference, candidate in some]
+    return scores
 
 
 def _normalised(tokens: np.ndarray) -> np.ndarray:

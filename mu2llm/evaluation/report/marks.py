@@ -11,6 +11,8 @@ from typing import Literal
 from mu2llm import green
 from mu2llm.records import ERROR_CATEGORIES, Finding, Judgement
 
+SHORT = {"a": "false", "b": "missed", "c": "place", "d": "severity", "e": "comparison made up", "f": "change omitted"}
+"""GREEN's categories in a word."""
 Mark = Literal["right", "wrong", "missed", "plain"]
 
 
@@ -69,21 +71,18 @@ def changes(old: str, new: str) -> list[Piece]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of a judgement: what it is, how bad, and the sentence."""
+    """One line of a judgement: what it is, the category of an error, and the sentence."""
 
     kind: Literal["matched", "significant", "insignificant"]
-    title: str
+    category: str
     text: str
 
 
 def verdicts(judgement: Judgement) -> list[Verdict]:
     """A judgement sentence by sentence: what matched, then significant, then insignificant errors."""
-    lines = [Verdict("matched", "Matched", sentence) for sentence in judgement.matched_sentences]
-    for kind, errors in (
-        ("significant", judgement.significant_sentences),
-        ("insignificant", judgement.insignificant_sentences),
-    ):
-        for category, sentences in zip(ERROR_CATEGORIES, errors, strict=False):
-            title = f"({category}) {ERROR_CATEGORIES[category]}"
-            lines += [Verdict(kind, title, sentence) for sentence in sentences]  # type: ignore[arg-type]
+    lines = [Verdict("matched", "", sentence) for sentence in judgement.matched_sentences]
+    for category, sentences in zip(ERROR_CATEGORIES, judgement.significant_sentences, strict=False):
+        lines += [Verdict("significant", category, sentence) for sentence in sentences]
+    for category, sentences in zip(ERROR_CATEGORIES, judgement.insignificant_sentences, strict=False):
+        lines += [Verdict("insignificant", category, sentence) for sentence in sentences]
     return lines

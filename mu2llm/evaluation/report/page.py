@@ -15,9 +15,9 @@ from mu2llm.cases import Shards
 from mu2llm.cases.shards import read_rows
 from mu2llm.evaluation.predictions import Prediction
 from mu2llm.evaluation.report import charts, scans
-from mu2llm.evaluation.report.marks import Piece, Sentence, Verdict, changes, mark, verdicts
+from mu2llm.evaluation.report.marks import SHORT, Piece, Sentence, Verdict, changes, mark, verdicts
 from mu2llm.evaluation.results import TITLES, Results
-from mu2llm.records import Case, Estimate, Judgement
+from mu2llm.records import ERROR_CATEGORIES, Case, Estimate, Judgement
 
 PAGE = "report.html"
 
@@ -73,8 +73,10 @@ def write_report(
         charts={name: Markup(svg) for name, svg in _charts(results).items()},
         pages=shown,
         windows=windows,
-        style=Markup(_source("page.css")),
-        script=Markup(_source("page.js")),
+        categories=ERROR_CATEGORIES,
+        short=SHORT,
+        style=Markup(source("page.css")),
+        script=Markup(source("page.js")),
     )
     storage.write_bytes(storage.join(out, PAGE), html.encode())
     return storage.join(out, PAGE)
@@ -94,7 +96,7 @@ def number(estimate: Estimate | None, signed: bool = False) -> Markup:
     if estimate is None:
         return Markup('<span class="none">–</span>')
     plus = "+" if signed else ""
-    return Markup("{}<small>{}–{}</small>").format(
+    return Markup("{}<small>{} … {}</small>").format(
         f"{estimate.value:{plus}.2f}", f"{estimate.low:{plus}.2f}", f"{estimate.high:{plus}.2f}"
     )
 
@@ -143,5 +145,6 @@ def _charts(results: Results) -> dict[str, str]:
     }
 
 
-def _source(name: str) -> str:
+def source(name: str) -> str:
+    """A file of this folder."""
     return (files("mu2llm.evaluation.report") / name).read_text(encoding="utf-8")

@@ -1,0 +1,180 @@
+"""All evaluations as one table: terminal, Markdown, HTML. Only rows of the same data, split and judge are ranked
+together; the paper's own numbers stand below, with their source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import BaseModel
+from rich.table import Table
+from rich.text import Text
+
+from mu2llm.evaluation import published
+from mu2llm.evaluation.report.page import source
+from mu2llm.evaluation.results import TITLES, Results
+from mu2llm.records import Estimate
+
+SHOWN = ("finding_f1", "green", "ce_macro_f1", "bleu_1", "rouge_1", "rouge_l", "meteor", "bert_score")
+
+
+class Row(BaseModel):
+    """One line: numbers (a plain one has no interval) with what they must share to be comparable.
+
+    `source` names a publication; "" is ours.
+    """
+
+    run: str
+    data: str
+    split: str
+    judge: str
+    cases: int | None
+    metrics: dict[str, Estimate | float | None]
+    red_line: str = ""
+    checkpoint: str | None = None
+    report: str | None = None
+    source: str = ""
+
+    @property
+    def league(self) -> tuple[str, str, str, str]:
+        """Rows are comparable within it."""
+        return self.source, self.data, self.split, self.judge
+
+
+def rows(results: Results, report: str | None = None) -> list[Row]:
+    """The rows of an evaluation: each run, and the fixed report."""
+    header = results.header
+    return [
+        Row(
+            run=run,
+            data=header.data,
+            split=header.split,
+            judge=results.judge,
+            cases=results.cases,
+            metrics=result.metrics,
+            red_line=result.audit.red_line if result.audit else "",
+            checkpoint=header.checkpoints.get(run),
+            report=report,
+        )
+        for run, result in results.runs.items()
+    ]
+
+
+def paper() -> list[Row]:
+    """The paper's rows, by dataset and table."""
+    made = []
+    for data, models in published.TABLE_1.items():
+        made += [_published(run, data, "table 1", published.COLUMNS, values) for run, values in models.items()]
+    columns = ("bleu_1", *published.COLUMNS)
+    made += [_published(run, "AMOS-MM", "table 2", columns, values) for run, values in published.TABLE_2.items()]
+    return made
+
+
+def _published(run: str, data: str, table: str, columns: Sequence[str], values: Sequence[float | None]) -> Row:
+    return Row(
+        run=run,
+        data=data,
+        split="not published",
+        judge="GREEN, 7B",
+        cases=None,
+        metrics=dict(zip(columns, values, strict=True)),
+        source=f"{published.SOURCE}, {table}",
+    )
+
+
+class League(BaseModel):
+    """Rows that may be compared, best GREEN first, those with a red line last."""
+
+    title: str
+    note: str
+    rows: list[Row]
+
+
+def leagues(table: Iterable[Row]) -> list[League]:
+    """Ours in the order of their first rows, then what was published."""
+    grouped: dict[tuple[str, ...], list[Row]] = {}
+    for row in table:
+        grouped.setdefault(row.league, []).append(row)
+    made = []
+    for (origin, data, split, judge), members in sorted(grouped.items(), key=lambda item: bool(item[0][0])):
+        ranked = sorted(members, key=lambda row: (bool(row.red_line), -_value(row.metrics.get("green"))))
+        if origin:
+            made.append(League(title=f"{data} ({origin})", note=f"not comparable: {published.WHY}", rows=ranked))
+        else:
+            cases = f"{members[0].cases} cases of " if members[0].cases else ""
+            made.append(League(title=f"{data}, {cases}split {split}", note=f"judge {judge}", rows=ranked))
+    return made
+
+
+def _value(number: Estimate | float | None) -> float:
+    return number.value if isinstance(number, Estimate) else -1.0 if number is None else number
+
+
+def cell(number: Estimate | float | None) -> str:
+    """A number as the tables have it: with its interval, if it has one."""
+    if number is None:
+        return "–"
+    if isinstance(number, Estimate):
+        return f"{number.value:.3f} ({number.low:.3f} … {number.high:.3f})"
+    return f"{number:.3f}"
+
+
+def _columns(table: Sequence[Row]) -> list[str]:
+    return [name for name in SHOWN if any(row.metrics.get(name) is not None for row in table)]
+
+
+def terminal(table: Sequence[Row]) -> list[Table]:
+    """One rich table a league."""
+    made = []
+    for league in leagues(table):
+        columns = _columns(league.rows)
+        told = Text(league.note, style="dim")
+        for row in league.rows:
+            if row.red_line:
+                told.append(f"\n✗ {row.run} {row.red_line}", style="bold red")
+        shown = Table(title=league.title, caption=told, title_justify="left", caption_justify="left")
+        shown.add_column("run")
+        for name in columns:
+            shown.add_column(TITLES[name], justify="right")
+        for row in league.rows:
+            numbers = [cell(row.metrics.get(name)).replace(" (", "\n").rstrip(")") for name in columns]
+            shown.add_row(row.run, *numbers, style="red" if row.red_line else "dim" if row.source else None)
+        made.append(shown)
+    return made
+
+
+def markdown(table: Sequence[Row]) -> str:
+    """One table a league."""
+    parts = []
+    for league in leagues(table):
+        columns = _columns(league.rows)
+        lines = [f"### {league.title}", "", league.note, ""]
+        lines.append(_line("run", *(TITLES[name] for name in columns)))
+        lines.append(_line("---", *("---:" for _ in columns)))
+        lines += [_line(row.run, *(cell(row.metrics.get(name)) for name in columns)) for row in league.rows]
+        lines += ["", *(f"- **✗ {row.run} {row.red_line}**" for row in league.rows if row.red_line)]
+        parts.append("\n".join(lines).rstrip())
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(*cells: str) -> str:
+    escaped = (text.replace("|", "\\|") for text in cells)
+    return f"| {' | '.join(escaped)} |"
+
+
+def html(table: Sequence[Row]) -> str:
+    """A page of its own, in the style of the report."""
+    environment = Environment(
+        loader=PackageLoader("mu2llm.evaluation.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("leaderboard.html").render(
+        leagues=[(league, _columns(league.rows)) for league in leagues(table)],
+        titles=TITLES,
+        cell=cell,
+        style=Markup(source("page.css")),
+    )
