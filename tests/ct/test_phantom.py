@@ -213,6 +213,16 @@ def test_a_finding_stands_out_on_a_coarse_grid(item: Planted) -> None:
     assert (np.abs(shown - normal).max(0) > 5 * noise).sum() >= 12
 
 
+@pytest.mark.parametrize("item", [x for x in each_finding() if "lobe" in str(x.finding.place)], ids=label)
+def test_a_collapsed_lung_does_not_hide_what_is_in_it(item: Planted) -> None:
+    air = planted("pneumothorax", item.finding.side)
+
+    def voxels(*others: Planted) -> int:
+        return int((np.abs(drawn(1, *others, item)[0].astype(float) - drawn(1, *others)[0]) > 150).sum())
+
+    assert voxels(air) > 0.4 * voxels()
+
+
 def test_a_lobe_or_level_is_where_it_is_said_to_be() -> None:
     for side, lobes in LOBES.items():
         heights = []

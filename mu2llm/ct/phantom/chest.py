@@ -19,7 +19,7 @@ def draw_chest(
     pleura = _lungs(canvas, anatomy, thorax)
     _vessels(canvas, anatomy, pleura, rng)
     if consolidation := plan.get("consolidation"):
-        _consolidation(canvas, anatomy, pleura, consolidation)
+        _consolidation(canvas, anatomy, pleura, consolidation, plan)
     if nodule := plan.get("lung nodule"):
         _nodule(canvas, anatomy, pleura, nodule, plan)
     if pneumothorax := plan.get("pneumothorax"):
@@ -76,15 +76,15 @@ def _nodule(canvas: Canvas, anatomy: Anatomy, pleura: Array, item: Planted, plan
     canvas.paint(canvas.ellipsoid(centre, (item.radius,) * 3, rough=1), 40)
 
 
-def _consolidation(canvas: Canvas, anatomy: Anatomy, pleura: Array, item: Planted) -> None:
+def _consolidation(canvas: Canvas, anatomy: Anatomy, pleura: Array, item: Planted, plan: Plan) -> None:
     """Airspaces filled over a third of a lobe or more, up to its fissure, with air left in the bronchi."""
     sign = SIGN[item.finding.side or ""]
-    x, y, z = _in_lobe(anatomy, item, {})
+    x, y, z = _in_lobe(anatomy, item, plan)
     r = 38 + 8 * item.extent
     box, share = canvas.ellipsoid((1.1 * x, y, z), (r, r, 1.15 * r), rough=7)
     above_fissure = canvas.over(anatomy.hilum - 0.9 * canvas.y)[box]
-    share *= (1 - above_fissure if item.finding.place == "lower lobe" else above_fissure) * pleura[box]
-    canvas.paint((box, share * canvas.side(sign)[box[:2]]), 35)
+    share *= {"lower lobe": 1 - above_fissure, "upper lobe": above_fissure}.get(item.finding.place or "", 1)
+    canvas.paint((box, share * canvas.side(sign)[box[:2]]), 35, pleura)
     for turn in (-0.5, 0.1, 0.7):
         bronchus = canvas.tube((0.75 * x, y, z), (x + sign * 16, y + 26 * turn, z + 20 * turn), 2.2)
         canvas.paint(bronchus, -800, pleura)

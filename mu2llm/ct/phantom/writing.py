@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 
 from mu2llm import storage
@@ -23,7 +23,7 @@ def write(
     """Writes `<out>/volumes/<id>.nii.gz` and, last, `<out>/manifest.jsonl`; gives the manifest's URI.
 
     `progress` is called with (done, all). Many cases are made in new processes (spawn), so a script that calls this
-    needs the usual `if __name__ == "__main__":`. A Failure says why storage refused.
+    needs the usual `if __name__ == "__main__":`. A Failure says why it could not be done.
     """
     if cases < 1:
         raise UserError(f"phantoms: expected one case or more, given {cases}")
@@ -35,7 +35,7 @@ def write(
             if progress:
                 progress(len(lines), cases)
         storage.write_bytes(manifest, "".join(f"{line}\n" for line in lines).encode())
-    except OSError as error:
+    except (OSError, BrokenExecutor) as error:
         raise Failure(f"{out}: the phantoms could not be written: {error}") from error
     return manifest
 
