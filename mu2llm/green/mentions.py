@@ -26,7 +26,7 @@ _SIZE = re.compile(
 _QUESTION = re.compile(r"[\w\s/-]{0,40}\?")
 _RELATIVE = re.compile(r", which (?:is|are|was|were|has|have)\b[^,;]*,")
 _JOINT = re.compile(r"^\s*(?:,|and|or|/|&|with|,\s*and|as well as|accompanied by|-)?\s*$")
-_LINK = re.compile(r",|\band\b|\bor\b|\bwith\b|\bas well as\b|\baccompanied by\b")
+_LINK = re.compile(r",|\band\b|\bor\b|(?<!compatible )(?<!consistent )\bwith\b|\bas well as\b|\baccompanied by\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +118,24 @@ def _hits(clause: str) -> list[_Hit]:
 
 
 def _bounds(clause: str, hits: list[_Hit]) -> list[tuple[int, int]]:
-    """Where the words of each hit are: the text between two hits is divided at its last “and” or comma."""
-    bounds = [0]
+    """Where the words of each hit are: the text between two hits is divided at its last “and” or comma.
+
+    Hits that follow each other as one term (“calcified atheroma plaques”) share their words.
+    """
+    starts = [0]
     for left, right in pairwise(hits):
-        gap = clause[left.end : right.start].partition("(")[0]  # what is in brackets is about what stands before
-        links = list(_LINK.finditer(gap))
-        bounds.append(left.end + (links[-1].start() if links else len(gap)))
-    bounds.append(len(clause))
-    return list(pairwise(bounds))
+        gap = clause[left.end : right.start]
+        before_bracket = gap.partition("(")[0]  # what is in brackets is about what stands before
+        links = list(_LINK.finditer(before_bracket))
+        divide = left.end + (links[-1].start() if links else len(before_bracket))
+        starts.append(divide if gap.strip(" -") else starts[-1])
+    bounds: list[tuple[int, int]] = []
+    end = len(clause)
+    for index in reversed(range(len(hits))):
+        bounds.append((starts[index], end))
+        if index and starts[index] != starts[index - 1]:
+            end = starts[index]
+    return bounds[::-1]
 
 
 def _listed_with(clause: str, hits: list[_Hit], windows: list[str], index: int) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """The 18 CT-RATE labels from report text.
 
-The lexicon was developed on four fifths of the labelled reports (those whose number modulo 5 is not 4); the fifth
-was scored, but not read, while it was. `pytest -s` prints every label over the five folds.
+The lexicon was developed on four fifths of the labelled reports (those whose number modulo 5 is not 4). The fifth,
+unread until then, scored macro-F1 0.948 with its lowest label, lung opacity, at 0.857; its errors were read after
+that, so what `pytest -s` prints now, per label and fold, is in sample.
 """
 
 import json
