@@ -173,10 +173,11 @@ class ContrastiveConfig(StageConfig):
 
 
 class SftConfig(StageConfig):
-    text_warmup_epochs: float = Field(0, ge=0, description="epochs of text alone for a model from scratch")
     cache_vision: bool = Field(True, description="with frozen vision: encode each scan once, train on that")
+    alignment: float = Field(
+        0, ge=0, description="weight of the loss that holds the visual tokens against the report's findings"
+    )
     report_share: float = Field(0.8, ge=0, le=1, description="share of reports; the rest are the case's questions")
-    generate_steps: int | None = Field(None, description="every so often, judge reports generated on validation")
 
 
 class PreferencesConfig(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,22 @@ class TextConditionedPooling(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.head_width)
         self.bias = nn.Parameter(torch.zeros(()))
 
+    @classmethod
+    def fresh(cls, width: int, text_width: int) -> Self:
+        """A head on tokens (B, 1, n, width), as another stage puts it on its visual tokens."""
+        head = cls(Mu2ContrastiveConfig(hidden_size=width, text_width=text_width, chunks=1))
+        head.reset()
+        return head
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """The weights as training starts with them."""
+        init.zeros_(self.bias)
+        init.normal_(self.chunks, std=0.02)
+        for layer in (self.look, self.mean, self.key, self.value):
+            init.normal_(layer.weight, std=(3 * layer.in_features) ** -0.5)
+            init.zeros_(layer.bias)
+
     def scan(self, features: Tensor) -> Tensor:
         """(B, T, n, E) → keys and values (B, T·n, 2, head)"""
         tokens = self.norm(features + self.chunks[: features.shape[1], None]).flatten(1, 2)
@@ -77,10 +93,7 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, TextConditionedPooling):
-            init.zeros_(module.bias)
-            init.normal_(module.chunks, std=0.02)
-            for layer in (module.look, module.mean, module.key, module.value):
-                init.normal_(layer.weight, std=(3 * layer.in_features) ** -0.5)
+            module.reset()
 
     def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
         """(B, T, C, K, H, W) → pooled features (B, T, n, hidden)"""
