@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
 
-.PHONY: setup demo smollm2 test test-quick lint clean
+.PHONY: setup demo test test-quick lint clean
 
 setup: .venv/installed
 
@@ -16,9 +16,9 @@ setup: .venv/installed
 	touch $@
 
 demo: setup
-	$(BIN)/mu2llm demo
+	$(BIN)/mu2llm demo $(ARGS)
 
-test: setup lint
+test: setup
 	$(BIN)/pytest tests
 
 test-quick: setup
