@@ -116,7 +116,7 @@ def cell(number: Estimate | float | None) -> str:
     if number is None:
         return "–"
     if isinstance(number, Estimate):
-        return f"{number.value:.3f} ({number.low:.3f} … {number.high:.3f})"
+        return f"{number.value:.3f} ({number.low:.2f}–{number.high:.2f})"
     return f"{number:.3f}"
 
 
