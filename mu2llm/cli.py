@@ -59,7 +59,8 @@ def main() -> None:
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """What went wrong → (exit code, one line)."""
+    """What went wrong → (exit code, one line); what a Ray task raised is told as if it had been raised here."""
+    error = _reason(error)
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, Rejection):
@@ -75,6 +76,16 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 2, f"{error.format_message()}; see mu2llm --help"
     first = str(error).strip().splitlines() or [""]
     return 1, f"{type(error).__name__}: {first[0]} (--debug shows where)"
+
+
+def _reason(error: BaseException) -> BaseException:
+    """The first error of ours in a chain of causes, else the deepest one where Ray wrapped it."""
+    chain = [error]
+    while (cause := getattr(chain[-1], "cause", None) or chain[-1].__cause__) and cause not in chain:
+        chain.append(cause)
+    ours = [each for each in chain if isinstance(each, UserError | Failure | Rejection)]
+    wrapped = type(error).__module__.startswith("ray.")
+    return ours[0] if ours else chain[-1] if wrapped else error
 
 
 def show(value: Any, as_json: bool) -> None:

@@ -116,6 +116,19 @@ def test_what_went_wrong_is_one_line(error, code, says):
     assert "\n" not in line
 
 
+def test_what_a_ray_task_raised_is_told_as_it_was(ray_cluster):
+    import ray
+    import ray.exceptions
+
+    @ray.remote
+    def fails():
+        raise Failure("the bucket is gone")
+
+    with pytest.raises(ray.exceptions.RayTaskError) as raised:
+        ray.get(fails.remote())
+    assert cli.explain(raised.value) == (1, "the bucket is gone")
+
+
 def test_tables_for_people_show_nested_values(capsys):
     cli.show({"cases": np.int64(3), "rejected": {"truncated": 1}}, as_json=False)
     assert "truncated" in capsys.readouterr().out
