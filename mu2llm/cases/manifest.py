@@ -22,6 +22,7 @@ from mu2llm.config import DataConfig
 from mu2llm.errors import UserError
 from mu2llm.records import Case
 
+SPLIT_NAMES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
 NESTED = [field.name for field in Case.arrow_schema if field.metadata]
 
 
@@ -89,6 +90,8 @@ def _own_case(row: dict[str, Any], manifest: str, found: Volumes) -> Case:
         if isinstance(values.get(name), str):
             values[name] = json.loads(values[name])
     values["id"] = str(values["id"])
+    if "split" in values:
+        values["split"] = SPLIT_NAMES.get(str(values["split"]).lower(), values["split"])
     values["patient"] = str(values.get("patient", values["id"]))
     values["volume"] = found.name(str(values["volume"]))
     return Case.model_validate({"report": "", "source": manifest, **values})

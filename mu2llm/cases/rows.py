@@ -53,7 +53,8 @@ def read_csv(uri: str, table: CaseTable) -> list[dict[str, str]]:
 
 def read_json_lines(uri: str, table: CaseTable) -> list[dict[str, Any]]:
     """One JSON object a line; a line that is none becomes an empty row."""
-    return [_object(line) for line in read_text(uri, table).splitlines() if line.strip()]
+    lines = read_text(uri, table).split("\n")  # not splitlines: texts may hold other separators
+    return [_object(line) for line in lines if line.strip()]
 
 
 def _object(line: str) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class Shards:
         return open_file(files[0]).schema_arrow
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=256)
 def open_file(uri: str) -> pq.ParquetFile:
     """An opened file and its footer, kept by each process: the files of shards never change under their name."""
     filesystem, path = storage.resolve(uri)

@@ -133,7 +133,7 @@ class Reader:
     block_rows: int
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        for block in batch["id"].tolist():
+        for block in batch["block"].tolist():
             positions = self.share.positions(block * self.block_rows, (block + 1) * self.block_rows)
             items = self.order.items(positions)
             yield {**self.source.read(items), "row": positions, "item": items}
@@ -146,8 +146,9 @@ def blocks(source: Source, order: Order, share: Share, num_cpus: float) -> ray.d
         block_rows -= block_rows % share.local_batch
     block_bytes = block_rows * source.row_bytes
     number = -(-len(share) // block_rows)
-    tasks = max(1, -(-number // max(1, TASK_BYTES // block_bytes, -(-number // MAX_TASKS))))
-    dataset = ray.data.range(number, override_num_blocks=tasks)
+    a_task = max(1, TASK_BYTES // block_bytes, -(-number // MAX_TASKS))
+    tasks = [pa.table({"block": np.arange(at, min(at + a_task, number))}) for at in range(0, number, a_task)]
+    dataset = ray.data.from_arrow(tasks or [pa.table({"block": pa.array([], pa.int64())})])
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = int(0.9 * block_bytes)  # so that each step of a task gives a block
     return dataset.map_batches(
@@ -155,7 +156,7 @@ def blocks(source: Source, order: Order, share: Share, num_cpus: float) -> ray.d
         batch_size=None,
         batch_format="numpy",
         num_cpus=num_cpus,
-        compute=TaskPoolStrategy(size=min(READING_TASKS, tasks)),
+        compute=TaskPoolStrategy(size=max(1, min(READING_TASKS, len(tasks)))),
     )
 
 

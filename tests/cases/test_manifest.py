@@ -73,6 +73,17 @@ def test_everything_wrong_is_counted_and_listed(tmp_path):
     assert set(table.counts) <= set(cases.NOTES)
 
 
+def test_texts_may_hold_any_separator_and_splits_go_by_their_usual_names(tmp_path):
+    rows = scans.write(tmp_path, 3)
+    rows[0] |= {"report": "first\u2028second\x85third", "split": "val"}
+    rows[1] |= {"split": "Training"}
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines), "utf-8")
+    table = read(tmp_path)
+    assert table.cases[0].report == "first\u2028second\x85third"
+    assert [case.split for case in table.cases[:2]] == ["validation", "train"]
+
+
 def test_without_need_for_reports_scans_without_stay(tmp_path):
     rows = scans.write(tmp_path, 3)
     del rows[1]["report"]
