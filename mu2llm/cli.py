@@ -83,9 +83,10 @@ def _reason(error: BaseException) -> BaseException:
     chain = [error]
     while (cause := getattr(chain[-1], "cause", None) or chain[-1].__cause__) and cause not in chain:
         chain.append(cause)
-    ours = [each for each in chain if isinstance(each, UserError | Failure | Rejection)]
-    wrapped = type(error).__module__.startswith("ray.")
-    return ours[0] if ours else chain[-1] if wrapped else error
+    # Ray's wrapper of an error is an instance of that error's class too
+    told = [each for each in chain if not type(each).__module__.startswith("ray.")] or chain[-1:]
+    ours = [each for each in told if isinstance(each, UserError | Failure | Rejection)]
+    return ours[0] if ours else told[-1] if told[0] is not error else error
 
 
 def show(value: Any, as_json: bool) -> None:
