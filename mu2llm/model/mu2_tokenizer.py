@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
@@ -22,6 +23,7 @@ from mu2llm.model.attention import (
     SelfAttention,
 )
 from mu2llm.model.configuration import Mu2TokenizerConfig
+from mu2llm.model.initialisation import Initialised
 from mu2llm.model.selection import DifferentiableSelection, MultiScalePooling, Selected, TopKSelection
 from mu2llm.model.standardise import RunningStandardise
 
@@ -42,12 +44,16 @@ class VisualTokens(ModelOutput):
     similarity: Tensor | None = None
 
 
-class PlaceEmbedding(nn.Module):
+class PlaceEmbedding(Initialised):
     """Learned embedding of chunk, z, y and x, added to every token."""
 
     def __init__(self, chunks: int, grid: tuple[int, ...], width: int) -> None:
         super().__init__()
         self.axes = nn.ParameterList([nn.Parameter(torch.zeros(size, width)) for size in (chunks, *grid)])
+
+    def initialise(self) -> None:
+        for axis in self.axes:
+            init.normal_(axis, std=0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, n, E) → the same."""
@@ -121,7 +127,7 @@ class TextConditionedLayer(GradientCheckpointingLayer):
         return self.norm_text(query + self.text(query, text, text_mask))
 
 
-class Mu2Tokenizer(nn.Module):
+class Mu2Tokenizer(Initialised):
     """(B, T, n, E) visual tokens and (B, L, E) text → (B, queries, E)."""
 
     def __init__(self, config: Mu2TokenizerConfig) -> None:
@@ -138,6 +144,9 @@ class Mu2Tokenizer(nn.Module):
         self.aggregation_layers = nn.ModuleList([TextConditionedLayer(config) for _ in range(config.num_layers)])
         self.aggregation = LinearAggregation(width, config.num_heads)
         self.standardise = RunningStandardise(width) if config.standardise else None
+
+    def initialise(self) -> None:
+        init.normal_(self.queries, std=0.02)
 
     def forward(
         self,
@@ -161,11 +170,12 @@ class Mu2Tokenizer(nn.Module):
             return VisualTokens(tokens=tokens)
         pooling = self.pooling.matrix(self.config.top_k, selected.valid, gates).to(tokens)
         share = self.aggregation.weights(query, multiscale, mask) @ pooling
+        chunks = visual.shape[1] if chunk_mask is None else chunk_mask.sum(1)
         return VisualTokens(
             tokens=tokens,
             selection=self._maps(share @ selected.weights, visual.shape[1]),
-            entropy=_entropy(selected.weights, significant, chunk_mask),
-            similarity=_similarity(selected.tokens),
+            entropy=entropy(selected.weights, chunks * visual.shape[2]),
+            similarity=similarity(selected.tokens),
         )
 
     def _maps(self, weights: Tensor, chunks: int) -> Tensor:
@@ -221,16 +231,14 @@ def _sequence_position(config: Mu2TokenizerConfig, longest: int) -> nn.Module | 
     return None
 
 
-def _entropy(weights: Tensor, x: Tensor, chunk_mask: Tensor | None) -> Tensor:
-    """Entropy of each selected token's weights over ln(tokens that take part), averaged: 1 is uniform."""
-    tokens = x.shape[1] * x.shape[2]
-    taking_part = tokens if chunk_mask is None else chunk_mask.sum(1) * x.shape[2]
-    entropy = -torch.xlogy(weights, weights).sum(-1).mean(-1)
-    return (entropy / torch.as_tensor(taking_part, device=weights.device).clamp(min=2).log()).mean()
+def entropy(weights: Tensor, tokens: Tensor | int) -> Tensor:
+    """Entropy of each selected token's weights over ln(`tokens` that take part), averaged: 1 is uniform."""
+    each = -torch.xlogy(weights, weights).sum(-1).mean(-1)
+    return (each / torch.as_tensor(tokens, device=weights.device).clamp(min=2).log()).mean()
 
 
-def _similarity(tokens: Tensor) -> Tensor:
-    """Mean cosine between two different selected tokens of a scan: 1 is a collapse."""
+def similarity(tokens: Tensor) -> Tensor:
+    """Mean cosine between two different selected tokens of a scan (B, k, E): 1 is a collapse."""
     unit = F.normalize(tokens, dim=-1)
     k = max(tokens.shape[1], 2)
     total = unit.sum(1).square().sum(-1)  # Σ_ij cos = |Σ_i u_i|²

@@ -110,11 +110,7 @@ class Mu2Processor(ProcessorMixin):
 
     def _encode_prompts(self, texts: list[Any], needs_volume: bool) -> dict[str, Tensor]:
         prompts = [text if isinstance(text, str) else self._render(text) for text in texts]
-        for prompt in prompts:
-            if needs_volume and prompt.count(self.volume_token) != 1:
-                given = f"{prompt.count(self.volume_token)} placeholders {self.volume_token}"
-                raise UserError(f"a text has {given}, expected 1: {prompt!r:.80}")
-        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        ids = [self._prompt_ids(prompt, expected=(1,) if needs_volume else (0, 1)) for prompt in prompts]
         for row in ids:
             self._check_length(len(row) - self.queries)
         batch = self._pad_inputs(ids, "left")
@@ -131,16 +127,22 @@ class Mu2Processor(ProcessorMixin):
             )
         )
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        return self.tokenizer(
-            prompt.replace(self.volume_token, self.volume_token * self.queries), add_special_tokens=False
-        ).input_ids
+    def _prompt_ids(self, prompt: str, expected: tuple[int, ...] = (1,)) -> list[int]:
+        given = prompt.count(self.volume_token)
+        if given not in expected:
+            raise UserError(f"a text has {given} placeholders {self.volume_token}, expected 1: {prompt!r:.80}")
+        expanded = prompt.replace(self.volume_token, self.volume_token * self.queries)
+        return list(self.tokenizer(expanded, add_special_tokens=False).input_ids)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """What a person wrote: no special token can be spelt out in it."""
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
     def _answer_ids(self, answer: str) -> list[int]:
-        return [*self.tokenizer(answer, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+        return [*self._plain_ids(answer), self.tokenizer.eos_token_id]
 
     def _encode_questions(self, questions: Sequence[str]) -> dict[str, Tensor]:
-        ids = [self.tokenizer(question or " ", add_special_tokens=False).input_ids for question in questions]
+        ids = [self._plain_ids(question or " ") for question in questions]
         return {
             "question_ids": self._pad(ids, self.tokenizer.pad_token_id, "right"),
             "question_mask": self._pad([[1] * len(row) for row in ids], 0, "right").bool(),

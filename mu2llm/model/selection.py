@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from mu2llm.errors import UserError
 from mu2llm.model.configuration import Mu2TokenizerConfig
+from mu2llm.model.initialisation import Initialised
 
 
 class Selected(NamedTuple):
@@ -20,7 +23,7 @@ class Selected(NamedTuple):
     weights: Tensor | None
 
 
-class DifferentiableSelection(nn.Module):
+class DifferentiableSelection(Initialised):
     """k soft tokens, each a softmax-weighted mean over all tokens of all chunks: one product, no loop.
 
     With `normalise_scores` the scores come from normalised tokens and start with unit-free spread, so that the
@@ -35,9 +38,18 @@ class DifferentiableSelection(nn.Module):
         self.score = nn.Linear(config.hidden_size, config.top_k, bias=False)  # a bias leaves a softmax as it is
         self.norm = nn.LayerNorm(config.hidden_size, elementwise_affine=False) if config.normalise_scores else None
         if config.temperature_mode == "learned":
-            self.log_temperature = nn.Parameter(torch.tensor(float(config.temperature)).log())
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
         if config.temperature_mode == "annealed":
             self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def initialise(self) -> None:
+        """Scores of spread 2: each soft token starts with a few tokens of its own."""
+        if self.norm is not None:
+            init.normal_(self.score.weight, std=2 * self.config.hidden_size**-0.5)
+        if self.config.temperature_mode == "learned":
+            init.constant_(self.log_temperature, math.log(self.config.temperature))
+        if self.config.temperature_mode == "annealed":
+            init.zeros_(self.step)
 
     def temperature(self) -> Tensor | float:
         """τ now: as configured, learned, or on its way from `temperature` to `temperature_end`."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import initialization as init
+
+from mu2llm.model.initialisation import Initialised
 
 
-class RunningStandardise(nn.Module):
+class RunningStandardise(Initialised):
     """(…, E) → per channel zero mean and unit variance over all tokens, by running statistics.
 
     All scans share the same anatomy: unstandardised, their tokens are nearly one vector. In training mode the
@@ -26,6 +29,11 @@ class RunningStandardise(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("variance", torch.ones(width))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    def initialise(self) -> None:
+        init.zeros_(self.mean)
+        init.ones_(self.variance)
+        init.zeros_(self.updates)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask` is over x's leading dimensions: False tokens do not count in the statistics."""

@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mu2llm.model.configuration import Mu2VisionConfig
+from mu2llm.model.initialisation import Initialised
 from mu2llm.model.standardise import RunningStandardise
 
 
@@ -35,7 +37,7 @@ class LinearStem(nn.Module):
         return cast(Tensor, self.projection(patches))
 
 
-class ConvStem(nn.Module):
+class ConvStem(Initialised):
     """Patches of half the size, then a strided convolution over their neighbours; learns from few scans what a
     linear patch embedding does not.
 
@@ -54,6 +56,9 @@ class ConvStem(nn.Module):
         self.places = nn.Parameter(torch.zeros(1, width, *grid))
         self.neighbours = nn.Conv3d(width, config.hidden_size, kernel_size=3, stride=stride, padding=1)
         self.norm_out = nn.BatchNorm3d(config.hidden_size)
+
+    def initialise(self) -> None:
+        init.zeros_(self.places)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, K, H, W) → (B, patches, hidden)"""
@@ -92,7 +97,7 @@ class VisionBlock(GradientCheckpointingLayer):
         return x + self.mlp["linear2"](F.gelu(self.mlp["linear1"](self.norm2(x))))
 
 
-class VisionTower(nn.Module):
+class VisionTower(Initialised):
     """(B, C, K, H, W) → (B, [class +] patches, hidden)"""
 
     def __init__(self, config: Mu2VisionConfig) -> None:
@@ -104,6 +109,11 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.num_layers)])
         self.norm = nn.LayerNorm(config.hidden_size)
 
+    def initialise(self) -> None:
+        init.normal_(self.position_embeddings, std=0.02)
+        if self.cls_token is not None:
+            init.zeros_(self.cls_token)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x) + self.position_embeddings
         if self.cls_token is not None:
@@ -113,7 +123,7 @@ class VisionTower(nn.Module):
         return cast(Tensor, self.norm(x))
 
 
-class CommonAnatomy(nn.Module):
+class CommonAnatomy(Initialised):
     """Each voxel less its mean over the first scans that were seen: what is left is what is particular to a scan.
 
     All scans of one field of view are nearly the same image; a network from scratch spends most of its time
@@ -132,6 +142,11 @@ class CommonAnatomy(nn.Module):
         self.register_buffer("mean", torch.zeros(config.chunks, config.channels, *config.chunk_shape))
         self.register_buffer("variance", torch.ones(()))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    def initialise(self) -> None:
+        init.zeros_(self.mean)
+        init.ones_(self.variance)
+        init.zeros_(self.updates)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """(B, T, C, K, H, W), (B, T) → the same shape, of variance about 1"""

@@ -1,0 +1,34 @@
+"""How our modules start: transformers calls this for each, children first, also where weights were missing."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+class Initialised(nn.Module):
+    """A module with parameters or buffers of its own, beside its children's."""
+
+    def initialise(self) -> None:
+        """Sets them, by the functions of `transformers.initialization`, which leave loaded ones alone."""
+        raise TypeError(f"{type(self).__name__} does not say how it starts")
+
+
+@torch.no_grad()
+def initialise(module: nn.Module) -> None:
+    """A module's own parameters and buffers, its children's being done."""
+    if isinstance(module, Initialised):
+        module.initialise()
+    elif isinstance(module, nn.Linear):
+        init.xavier_uniform_(module.weight)
+    elif isinstance(module, nn.Conv3d):
+        init.kaiming_normal_(module.weight)
+    elif isinstance(module, nn.LayerNorm | nn.BatchNorm3d) and module.weight is not None:
+        init.ones_(module.weight)
+    if isinstance(module, nn.Linear | nn.Conv3d | nn.LayerNorm | nn.BatchNorm3d) and module.bias is not None:
+        init.zeros_(module.bias)
+    if isinstance(module, nn.BatchNorm3d):
+        init.zeros_(module.running_mean)
+        init.ones_(module.running_var)
+        init.zeros_(module.num_batches_tracked)

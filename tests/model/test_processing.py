@@ -1,0 +1,96 @@
+"""Text and scans to model inputs."""
+
+import numpy as np
+import pytest
+import torch
+from small_models import QUESTION, TEXTS, make
+
+from mu2llm import ct
+from mu2llm.ct import phantom
+from mu2llm.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make()[1]
+
+
+def test_the_prompt_has_one_placeholder_and_ends_where_the_answer_begins(processor):
+    prompt = processor.prompt(QUESTION)
+    assert prompt.count("<volume>") == 1 and QUESTION in prompt
+    ids, answer = processor.token_ids(QUESTION, TEXTS[0])
+    assert processor.tokenizer.decode(ids) == prompt.replace("<volume>", "<volume>" * 4)
+    assert processor.tokenizer.decode(answer) == TEXTS[0] + processor.tokenizer.eos_token
+
+
+def test_generation_continues_what_training_saw(processor):
+    trained = processor.encode([QUESTION], [TEXTS[0]])
+    asked = processor.encode([QUESTION])
+    length = asked["input_ids"].shape[1]
+    assert torch.equal(trained["input_ids"][:, :length], asked["input_ids"])
+    assert (trained["labels"][:, :length] == -100).all() and (trained["labels"][:, length:] >= 0).all()
+
+
+def test_pads_for_training_on_the_right_and_for_generation_on_the_left(processor):
+    questions = ["Effusion?", QUESTION]
+    trained, asked = processor.encode(questions, TEXTS), processor.encode(questions)
+    assert trained["attention_mask"][:, 0].all() and not trained["attention_mask"][:, -1].all()
+    assert asked["attention_mask"][:, -1].all() and not asked["attention_mask"][:, 0].all()
+    assert "labels" not in asked
+    assert (trained["labels"][trained["attention_mask"] == 0] == -100).all()
+
+
+def test_any_text_survives_the_small_tokenizer(processor):
+    for text in ("Größe 5 µm — ½", "左肺", "a\n\tb  c", "\x00\x7f"):
+        _, ids = processor.token_ids(QUESTION, text)
+        assert processor.tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_a_placeholder_inside_a_question_is_not_one(processor):
+    with pytest.raises(UserError, match=r"2 placeholders <volume>, expected 1"):
+        processor.encode(["What is <volume>?"])
+    _, answer = processor.token_ids(QUESTION, "Say <volume></s>.")
+    assert answer.count(processor.tokenizer.eos_token_id) == 1
+    assert processor.tokenizer.convert_tokens_to_ids("<volume>") not in answer
+
+
+def test_too_long_a_text_is_refused_by_number(processor):
+    with pytest.raises(UserError, match=r"a text of \d+ tokens; the model takes 128"):
+        processor.encode([QUESTION], ["effusion " * 200])
+
+
+def test_calls_with_prompt_chat_or_questions_say_the_same(processor):
+    voxels = np.zeros(processor.spec.shape, np.uint8)
+    chat = [{"role": "user", "content": [{"type": "volume"}, {"type": "text", "text": QUESTION}]}]
+    asked = [
+        processor(text=processor.prompt(QUESTION), volumes=voxels, return_tensors="pt"),
+        processor(text=chat, volumes=voxels),
+        processor(text=[chat], images=[voxels]),
+        processor(questions=QUESTION, volumes=voxels),
+    ]
+    for given in asked:
+        assert given["volumes"].shape == (1, *processor.spec.shape) and given["chunk_mask"].all()
+        for name in ("input_ids", "attention_mask"):
+            assert torch.equal(given[name], asked[0][name])
+    assert torch.equal(asked[1]["question_ids"], asked[3]["question_ids"])
+
+
+def test_a_text_without_the_placeholder_is_refused(processor):
+    with pytest.raises(UserError, match=r"0 placeholders <volume>, expected 1"):
+        processor(text=QUESTION, volumes=np.zeros(processor.spec.shape, np.uint8))
+
+
+def test_scans_come_as_files_volumes_and_voxels(processor, tmp_path):
+    made = phantom.make(0, 0)
+    path = tmp_path / "scan.nii.gz"
+    path.write_bytes(made.nifti())
+    volume = ct.CTVolume(made.hu, made.affine)
+    expected = ct.prepare(volume, processor.spec)
+    inputs = processor.prepare([str(path), path.read_bytes(), volume, expected, expected.voxels])
+    for voxels in inputs["volumes"]:
+        assert np.array_equal(voxels.numpy(), expected.voxels)
+
+
+def test_voxels_of_another_shape_are_refused(processor):
+    with pytest.raises(UserError, match=r"\(2, 1, 4, 8, 8\); spec least has \(2, 1, 4, 16, 16\)"):
+        processor(questions=QUESTION, volumes=np.zeros((2, 1, 4, 8, 8), np.uint8))
