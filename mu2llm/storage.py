@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,8 @@ from mu2llm.errors import Failure, UserError
 T = TypeVar("T")
 ATTEMPTS = 5
 SDK_ATTEMPTS = 4  # of one request within each of them
+REQUESTS = 16  # at once, for the files of a folder
+READ_BYTES = 2**25  # of one request, at most
 BACK_OFF_S = 0.1  # before the second attempt; doubled before each further one
 EMBEDDED_ROOT = "MU2LLM_S3_ROOT"  # the folder behind the embedded server, known to every process it serves
 
@@ -151,22 +154,31 @@ def read_bytes(uri: str) -> bytes:
 
 
 def download(uri: str, path: Path) -> None:
-    """Copies a file, or a folder with all that is in it, to a local path, whole: every length is checked."""
+    """Copies a file, or a folder with all that is in it, to a local path, whole: every length is checked.
+
+    A FileNotFoundError where there is neither.
+    """
     filesystem, source = resolve(uri)
-    if info(uri).type != pafs.FileType.File:
-        for each in list_files(uri):
-            below = each.path.removeprefix(source).lstrip("/")
-            download(join(uri, below), path / below)
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def copy() -> None:
         with filesystem.open_input_file(source) as stream, path.open("wb") as target:
-            shutil.copyfileobj(stream, target, 2**22)
+            shutil.copyfileobj(stream, target, READ_BYTES)
             if target.tell() != stream.size():
                 raise OSError(f"{uri}: {target.tell()} of {stream.size()} bytes arrived")
 
-    retried(uri, copy)
+    if isinstance(filesystem, pafs.LocalFileSystem) and Path(source).is_dir():
+        shutil.copytree(source, path)
+        return
+    try:
+        retried(uri, copy)
+    except FileNotFoundError:
+        files = list_files(uri)
+        if not files:
+            raise
+        names = [each.path.removeprefix(source).lstrip("/") for each in files]
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            list(pool.map(lambda name: download(join(uri, name), path / name), names))
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import ray
 import ray.data
@@ -185,14 +184,14 @@ def _scans(
 
 
 def fetch(uri: str, folder: Path) -> Path:
-    """A scan as a local path: itself if it is local, else copied below `folder`; Rejection where there is none."""
-    kind = storage.info(uri).type
-    if kind == pafs.FileType.NotFound:
-        raise Rejection(uri, "not_found", "there is nothing under this path or URI")
+    """A scan as a local path: itself if it is local, else copied below `folder`; Rejection where it is not there."""
     if not storage.is_remote(uri):
         return Path(storage.resolve(uri)[1])
     local = folder / uri.rstrip("/").rsplit("/", 1)[-1]
-    storage.download(uri, local)
+    try:
+        storage.download(uri, local)
+    except FileNotFoundError:
+        raise Rejection(uri, "not_found", "there is nothing under this path or URI") from None
     return local
 
 
