@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
 from mu2llm import storage, weights
 from mu2llm.config import ContrastiveConfig, LoraSettings, ModelConfig
 from mu2llm.errors import UserError
+from mu2llm.model import published
 from mu2llm.model.configuration import Mu2Config, Mu2ContrastiveConfig, Mu2TokenizerConfig, Mu2VisionConfig
 from mu2llm.model.contrastive import Mu2ForContrastive
 from mu2llm.model.initialisation import initialise
@@ -140,23 +140,23 @@ def load(uri: str) -> tuple[Mu2ForConditionalGeneration, Mu2Processor]:
 
 
 def load_vision(model: Mu2ForConditionalGeneration | Mu2ForContrastive, uri: str) -> None:
-    """The vision encoder's weights and running statistics from a checkpoint of ours, of any stage.
+    """The vision encoder from a checkpoint of ours, of any stage, or from M3D-CLIP's `pretrained_ViT.bin`.
 
-    Raises UserError where the shapes differ or something is missing.
+    Raises UserError where something is missing, left over, or of another shape.
     """
-    with storage.local_copy(uri) as folder:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{uri} has no *.safetensors to take the vision encoder from")
-        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    vision = {
-        name.split("vision.", 1)[1]: t for name, t in tensors.items() if name.startswith(("vision.", "model.vision."))
-    }
     target = model.vision if isinstance(model, Mu2ForContrastive) else model.model.vision
-    try:
-        target.load_state_dict(vision)
-    except RuntimeError as error:
-        raise UserError(f"{uri}: its vision encoder does not fit: {str(error).splitlines()[1].strip()}") from error
+    with storage.local_copy(uri) as path:
+        tensors = published.read_tensors(path)
+        if path.is_file():
+            weights_ = published.vision_weights(tensors, target)
+        else:
+            ours = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+            weights_ = {n.removeprefix("vision."): t for n, t in ours.items() if n.startswith("vision.")}
+    report = published.differences(target, weights_)
+    if report["missing"] or report["unused"]:
+        first = (report["missing"] or report["unused"])[0]
+        raise UserError(f"{uri}: its vision encoder does not fit this model's settings, such as {first}")
+    target.load_state_dict(weights_)
 
 
 def add_lora(model: Mu2ForConditionalGeneration, settings: LoraSettings) -> PeftModel:

@@ -1,68 +1,44 @@
-"""Published checkpoints (u2Tokenizer's layout, M3D-CLIP's vision tower) → ours, key by key.
+"""Published checkpoints (u2Tokenizer's layout) → ours, and published modules by their constructor's arguments.
 
-Keys of the published code that never reach its output are dropped by name (`WITHOUT_EFFECT`); any other key
-that is left over, or missing, is reported and nothing is written.
+A key that is missing or left over is reported, and nothing is written.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from mu2llm import ct
 from mu2llm.config import DataConfig, Experiment, ModelConfig
 from mu2llm.errors import Failure, UserError
+from mu2llm.model import published
 from mu2llm.model.building import configuration, processor_for
 from mu2llm.model.configuration import Mu2TokenizerConfig, Mu2VisionConfig
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.model.mu2_tokenizer import Mu2Tokenizer
+from mu2llm.model.published import (
+    PROJECTOR,
+    TOKENIZER,
+    VISION,
+    Rules,
+    differences,
+    read_tensors,
+    rename,
+    without_effect,
+)
 from mu2llm.model.vision import Projector, VisionTower, pool_patches
 from mu2llm.records import Checkpoint, Lineage
 
-_ATTENTION = [
-    (r"w([qkv])\.(weight|bias)", r"qkv.\2#\1"),
-    (r"dense\.", "output."),
-    (r"relative_bias", "position.table"),
-    (r"in_proj_(weight|bias)", r"qkv.\1"),
-    (r"out_proj\.", "output."),
-]
-_CROSS = [
-    (r"wq\.", "query."),
-    (r"w([kv])\.(weight|bias)", r"key_value.\2#\1"),
-    (r"dense\.", "output."),
-]
-_TOKENIZER = [
-    (r"query_tokens", "queries", []),
-    (r"svt_module\.attention_network\.layers\.(\d+)\.(spatial|temporal)_attention\.", r"layers.\1.\2.", _ATTENTION),
-    (r"svt_module\.token_selection\.score_net\.", "selection.score.", []),
-    (r"svt_module\.dynamic_pool\.gate_fc\.", "pooling.gate.", []),
-    (r"tta_module\.layers_vt\.(\d+)\.self_attention\.", r"aggregation_layers.\1.among.", _ATTENTION),
-    (r"tta_module\.layers_vt\.(\d+)\.visual_cross_attention\.", r"aggregation_layers.\1.visual.", _CROSS),
-    (r"tta_module\.layers_vt\.(\d+)\.text_cross_attention\.", r"aggregation_layers.\1.text.", _CROSS),
-    (r"tta_module\.layers_vt\.(\d+)\.norm_self\.", r"aggregation_layers.\1.norm_among.", []),
-    (r"tta_module\.layers_vt\.(\d+)\.norm_cross_v\.", r"aggregation_layers.\1.norm_visual.", []),
-    (r"tta_module\.layers_vt\.(\d+)\.norm_cross_t\.", r"aggregation_layers.\1.norm_text.", []),
-    (r"tta_module\.layer_linagg\.linear_aggregator\.wq\.", "aggregation.query.", []),
-    (r"tta_module\.layer_linagg\.linear_aggregator\.wk\.", "aggregation.key.", []),
-]
-_VISION = [
-    (r"patch_embedding\.patch_embeddings\.1\.", "tower.stem.projection.", []),
-    (r"patch_embedding\.position_embeddings", "tower.position_embeddings", []),
-    (r"(cls_token|norm\.|blocks\.)", r"tower.\1", []),
-]
-_PROJECTOR = [(r"projector\.", "projector.layers.", [])]
-WITHOUT_EFFECT = re.compile(
-    r"layer_linagg\.linear_aggregator\.(wv|dense)\.|dynamic_pool\.gate_fc\.bias|norm_cross_attn\.|patch_embedding\.cls_token|rotary_emb\.inv_freq"
-)
+PLACEHOLDER = "<im_patch>"
 _TEXT_TYPES = ("llama", "qwen3", "qwen2", "phi3", "phi")
 _OWN_KEYS = re.compile(
     r"^(u2t_|proj_|mm_|vision_|image_|enable_|seg)|^(patch_size|num_3d_query_token|use_multi_scale|attn_type|auto_map)$"
@@ -90,7 +66,7 @@ def load_reference_tokenizer(weights: Mapping[str, Tensor], **arguments: Any) ->
     Raises Failure where keys are missing or left over.
     """
     tokenizer = Mu2Tokenizer(reference_tokenizer_config(**arguments))
-    _load(tokenizer, rename(weights, _TOKENIZER, tokenizer))
+    published.load(tokenizer, rename(weights, TOKENIZER, tokenizer))
     return ReferenceTokenizer(tokenizer).eval()
 
 
@@ -118,9 +94,8 @@ def load_reference_vision(
     """
     config = Mu2VisionConfig(chunk_shape=tuple(img_size), projector_layers=layers, **arguments)
     module = ReferenceVision(config, projector_out)
-    rules = [(rf"vision\.{pattern}", target, inner) for pattern, target, inner in _VISION]
-    rules += [(rf"projector\.{pattern}", target, inner) for pattern, target, inner in _PROJECTOR]
-    _load(module, rename(weights, rules, module))
+    rules = _below("vision", VISION, "") + _below("projector", PROJECTOR, "")
+    published.load(module, rename(weights, rules, module))
     return module.double().eval()
 
 
@@ -166,93 +141,19 @@ def _choices(attn_type: str, enable_diffts: bool, enable_dmtp: bool, use_multi_s
     }
 
 
-def rename(weights: Mapping[str, Tensor], rules: list[Any], module: nn.Module) -> dict[str, Tensor]:
-    """Published names → ours; q, k and v of one attention become one tensor. What no rule knows keeps its name."""
-    renamed: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
-    wanted = module.state_dict().keys()
-    for name, tensor in weights.items():
-        if WITHOUT_EFFECT.search(name):
-            continue
-        target = _target(name, rules)
-        if target.endswith("selection.score.bias") and target not in wanted:
-            continue  # the same for all tokens: a softmax over them does not see it
-        whole, separator, part = target.partition("#")
-        if separator:
-            parts.setdefault(whole, {})[part] = tensor
-        else:
-            renamed[target] = tensor
-    for whole, tensors in parts.items():
-        renamed[whole] = torch.cat([tensors[part] for part in sorted(tensors, key="qkv".index)])
-    return renamed
-
-
-def _target(name: str, rules: list[Any]) -> str:
-    for pattern, replacement, inner in rules:
-        match = re.match(pattern, name)
-        if not match:
-            continue
-        rest = name[match.end() :]
-        for inner_pattern, inner_replacement in inner:
-            if re.match(inner_pattern, rest):
-                rest = re.sub(f"^{inner_pattern}", inner_replacement, rest)
-                break
-        return match.expand(replacement) + rest
-    return name
-
-
-def _load(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    report = differences(module, weights)
-    if report["missing"] or report["unused"]:
-        raise Failure(f"the weights do not fit: missing {report['missing']}, unused {report['unused']}")
-    module.load_state_dict(weights)
-
-
-def differences(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
-    """Names that the module lacks weights for (`missing`, wrong shapes too) and weights without a place (`unused`)."""
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = [
-        f"{n}: {given[n]}, expected {expected[n]}" for n in expected.keys() & given.keys() if given[n] != expected[n]
-    ]
-    return {
-        "missing": sorted([*(expected.keys() - given.keys()), *wrong]),
-        "unused": sorted(given.keys() - expected.keys()),
-    }
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a folder or file of safetensors or torch's .bin; of the latter tensors only, no pickled code."""
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors")] or [*path.glob("*.bin")])
-    files = [file for file in files if file.name not in ("training_args.bin", "optimizer.bin", "scheduler.bin")]
-    if not files:
-        raise UserError(f"{path} has no *.safetensors and no *.bin")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            tensors |= load_file(file)
-        else:
-            tensors |= torch.load(file, map_location="cpu", weights_only=True)
-    return tensors
-
-
 def convert_reference(directory: str, out: str) -> dict[str, Any]:
-    """A published checkpoint's folder → a checkpoint of ours at `out`; {checkpoint, missing, unused, dropped}.
+    """A published checkpoint's folder → a checkpoint of ours at `out`: {checkpoint, missing, unused, dropped}.
 
-    Raises UserError where the folder is not of that layout, Failure (naming the keys) where keys are missing
-    or left over; then nothing is written.
+    `dropped` are weights without effect. Raises UserError where the folder is not of that layout, Failure (naming
+    the keys) where keys are missing or left over; then nothing is written.
     """
     folder = Path(directory)
-    published = _read_config(folder)
+    settings = _read_config(folder)
     tensors = read_tensors(folder)
-    settings = _model_settings(published)
-    spec = _spec(published)
-    text_config = _text_config(published, tensors)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    placeholder = tokenizer.convert_tokens_to_ids("<im_patch>")
-    if placeholder is None or placeholder == tokenizer.unk_token_id:
-        raise UserError(f"{directory}: its tokenizer has no <im_patch>; is it a μ²LLM checkpoint?")
-    config = configuration(settings, spec, text_config, placeholder)
+    model_settings, spec = _model_settings(settings, tensors), _spec(settings)
+    tokenizer = _tokenizer(folder)
+    placeholder = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+    config = configuration(model_settings, spec, _text_config(settings, tensors), placeholder)
     with torch.device("meta"):
         model = Mu2ForConditionalGeneration(config)
     renamed = rename(tensors, _whole_rules(), model)
@@ -261,16 +162,28 @@ def convert_reference(directory: str, out: str) -> dict[str, Any]:
     report = differences(model, renamed)
     if report["missing"] or report["unused"]:
         raise Failure(f"{directory} does not convert: missing {report['missing']}, unused {report['unused']}")
-    model.load_state_dict(renamed, assign=True)
-    model.tie_weights()
-    _publish(
-        model,
-        _raw_processor(config, spec, tokenizer),
-        Experiment(name="converted", data=DataConfig(spec=spec), model=settings),
-        out,
-    )
-    dropped = sorted(name for name in tensors if WITHOUT_EFFECT.search(name) or name.endswith("score_net.bias"))
-    return {"checkpoint": out, **report, "dropped": dropped}
+    whole = Mu2ForConditionalGeneration.from_pretrained(None, config=config, state_dict=renamed, dtype=_dtype(renamed))
+    if (folder / "generation_config.json").is_file():
+        whole.generation_config = GenerationConfig.from_pretrained(folder)
+    experiment = Experiment(name="converted", data=DataConfig(spec=spec), model=model_settings)
+    _publish(whole, _raw_processor(config, spec, tokenizer), experiment, out)
+    return {"checkpoint": out, **report, "dropped": sorted(n for n in tensors if without_effect(n, whole))}
+
+
+def _dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    return weights["model.language_model.embed_tokens.weight"].dtype
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, read beside its config.json, which names classes that are not transformers' own."""
+    with tempfile.TemporaryDirectory() as alone:
+        for pattern in ("*token*", "vocab*", "merges.txt", "chat_template*"):
+            for file in folder.glob(pattern):
+                shutil.copy(file, alone)
+        tokenizer = AutoTokenizer.from_pretrained(alone)
+    if tokenizer.convert_tokens_to_ids(PLACEHOLDER) in (None, tokenizer.unk_token_id):
+        raise UserError(f"{folder}: its tokenizer has no {PLACEHOLDER}; is it a published μ²LLM?")
+    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def _publish(model: Mu2ForConditionalGeneration, processor: Any, experiment: Experiment, out: str) -> None:
@@ -286,16 +199,22 @@ def _publish(model: Mu2ForConditionalGeneration, processor: Any, experiment: Exp
 
 def _raw_processor(config: Any, spec: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The published prompt: placeholders and question, nothing else, whatever chat format the backbone has."""
-    processor = processor_for(config, spec, tokenizer, volume_token="<im_patch>")
+    processor = processor_for(config, spec, tokenizer, volume_token=PLACEHOLDER)
     processor.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return processor
 
 
-def _whole_rules() -> list[Any]:
-    rules = [(rf"model\.u2tokenizer\.{pattern}", f"model.mu2_tokenizer.{t}", inner) for pattern, t, inner in _TOKENIZER]
-    rules += [(rf"model\.vision_tower\.vision_tower\.{pattern}", f"model.vision.{t}", i) for pattern, t, i in _VISION]
-    rules += [(rf"model\.mm_projector\.{pattern}", f"model.{t}", inner) for pattern, t, inner in _PROJECTOR]
-    return [*rules, (r"model\.(?!u2tokenizer|vision_tower|mm_projector)", "model.language_model.", [])]
+def _whole_rules() -> Rules:
+    return [
+        *_below("model.u2tokenizer", TOKENIZER, "model.mu2_tokenizer."),
+        *_below("model.vision_tower.vision_tower", VISION, "model.vision."),
+        *_below("model.mm_projector", PROJECTOR, "model."),
+        (r"model\.(?!u2tokenizer|vision_tower|mm_projector)", "model.language_model.", []),
+    ]
+
+
+def _below(prefix: str, rules: Rules, ours: str) -> Rules:
+    return [(re.escape(prefix) + r"\." + pattern, ours + target, inner) for pattern, target, inner in rules]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -308,33 +227,35 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return dict(published)
 
 
-def _model_settings(published: dict[str, Any]) -> ModelConfig:
-    patch = tuple(published["patch_size"])
-    depth_first = published["image_size"][0] <= published["image_size"][-1]
-    attention = published.get("attn_type", "rma" if published.get("enable_rpe", True) else "mha")
-    choices = _choices(
-        attention,
-        published.get("enable_diffts", False),
-        published.get("enable_dmtp", False),
-        published.get("use_multi_scale", True),
-    )
+def _model_settings(published: dict[str, Any], tensors: Mapping[str, Tensor]) -> ModelConfig:
+    """What the configuration says, and where its keys changed over time, what the weights are."""
+    tower, tokenizer = "model.vision_tower.vision_tower", "model.u2tokenizer"
+    mlp = tensors.get(f"{tower}.blocks.0.mlp.linear1.weight")
+    score = tensors.get(f"{tokenizer}.svt_module.token_selection.score_net.weight")
+    if mlp is None or score is None:
+        raise UserError(f"the weights have no {tower} or no {tokenizer}; is it a checkpoint of the published μ²LLM?")
+    names = "\n".join(tensors)
+    attention = "rma" if "relative_bias" in names else "mha" if "in_proj_weight" in names else "rope"
     return ModelConfig.model_validate(
         {
             "face": "reference",
             "language_model": published.get("_name_or_path", ""),
             "vision": {
-                "hidden_size": published.get("mm_hidden_size", 768),
-                "patch_size": patch,
+                "hidden_size": mlp.shape[1],
+                "mlp_dim": mlp.shape[0],
+                "num_layers": len(set(re.findall(rf"{re.escape(tower)}\.blocks\.(\d+)\.", names))),
+                "num_heads": max(1, mlp.shape[1] // 64),  # as MONAI's ViT, whose heads have 64 channels
+                "patch_size": published["patch_size"],
                 "pooling": published.get("proj_pooling_size", 2),
                 "projector_layers": published.get("proj_layer_num", 2),
-                "true_grid": depth_first,
+                "true_grid": published["image_size"][0] <= published["image_size"][-1],
             },
             "tokenizer": {
                 "num_layers": published["u2t_num_layers"],
                 "num_heads": published["u2t_num_heads"],
                 "queries": published["num_3d_query_token"],
                 "top_k": published["u2t_top_k"],
-                **choices,
+                **_choices(attention, len(score) > 1, "dynamic_pool" in names, published.get("use_multi_scale", True)),
             },
         }
     )
@@ -348,7 +269,7 @@ def _spec(published: dict[str, Any]) -> Any:
     return spec.model_copy(update={"grid": (depth * spec.chunks, edge, edge)})
 
 
-def _text_config(published: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+def _text_config(published: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     kind = published["model_type"].lower().removeprefix("u2")
     if kind not in _TEXT_TYPES:
         raise UserError(f"backbone {published['model_type']!r} is not known; there are {', '.join(_TEXT_TYPES)}")
