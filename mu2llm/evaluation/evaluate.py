@@ -21,8 +21,9 @@ from mu2llm.evaluation.audits import prior_report
 from mu2llm.evaluation.decoding import Decoding
 from mu2llm.evaluation.encode import load_encoder, vision_digest
 from mu2llm.evaluation.generate import Progress, generate
+from mu2llm.evaluation.leaderboard import rows, track
 from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
-from mu2llm.evaluation.report import write_report
+from mu2llm.evaluation.report import PAGE, write_report
 from mu2llm.evaluation.results import METRICS, Header, Results
 from mu2llm.green import load_judge
 from mu2llm.records import Case, Checkpoint, Judgement
@@ -49,8 +50,8 @@ def compare(
 ) -> Results:
     """Several checkpoints (run → URI) on the same cases in one pass, with paired differences of later ones to earlier.
 
-    Reports that are already in `out` are not written again. Raises UserError where checkpoints and shards do not
-    fit, or `out` holds another evaluation.
+    Reports that are already in `out` are not written again; results that are new there go to the tracking store too.
+    Raises UserError where checkpoints and shards do not fit, or `out` holds another evaluation.
     """
     shards = Shards.open(data)
     request = _request(checkpoints, shards, split, experiment)
@@ -58,7 +59,12 @@ def compare(
         _write_predictions(request, shards, out, progress)
     elif Header.open(out).identity != request.identity:
         raise UserError(f"{out} holds another evaluation; give another --out or delete it")
-    return rescore(out, experiment)
+    before = Results.open(out) if storage.exists(storage.join(out, METRICS)) else None
+    results = rescore(out, experiment)
+    if results != before:
+        for row in rows(results, storage.lasting(storage.join(out, PAGE))):
+            track(row)
+    return results
 
 
 def rescore(out: str, experiment: Experiment) -> Results:

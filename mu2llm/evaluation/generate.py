@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 from ray.data import ActorPoolStrategy
+from ray.exceptions import RayError
 
 from mu2llm import storage
 from mu2llm.cases import Shards
-from mu2llm.errors import UserError
+from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation.predictions import Prediction, Request
 from mu2llm.evaluation.writer import Reader, Writer
 from mu2llm.records import Case, Checkpoint
@@ -103,6 +104,7 @@ def _written(
     reader = Reader.of(request, shards, order)
     batches = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
     batches.context.target_max_block_size = None  # a batch stays one block, however large
+    batches.context.raise_original_map_exception = True
     written = batches.map_batches(reader, batch_size=1, batch_format="numpy", num_cpus=0.25).map_batches(
         Writer,
         fn_constructor_args=(request, {case.id: case.patient for case in cases}),
@@ -112,6 +114,16 @@ def _written(
         num_cpus=request.cpus,
         num_gpus=request.gpus,
     )
-    for table in written.iter_batches(batch_size=None, batch_format="pyarrow"):
-        assert isinstance(table, pa.Table)
-        yield table["batch"][0].as_py(), table.drop_columns("batch").cast(Prediction.arrow_schema)
+    try:
+        for table in written.iter_batches(batch_size=None, batch_format="pyarrow"):
+            assert isinstance(table, pa.Table)
+            yield table["batch"][0].as_py(), table.drop_columns("batch").cast(Prediction.arrow_schema)
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, UserError | Failure):
+            raise cause from error
+        why = str(cause or error).strip().splitlines()[0]
+        raise Failure(
+            f"writing reports failed: {type(cause or error).__name__}: {why}; what was written is kept, run again to "
+            "go on (out of memory: lower evaluation.batch_size)"
+        ) from error

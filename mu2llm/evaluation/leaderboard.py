@@ -3,7 +3,7 @@ together; the paper's own numbers stand below, with their source."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -11,12 +11,17 @@ from pydantic import BaseModel
 from rich.table import Table
 from rich.text import Text
 
+from mu2llm import tracking
 from mu2llm.evaluation import published
 from mu2llm.evaluation.report.page import source
 from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.records import Estimate
 
 SHOWN = ("finding_f1", "green", "ce_macro_f1", "bleu_1", "rouge_1", "rouge_l", "meteor", "bert_score")
+
+
+ROW = "leaderboard_row"
+"""The tag under which a tracked run keeps its row, as JSON."""
 
 
 class Row(BaseModel):
@@ -59,6 +64,27 @@ def rows(results: Results, report: str | None = None) -> list[Row]:
         )
         for run, result in results.runs.items()
     ]
+
+
+def track(row: Row) -> None:
+    """Puts a checkpoint's row into the tracking store, as a run of the stage `evaluate` with its metrics."""
+    if row.checkpoint is None:
+        return
+    of = {"data": row.data, "split": row.split, "judge": row.judge}
+    run = tracking.start_stage("evaluate", of, {"checkpoint": row.checkpoint, ROW: row.model_dump_json()})
+    numbers = {name: value for name, value in row.metrics.items() if isinstance(value, Estimate)}
+    run.log({name: number.value for name, number in numbers.items()}, step=0)
+    tracking.end_stage(run, {"report": row.report or "", "red_line": row.red_line})
+
+
+def tracked(tags: Iterable[Mapping[str, str]]) -> list[Row]:
+    """The rows in the tags of tracked runs; of a checkpoint evaluated again on the same data, the first given."""
+    found: dict[tuple[str, ...], Row] = {}
+    for each in tags:
+        if ROW in each:
+            row = Row.model_validate_json(each[ROW])
+            found.setdefault((row.checkpoint or row.run, *row.league), row)
+    return list(found.values())
 
 
 def paper() -> list[Row]:

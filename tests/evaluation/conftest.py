@@ -2,6 +2,12 @@ import pytest
 from small_runs import case, write_checkpoint, write_shards
 
 
+@pytest.fixture(autouse=True)
+def tracking_store(tmp_path, monkeypatch):
+    """Every test's own, so that none writes into the working directory."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     return write_shards(str(tmp_path_factory.mktemp("shards")), [case(i) for i in range(10)])

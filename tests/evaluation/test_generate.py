@@ -171,3 +171,9 @@ def test_on_ray_and_resumed(ray_cluster, checkpoints, tmp_path):
     again = generate(asked, state, progress=lambda done, total: seen.append(done))
     assert len(seen) == 1
     assert again == first
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_in_an_actor_is_one_line(ray_cluster, shards, checkpoints):
+    with pytest.raises(UserError, match="tokens; the model takes 128"):
+        generate(request(shards, checkpoints, question="word " * 200))

@@ -57,3 +57,21 @@ def test_names_cannot_break_out_of_the_table():
     evil = [row("<script>|x", 0.5)]
     assert "<script>" not in leaderboard.html(evil)
     assert "\\|x" in leaderboard.markdown(evil)
+
+
+@pytest.mark.slow
+def test_rows_come_back_from_the_tracking_store():
+    from mlflow.tracking import MlflowClient
+
+    from mu2llm import tracking
+
+    rows = [each.model_copy(update={"checkpoint": f"s3://b/{each.run}"}) for each in ROWS]
+    for each in [*rows, ROWS[0]]:  # the last has no checkpoint: the fixed report is not tracked
+        leaderboard.track(each)
+    client = MlflowClient(tracking_uri=tracking.store())
+    [experiment] = client.search_experiments(filter_string=f"name = '{tracking.EXPERIMENT}'")
+    found = client.search_runs([experiment.experiment_id])
+    assert len(found) == 4
+    assert {run.data.metrics["green"] for run in found} == {0.3, 0.9, 0.4, 0.8}
+    back = leaderboard.tracked(run.data.tags for run in [*found, *found])
+    assert sorted(back, key=lambda each: each.run) == sorted(rows, key=lambda each: each.run)
