@@ -166,8 +166,6 @@ def _read(sections: dict[str, str]) -> Judgement:
     significant, significant_sentences = _errors(sections["significant"], _SECTIONS["significant"])
     insignificant, insignificant_sentences = _errors(sections["insignificant"], _SECTIONS["insignificant"])
     matched, rest = _count(sections["matched"], _SECTIONS["matched"])
-    if matched and not rest.strip() and not re.search(r"\d\W*[.:;)\n]", sections["matched"]):
-        raise _Unreadable(f"{_SECTIONS['matched']}: cut off after {sections['matched'].strip()!r}")
     return Judgement(
         valid=True,
         score=score(matched, significant),

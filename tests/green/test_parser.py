@@ -215,12 +215,17 @@ def test_a_count_that_is_no_whole_number_is_invalid(answer, count):
         "The lungs are clear.",
         "1. Lungs clear\n2. No effusion\n3. Heart normal",
         "",
-        "4",
         "several",
     ],
 )
 def test_matched_findings_without_a_count_are_invalid(answer, matched):
     assert_invalid(parse(f"{answer[: answer.index(HEADERS[2])]}{HEADERS[2]}:\n{matched}"), HEADERS[2])
+
+
+@pytest.mark.parametrize("matched", ["4", "4.", "4\n", "Four."])
+def test_matched_findings_may_be_a_bare_count(answer, matched):
+    judgement = parse(f"{answer[: answer.index(HEADERS[2])]}{HEADERS[2]}:\n{matched}")
+    assert (judgement.matched, judgement.valid, judgement.matched_sentences) == (4, True, ())
 
 
 @pytest.mark.parametrize("header", HEADERS)
