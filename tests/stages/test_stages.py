@@ -1,15 +1,17 @@
 """The stages on a shared Ray: killed and resumed, one worker and two, against stock trl, and what is refused."""
 
 import json
+import sys
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from ray import cloudpickle
 from trl import DPOConfig, DPOTrainer
 
 from mu2llm import config, storage
-from mu2llm.cases import Shards, ingest, read_manifest
+from mu2llm.cases import Shards, Stream, ingest, read_manifest
 from mu2llm.ct import phantom
 from mu2llm.errors import Failure, UserError
 from mu2llm.model import load
@@ -89,6 +91,7 @@ def test_two_workers_learn_what_one_does(written, vision, shards, place):
 
 
 def test_a_killed_worker_goes_on_at_the_same_step(written, vision, shards, place, monkeypatch):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
     marker = place / "killed"
     monkeypatch.setattr(sft, "loop", KilledOnce(str(marker), after=5))
     resumed = sft.run(shards, str(place / "sft-killed"), experiment(), vision.uri)
@@ -177,16 +180,10 @@ def test_dpo_agrees_with_stock_trl_and_encodes_each_scan_once(loss, pairs, writt
 
 def scans_of(pairs, shards):
     """The first four pairs' scans, as the stream gives them."""
-    from mu2llm.cases.shards import read_rows
-    from mu2llm.cases.stream import places_of
-
-    opened = Shards.open(shards)
     ids = [pair.case_id for pair in preferences.read_pairs(pairs)][:4]
     split = preferences.Preferences.open(pairs).split
-    rows = read_rows(
-        opened.files(split), opened.rows(split), ["id", "voxels", "chunk_mask"], places_of(opened, split, ids)
-    )
-    return {**rows, "item": np.arange(len(ids))}
+    columns = ["id", "voxels", "chunk_mask"]
+    return next(iter(Stream(Shards.open(shards), split, columns, batch_size=4, seed=None, ids=ids)))
 
 
 @pytest.mark.parametrize(
