@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import os
 import random
 import threading
@@ -21,6 +22,7 @@ def faulty(
     """Puts the proxy before `endpoint` and its address into the environment; gives what was done to requests."""
     host = endpoint.removeprefix("http://")
     rng, lock, done = random.Random(seed), threading.Lock(), Counter()
+    kinds = itertools.cycle(("refused", "cut", "half"))
 
     class Proxy(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -30,8 +32,8 @@ def faulty(
 
         def answer(self) -> None:
             with lock:
-                fault = rng.choice(["refused", "cut", "half"]) if rng.random() < share else "passed"
-                fault = fault if self.command in methods else "passed"
+                failing = self.command in methods and rng.random() < share
+                fault = next(kinds) if failing else "passed"
                 done[fault] += 1
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             if fault == "refused":
@@ -64,7 +66,8 @@ def faulty(
             self.send_header("Content-Length", str(len(content) if length is None else length))
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(content)
+                with contextlib.suppress(ConnectionError):  # the client may have gone
+                    self.wfile.write(content)
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
