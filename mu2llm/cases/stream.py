@@ -25,7 +25,7 @@ BLOCK_BYTES = 16 * 2**20  # what one step of a reading task gives; large enough 
 TASK_BYTES = 128 * 2**20  # what one reading task gives before the next is scheduled
 MAX_TASKS = 4096
 READING_TASKS = 2  # at once, of one stream
-READING_CPUS = 0.25  # that Ray counts for each: they mostly wait, and training workers hold the others
+READING_CPUS = 0.0  # that Ray counts for each: training workers may hold all there are, and reading mostly waits
 TEXT_BYTES = 1024
 
 

@@ -91,7 +91,7 @@ def _in_clause(clause: str, sentence: str) -> Iterator[Mention]:
             status = "absent"
         elif _left_open(after):
             status = "uncertain"
-        scope = (windows[index], *_listed_with(clause, hits, windows, index))
+        scope = tuple(dict.fromkeys((windows[index], *_listed_with(clause, hits, windows, index))))
         for entry in _fitting(hit.entries, windows[index], clause):
             yield _mention(entry, status, scope, sentence)
 
@@ -142,7 +142,7 @@ def _listed_with(clause: str, hits: list[_Hit], windows: list[str], index: int) 
     """The words of findings that are listed together with this one: “consolidation and atelectasis on the left”."""
     for step in (1, -1):
         other = index
-        while 0 <= other + step < len(hits):
+        while 0 <= other + step < len(hits) and abs(other - index) < 10:
             first, second = sorted((other, other + step))
             if not _JOINT.match(clause[hits[first].end : hits[second].start]):
                 break

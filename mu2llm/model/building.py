@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     set_seed,
 )
 
@@ -109,8 +107,12 @@ def build_contrastive(
     text_width: int,
     parent: str | None = None,
     seed: int = 0,
+    text_encoder: weights.TextEncoder | None = None,
 ) -> Mu2ForContrastive:
-    """The vision encoder of such a model under a contrastive head; `parent` is a checkpoint to start from."""
+    """The vision encoder of such a model under a contrastive head; `parent` is a checkpoint to start from.
+
+    A `text_encoder` given here becomes part of the model and is trained with it.
+    """
     set_seed(seed)
     config = Mu2ContrastiveConfig(
         vision_config=vision_configuration(model, spec),
@@ -120,8 +122,11 @@ def build_contrastive(
         loss=settings.loss,
         temperature=settings.temperature,
         spec=spec.model_dump(mode="json"),
+        text_config=copy.deepcopy(text_encoder.model.config) if text_encoder else None,
     )
     whole = Mu2ForContrastive(config)
+    if text_encoder:
+        whole.text_encoder = text_encoder.model.requires_grad_(True)
     start = parent or model.vision.weights
     if start:
         load_vision(whole, start)
@@ -187,7 +192,9 @@ def _small(model: ModelConfig, texts: Sequence[str] | None) -> tuple[PreTrainedM
     """A Llama from scratch, and a byte-level BPE learnt from the texts."""
     if not texts:
         raise UserError("language model 'small' learns its tokenizer from the reports: there are none")
-    tokenizer = train_tokenizer(texts, model.small.vocabulary)
+    special = [VOLUME_TOKEN, "<user>", "<assistant>", "<system>"]
+    tokenizer = weights.train_tokenizer(texts, model.small.vocabulary, special)
+    tokenizer.chat_template = _SMALL_TEMPLATE
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=model.small.hidden_size,
@@ -202,28 +209,6 @@ def _small(model: ModelConfig, texts: Sequence[str] | None) -> tuple[PreTrainedM
         pad_token_id=tokenizer.pad_token_id,
     )
     return AutoModelForCausalLM.from_config(config), tokenizer
-
-
-def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text can be written in it, those of `texts` in few tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "</s>", VOLUME_TOKEN, "<user>", "<assistant>", "<system>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=max(vocabulary, 256 + len(special)),
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        extra_special_tokens=special[2:],
-        chat_template=_SMALL_TEMPLATE,
-    )
 
 
 def _add_volume_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

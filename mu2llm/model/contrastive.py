@@ -9,13 +9,16 @@ from typing import Any, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from mu2llm.errors import UserError
 from mu2llm.model.configuration import Mu2ContrastiveConfig
 from mu2llm.model.initialisation import Initialised, initialise
 from mu2llm.model.modeling import Mu2PreTrainedModel
 from mu2llm.model.vision import VisionEncoder
+from mu2llm.weights import mean_pool
 
 Gather = Callable[[Tensor], Tensor]
 
@@ -84,6 +87,7 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         super().__init__(config)
         self.vision = VisionEncoder(config.vision_config)
         self.head = TextConditionedPooling(config)
+        self.text_encoder = AutoModel.from_config(config.text_config) if config.text_config else None
         self.post_init()
 
     def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
@@ -91,6 +95,12 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         if chunk_mask is None:
             chunk_mask = torch.ones(volumes.shape[:2], dtype=torch.bool, device=volumes.device)
         return cast(Tensor, self.vision(volumes, chunk_mask.bool()))
+
+    def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """(M, L) → embeddings (M, D) of length 1, by the text encoder that is part of the model."""
+        if self.text_encoder is None:
+            raise UserError("this model has no text encoder of its own: give text_embeddings")
+        return mean_pool(self.text_encoder(text_ids, text_mask).last_hidden_state, text_mask)
 
     def score(self, volumes: Tensor, chunk_mask: Tensor, text_embeddings: Tensor) -> Tensor:
         """Logits (M, B) of each text with each scan."""
@@ -102,20 +112,25 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         self,
         volumes: Tensor,
         chunk_mask: Tensor,
-        text_embeddings: Tensor,
+        text_embeddings: Tensor | None = None,
         owner: Tensor | None = None,
         targets: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
         gather: Gather | None = None,
         **_: Any,
     ) -> ContrastiveOutput:
-        """text_embeddings (M, D); `owner` (M,) is each text's scan, or `targets` (M, B) all scans it is true of.
+        """text_embeddings (M, D), or text_ids and text_mask (M, L) for a text encoder that is trained too.
+
+        `owner` (M,) is each text's scan, or `targets` (M, B) all scans it is true of.
 
         `gather` brings (n, …) of this worker to (N, …) of all, in the same order on each, with the gradient.
         Texts of the same embedding are one text, whoever brought them.
         """
         features = self.encode_vision(volumes, chunk_mask)
         scans, mask = self.head.scan(features), chunk_mask.bool().repeat_interleave(features.shape[2], dim=1)
-        texts = text_embeddings.to(features.dtype)
+        embeddings = self.encode_text(text_ids, text_mask) if text_embeddings is None else text_embeddings
+        texts = embeddings.to(features.dtype)
         if targets is None:
             targets = F.one_hot(owner, len(volumes)).bool()
         if gather is not None:

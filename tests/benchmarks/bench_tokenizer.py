@@ -160,11 +160,19 @@ def report(results: dict, as_json: bool) -> None:
         return
     print(f"E={WIDTH} T={CHUNKS} N={TOKENS} k={TOP_K} queries={QUERIES} layers={LAYERS}; outputs differ by {worst:.1e}")
     print(f"{'':24}{'published':>12}{'ours':>12}{'ratio':>9}")
-    for name, key, unit in (("forward", "forward", "s"), ("forward + backward", "both", "s"), ("peak memory", "peak", "MiB")):
-        print(f"{name + ' (' + unit + ')':24}{base[key]:12.2f}{ours[key]:12.2f}{base[key] / max(ours[key], 1e-9):8.1f}×")
+    for name, key, unit in (
+        ("forward", "forward", "s"),
+        ("forward + backward", "both", "s"),
+        ("peak memory", "peak", "MiB"),
+    ):
+        print(
+            f"{name + ' (' + unit + ')':24}{base[key]:12.2f}{ours[key]:12.2f}{base[key] / max(ours[key], 1e-9):8.1f}×"
+        )
     bound = flops() / rate
-    print(f"forward is {flops() / 1e9:.0f} GFLOP; matmul here does {rate / 1e9:.0f} GFLOP/s: bound {bound:.2f} s, "
-          f"ours is {ours['forward'] / bound:.2f}× of it; forward + backward {ours['both'] / (3 * bound):.2f}×")
+    print(
+        f"forward is {flops() / 1e9:.0f} GFLOP; matmul here does {rate / 1e9:.0f} GFLOP/s: bound {bound:.2f} s, "
+        f"ours is {ours['forward'] / bound:.2f}× of it; forward + backward {ours['both'] / (3 * bound):.2f}×"
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from mu2llm.records import Case, Checkpoint, Finding, Lineage, Question, Trainin
 SIDES = ("left", "right")
 
 
-def experiment():
+def least():
     spec = {"name": "least", "windows": [[-1000, 400]], "grid": [8, 16, 16], "chunks": 2, "fit": "stretch"}
     return config.validate(
         {
@@ -47,9 +47,9 @@ def case(i: int) -> Case:
     )
 
 
-def write_shards(uri: str, cases: list[Case], split: str = "test"):
+def write_shards(uri: str, cases: list[Case], split: str = "test", experiment=None):
     """Finished shards with random voxels; the last chunk of every fourth case is padding."""
-    spec, rng = experiment().data.spec, np.random.default_rng(0)
+    spec, rng = (experiment or least()).data.spec, np.random.default_rng(0)
     path = f"{split}/00000.parquet"
     with storage.staged(storage.join(uri, path)) as local, ShardWriter(local, schema(spec)) as writer:
         for i, each in enumerate(cases):
@@ -57,7 +57,7 @@ def write_shards(uri: str, cases: list[Case], split: str = "test"):
                 **each.row(),
                 "split": split,
                 "voxels": rng.integers(0, 256, spec.shape, dtype=np.uint8),
-                "chunk_mask": np.array([True, i % 4 != 3]),
+                "chunk_mask": np.arange(spec.chunks) < spec.chunks - (i % 4 == 3),
                 "affine": np.eye(4),
                 "spacing_mm": np.ones(3),
                 "warnings": "[]",
@@ -68,9 +68,9 @@ def write_shards(uri: str, cases: list[Case], split: str = "test"):
     return write_index(uri, index, [each.model_copy(update={"split": split}) for each in cases])
 
 
-def write_checkpoint(uri: str, seed: int, stage: str = "sft"):
+def write_checkpoint(uri: str, seed: int, stage: str = "sft", experiment=None):
     """An untrained model as a finished checkpoint."""
-    settings = experiment()
+    settings = experiment or least()
     texts = [case(i).report for i in range(6)]
     model, processor = build(settings.model, settings.data.spec, texts, seed)
     checkpoint = Checkpoint(

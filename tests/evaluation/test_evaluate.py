@@ -4,7 +4,7 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-from small_runs import case, experiment
+from small_runs import case, least
 
 from mu2llm import storage
 from mu2llm.errors import UserError
@@ -74,7 +74,7 @@ def save(out):
 def test_rescore_needs_nothing_but_the_files(tmp_path, no_encoder):
     out = str(tmp_path)
     save(out)
-    results = rescore(out, experiment())
+    results = rescore(out, least())
     assert Results.open(out) == results
     dpo, sft, prior = (results.summary(run) for run in ("dpo", "sft", "prior"))
     assert [dpo[name]["value"] for name in ("finding_f1", "green", "bleu_1", "rouge_l")] == [1, 1, 1, 1]
@@ -93,7 +93,7 @@ def test_rescore_needs_nothing_but_the_files(tmp_path, no_encoder):
 def test_tables(tmp_path, no_encoder):
     out = str(tmp_path)
     save(out)
-    results = rescore(out, experiment())
+    results = rescore(out, least())
     judgements = pq.read_table(tmp_path / "judgements.parquet")
     assert judgements.num_rows == 36 and judgements["run"].unique().to_pylist() == ["sft", "dpo", "prior"]
     metrics = pq.read_table(tmp_path / "metrics.parquet").to_pylist()
@@ -110,12 +110,12 @@ def test_tables(tmp_path, no_encoder):
 
 def test_scores_do_not_change_when_made_again(tmp_path, no_encoder):
     save(str(tmp_path))
-    assert rescore(str(tmp_path), experiment()) == rescore(str(tmp_path), experiment())
+    assert rescore(str(tmp_path), least()) == rescore(str(tmp_path), least())
 
 
 def test_nothing_saved_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"no finished predictions .*run mu2llm evaluate"):
-        rescore(str(tmp_path), experiment())
+        rescore(str(tmp_path), least())
     with pytest.raises(UserError, match="holds no evaluation"):
         Results.open(str(tmp_path))
 
@@ -123,7 +123,7 @@ def test_nothing_saved_says_what_to_do(tmp_path):
 @pytest.mark.slow
 def test_from_shards_to_files(ray_cluster, shards, checkpoints, tmp_path, monkeypatch):
     out = str(tmp_path / "out")
-    results = compare(checkpoints, shards.uri, out, experiment())
+    results = compare(checkpoints, shards.uri, out, least())
     assert list(results.runs) == ["sft", "dpo", "prior"]
     assert results.cases == 10
     assert not results.runs["sft"].audit.passed  # it has learnt nothing
@@ -133,6 +133,6 @@ def test_from_shards_to_files(ray_cluster, shards, checkpoints, tmp_path, monkey
     assert "predictions.state" not in names
     # again: nothing is written anew
     monkeypatch.setattr(evaluate_module, "generate", lambda *_: pytest.fail("generated again"))
-    assert compare(checkpoints, shards.uri, out, experiment()) == results
+    assert compare(checkpoints, shards.uri, out, least()) == results
     with pytest.raises(UserError, match="holds another evaluation"):
-        evaluate(checkpoints["sft"], shards.uri, out, experiment())
+        evaluate(checkpoints["sft"], shards.uri, out, least())

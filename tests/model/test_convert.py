@@ -10,8 +10,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mu2llm.errors import Failure, UserError
 from mu2llm.model import convert, load, load_vision
-from mu2llm.model.building import train_tokenizer
 from mu2llm.records import Checkpoint
+from mu2llm.weights import train_tokenizer
 
 WIDTH, VISION, LAYERS, HEADS, TOP_K, QUERIES = 32, 64, 2, 2, 8, 4
 CHUNK, PATCH = (4, 16, 16), (1, 4, 4)

@@ -57,7 +57,7 @@ def _liver(canvas: Canvas, anatomy: Anatomy, below: Array, plan: Plan) -> None:
     if lesion := plan.get("liver lesion"):
         u, v, w = lesion.spot
         centre = ((0.56 + 0.07 * u) * a, (0.12 + 0.2 * v) * b, dome - 60 + 14 * w)
-        canvas.paint(canvas.ellipsoid(centre, (lesion.radius,) * 3, rough=1), 10)
+        canvas.paint(canvas.ellipsoid(centre, (lesion.radius,) * 3, rough=2), 5)
 
 
 def _kidneys(canvas: Canvas, anatomy: Anatomy, plan: Plan) -> None:

@@ -16,7 +16,7 @@ HU: dict[str, tuple[float, float]] = {
     "fat": (-112, -95),
     "muscle": (48, 62),
     "lung": (-875, -835),
-    "liver": (108, 125),
+    "liver": (112, 128),
     "spleen": (112, 135),
     "kidney": (170, 195),
     "blood": (165, 215),

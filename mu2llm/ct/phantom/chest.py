@@ -72,7 +72,7 @@ def _in_lobe(anatomy: Anatomy, item: Planted, plan: Plan) -> Point:
 def _nodule(canvas: Canvas, anatomy: Anatomy, pleura: Array, item: Planted, plan: Plan) -> None:
     """A solid ball in a halo of ground glass."""
     centre = _in_lobe(anatomy, item, plan)
-    canvas.paint(canvas.ellipsoid(centre, (item.radius + 11,) * 3, rough=2), -450, pleura)
+    canvas.paint(canvas.ellipsoid(centre, (item.radius + 15,) * 3, rough=3), -400, pleura)
     canvas.paint(canvas.ellipsoid(centre, (item.radius,) * 3, rough=1), 40)
 
 

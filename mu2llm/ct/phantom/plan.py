@@ -23,7 +23,7 @@ FINDINGS: dict[str, bool] = {
 }
 """The findings by name, and whether each has a side."""
 
-SIZES_MM = {"lung nodule": (25, 30, 35), "liver lesion": (40, 45, 50), "renal cyst": (40, 45, 50)}
+SIZES_MM = {"lung nodule": (25, 30, 35), "liver lesion": (50, 55, 60), "renal cyst": (45, 50, 55)}
 LOBES: dict[Side, tuple[str, ...]] = {
     "right": ("upper lobe", "middle lobe", "lower lobe"),
     "left": ("upper lobe", "lower lobe"),

@@ -1,0 +1,156 @@
+"""The contrastive model: losses by their definitions, many workers as one, text encoder within or without."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import TEXTS, experiment, scans
+from transformers import AutoModel
+
+from mu2llm import weights
+from mu2llm.errors import UserError
+from mu2llm.model import Mu2ForContrastive, build_contrastive
+
+OWNER = torch.tensor([0, 0, 1, 2, 3, 3])
+
+
+def make(loss="sigmoid", text_encoder=None, **sections):
+    settings = experiment(**sections)
+    contrastive = settings.contrastive.model_copy(update={"loss": loss})
+    width = text_encoder.width if text_encoder else 16
+    return build_contrastive(settings.model, settings.data.spec, contrastive, width, None, 0, text_encoder).eval()
+
+
+def inputs(count=4):
+    return {
+        "volumes": scans(count),
+        "chunk_mask": torch.ones(count, 2, dtype=torch.bool),
+        "text_embeddings": F.normalize(torch.randn(len(OWNER), 16, generator=torch.Generator().manual_seed(3)), dim=-1),
+    }
+
+
+def test_logits_are_of_every_text_with_every_scan():
+    model, given = make(), inputs()
+    scores = model.score(**given)
+    assert scores.shape == (6, 4)
+    one = model.score(given["volumes"][2:3], given["chunk_mask"][2:3], given["text_embeddings"][4:5])
+    torch.testing.assert_close(scores[4:5, 2:3], one)
+
+
+def test_padded_chunks_change_nothing():
+    model, given = make(), inputs()
+    given["chunk_mask"][:, 1] = False
+    other = given["volumes"].clone()
+    other[:, 1] = 255
+    torch.testing.assert_close(model.score(**given), model.score(**{**given, "volumes": other}))
+
+
+def test_sigmoid_is_one_yes_or_no_for_each_pair():
+    model, given = make("sigmoid"), inputs()
+    out = model(**given, owner=OWNER)
+    belongs = F.one_hot(OWNER, 4).double()
+    probability = model.score(**given).double().sigmoid()
+    expected = -(belongs * probability.log() + (1 - belongs) * (1 - probability).log()).mean()
+    torch.testing.assert_close(out.loss.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_infonce_is_the_cross_entropy_both_ways():
+    model, given = make("infonce"), inputs()
+    given["text_embeddings"] = given["text_embeddings"][:4]
+    logits = model.score(**given)
+    right = torch.arange(4)
+    expected = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    torch.testing.assert_close(model(**given, owner=right).loss, expected)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
+def test_a_text_that_two_scans_share_is_a_positive_of_both_and_counts_once(loss):
+    model, given = make(loss), inputs()
+    shared = given["text_embeddings"].clone()
+    shared[2] = shared[0]  # scans 0 and 1 say the same
+    doubled = model(**{**given, "text_embeddings": shared}, owner=OWNER)
+    assert doubled.targets[0].tolist() == doubled.targets[2].tolist() == [True, True, False, False]
+    kept = [0, 1, 3, 4, 5]
+    targets = F.one_hot(OWNER, 4).bool()
+    targets[0, 1] = True
+    once = model(**{**given, "text_embeddings": shared[kept]}, targets=targets[kept])
+    torch.testing.assert_close(doubled.loss, once.loss)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
+def test_two_workers_with_gathered_negatives_are_one(loss):
+    """Each worker's loss and the mean of their gradients are those of the whole batch; unequal numbers of texts."""
+    model, given = make(loss), inputs()
+    texts, kept = given.pop("text_embeddings"), [0, 1, 3, 4, 5]
+    whole = model(**given, text_embeddings=texts[kept], owner=OWNER[kept])
+    whole.loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    parts = [
+        {name: tensor[:2] for name, tensor in given.items()} | {"text_embeddings": texts[:2], "owner": OWNER[:2]},
+        {name: tensor[2:] for name, tensor in given.items()} | {"text_embeddings": texts[3:], "owner": OWNER[3:] - 2},
+    ]
+    losses, gradients = run_workers(model, parts)
+    for given_loss in losses:
+        torch.testing.assert_close(given_loss, whole.loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def run_workers(model, parts):
+    """Each part in a thread of its own; what they gather is the one's rows and then the other's."""
+    meet, slots = threading.Barrier(len(parts)), [None] * len(parts)
+
+    def work(rank):
+        def gather(tensor):
+            slots[rank] = tensor
+            meet.wait(60)
+            together = torch.cat(slots)
+            meet.wait(60)
+            return together
+
+        return model(**parts[rank], gather=gather).loss
+
+    with ThreadPoolExecutor(len(parts)) as threads:
+        losses = list(threads.map(work, range(len(parts))))
+    model.zero_grad()
+    (sum(losses) / len(losses)).backward()
+    return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_text_encoder_from_scratch_is_trained_with_it(tmp_path):
+    encoder = weights.text_encoder("small", TEXTS)
+    model = make(text_encoder=encoder).train()
+    words = encoder.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    given = {name: tensor for name, tensor in inputs(2).items() if name != "text_embeddings"}
+    out = model(**given, text_ids=words.input_ids, text_mask=words.attention_mask, owner=torch.tensor([0, 1]))
+    out.loss.backward()
+    assert model.text_encoder.embeddings.word_embeddings.weight.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path)
+    read = Mu2ForContrastive.from_pretrained(tmp_path)
+    embeddings = [m.eval().encode_text(words.input_ids, words.attention_mask) for m in (model, read)]
+    torch.testing.assert_close(*embeddings)
+
+
+def test_saved_and_loaded(tmp_path):
+    model = make(vision={"stem": "conv", "standardise_input": True}).train()
+    model(**inputs(), owner=OWNER)
+    model.eval().save_pretrained(tmp_path)
+    read = AutoModel.from_pretrained(tmp_path).eval()
+    assert isinstance(read, Mu2ForContrastive)
+    torch.testing.assert_close(read.score(**inputs()), model.score(**inputs()))
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
+def test_gradients_reach_every_parameter(loss):
+    model = make(loss, vision={"stem": "conv"}).train()
+    model(**inputs(), owner=OWNER).loss.backward()
+    unreached = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert unreached in ([], ["head.bias"])  # infonce does not see a bias
+
+
+def test_no_texts_at_all_is_refused():
+    given = {name: tensor for name, tensor in inputs().items() if name != "text_embeddings"}
+    with pytest.raises(UserError, match="give text_embeddings"):
+        make()(**given, owner=OWNER)
