@@ -1,0 +1,74 @@
+"""The app, the options that commands share, and how results and progress are shown."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import mu2llm
+from mu2llm import config
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=mu2llm.__doc__)
+console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be read, written and needed; do nothing.")]
+Preset = Annotated[str, typer.Option("--preset", help="Name of a preset or path of a YAML file.")]
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as dpo.beta=0.2.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster to join; default RAY_ADDRESS, else one of its own.")
+]
+Out = Annotated[str, typer.Option("--out", help="Where to write: a local path, s3:// or gs://.")]
+Data = Annotated[str, typer.Option("--data", help="URI of the shards that `ingest` wrote.")]
+
+
+def show(value: Any, as_json: bool) -> None:
+    """A result: as JSON on stdout, or as a table for people."""
+    if as_json:
+        print(json.dumps(value, default=str))
+        return
+    table = Table(show_header=False, box=None)
+    for key, item in value.items():
+        table.add_row(str(key), json.dumps(item, default=str) if isinstance(item, dict | list) else str(item))
+    Console().print(table)
+
+
+def dry_run(experiment: config.Experiment, reads: list[str], writes: list[str], needs: str) -> NoReturn:
+    """What `--dry-run` prints: the resolved configuration, inputs, outputs, resources; then the command ends."""
+    plan = {"reads": reads, "writes": writes, "needs": needs, "config": experiment.model_dump(mode="json")}
+    print(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))
+    raise typer.Exit
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Callable[[str, float, float, dict[str, float]], None]]:
+    """A bar with time left for each step that reports itself as (step, done, of how many, numbers)."""
+    columns = ("[bold]{task.description:<12}", "{task.fields[numbers]}")
+    bars = Progress(
+        TextColumn(columns[0]), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn(columns[1]), console=console,
+    )  # fmt: skip
+    tasks: dict[str, Any] = {}
+
+    def show(step: str, done: float, total: float, numbers: dict[str, float]) -> None:
+        if step not in tasks:
+            tasks[step] = bars.add_task(step, total=total, numbers="")
+        told = {
+            "loss": numbers.get("loss"),
+            "samples/s": numbers.get("samples_per_second"),
+            "wait": numbers.get("data_wait_share"),
+        }
+        text = "  ".join(f"{name} {value:.3g}" for name, value in told.items() if value is not None)
+        extra = {"numbers": text} if text else {}
+        bars.update(tasks[step], completed=done, total=total, **extra)
+
+    with bars:
+        yield show

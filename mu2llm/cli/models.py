@@ -1,0 +1,49 @@
+"""Configuration and models: config show, convert, model summary."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+import yaml
+
+from mu2llm import config
+from mu2llm.cli.app import Json, Out, Preset, Set, app, show
+
+config_app = typer.Typer(no_args_is_help=True, help="The configuration.")
+app.add_typer(config_app, name="config")
+
+
+@config_app.command("show")
+def config_show(preset: Preset = "demo", set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
+    """Print the resolved configuration."""
+    values = config.load(preset, set_).model_dump(mode="json")
+    print(json.dumps(values) if as_json else yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+convert_app = typer.Typer(no_args_is_help=True, help="Checkpoints of other programs.")
+app.add_typer(convert_app, name="convert")
+
+
+@convert_app.command("reference")
+def convert_reference(
+    directory: Annotated[str, typer.Argument(help="Folder of a published checkpoint.")], out: Out, as_json: Json = False
+) -> None:
+    """A checkpoint in the published layout → ours; exits 1 where keys are missing or left over."""
+    from mu2llm.model import convert
+
+    show(convert.convert_reference(directory, out), as_json)
+
+
+model_app = typer.Typer(no_args_is_help=True, help="The model.")
+app.add_typer(model_app, name="model")
+
+
+@model_app.command("summary")
+def model_summary(preset: Preset = "paper", set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
+    """Shapes at every step, parameters by part, memory and FLOPs for one scan."""
+    from mu2llm.model.summary import summarise
+
+    experiment = config.load(preset, set_)
+    show(summarise(experiment.model, experiment.data.spec).as_dict(), as_json)

@@ -1,0 +1,114 @@
+"""Reports and what they are worth: evaluate, generate, green, labels."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mu2llm import config
+from mu2llm.cli.app import Address, Data, DryRun, Json, Out, Preset, Set, app, dry_run, progress_bars, show
+from mu2llm.errors import UserError
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint to evaluate.")],
+    data: Data,
+    out: Out,
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH or openai:MODEL@URL")] = None,
+    preset: Preset = "demo",
+    set_: Set = [],  # noqa: B006
+    address: Address = None,
+    dry: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write the reports of a split and score them: metrics with intervals, audits, report.html."""
+    experiment = config.load(preset, [*set_, *([f"judge.name={judge}"] if judge else [])])
+    if dry:
+        dry_run(experiment, [checkpoint, data], [out], f"judge {experiment.judge.name}")
+    from mu2llm import cluster
+    from mu2llm.evaluation import evaluate as evaluation
+
+    with cluster.session(address), progress_bars() as bars:
+        result = evaluation.evaluate(
+            checkpoint, data, out, experiment, split, lambda done, all_: bars("evaluate", done, all_, {})
+        )
+    show(result, as_json)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint that writes.")],
+    paths: Annotated[list[str] | None, typer.Argument(help="Scans: file, DICOM folder, zip or URI.")] = None,
+    manifest: Annotated[str | None, typer.Option(help="A manifest of scans instead of paths.")] = None,
+    volumes: Annotated[str, typer.Option(help="Root of the manifest's relative paths.")] = ".",
+    accept: Annotated[list[str], typer.Option(help="Codes that are let in, such as not_hu.")] = [],  # noqa: B006
+    set_: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Scans → reports."""
+    from mu2llm.cases import read_manifest
+    from mu2llm.evaluation.scans import report_scans
+    from mu2llm.records import Checkpoint
+
+    experiment = config.validate(Checkpoint.open(checkpoint).experiment)
+    scans = list(paths or [])
+    if manifest:
+        table = read_manifest(manifest, "jsonl", volumes, experiment.data, need_report=False)
+        scans += [case.volume for case in table.cases]
+    if not scans:
+        raise UserError("no scans: give paths, or --manifest")
+    with progress_bars() as bars:
+        entries = report_scans(
+            checkpoint, scans, experiment.evaluation, tuple(accept), lambda done, all_: bars("generate", done, all_, {})
+        )
+    if as_json:
+        print(json.dumps(entries))
+        return
+    for entry in entries:
+        Console().print(f"[bold]{entry['path']}[/]\n{entry.get('report') or '[red]' + entry['message'] + '[/]'}\n")
+
+
+green_app = typer.Typer(no_args_is_help=True, help="The GREEN score.")
+app.add_typer(green_app, name="green")
+
+
+@green_app.command("score")
+def green_score(
+    pairs: Annotated[Path, typer.Option(help="JSON lines of {reference, candidate}.")],
+    judge: Annotated[str, typer.Option(help="rules, hf:NAME_OR_PATH or openai:MODEL@URL")] = "rules",
+    set_: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Judge pairs of reports."""
+    from mu2llm.green import load_judge
+    from mu2llm.green.scoring import score_lines
+
+    experiment = config.load("demo", [*set_, f"judge.name={judge}"])
+    if not pairs.is_file():
+        raise UserError(f"--pairs {pairs}: there is no such file")
+    with pairs.open() as lines:
+        result = score_lines(lines, load_judge(experiment.judge))
+    show(result, as_json)
+
+
+@green_app.command("parse")
+def green_parse(as_json: Json = False) -> None:
+    """A judge's answers, JSON lines of {text} on stdin, → counts and scores."""
+    from mu2llm.green.scoring import parse_lines
+
+    print(json.dumps(parse_lines(sys.stdin), indent=None if as_json else 1))
+
+
+@app.command()
+def labels(as_json: Json = False) -> None:
+    """The 18 CT-RATE labels of reports, JSON lines of {text} on stdin."""
+    from mu2llm.green.scoring import label_lines
+
+    print(json.dumps(label_lines(sys.stdin), indent=None if as_json else 1))

@@ -1,0 +1,78 @@
+"""Scans: phantoms, inspect, ingest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mu2llm import config
+from mu2llm.cli.app import Address, DryRun, Json, Out, Preset, Set, app, dry_run, progress_bars, show
+
+
+@app.command()
+def phantom(out: Out, cases: int = 100, seed: int = 0, as_json: Json = False) -> None:
+    """Write procedural CT phantoms: volumes and manifest.jsonl."""
+    from mu2llm.ct import phantom as phantoms
+
+    with progress_bars() as bars:
+        manifest = phantoms.write(out, cases, seed, progress=lambda done, all_: bars("phantoms", done, all_, {}))
+    show({"manifest": manifest, "cases": cases, "seed": seed}, as_json)
+
+
+@app.command()
+def inspect(
+    paths: list[str],
+    as_json: Json = False,
+    save_png: Annotated[str | None, typer.Option(help="Folder for a three-plane picture of each scan.")] = None,
+) -> None:
+    """Read scans and say what they are, what was set right, and why one is rejected."""
+    from mu2llm import ct
+
+    items = [ct.inspect(path) for path in paths]
+    if save_png:
+        for item in items:
+            if item["status"] == "ok":
+                name = Path(str(item["path"]).rstrip("/")).name.removesuffix(".gz").removesuffix(".nii")
+                item["png"] = str(Path(save_png) / f"{name}.png")
+                Path(save_png).mkdir(parents=True, exist_ok=True)
+                ct.three_planes(ct.read(item["path"]), item["png"])
+    if as_json:
+        print(json.dumps(items))
+        return
+    table = Table("scan", "status", "shape", "spacing mm", "axes", "HU", "warnings")
+    for item in items:
+        told = [str(item.get(key) or "") for key in ("shape", "spacing", "orientation", "hu_range")]
+        reason = f"[red]{item['reason']}[/]: {item['message']}" if item["reason"] else "[green]ok[/]"
+        table.add_row(str(item["path"]), reason, *told, ", ".join(item["warnings"]))
+    Console().print(table)
+
+
+@app.command()
+def ingest(
+    manifest: Annotated[str, typer.Option(help="The table of cases.")],
+    volumes: Annotated[str, typer.Option(help="Root of the manifest's relative paths.")],
+    out: Out,
+    format: Annotated[
+        str, typer.Option(help="jsonl, csv, parquet, ct-rate, amos-mm, abdomenatlas3 or m3d-cap")
+    ] = "jsonl",
+    preset: Preset = "demo",
+    set_: Set = [],  # noqa: B006
+    address: Address = None,
+    dry: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Manifest and volumes → shards, and a table of what was rejected and why."""
+    experiment = config.load(preset, set_)
+    if dry:
+        dry_run(experiment, [manifest, volumes], [out], f"spec {experiment.data.spec.name}; memory of one shard a core")
+    from mu2llm import cases, cluster
+
+    with cluster.session(address), progress_bars() as bars:
+        table = cases.read_manifest(manifest, format, volumes, experiment.data)
+        result = cases.ingest(table, out, experiment, lambda done, all_: bars("ingest", done, all_, {}))
+    show({**result, "notes": table.counts} if not as_json else result, as_json)

@@ -1,0 +1,92 @@
+"""The stages: train contrastive, sft, dpo; prefer."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mu2llm import config
+from mu2llm.cli.app import Address, Data, DryRun, Json, Out, Preset, Set, app, dry_run, progress_bars, show
+
+train_app = typer.Typer(no_args_is_help=True, help="One stage of training.")
+app.add_typer(train_app, name="train")
+Init = Annotated[str | None, typer.Option("--init", help="Checkpoint to start from.")]
+
+
+def _train(
+    stage: str, data: str, out: str, init: str | None, experiment: config.Experiment, address: str | None, as_json: bool
+) -> None:
+    from importlib import import_module
+
+    from mu2llm import cluster
+
+    module = import_module(f"mu2llm.stages.{stage}")
+    with cluster.session(address), progress_bars() as bars:
+        checkpoint = module.run(
+            data, out, experiment, init, lambda numbers: bars(stage, numbers.get("step", 0), numbers["total"], numbers)
+        )
+    training = checkpoint.training
+    show({"checkpoint": out, **training.model_dump(exclude={"history"})}, as_json)
+
+
+def _stage_command(stage: str, help: str) -> None:
+    @train_app.command(stage, help=help)
+    def command(
+        data: Data,
+        out: Out,
+        init: Init = None,
+        preset: Preset = "demo",
+        set_: Set = [],  # noqa: B006
+        workers: Annotated[str | None, typer.Option(help="N, or MIN-MAX for elastic training.")] = None,
+        gpus: Annotated[float | None, typer.Option(help="GPUs a worker.")] = None,
+        address: Address = None,
+        dry: DryRun = False,
+        as_json: Json = False,
+    ) -> None:
+        overrides = list(set_)
+        if workers:
+            low, dash, high = workers.partition("-")
+            overrides.append(f"{stage}.workers=[{low},{high}]" if dash else f"{stage}.workers={low}")
+        if gpus is not None:
+            overrides.append(f"{stage}.gpus_per_worker={gpus}")
+        experiment = config.load(preset, overrides)
+        if dry:
+            settings = getattr(experiment, stage)
+            needs = f"{settings.workers} workers of {settings.cpus_per_worker:g} CPU, {settings.gpus_per_worker:g} GPU"
+            dry_run(experiment, [data, *([init] if init else [])], [out], needs)
+        _train(stage, data, out, init, experiment, address, as_json)
+
+
+_stage_command("contrastive", "Scans and what their reports say meet in one space: the vision tower.")
+_stage_command("sft", "The language model learns to write the report.")
+_stage_command("dpo", "The SFT model learns to prefer what the judge preferred; --data is what `prefer` wrote.")
+
+
+@app.command()
+def prefer(
+    checkpoint: Annotated[str, typer.Option(help="The SFT checkpoint that writes the candidates.")],
+    data: Data,
+    out: Out,
+    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH or openai:MODEL@URL")] = None,
+    negatives: Annotated[str | None, typer.Option(help="sampled or corrupted")] = None,
+    preset: Preset = "demo",
+    set_: Set = [],  # noqa: B006
+    address: Address = None,
+    dry: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Candidates → judgements → preference pairs."""
+    overrides = [*set_, *([f"judge.name={judge}"] if judge else [])]
+    experiment = config.load(preset, [*overrides, *([f"preferences.negatives={negatives}"] if negatives else [])])
+    if dry:
+        dry_run(experiment, [checkpoint, data], [out], f"judge {experiment.judge.name}")
+    from mu2llm import cluster
+    from mu2llm.stages import preferences
+
+    with cluster.session(address), progress_bars() as bars:
+        result = preferences.prefer(
+            checkpoint, data, out, experiment, progress=lambda done, all_: bars("candidates", done, all_, {})
+        )
+    keys = {"cases", "candidates", "pairs", "cases_with_pairs", "dropped", "green_best", "green_worst", "judge"}
+    show(result.model_dump(include=keys), as_json)

@@ -1,0 +1,44 @@
+"""The whole way: demo."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mu2llm import config
+from mu2llm.cli.app import DryRun, Json, Preset, Set, app, console, dry_run, progress_bars
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option("--out", help="A local folder.")] = "mu2llm-demo",
+    scan: Annotated[list[str], typer.Option("--scan", help="A scan to report at the end; repeatable.")] = [],  # noqa: B006
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    preset: Preset = "demo",
+    set_: Set = [],  # noqa: B006
+    dry: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """The whole pipeline on embedded defaults, then a report for each scan given."""
+    experiment = config.load(preset, set_)
+    if dry:
+        dry_run(experiment, scan, [out], "2 CPU cores, 8 GiB of memory, 3 GB of disk")
+    from mu2llm import pipeline
+
+    pipeline.check_out(out)
+    if fresh:
+        pipeline.clear(out)
+    started = time.monotonic()
+    with progress_bars() as bars:
+        summary = pipeline.demo(experiment, out, scan, bars)
+    if as_json:
+        print(json.dumps(summary, default=str))
+        return
+    console.print(f"{time.monotonic() - started:.0f} s; {out}/summary.json, {out}/report.html")
+    Console().print(pipeline.table(summary))
+    for entry in summary["scans"]:
+        Console().print(f"[bold]{entry['path']}[/]\n{entry.get('report') or entry['message']}\n")
