@@ -125,7 +125,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Reader:
-    """What a reading task does: numbers of blocks → their rows."""
+    """What a reading task does: a range of blocks → their rows."""
 
     source: Source
     order: Order
@@ -133,7 +133,7 @@ class Reader:
     block_rows: int
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        for block in batch["block"].tolist():
+        for block in range(batch["first"].item(), batch["end"].item()):
             positions = self.share.positions(block * self.block_rows, (block + 1) * self.block_rows)
             items = self.order.items(positions)
             yield {**self.source.read(items), "row": positions, "item": items}
@@ -147,8 +147,9 @@ def blocks(source: Source, order: Order, share: Share, num_cpus: float) -> ray.d
     block_bytes = block_rows * source.row_bytes
     number = -(-len(share) // block_rows)
     a_task = max(1, TASK_BYTES // block_bytes, -(-number // MAX_TASKS))
-    tasks = [pa.table({"block": np.arange(at, min(at + a_task, number))}) for at in range(0, number, a_task)]
-    dataset = ray.data.from_arrow(tasks or [pa.table({"block": pa.array([], pa.int64())})])
+    tasks = [{"first": at, "end": min(at + a_task, number)} for at in range(0, max(number, 1), a_task)]
+    # from_items makes its blocks here; from_arrow asks a task for them, which waits for ever where no CPU is free.
+    dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = int(0.9 * block_bytes)  # so that each step of a task gives a block
     return dataset.map_batches(
