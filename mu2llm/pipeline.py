@@ -173,8 +173,9 @@ def _register(pipeline: Pipeline, checkpoints: dict[str, str], results: Results)
 
     def work() -> dict[str, Any]:
         green = {run: results.runs[run].metrics["green"] for run in ("sft", "dpo")}
-        ranked = sorted(green, key=lambda run: -(green[run].value if green[run] else 0.0))
-        passing = [run for run in ranked if results.runs[run].audit and results.runs[run].audit.passed]
+        audits = {run: results.runs[run].audit for run in green}
+        ranked = sorted(green, key=lambda run: -estimate.value if (estimate := green[run]) else 0.0)
+        passing = [run for run in ranked if (audit := audits[run]) and audit.passed]
         best = (passing or ranked)[0]
         alias = "champion" if passing else None
         version = tracking.register(Checkpoint.open(checkpoints[best]), alias=alias)

@@ -46,7 +46,7 @@ _KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-_SMALL_ENCODER = {
+_SMALL_ENCODER: dict[str, Any] = {
     **{"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"intermediate_size": 256, "max_position_embeddings": 256},
 }

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -223,7 +223,7 @@ def write_index(uri: str, index: Index, cases: list[Case]) -> Shards:
 
 def write_rows(
     uri: str,
-    splits: dict[str, ray.data.Dataset | Iterable[dict[str, Any]]],
+    splits: Mapping[str, ray.data.Dataset | Iterable[dict[str, Any]]],
     parent: Shards,
     shard_mb: int = 128,
     **facts: Any,

@@ -67,7 +67,7 @@ def progress_bars() -> Iterator[Callable[[str, float, float, dict[str, float]], 
             "wait": numbers.get("data_wait_share"),
         }
         text = "  ".join(f"{name} {value:.3g}" for name, value in told.items() if value is not None)
-        extra = {"numbers": text} if text else {}
+        extra: dict[str, Any] = {"numbers": text} if text else {}
         bars.update(tasks[step], completed=done, total=total, **extra)
 
     with bars:

@@ -76,7 +76,7 @@ class VisionActor:
     def __init__(self, checkpoint: str, cpus: float, gpus: float) -> None:
         torch.set_num_threads(max(1, int(cpus)))
         self.device = "cuda" if gpus else "cpu"
-        self.encoder = load_encoder(checkpoint).to(self.device)
+        self.encoder = load_encoder(checkpoint).to(self.device)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:

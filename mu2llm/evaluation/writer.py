@@ -149,6 +149,6 @@ def _encode(model: Mu2ForConditionalGeneration, batch: dict[str, np.ndarray]) ->
         features = torch.from_numpy(np.array(batch["features"])).to(model.device, model.dtype)
     else:
         features = model.encode_vision(torch.from_numpy(np.array(batch["voxels"])).to(model.device), mask)
-    vision = model.config.vision_config
+    vision = model.config.vision
     empty = torch.zeros(1, mask.shape[1], vision.channels, *vision.chunk_shape, device=model.device)
     return torch.cat([features, model.encode_vision(empty)])

@@ -48,7 +48,7 @@ def build(
         backbone, tokenizer = weights.language_model(model.language_model)
         _add_volume_token(backbone, tokenizer)
     text_config = copy.deepcopy(backbone.config)  # ours is adjusted where the two are put together
-    config = configuration(model, spec, text_config, tokenizer.convert_tokens_to_ids(VOLUME_TOKEN))
+    config = configuration(model, spec, text_config, int(tokenizer.convert_tokens_to_ids(VOLUME_TOKEN)))  # type: ignore[arg-type]
     whole = _around(backbone, config)
     if model.vision.weights:
         load_vision(whole, model.vision.weights)
@@ -94,7 +94,7 @@ def processor_for(
         tokenizer,
         chat_template=tokenizer.chat_template or PLAIN_TEMPLATE,
         preprocess=spec.model_dump(mode="json"),
-        queries=config.tokenizer_config.queries,
+        queries=config.tokenizer.queries,
         max_text_tokens=config.max_text_tokens,
         volume_token=volume_token,
     )
@@ -216,7 +216,7 @@ def _add_volume_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     tokenizer.add_special_tokens({"extra_special_tokens": [VOLUME_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > int(backbone.get_input_embeddings().num_embeddings):  # type: ignore[arg-type]
         backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():
             for table in {backbone.get_input_embeddings().weight, backbone.get_output_embeddings().weight}:

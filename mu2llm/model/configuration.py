@@ -6,7 +6,7 @@ A user sets them through `mu2llm.config.ModelConfig`; the names are the same. Si
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -157,6 +157,21 @@ class Mu2Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
+    @property
+    def vision(self) -> Mu2VisionConfig:
+        """`vision_config`, which transformers lets be None or plain values, as what it is."""
+        return cast(Mu2VisionConfig, self.vision_config)
+
+    @property
+    def tokenizer(self) -> Mu2TokenizerConfig:
+        """`tokenizer_config`, which transformers lets be None or plain values, as what it is."""
+        return cast(Mu2TokenizerConfig, self.tokenizer_config)
+
+    @property
+    def text(self) -> PreTrainedConfig:
+        """`text_config`, which transformers lets be None or plain values, as what it is."""
+        return cast(PreTrainedConfig, self.text_config)
+
 
 @strict
 class Mu2ContrastiveConfig(PreTrainedConfig):
@@ -178,3 +193,8 @@ class Mu2ContrastiveConfig(PreTrainedConfig):
     temperature: float = 0.07
     spec: dict | None = None
     initializer_range: float = 0.02
+
+    @property
+    def vision(self) -> Mu2VisionConfig:
+        """`vision_config`, which transformers lets be None or plain values, as what it is."""
+        return cast(Mu2VisionConfig, self.vision_config)

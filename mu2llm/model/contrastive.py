@@ -79,13 +79,13 @@ class TextConditionedPooling(Initialised):
 class Mu2ForContrastive(Mu2PreTrainedModel):
     """Sigmoid (SigLIP) or InfoNCE over all texts and scans of the batch; gives the vision encoder SFT starts from."""
 
-    config_class = Mu2ContrastiveConfig
+    config_class = Mu2ContrastiveConfig  # type: ignore[assignment]
     base_model_prefix = "vision"
     main_input_name = "volumes"
 
     def __init__(self, config: Mu2ContrastiveConfig) -> None:
         super().__init__(config)
-        self.vision = VisionEncoder(config.vision_config)
+        self.vision = VisionEncoder(config.vision)
         self.head = TextConditionedPooling(config)
         self.text_encoder = AutoModel.from_config(config.text_config) if config.text_config else None
         self.post_init()
@@ -129,9 +129,13 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         """
         features = self.encode_vision(volumes, chunk_mask)
         scans, mask = self.head.scan(features), chunk_mask.bool().repeat_interleave(features.shape[2], dim=1)
-        embeddings = self.encode_text(text_ids, text_mask) if text_embeddings is None else text_embeddings
+        embeddings = text_embeddings
+        if embeddings is None:
+            assert text_ids is not None and text_mask is not None
+            embeddings = self.encode_text(text_ids, text_mask)
         texts = embeddings.to(features.dtype)
         if targets is None:
+            assert owner is not None
             targets = F.one_hot(owner, len(volumes)).bool()
         if gather is not None:
             targets = _gather_targets(targets, gather)

@@ -152,7 +152,7 @@ def convert_reference(directory: str, out: str) -> dict[str, Any]:
     tensors = read_tensors(folder)
     model_settings, spec = _model_settings(settings, tensors), _spec(settings)
     tokenizer = _tokenizer(folder)
-    placeholder = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+    placeholder = int(tokenizer.convert_tokens_to_ids(PLACEHOLDER))  # type: ignore[arg-type]
     config = configuration(model_settings, spec, _text_config(settings, tensors), placeholder)
     with torch.device("meta"):
         model = Mu2ForConditionalGeneration(config)

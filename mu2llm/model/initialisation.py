@@ -28,7 +28,8 @@ def initialise(module: nn.Module) -> None:
         init.ones_(module.weight)
     if isinstance(module, nn.Linear | nn.Conv3d | nn.LayerNorm | nn.BatchNorm3d) and module.bias is not None:
         init.zeros_(module.bias)
-    if isinstance(module, nn.BatchNorm3d):
+    if isinstance(module, nn.BatchNorm3d) and module.running_mean is not None:
+        assert module.running_var is not None and module.num_batches_tracked is not None
         init.zeros_(module.running_mean)
         init.ones_(module.running_var)
         init.zeros_(module.num_batches_tracked)

@@ -26,15 +26,16 @@ from mu2llm.model.vision import (
 
 class Mu2PreTrainedModel(PreTrainedModel):
     config_class = Mu2Config
+    config: Mu2Config
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ("VisionBlock", "SpatioTemporalLayer", "TextConditionedLayer")
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["VisionBlock", "SpatioTemporalLayer", "TextConditionedLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -61,9 +62,9 @@ class Mu2Model(Mu2PreTrainedModel):
 
     def __init__(self, config: Mu2Config) -> None:
         super().__init__(config)
-        self.vision = VisionEncoder(config.vision_config)
-        self.projector = Projector(config.vision_config, config.text_config.hidden_size)
-        self.mu2_tokenizer = Mu2Tokenizer(config.tokenizer_config)
+        self.vision = VisionEncoder(config.vision)
+        self.projector = Projector(config.vision, config.text.hidden_size)
+        self.mu2_tokenizer = Mu2Tokenizer(config.tokenizer)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -110,7 +111,7 @@ class Mu2Model(Mu2PreTrainedModel):
         question_mask = None if question_mask is None else question_mask.bool()
         visual = cast(VisualTokens, self.mu2_tokenizer(features, text, chunk_mask, question_mask, return_selection))
         if visual.selection is not None:
-            visual.selection = spread_to_patches(visual.selection, self.config.vision_config)
+            visual.selection = spread_to_patches(visual.selection, self.config.vision)
         return visual
 
     @can_return_tuple
@@ -168,9 +169,9 @@ class Mu2Model(Mu2PreTrainedModel):
         return embeds.masked_scatter(here[..., None], tokens)
 
     def _check_volumes(self, volumes: Tensor) -> None:
-        vision = self.config.vision_config
+        vision = self.config.vision
         expected = (vision.channels, *vision.chunk_shape)
-        most = self.config.tokenizer_config.chunks
+        most = self.config.tokenizer.chunks
         if volumes.dim() != 6 or tuple(volumes.shape[2:]) != expected or volumes.shape[1] > most:
             raise UserError(
                 f"volumes of shape {tuple(volumes.shape)}; expected (scans, up to {most} chunks, "
@@ -184,7 +185,7 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
     def __init__(self, config: Mu2Config) -> None:
         super().__init__(config)
         self.model = Mu2Model(config)
-        text = config.text_config
+        text = config.text
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=bool(getattr(text, "lm_head_bias", False)))
         self._tied_weights_keys = {
             "lm_head.weight": f"model.language_model.{_embedding_name(self.model.language_model)}"
@@ -242,12 +243,11 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        last = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, last])
         loss = None
         if labels is not None:
-            vocabulary = self.config.text_config.vocab_size
+            vocabulary = self.config.text.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
         return Mu2CausalLMOutput(
             loss=loss,
@@ -259,7 +259,7 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         inputs: Tensor | None = None,
         volumes: Tensor | None = None,
@@ -277,10 +277,12 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
         tokens = visual_tokens.tokens if isinstance(visual_tokens, VisualTokens) else visual_tokens
         if tokens is not None:
             kwargs["visual_tokens"] = _serve(tokens, len(input_ids), "sequences")
-        return super().generate(input_ids=input_ids, **kwargs)
+        return super().generate(input_ids=input_ids, **kwargs)  # type: ignore[misc]
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, **kwargs: Any
+    ) -> dict[str, Any]:
+        model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc, arg-type]
         if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
             model_inputs.pop("visual_tokens", None)  # they are in the cache
         return model_inputs

@@ -134,7 +134,7 @@ class Mu2Tokenizer(Initialised):
         super().__init__()
         self.config = config
         width = config.hidden_size
-        self.places = PlaceEmbedding(config.chunks, config.grid, width) if config.positions else None
+        self.places = PlaceEmbedding(config.chunks, tuple(config.grid), width) if config.positions else None
         self.layers = nn.ModuleList([SpatioTemporalLayer(config) for _ in range(config.num_layers)])
         self.norm = nn.LayerNorm(width) if config.residual else nn.Identity()
         differentiable = config.selection == "differentiable"
@@ -168,6 +168,7 @@ class Mu2Tokenizer(Initialised):
             tokens = self.standardise(tokens)
         if not return_selection:
             return VisualTokens(tokens=tokens)
+        assert selected.weights is not None
         pooling = self.pooling.matrix(self.config.top_k, selected.valid, gates).to(tokens)
         share = self.aggregation.weights(query, multiscale, mask) @ pooling
         chunks = visual.shape[1] if chunk_mask is None else chunk_mask.sum(1)
@@ -211,11 +212,11 @@ def _spatial_position(config: Mu2TokenizerConfig) -> nn.Module | None:
         case "relative_1d":
             return RelativeBias1d(config.max_positions, heads)
         case "relative_3d":
-            return RelativeBias3d(config.grid, heads)
+            return RelativeBias3d(tuple(config.grid), heads)
         case "rotary_1d":
             return Rotary(size)
         case "rotary_3d":
-            return Rotary(size, config.grid)
+            return Rotary(size, tuple(config.grid))
         case _:
             return None
 

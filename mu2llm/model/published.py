@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from mu2llm.errors import Failure, UserError
 
+Rules = list[tuple[str, str, list[tuple[str, str]]]]
+
 _ATTENTION = [
     (r"w([qkv])\.(weight|bias)", r"qkv.\2#\1"),
     (r"dense\.", "output."),
@@ -43,18 +45,16 @@ TOKENIZER = [
     (r"tta_module\.layer_linagg\.linear_aggregator\.wq\.", "aggregation.query.", []),
     (r"tta_module\.layer_linagg\.linear_aggregator\.wk\.", "aggregation.key.", []),
 ]
-VISION = [
+VISION: Rules = [
     (r"patch_embedding\.patch_embeddings\.1\.", "tower.stem.projection.", []),
     (r"patch_embedding\.position_embeddings", "tower.position_embeddings", []),
     (r"(cls_token|norm\.|blocks\.)", r"tower.\1", []),
 ]
-PROJECTOR = [(r"projector\.", "projector.layers.", [])]
+PROJECTOR: Rules = [(r"projector\.", "projector.layers.", [])]
 WITHOUT_EFFECT = re.compile(
     r"layer_linagg\.linear_aggregator\.(wv|dense)\.|dynamic_pool\.gate_fc\.bias|norm_cross_attn\."
     r"|patch_embedding\.cls_token|rotary_emb\.inv_freq"
 )
-
-Rules = list[tuple[str, str, list[tuple[str, str]]]]
 
 
 def rename(weights: Mapping[str, Tensor], rules: Rules, module: nn.Module) -> dict[str, Tensor]:

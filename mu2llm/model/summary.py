@@ -90,7 +90,7 @@ class Summary:
 def summarise(model: ModelConfig, spec: PreprocessSpec, question_tokens: int = 32, text_tokens: int = 256) -> Summary:
     """One scan, one question of `question_tokens` and a report of `text_tokens`, through the whole model."""
     config = configuration(model, spec, text_config(model))
-    length = config.tokenizer_config.queries + question_tokens + text_tokens
+    length = config.tokenizer.queries + question_tokens + text_tokens
     with FakeTensorMode():
         whole = Mu2ForConditionalGeneration(config).eval()
         inputs = {

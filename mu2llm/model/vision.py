@@ -7,6 +7,7 @@ several seconds.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Self, cast
 
 import torch
@@ -47,8 +48,8 @@ class ConvStem(Initialised):
 
     def __init__(self, config: Mu2VisionConfig) -> None:
         super().__init__()
-        half = tuple(max(1, size // 2) for size in config.patch_size)
-        stride = tuple(size // part for size, part in zip(config.patch_size, half, strict=True))
+        half = _three(max(1, size // 2) for size in config.patch_size)
+        stride = _three(size // part for size, part in zip(config.patch_size, half, strict=True))
         width = max(8, 3 * config.hidden_size // 8)
         grid = tuple(size // part for size, part in zip(config.chunk_shape, half, strict=True))
         self.patches = nn.Conv3d(config.channels, width, kernel_size=half, stride=half)
@@ -234,3 +235,8 @@ class VisionEncoder(nn.Module):
     def _encode(self, chunks: Tensor) -> Tensor:
         patches = self.tower(chunks)
         return pool_patches(patches[:, 1:] if self.config.class_token else patches, self.config)
+
+
+def _three(sizes: Iterable[int]) -> tuple[int, int, int]:
+    depth, height, width = sizes
+    return depth, height, width

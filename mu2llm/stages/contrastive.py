@@ -58,7 +58,9 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
 class ContrastiveTrainer(runner.Streamed, Trainer):
     """The loss sees the embeddings of all workers; the gradient flows back through the gathering."""
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         output = model(**inputs, gather=gather if torch.distributed.is_initialized() else None)
         return (output.loss, output) if return_outputs else output.loss
 
@@ -100,8 +102,8 @@ def recall(model: Mu2ForContrastive, shards: Shards, texts: TextBank, split: str
     embeddings = torch.as_tensor(texts(distinct)).to(model.device)
     columns = []
     for rows in Stream(shards, split, ["id", "voxels", "chunk_mask"], batch_size=16, seed=None):
-        scan = [torch.as_tensor(np.asarray(rows[name])).to(model.device) for name in ("voxels", "chunk_mask")]
-        columns.append(model.score(*scan, embeddings).cpu())
+        voxels, mask = (torch.as_tensor(np.asarray(rows[name])).to(model.device) for name in ("voxels", "chunk_mask"))
+        columns.append(model.score(voxels, mask, embeddings).cpu())
     logits = torch.cat(columns, dim=1)
     scores = has @ functional.logsigmoid(logits) + (1 - has) @ functional.logsigmoid(-logits)
     own = scores.diagonal()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 
 from mu2llm.green import findings, sentences
 from mu2llm.records import Candidate, Case
@@ -33,7 +34,7 @@ def corrupt(case: Case, others: list[str], first_index: int, seed: int) -> list[
     ]
 
 
-def _swap_side(parts: list[str], positive: list[int], rng: random.Random) -> str | None:
+def _swap_side(parts: Sequence[str], positive: list[int], rng: random.Random) -> str | None:
     sided = [i for i in positive if SIDES.search(parts[i])]
     if not sided:
         return None
@@ -51,7 +52,7 @@ def _swapped(sentence: str) -> str:
     return SIDES.sub(opposite, sentence)
 
 
-def _drop(parts: list[str], positive: list[int], rng: random.Random) -> str | None:
+def _drop(parts: Sequence[str], positive: list[int], rng: random.Random) -> str | None:
     if not positive:
         return None
     name = findings(parts[rng.choice(positive)])[0].name
@@ -59,7 +60,7 @@ def _drop(parts: list[str], positive: list[int], rng: random.Random) -> str | No
     return _join(kept) if kept else None
 
 
-def _invent(parts: list[str], case: Case, others: list[str], rng: random.Random) -> str | None:
+def _invent(parts: Sequence[str], case: Case, others: list[str], rng: random.Random) -> str | None:
     present = {finding.name for finding in findings(case.report)}
     for report in rng.sample(others, min(len(others), 32)):
         for sentence in sentences(report):
@@ -70,5 +71,5 @@ def _invent(parts: list[str], case: Case, others: list[str], rng: random.Random)
     return None
 
 
-def _join(parts: list[str]) -> str:
+def _join(parts: Sequence[str]) -> str:
     return " ".join(part if part.endswith((".", "!", "?", ":")) else f"{part}." for part in parts)

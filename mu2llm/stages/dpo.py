@@ -82,6 +82,7 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
     experiment, settings = job.resolved, job.resolved.dpo
     assert job.parent and job.reference
     shards, scan = Shards.open(job.features or job.shards), "features" if job.features else "voxels"
+    model: Any
     model, processor = load(job.parent)
     if settings.freeze_vision:
         model.freeze_vision()
@@ -220,7 +221,7 @@ class ReferenceActor:
         torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
         assert job.parent
         model, processor = load(job.parent)
-        self.model = model.to("cuda" if settings.gpus_per_worker else "cpu")
+        self.model = model.to("cuda" if settings.gpus_per_worker else "cpu")  # type: ignore[arg-type]
         self.examples, self.scan, self.ld_alpha = Examples(pairs, None, processor), scan, settings.ld_alpha
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:

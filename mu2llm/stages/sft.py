@@ -45,7 +45,7 @@ def run(
     settings = experiment.sft
     runner.check_resources(settings)
     if settings.freeze_vision and settings.cache_vision:
-        if parent is None:
+        if parent is None or init is None:
             raise UserError("sft.cache_vision caches what a trained vision tower sees: name one with --init")
         features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker)
         job = job.model_copy(update={"features": features.uri})
@@ -87,6 +87,8 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
 
 class SftTrainer(runner.Streamed, Trainer):
     """The model's own loss, averaged over the answer tokens of all workers, and that of the alignment."""
+
+    alignment: float
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
