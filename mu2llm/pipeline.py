@@ -20,6 +20,7 @@ from mu2llm.config import Experiment
 from mu2llm.ct import phantom
 from mu2llm.errors import UserError
 from mu2llm.evaluation.evaluate import compare
+from mu2llm.evaluation.promotion import promote
 from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.evaluation.scans import report_scans
 from mu2llm.memory import PeakMemory
@@ -177,9 +178,11 @@ def _register(pipeline: Pipeline, checkpoints: dict[str, str], results: Results)
         ranked = sorted(green, key=lambda run: -estimate.value if (estimate := green[run]) else 0.0)
         passing = [run for run in ranked if (audit := audits[run]) and audit.passed]
         best = (passing or ranked)[0]
-        alias = "champion" if passing else None
-        version = tracking.register(Checkpoint.open(checkpoints[best]), alias=alias)
-        return {"run": best, "checkpoint": checkpoints[best], "version": version, "alias": alias}
+        if not passing:
+            version = tracking.register(Checkpoint.open(checkpoints[best]))
+            return {"run": best, "checkpoint": checkpoints[best], "version": version, "alias": None}
+        promoted = promote(checkpoints[best])
+        return {"run": best, "checkpoint": checkpoints[best], "version": promoted.version, "alias": promoted.alias}
 
     return pipeline.step("register", tracking.store(), work, [])
 

@@ -31,8 +31,8 @@ def store() -> str:
 @functools.cache
 def _client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     from mlflow.tracking import MlflowClient  # seconds of imports: only where something is tracked
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -92,6 +92,44 @@ def register(
     if alias:
         client.set_registered_model_alias(MODEL, alias, entry.version)
     return str(entry.version)
+
+
+def tags(stage: str) -> list[dict[str, str]]:
+    """The tags of all tracked runs of a stage, newest first."""
+    client = _client(store())
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    found: list[dict[str, str]] = []
+    token: str | None = ""
+    while experiment and token is not None:
+        page = client.search_runs(
+            [experiment.experiment_id],
+            f"tags.stage = '{stage}'",
+            order_by=["start_time DESC"],
+            page_token=token or None,
+        )
+        found += [dict(run.data.tags) for run in page]
+        token = page.token or None
+    return found
+
+
+def version_of(alias: str) -> str | None:
+    """The version of the model `mu2llm` that an alias names now; None where none has it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(_client(store()).get_model_version_by_alias(MODEL, alias).version)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def version_tags(version: str) -> dict[str, str]:
+    return dict(_client(store()).get_model_version(MODEL, version).tags)
+
+
+def set_alias(alias: str, version: str) -> None:
+    _client(store()).set_registered_model_alias(MODEL, alias, version)
 
 
 def registered(alias: str = "champion") -> str:

@@ -24,6 +24,7 @@ __all__ = ["app", "explain", "main", "show"]
 
 def main() -> None:
     """The console script: runs the app and turns what went wrong into one line and an exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours say what is long; theirs, that weights load
     debug = "--debug" in sys.argv or bool(os.environ.get("MU2LLM_DEBUG"))
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:

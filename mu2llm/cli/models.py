@@ -1,15 +1,16 @@
-"""Configuration and models: config show, convert, model summary."""
+"""Configuration and models: config show, convert, model summary, promote."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 import yaml
 
 from mu2llm import config
 from mu2llm.cli.app import Json, Out, Preset, Set, app, show
+from mu2llm.errors import UserError
 
 config_app = typer.Typer(no_args_is_help=True, help="The configuration.")
 app.add_typer(config_app, name="config")
@@ -47,3 +48,25 @@ def model_summary(preset: Preset = "paper", set_: Set = [], as_json: Json = Fals
 
     experiment = config.load(preset, set_)
     show(summarise(experiment.model, experiment.data.spec).as_dict(), as_json)
+
+
+@app.command()
+def promote(
+    checkpoint: Annotated[str | None, typer.Argument(help="Checkpoint of stage sft or dpo.")] = None,
+    alias: Annotated[str, typer.Option(help="champion, which the service takes, or challenger")] = "champion",
+    force: Annotated[bool, typer.Option("--force", help="Also without an evaluation or with a red line.")] = False,
+    back: Annotated[bool, typer.Option("--back", help="Give the alias back to the version before.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Give a checkpoint the registry's alias after its evaluation, audits and spec; write its model card."""
+    if alias not in ("champion", "challenger"):
+        raise UserError(f"--alias {alias}: expected champion or challenger")
+    if bool(checkpoint) == back:
+        raise UserError("give a checkpoint, or --back to return to the one before")
+    from mu2llm.evaluation import promotion
+
+    if checkpoint:
+        promoted = promotion.promote(checkpoint, cast(promotion.Alias, alias), force)
+    else:
+        promoted = promotion.go_back(cast(promotion.Alias, alias))
+    show(promoted.model_dump(), as_json)

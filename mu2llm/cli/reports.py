@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from mu2llm import config
-from mu2llm.cli.app import Address, Data, DryRun, Json, Out, Preset, Set, app, dry_run, progress_bars, show
+from mu2llm.cli.app import Address, Data, DryRun, Json, Out, Preset, Set, app, console, dry_run, progress_bars, show
 from mu2llm.errors import UserError
 
 
@@ -40,6 +40,52 @@ def evaluate(
             checkpoint, data, out, experiment, split, lambda done, all_: bars("evaluate", done, all_, {})
         )
     show(result, as_json)
+
+
+@app.command()
+def rescore(
+    evaluation: Annotated[str, typer.Argument(help="Folder that `evaluate` wrote.")],
+    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH or openai:MODEL@URL")] = None,
+    preset: Preset = "demo",
+    set_: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Score saved predictions anew, by another judge or with other settings: needs neither model nor scans."""
+    experiment = config.load(preset, [*set_, *([f"judge.name={judge}"] if judge else [])])
+    from mu2llm.evaluation.evaluate import rescore as score_anew
+
+    results = score_anew(evaluation, experiment)
+    runs = {run: results.summary(run) for run in results.header.checkpoints}
+    if as_json:
+        show(runs, as_json)
+        return
+    from mu2llm.evaluation.leaderboard import rows, terminal
+
+    Console().print(*terminal(rows(results)))
+
+
+@app.command()
+def leaderboard(
+    html: Annotated[Path | None, typer.Option(help="Write a page too.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write Markdown too.")] = None,
+    paper: Annotated[bool, typer.Option(help="Show the paper's numbers below.")] = True,
+    as_json: Json = False,
+) -> None:
+    """All evaluations in the tracking store as one table; like is ranked with like."""
+    from mu2llm import tracking
+    from mu2llm.evaluation import leaderboard as board
+
+    ours = board.tracked(tracking.tags("evaluate"))
+    table = [*ours, *(board.paper() if paper else [])]
+    for path, text in ((html, board.html), (markdown, board.markdown)):
+        if path:
+            path.write_text(text(table), encoding="utf-8")
+    if as_json:
+        show({"store": tracking.store(), "rows": [row.model_dump(mode="json") for row in table]}, as_json)
+        return
+    Console().print(*board.terminal(table))
+    if not ours:
+        console.print(f"{tracking.store()} has no evaluations yet: mu2llm evaluate writes there")
 
 
 @app.command()

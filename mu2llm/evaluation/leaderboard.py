@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -159,15 +160,20 @@ def terminal(table: Sequence[Row]) -> list[Table]:
         for row in league.rows:
             if row.red_line:
                 told.append(f"\n✗ {row.run} {row.red_line}", style="bold red")
-        shown = Table(title=league.title, caption=told, title_justify="left", caption_justify="left")
+        shown = Table(title=league.title, caption=told, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
         shown.add_column("run")
         for name in columns:
-            shown.add_column(TITLES[name], justify="right")
+            shown.add_column(TITLES[name], justify="right", overflow="fold")
         for row in league.rows:
-            numbers = [cell(row.metrics.get(name)).replace(" (", "\n").rstrip(")") for name in columns]
+            numbers = [_wrapping(row.metrics.get(name)) for name in columns]
             shown.add_row(row.run, *numbers, style="red" if row.red_line else "dim" if row.source else None)
         made.append(shown)
     return made
+
+
+def _wrapping(number: Estimate | float | None) -> str:
+    """A cell that a narrow terminal breaks at its spaces."""
+    return cell(number).replace(" (", "\n").replace("–", " – ").rstrip(")") if number is not None else cell(number)
 
 
 def markdown(table: Sequence[Row]) -> str:

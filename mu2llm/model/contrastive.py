@@ -96,10 +96,10 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
             chunk_mask = torch.ones(volumes.shape[:2], dtype=torch.bool, device=volumes.device)
         return cast(Tensor, self.vision(volumes, chunk_mask.bool()))
 
-    def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+    def encode_text(self, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """(M, L) → embeddings (M, D) of length 1, by the text encoder that is part of the model."""
-        if self.text_encoder is None:
-            raise UserError("this model has no text encoder of its own: give text_embeddings")
+        if self.text_encoder is None or text_ids is None or text_mask is None:
+            raise UserError("give text_embeddings, or to a model with a text encoder of its own text_ids and text_mask")
         return mean_pool(self.text_encoder(text_ids, text_mask).last_hidden_state, text_mask)
 
     def score(self, volumes: Tensor, chunk_mask: Tensor, text_embeddings: Tensor) -> Tensor:
@@ -129,10 +129,7 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         """
         features = self.encode_vision(volumes, chunk_mask)
         scans, mask = self.head.scan(features), chunk_mask.bool().repeat_interleave(features.shape[2], dim=1)
-        embeddings = text_embeddings
-        if embeddings is None:
-            assert text_ids is not None and text_mask is not None
-            embeddings = self.encode_text(text_ids, text_mask)
+        embeddings = self.encode_text(text_ids, text_mask) if text_embeddings is None else text_embeddings
         texts = embeddings.to(features.dtype)
         if targets is None:
             assert owner is not None

@@ -77,6 +77,7 @@ def ingest_s3(folder: str, manifest: str, out: str) -> dict[str, Any]:
     from faulty_s3 import faulty
 
     root = Path(folder).parent
+    Path(out).mkdir()  # the bucket
     with (
         storage.embedded_s3(root) as endpoint,
         faulty(endpoint, 0.1, ("GET", "HEAD", "PUT", "POST")) as done,

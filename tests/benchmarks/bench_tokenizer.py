@@ -118,7 +118,9 @@ def measure(way: str, threads: int, repeats: int, connection) -> None:
     """In a process of its own: seconds of forward and forward+backward (best of `repeats`), and peak MiB."""
     torch.set_num_threads(threads)
     module, visual, text = make()
-    run = module if way == "ours" else lambda v, t: published_way(module, v, t)
+
+    def run(visual: Tensor, text: Tensor) -> Tensor:
+        return module(visual, text).tokens if way == "ours" else published_way(module, visual, text)
 
     def backward() -> None:
         module.zero_grad()
@@ -146,6 +148,7 @@ def main() -> None:
         receiver, sender = spawn.Pipe(duplex=False)
         process = spawn.Process(target=measure, args=(way, arguments.threads, arguments.repeats, sender))
         process.start()
+        sender.close()  # so that a process that fails is the end of the waiting
         results[way] = receiver.recv()
         process.join()
     report(results, arguments.json)

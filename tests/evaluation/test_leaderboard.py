@@ -25,7 +25,7 @@ def rendered(form):
     if form == "terminal":
         console = Console(file=io.StringIO(), width=220)
         console.print(*leaderboard.terminal(table))
-        return " ".join(console.file.getvalue().split())  # captions wrap
+        return " ".join(console.file.getvalue().split()).replace(" – ", "–")  # captions and intervals wrap
     return getattr(leaderboard, form)(table)
 
 
