@@ -264,6 +264,53 @@ class PreferencePair(Record):
     )
 
 
+class Correction(Record):
+    """A radiologist's version (`chosen`) of a report that the service wrote (`rejected`): a preference pair to be.
+
+    One JSON line in storage. Its scan is known by `scan_sha256`, as `CTVolume.sha256`, and by `volume`, the URI
+    from which it was read or under which the service kept it; None where it was uploaded and not kept.
+    """
+
+    id: str
+    report_id: str = Field("", description="of the generated report; empty where its text was sent instead")
+    scan_sha256: str
+    volume: str | None = None
+    question: str
+    chosen: str
+    rejected: str
+    checkpoint: str = ""
+    spec_hash: str = ""
+    time: str = Field(description="ISO 8601, UTC")
+
+    arrow_schema = pa.schema(
+        [
+            pa.field(name, pa.string())
+            for name in (
+                *("id", "report_id", "scan_sha256", "volume", "question", "chosen", "rejected"),
+                *("checkpoint", "spec_hash", "time"),
+            )
+        ]
+    )
+
+    @classmethod
+    def read(cls, uri: str) -> list[Self]:
+        """Those in a file of JSON lines, or in all `.jsonl` files of a folder; a UserError names a line that is none."""
+        folder = not storage.is_file(uri)
+        names = [each.base_name for each in storage.list_files(uri, recursive=False)] if folder else []
+        files = [storage.join(uri, name) for name in names if name.endswith(".jsonl")] if folder else [uri]
+        if not files:
+            raise UserError(f"{uri} holds no corrections: give a file of JSON lines, or a folder of such files")
+        found = []
+        for file in files:
+            for number, line in enumerate(storage.read_bytes(file).decode().splitlines(), start=1):
+                try:
+                    found += [cls.model_validate_json(line)] if line.strip() else []
+                except ValueError as error:
+                    why = str(error).splitlines()[0]
+                    raise UserError(f"{file}, line {number}: not a correction: {why}") from None
+        return found
+
+
 class Estimate(BaseModel):
     """A number with its bootstrap 95 % interval and its n."""
 
