@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mu2llm.model.batch_norm import BatchNorm3d
 from mu2llm.model.configuration import Mu2VisionConfig
 from mu2llm.model.initialisation import Initialised
 from mu2llm.model.standardise import RunningStandardise
@@ -40,10 +41,7 @@ class LinearStem(nn.Module):
 
 class ConvStem(Initialised):
     """Patches of half the size, then a strided convolution over their neighbours; learns from few scans what a
-    linear patch embedding does not.
-
-    Batch norm by batch statistics in training: with several workers each normalises by its own share of the
-    batch.
+    linear patch embedding does not. Its batch norm is over the batch of all workers.
     """
 
     def __init__(self, config: Mu2VisionConfig) -> None:
@@ -53,10 +51,10 @@ class ConvStem(Initialised):
         width = max(8, 3 * config.hidden_size // 8)
         grid = tuple(size // part for size, part in zip(config.chunk_shape, half, strict=True))
         self.patches = nn.Conv3d(config.channels, width, kernel_size=half, stride=half)
-        self.norm = nn.BatchNorm3d(width)
+        self.norm = BatchNorm3d(width)
         self.places = nn.Parameter(torch.zeros(1, width, *grid))
         self.neighbours = nn.Conv3d(width, config.hidden_size, kernel_size=3, stride=stride, padding=1)
-        self.norm_out = nn.BatchNorm3d(config.hidden_size)
+        self.norm_out = BatchNorm3d(config.hidden_size)
 
     def initialise(self) -> None:
         init.zeros_(self.places)
@@ -215,6 +213,11 @@ class VisionEncoder(nn.Module):
         """No gradient, and evaluation mode for good: the running statistics stay as they are."""
         self.frozen = True
         self.requires_grad_(False).eval()
+
+    def thaw(self) -> None:
+        """Undoes `freeze`."""
+        self.frozen = False
+        self.requires_grad_(True).train()
 
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
