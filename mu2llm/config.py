@@ -38,6 +38,9 @@ class DataConfig(Section):
     reconstructions: Literal["one", "all"] = Field("one", description="CT-RATE: one reconstruction a scan, or all")
     shard_mb: int = Field(128, ge=1, description="aimed size of a Parquet shard")
     shuffle_rows: int = Field(1, ge=1, description="neighbouring rows that stay together when an epoch is shuffled")
+    fraction: float = Field(
+        1, gt=0, le=1, description="share of the training patients, drawn by the seed, that sft and prefer see"
+    )
     phantom: PhantomConfig = PhantomConfig()
 
 
@@ -153,8 +156,9 @@ class StageConfig(Section):
     save_steps: int = Field(100, ge=1)
     keep_checkpoints: int = Field(1, ge=1)
     log_steps: int = Field(10, ge=1)
-    eval_steps: int | None = None
-    workers: int | tuple[int, int] = Field(1, description="N, or (MIN, MAX) for elastic training")
+    workers: int | tuple[int, int] = Field(
+        1, description="N, or (MIN, MAX) for elastic training; 0 trains in the calling process, without resume"
+    )
     gpus_per_worker: float = 0
     cpus_per_worker: float = 1
     max_failures: int = 2
@@ -172,12 +176,40 @@ class ContrastiveConfig(StageConfig):
     temperature: float = 0.07
 
 
+class ValidationConfig(Section):
+    """Validation of checkpoints beside the training, as tasks that wait for free resources of their own."""
+
+    steps: int | None = Field(None, ge=1, description="save and validate every so many steps; None: never")
+    cases: int = Field(64, ge=1, description="cases of split validation that the loss is over")
+    reports: int = Field(16, ge=0, description="of these cases the reports are also written and judged")
+    reports_every: int = Field(1, ge=1, description="validations from one judging of reports to the next")
+    publish: Literal["last", "best"] = Field("last", description="best: the checkpoint of least validation loss")
+    cpus: float = Field(1, ge=0)
+    gpus: float = Field(0, ge=0)
+
+
 class SftConfig(StageConfig):
-    cache_vision: bool = Field(True, description="with frozen vision: encode each scan once, train on that")
+    cache_vision: bool = Field(True, description="with vision frozen throughout: encode each scan once")
+    thaw_vision: float | None = Field(
+        None, ge=0, lt=1, description="share of the steps after which frozen vision is trained too"
+    )
+    group_by_length: bool = Field(False, description="batches of reports of alike lengths, which pad little")
+    validation: ValidationConfig = ValidationConfig()
     alignment: float = Field(
         0, ge=0, description="weight of the loss that holds the visual tokens against the report's findings"
     )
     report_share: float = Field(0.8, ge=0, le=1, description="share of reports; the rest are the case's questions")
+
+    @model_validator(mode="after")
+    def _thaws_what_is_frozen(self) -> Self:
+        if self.thaw_vision is not None and (not self.freeze_vision or self.fsdp):
+            raise ValueError("thaw_vision needs freeze_vision, and does not go with fsdp")
+        return self
+
+    @property
+    def cached(self) -> bool:
+        """Whether vision's features are made once and trained on."""
+        return self.freeze_vision and self.cache_vision and self.thaw_vision is None
 
 
 class PreferencesConfig(Section):
@@ -240,10 +272,45 @@ class SweepConfig(Section):
     final_seeds: int = 3
 
 
+class ReplicasConfig(Section):
+    """The processes of one deployment of the service: how many, what each gets, how much each takes on."""
+
+    least: int = Field(1, ge=0, description="0: down to none when nobody asks (the scorer only)")
+    most: int = Field(1, ge=1)
+    waiting: float = Field(2, gt=0, description="requests a replica that autoscaling aims at")
+    at_once: int = Field(16, ge=1, description="requests that a replica takes at a time")
+    cpus: float = Field(0.5, ge=0)
+    gpus: float = Field(0, ge=0)
+
+
 class ServingConfig(Section):
-    max_batch_size: int = 8
-    batch_wait_s: float = 0.02
-    max_queued_requests: int = 64
+    """The HTTP service. `state` keeps API keys, reports, jobs and corrections; uploads are deleted after use."""
+
+    state: str = Field("mu2llm-serve", description="URI of what must survive a restart")
+    keep_scans: str | None = Field(None, description="URI under which uploaded scans are kept; None keeps none")
+    keep_reports_days: float = Field(30, gt=0, description="for how long a report can be corrected by its id")
+    authentication: Literal["auto", "on", "off"] = Field(
+        "auto", description="API keys; auto: on where the address is not loopback"
+    )
+    hosts: tuple[str, ...] = Field((), description="further Host names that are answered on loopback")
+    allowed_uris: tuple[str, ...] = Field((), description="what {uri} may lie under, such as s3://bucket/scans")
+    max_body_mb: int = Field(1024, ge=1)
+    max_slices: int = Field(2500, ge=2)
+    reading_seconds: float = Field(120, gt=0, description="for decoding and preparing one scan")
+    reading_gib: float = Field(8, gt=0, description="memory that decoding one scan may take")
+    request_seconds: float = Field(300, gt=0, description="for one whole report; longer ones are jobs")
+    max_pairs: int = Field(256, ge=1, description="pairs of one /v1/green request")
+    max_batch_size: int = Field(8, ge=1, description="scans and questions that are written at a time")
+    batch_wait_s: float = Field(0.02, ge=0, description="how long the first of a batch waits for others")
+    max_queued_requests: int = Field(64, ge=1, description="report requests taken on at once; above: 429")
+    cached_scans: int = Field(64, ge=0, description="scans whose encoding a generator remembers")
+    jobs_at_once: int = Field(2, ge=1)
+    registry_seconds: float = Field(10, gt=0, description="how often a registry:// model is looked up")
+    drain_seconds: float = Field(60, ge=0, description="that a replica gets to finish what it has begun")
+    ingress: ReplicasConfig = ReplicasConfig(at_once=512, waiting=128)
+    reader: ReplicasConfig = ReplicasConfig(most=2, at_once=4)
+    generator: ReplicasConfig = ReplicasConfig(cpus=1, at_once=64, waiting=16)
+    scorer: ReplicasConfig = ReplicasConfig(at_once=32, waiting=8)
 
 
 class Experiment(Section):

@@ -294,7 +294,7 @@ class Correction(Record):
 
     @classmethod
     def read(cls, uri: str) -> list[Self]:
-        """Those in a file of JSON lines, or in all `.jsonl` files of a folder; a UserError names a line that is none."""
+        """Those in a file of JSON lines, or in all `.jsonl` files of a folder; a UserError names a wrong line."""
         folder = not storage.is_file(uri)
         names = [each.base_name for each in storage.list_files(uri, recursive=False)] if folder else []
         files = [storage.join(uri, name) for name in names if name.endswith(".jsonl")] if folder else [uri]
@@ -337,7 +337,8 @@ class Lineage(BaseModel):
 
 
 class Training(BaseModel):
-    """What a stage did, cumulative over resumes. `history` holds the logged metrics by step."""
+    """What a stage did, cumulative over resumes. `history` holds the logged metrics by step, `validation` those of
+    the checkpoints that were validated on the way."""
 
     steps: int = 0
     cases_seen: int = 0
@@ -345,6 +346,7 @@ class Training(BaseModel):
     resumed_from_step: int = 0
     metrics: dict[str, float] = {}
     history: list[dict[str, float]] = []
+    validation: list[dict[str, float]] = []
 
 
 class Checkpoint(BaseModel):
