@@ -332,6 +332,7 @@ class Lineage(BaseModel):
     judge: str | None = None
     seed: int = 0
     git_commit: str | None = None
+    run: str = Field("", description="key of the run that made it, in the tracking store")
     versions: dict[str, str] = {}
     identity: str = Field("", description="digest of all that decides what the stage would produce")
 

@@ -51,6 +51,7 @@ class Job(BaseModel):
     rows: int
     judge: str | None = None
     git_commit: str | None = None
+    run: str = Field("", description="key of the stage's run in the tracking store")
     shards: str = Field("", description="dpo: URI of the shards that the pairs in `data` were made on")
     split: str = "train"
     reference: str | None = Field(None, description="dpo: URI of the reference's log-probabilities")
@@ -158,8 +159,92 @@ def run(job: Job, loop: Callable[[Job, Resume], None], progress: Progress | None
     _drop_other_state(job)
     settings = job.settings
     filesystem, path = storage.resolve(job.state)
-    tags = {"data": job.data, "spec": job.spec_hash, "parent": job.parent or "", "commit": job.git_commit or ""}
-    tracked = tracking.start_stage(job.stage, job.experiment, tags)
+    tracked = _track(job)
+    job = job.model_copy(update={"run": tracked.key})
+    with tempfile.TemporaryDirectory() as folder, _relay(Path(folder) / "progress.jsonl", job.total_steps, progress):
+        trainer = ray.train.torch.TorchTrainer(
+            _worker,
+            train_loop_config={"job": job.model_dump(), "loop": loop},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=settings.workers,  # type: ignore[arg-type]  # (MIN, MAX): elastic
+                use_gpu=settings.gpus_per_worker > 0,
+                resources_per_worker=_resources(settings),
+            ),
+            run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the options of Train V1
+                name="train",
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
+                callbacks=[_Reporter(str(Path(folder) / "progress.jsonl"), tracked)],  # type: ignore[list-item]
+                worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            tracking.end_stage(tracked, {"why": _cause(error)}, "FAILED")
+            raise Failure(f"{job.stage} failed: {_cause(error)}; what was trained is kept in {job.state}") from error
+        except BaseException:
+            tracking.end_stage(tracked, {}, "KILLED")
+            raise
+    stopped = storage.join(job.state, "stopped.json")
+    if storage.exists(stopped):
+        told = storage.read_json(stopped)
+        tracking.end_stage(tracked, {"why": told["why"]}, "FAILED")
+        if told.get("mistake"):
+            raise UserError(told["why"])
+        raise Failure(f"{job.stage} stopped: {told['why']}; see {stopped}")
+    checkpoint = Checkpoint.open(job.out)
+    storage.delete(job.state)
+    tracking.end_stage(tracked, {"checkpoint": tracking.place(job.out)})
+    return checkpoint
+
+
+def _track(job: Job) -> tracking.StageRun:
+    """The stage's run in the tracking store: a new one, or that of the interrupted run which this one goes on with."""
+    path = storage.join(job.state, "run.json")
+    key = storage.read_json(path)["key"] if storage.exists(path) else None
+    of = {"data": storage.lasting(job.data), "data_checksum": job.data_checksum, "spec": job.spec_hash}
+    parent = Checkpoint.open(job.parent) if job.parent else None
+    tags = {
+        **of,
+        "parent": tracking.place(parent.uri) if parent else "",
+        "parent_run": (parent.lineage.run or "") if parent else "",
+        "judge": job.judge or "",
+        "commit": job.git_commit or "",
+        "out": tracking.place(job.out),
+    }
+    run = tracking.start_stage(job.stage, job.experiment, tags, key=key)
+    storage.write_json(path, {"key": run.key})
+    return run
+
+
+def _run_here(
+    job: Job, loop: Callable[[Job, Resume], None], tracked: tracking.StageRun, progress: Progress | None
+) -> None:
+    """Without workers this process trains: for debuggers, and for sweeps, whose processes stay warm between trials."""
+
+    def told(numbers: dict[str, float]) -> None:
+        tracked.log(numbers, step=int(numbers.get("step", 0)))
+        if progress:
+            progress({**numbers, "total": job.total_steps})
+
+    token = _here.set(_Here(told))
+    try:
+        _worker({"job": job.model_dump(), "loop": loop})
+    except BaseException as error:  # also the SystemExit by which Ray Tune stops a trial
+        tracking.end_stage(tracked, {}, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    finally:
+        _here.reset(token)
+
+
+def _run_on_workers(
+    job: Job, loop: Callable[[Job, Resume], None], tracked: tracking.StageRun, progress: Progress | None
+) -> None:
+    settings = job.settings
+    filesystem, path = storage.resolve(job.state)
     with tempfile.TemporaryDirectory() as folder, _relay(Path(folder) / "progress.jsonl", job.total_steps, progress):
         trainer = ray.train.torch.TorchTrainer(
             _worker,
@@ -184,17 +269,6 @@ def run(job: Job, loop: Callable[[Job, Resume], None], progress: Progress | None
         except ray.train.TrainingFailedError as error:
             tracking.end_stage(tracked, {}, "FAILED")
             raise Failure(f"{job.stage} failed: {_cause(error)}; what was trained is kept in {job.state}") from error
-    stopped = storage.join(job.state, "stopped.json")
-    if storage.exists(stopped):
-        tracking.end_stage(tracked, {}, "FAILED")
-        told = storage.read_json(stopped)
-        if told.get("mistake"):
-            raise UserError(told["why"])
-        raise Failure(f"{job.stage} stopped: {told['why']}; see {stopped}")
-    checkpoint = Checkpoint.open(job.out)
-    storage.delete(job.state)
-    tracking.end_stage(tracked, {"checkpoint": storage.lasting(job.out)})
-    return checkpoint
 
 
 def check_resources(settings: StageConfig) -> None:
@@ -448,6 +522,7 @@ def _publish(
             judge=job.judge,
             seed=job.resolved.seed,
             git_commit=job.git_commit,
+            run=job.run,
             versions=tracking.versions(),
             identity=job.identity,
         ),

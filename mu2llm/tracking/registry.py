@@ -1,0 +1,104 @@
+"""The model registry: versions of the model `mu2llm`, and the aliases `champion` and `challenger` that name one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mu2llm import storage
+from mu2llm.errors import UserError
+from mu2llm.records import Checkpoint
+from mu2llm.tracking.client import MODEL, reachable, shown, store
+
+Alias = Literal["champion", "challenger"]
+SCHEME = "registry://"
+
+
+def locate(uri: str) -> str:
+    """The checkpoint's own URI: of `registry://mu2llm@champion` or `registry://mu2llm/3`; any other as it is.
+
+    Raises UserError where the registry has no such alias or version.
+    """
+    if not uri.startswith(SCHEME):
+        return uri
+    name = uri.removeprefix(SCHEME)
+    model, alias, version = name.partition("@")[0].partition("/")[0], name.partition("@")[2], name.partition("/")[2]
+    if model != MODEL or bool(alias) == bool(version):
+        raise UserError(f"{uri}: expected {SCHEME}{MODEL}@ALIAS or {SCHEME}{MODEL}/VERSION")
+    if alias:
+        try:
+            return registered(alias)
+        except LookupError as error:
+            raise UserError(f"{error}; mu2llm promote gives a checkpoint the alias") from None
+    return _source(version)
+
+
+def register(
+    checkpoint: Checkpoint, run_id: str | None = None, alias: str | None = None, tags: dict[str, str] | None = None
+) -> str:
+    """Registers a checkpoint as a version of the model `mu2llm`, under an alias if one is given; its version."""
+    client = reachable()
+    _create_model()
+    uri = storage.absolute(storage.lasting(checkpoint.uri))
+    entry = client.create_model_version(
+        MODEL,
+        source=uri if "://" in uri else f"file://{uri}",
+        run_id=run_id,
+        tags={"checkpoint": uri, "spec": checkpoint.lineage.spec_hash, **(tags or {})},
+    )
+    if alias:
+        client.set_registered_model_alias(MODEL, alias, entry.version)
+    return str(entry.version)
+
+
+def version_of(alias: str) -> str | None:
+    """The version of the model `mu2llm` that an alias names now; None where none has it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(reachable().get_model_version_by_alias(MODEL, alias).version)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def version_tags(version: str) -> dict[str, str]:
+    return dict(reachable().get_model_version(MODEL, version).tags)
+
+
+def set_alias(alias: str, version: str) -> None:
+    reachable().set_registered_model_alias(MODEL, alias, version)
+
+
+def aliases() -> dict[str, str]:
+    """Alias → URI of the checkpoint that it names, for those that somebody has."""
+    return {alias: registered(alias) for alias in ("champion", "challenger") if version_of(alias)}
+
+
+def registered(alias: str = "champion") -> str:
+    """The URI of the checkpoint that an alias names; a LookupError where there is none."""
+    version = version_of(alias)
+    if version is None:
+        raise LookupError(f"{shown(store())} has no {MODEL}@{alias}")
+    return version_tags(version)["checkpoint"]
+
+
+def _source(version: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return version_tags(version)["checkpoint"]
+    except MlflowException:
+        raise UserError(f"{shown(store())} has no version {version} of {MODEL}; see mu2llm runs list") from None
+
+
+def _create_model() -> None:
+    from mlflow.exceptions import MlflowException
+
+    client = reachable()
+    try:
+        client.get_registered_model(MODEL)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        client.create_registered_model(MODEL)
