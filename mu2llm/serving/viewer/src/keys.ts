@@ -1,0 +1,49 @@
+/** The keyboard: one table that binds the keys and writes the help. */
+
+import { find, make } from "./dom";
+
+export interface Binding {
+  /** As KeyboardEvent.key tells them, letters in lower case; the first one is shown. */
+  keys: string[];
+  does: string;
+  run: () => void;
+  /** Also while the user types, with Ctrl or Cmd held. */
+  withControl?: boolean;
+}
+
+const NAMES: Record<string, string> = {
+  ArrowUp: "↑",
+  ArrowDown: "↓",
+  PageUp: "Page ↑",
+  PageDown: "Page ↓",
+  Enter: "⏎",
+  Escape: "Esc",
+};
+
+export function bindKeys(bindings: Binding[]): void {
+  // before anyone else, because NiiVue binds letters and arrows on its canvas
+  document.addEventListener("keydown", (event) => dispatch(event, bindings), { capture: true });
+  find("bindings").append(
+    ...bindings.flatMap(({ keys, does, withControl }) => [
+      make("dt", {}, ...keys.map((key) => make("kbd", {}, `${withControl ? "Ctrl " : ""}${NAMES[key] ?? key.toUpperCase()}`))),
+      make("dd", {}, does),
+    ]),
+  );
+}
+
+function dispatch(event: KeyboardEvent, bindings: Binding[]): void {
+  const target = event.target as HTMLElement;
+  const control = event.ctrlKey || event.metaKey;
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  const binding = bindings.find((one) => one.keys.includes(key) && Boolean(one.withControl) === control);
+  const open = document.querySelector("dialog[open]");
+  const typing = target.matches("textarea, select, input:not([type=range])");
+  if (target instanceof HTMLCanvasElement && key !== "Tab") event.stopPropagation();
+  if (!binding || open || event.altKey) return;
+  if (typing && !control && key !== "Escape") return;
+  // arrows belong to the control that has the focus, where it has a use for them
+  if (target.matches("[role=tab], input[type=range]") && key.startsWith("Arrow")) return;
+  event.preventDefault();
+  event.stopPropagation();
+  binding.run();
+}

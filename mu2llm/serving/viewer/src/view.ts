@@ -1,0 +1,214 @@
+/** The picture: NiiVue in radiological convention, windows, views, slices, measuring, where the model looked. */
+
+import { DRAG_MODE, MULTIPLANAR_TYPE, Niivue, NVImage, SHOW_RENDER, SLICE_TYPE } from "@niivue/niivue";
+
+export interface Window {
+  name: string;
+  level: number;
+  width: number;
+}
+
+export const WINDOWS = {
+  lung: { name: "Lung", level: -600, width: 1500 },
+  soft: { name: "Soft tissue", level: 40, width: 400 },
+  bone: { name: "Bone", level: 480, width: 2500 },
+  brain: { name: "Brain", level: 40, width: 80 },
+} satisfies Record<string, Window>;
+export type WindowName = keyof typeof WINDOWS;
+
+export const VIEWS = {
+  all: SLICE_TYPE.MULTIPLANAR,
+  axial: SLICE_TYPE.AXIAL,
+  coronal: SLICE_TYPE.CORONAL,
+  sagittal: SLICE_TYPE.SAGITTAL,
+  render: SLICE_TYPE.RENDER,
+} satisfies Record<string, SLICE_TYPE>;
+export type ViewName = keyof typeof VIEWS;
+
+/** Below this share of the largest value the overlay is clear, so that the anatomy stays visible. */
+const CLEAR_BELOW = 0.3;
+
+export interface Location {
+  mm: [number, number, number];
+  value: number;
+}
+
+export class View {
+  private nv: Niivue;
+  private overlays = new Map<string, Promise<NVImage>>();
+  private wanted: string | null = null;
+  private opacityOfOverlay = 0.6;
+  onLocation: (location: Location) => void = () => {};
+  onWindow: (low: number, high: number) => void = () => {};
+
+  private constructor() {
+    this.nv = new Niivue({
+      backColor: [0, 0, 0, 1],
+      crosshairColor: [0.56, 0.72, 0.85, 0.75],
+      crosshairWidth: 1,
+      crosshairWidthUnit: "voxels",
+      crosshairGap: 8,
+      fontColor: [0.75, 0.8, 0.85, 1],
+      fontMinPx: 12,
+      fontSizeScaling: 0.1,
+      isRadiologicalConvention: true,
+      sagittalNoseLeft: true,
+      isOrientationTextVisible: true,
+      isCornerOrientationText: false,
+      multiplanarLayout: MULTIPLANAR_TYPE.GRID,
+      multiplanarShowRender: SHOW_RENDER.ALWAYS,
+      multiplanarPadPixels: 4,
+      sliceType: SLICE_TYPE.MULTIPLANAR,
+      dragMode: DRAG_MODE.windowing,
+      dragModePrimary: DRAG_MODE.crosshair,
+      dragAndDropEnabled: false,
+      // keys are ours (keys.ts)
+      viewModeHotKey: "",
+      clipPlaneHotKey: "",
+      cycleClipPlaneHotKey: "",
+      measureLineColor: [1, 0.83, 0.3, 1],
+      measureTextColor: [1, 0.83, 0.3, 1],
+      measureTextHeight: 0.03,
+      rulerColor: [1, 0.83, 0.3, 1],
+      loadingText: "",
+      logLevel: "error",
+    });
+  }
+
+  static async on(canvas: HTMLCanvasElement): Promise<View> {
+    const view = new View();
+    view.nv.onLocationChange = (told) => {
+      const { mm, values } = told as { mm: Float32Array; values: { value: number }[] };
+      view.onLocation({ mm: [mm[0] ?? 0, mm[1] ?? 0, mm[2] ?? 0], value: values[0]?.value ?? NaN });
+    };
+    view.nv.onIntensityChange = (volume) => view.onWindow(volume.cal_min ?? 0, volume.cal_max ?? 0);
+    await view.nv.attachToCanvas(canvas);
+    return view;
+  }
+
+  get isEmpty(): boolean {
+    return this.nv.volumes.length === 0;
+  }
+
+  clear(): void {
+    this.forgetOverlays();
+    for (const volume of [...this.nv.volumes].reverse()) this.nv.removeVolume(volume);
+    this.nv.clearAllMeasurements();
+    this.nv.drawScene();
+  }
+
+  /** Shows a NIfTI file; an Error says why it cannot be shown. */
+  async show(nifti: File, window: WindowName): Promise<void> {
+    const [low, high] = range(WINDOWS[window]);
+    const volume = await NVImage.loadFromFile({ file: nifti, name: nifti.name, cal_min: low, cal_max: high });
+    this.clear();
+    this.nv.addVolume(volume);
+    this.reset();
+    this.setWindow(window);
+  }
+
+  setWindow(name: WindowName): void {
+    const [low, high] = range(WINDOWS[name]);
+    const volume = this.nv.volumes[0];
+    if (volume) {
+      volume.cal_min = low;
+      volume.cal_max = high;
+      this.nv.refreshLayers(volume, 0);
+      this.nv.drawScene();
+    }
+    this.onWindow(low, high);
+  }
+
+  setView(name: ViewName): void {
+    this.nv.setSliceType(VIEWS[name]);
+  }
+
+  /** Back to the middle of the scan, no zoom, no measurements. */
+  reset(): void {
+    this.nv.clearAllMeasurements();
+    this.nv.scene.pan2Dxyzmm = [0, 0, 0, 1];
+    this.nv.setScale(1);
+    this.nv.setRenderAzimuthElevation(160, 10);
+    this.nv.scene.crosshairPos = [0.5, 0.5, 0.5];
+    this.nv.createOnLocationChange();
+    this.nv.drawScene();
+  }
+
+  /** Moves the crosshair by whole voxels in the scan's closest canonical axes (right, anterior, superior). */
+  move(right: number, anterior: number, superior: number): void {
+    if (!this.isEmpty) this.nv.moveCrosshairInVox(right, anterior, superior);
+  }
+
+  measure(on: boolean): void {
+    this.nv.opts.dragModePrimary = on ? DRAG_MODE.measurement : DRAG_MODE.crosshair;
+  }
+
+  /** The overlay of a base64 NIfTI (0–255 in the scan's own coordinates); null takes it away. */
+  async look(nifti: string | null): Promise<void> {
+    this.wanted = nifti;
+    const shown = this.nv.volumes[1];
+    if (nifti === null) {
+      if (shown) this.repaint(shown, 0);
+      return;
+    }
+    const image = await this.overlay(nifti);
+    if (this.wanted !== nifti || this.isEmpty) return; // another sentence came meanwhile
+    if (this.nv.volumes.length === 1) this.nv.addVolume(image);
+    // only the overlay's texture is made anew: uploading a whole scan at each hover would be felt
+    this.nv.volumes[1] = image;
+    this.nv.overlays = [image];
+    this.repaint(image, this.opacityOfOverlay);
+  }
+
+  setOpacity(opacity: number): void {
+    this.opacityOfOverlay = opacity;
+    const shown = this.nv.volumes[1];
+    if (shown && this.wanted) this.repaint(shown, opacity);
+  }
+
+  /** Moves the crosshair to where a sentence's overlay is strongest. */
+  async goToPeak(nifti: string): Promise<void> {
+    const { img, hdr } = await this.overlay(nifti);
+    if (!img || !hdr || this.isEmpty) return;
+    let peak = 0;
+    for (let i = 1; i < img.length; i++) if ((img[i] as number) > (img[peak] as number)) peak = i;
+    const [nx, ny] = [hdr.dims[1] ?? 1, hdr.dims[2] ?? 1];
+    const voxel = [peak % nx, Math.floor(peak / nx) % ny, Math.floor(peak / (nx * ny)), 1];
+    const mm = hdr.affine.slice(0, 3).map((row) => row.reduce((sum, a, i) => sum + a * (voxel[i] ?? 0), 0));
+    this.nv.scene.crosshairPos = this.nv.mm2frac([mm[0] ?? 0, mm[1] ?? 0, mm[2] ?? 0]);
+    this.nv.createOnLocationChange();
+    this.nv.drawScene();
+  }
+
+  forgetOverlays(): void {
+    this.wanted = null;
+    this.overlays.clear();
+    const shown = this.nv.volumes[1];
+    if (shown) this.nv.removeVolume(shown);
+  }
+
+  private overlay(base64: string): Promise<NVImage> {
+    const known = this.overlays.get(base64);
+    if (known) return known;
+    const loading = NVImage.loadFromBase64({
+      base64,
+      name: "saliency.nii",
+      colormap: "warm",
+      opacity: this.opacityOfOverlay,
+      cal_min: 255 * CLEAR_BELOW,
+      cal_max: 255,
+    });
+    this.overlays.set(base64, loading);
+    return loading;
+  }
+
+  private repaint(overlay: NVImage, opacity: number): void {
+    overlay.opacity = opacity;
+    this.nv.refreshLayers(overlay, 1);
+    this.nv.drawScene();
+  }
+}
+
+function range({ level, width }: Window): [number, number] {
+  return [level - width / 2, level + width / 2];
+}
