@@ -1,4 +1,8 @@
-"""The two ways in which a command may end badly, and nothing else."""
+"""The two ways in which a command may end badly, and how either is told."""
+
+from __future__ import annotations
+
+import errno
 
 
 class UserError(Exception):
@@ -7,3 +11,38 @@ class UserError(Exception):
 
 class Failure(Exception):
     """Something broke though the request was right: one line that says what and the mend. The command exits 1."""
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """What went wrong → (exit code, one line); what a Ray task raised is told as if it had been raised here."""
+    from mu2llm.records import Rejection
+
+    error = _reason(error)
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, Rejection):
+        return 1, str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return (
+            1,
+            f"the disk is full ({error.filename or 'while writing'}); free some space and run the same command again",
+        )
+    if isinstance(error, Failure):
+        return 1, str(error)
+    if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+        return 2, f"{error.format_message().rstrip('.')}; see mu2llm --help"
+    first = str(error).strip().splitlines() or [""]
+    return 1, f"{type(error).__name__}: {first[0]} (--debug shows where)"
+
+
+def _reason(error: BaseException) -> BaseException:
+    """The first error of ours in a chain of causes, else the deepest one where Ray wrapped it."""
+    from mu2llm.records import Rejection
+
+    chain = [error]
+    while (cause := getattr(chain[-1], "cause", None) or chain[-1].__cause__) and cause not in chain:
+        chain.append(cause)
+    # Ray's wrapper of an error is an instance of that error's class too
+    told = [each for each in chain if not type(each).__module__.startswith("ray.")] or chain[-1:]
+    ours = [each for each in told if isinstance(each, UserError | Failure | Rejection)]
+    return ours[0] if ours else told[-1] if told[0] is not error else error

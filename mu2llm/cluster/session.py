@@ -10,8 +10,14 @@ from typing import Any
 
 import ray
 import ray.data
+import ray.exceptions
 
-from mu2llm.errors import Failure
+from mu2llm.errors import Failure, UserError
+
+TOKEN_MEND = (
+    "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (or RAY_AUTH_TOKEN); "
+    "cluster/README.md says where it is kept"
+)
 
 
 @contextlib.contextmanager
@@ -25,6 +31,10 @@ def session(address: str | None = None, cpus: int | None = None) -> Iterator[Non
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith("http"):
+        raise UserError(
+            f"--address {address} is where jobs are sent: use `mu2llm submit` with it; a command joins HOST:6379"
+        )
     # the drivers' environment is what the workers inherit; set before Ray starts
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -33,6 +43,8 @@ def session(address: str | None = None, cpus: int | None = None) -> Iterator[Non
     if address:
         try:
             ray.init(address=address, **quiet)
+        except ray.exceptions.AuthenticationError as error:
+            raise UserError(f"the Ray cluster at {address} refused the token: {TOKEN_MEND}") from error
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise Failure(
                 f"no Ray cluster at {address}: {str(error).splitlines()[0]}; start one or drop --address"
