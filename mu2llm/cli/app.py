@@ -19,6 +19,16 @@ from mu2llm import config
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=mu2llm.__doc__)
 console = Console(stderr=True)
 
+
+def located(uri: str) -> str:
+    """A checkpoint as it is named on the command line → its own URI, also for what the registry names."""
+    if not uri.startswith("registry://"):
+        return uri
+    from mu2llm import tracking
+
+    return tracking.locate(uri)
+
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be read, written and needed; do nothing.")]
 Preset = Annotated[str, typer.Option("--preset", help="Name of a preset or path of a YAML file.")]
@@ -27,6 +37,9 @@ Address = Annotated[
     str | None, typer.Option("--address", help="Ray cluster to join; default RAY_ADDRESS, else one of its own.")
 ]
 Out = Annotated[str, typer.Option("--out", help="Where to write: a local path, s3:// or gs://.")]
+CheckpointUri = Annotated[
+    str, typer.Option("--checkpoint", parser=located, metavar="URI", help="A checkpoint; registry://mu2llm@champion.")
+]
 Data = Annotated[str, typer.Option("--data", help="URI of the shards that `ingest` wrote.")]
 
 

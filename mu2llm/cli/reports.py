@@ -11,13 +11,27 @@ import typer
 from rich.console import Console
 
 from mu2llm import config
-from mu2llm.cli.app import Address, Data, DryRun, Json, Out, Preset, Set, app, console, dry_run, progress_bars, show
+from mu2llm.cli.app import (
+    Address,
+    CheckpointUri,
+    Data,
+    DryRun,
+    Json,
+    Out,
+    Preset,
+    Set,
+    app,
+    console,
+    dry_run,
+    progress_bars,
+    show,
+)
 from mu2llm.errors import UserError
 
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[str, typer.Option(help="Checkpoint to evaluate.")],
+    checkpoint: CheckpointUri,
     data: Data,
     out: Out,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
@@ -81,16 +95,18 @@ def leaderboard(
         if path:
             path.write_text(text(table), encoding="utf-8")
     if as_json:
-        show({"store": tracking.store(), "rows": [row.model_dump(mode="json") for row in table]}, as_json)
+        show(
+            {"store": tracking.shown(tracking.store()), "rows": [row.model_dump(mode="json") for row in table]}, as_json
+        )
         return
     Console().print(*board.terminal(table))
     if not ours:
-        console.print(f"{tracking.store()} has no evaluations yet: mu2llm evaluate writes there")
+        console.print(f"{tracking.shown(tracking.store())} has no evaluations yet: mu2llm evaluate writes there")
 
 
 @app.command()
 def generate(
-    checkpoint: Annotated[str, typer.Option(help="Checkpoint that writes.")],
+    checkpoint: CheckpointUri,
     paths: Annotated[list[str] | None, typer.Argument(help="Scans: file, DICOM folder, zip or URI.")] = None,
     manifest: Annotated[str | None, typer.Option(help="A manifest of scans instead of paths.")] = None,
     volumes: Annotated[str, typer.Option(help="Root of the manifest's relative paths.")] = ".",

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mu2llm import storage
+from mu2llm import storage, tracking
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment, JudgeConfig
 from mu2llm.errors import UserError
@@ -128,8 +128,9 @@ def _write_predictions(request: Request, shards: Shards, out: str, progress: Pro
     _write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
     Header(
         identity=request.identity,
-        checkpoints={run: storage.lasting(uri) for run, uri in request.checkpoints.items()},
-        data=storage.lasting(shards.uri),
+        checkpoints={run: tracking.place(uri) for run, uri in request.checkpoints.items()},
+        identities={run: Checkpoint.open(uri).lineage.identity for run, uri in request.checkpoints.items()},
+        data=tracking.place(shards.uri),
         split=request.split,
         question=request.question,
         seed=request.decoding.seed,

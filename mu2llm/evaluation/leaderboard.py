@@ -28,7 +28,7 @@ ROW = "leaderboard_row"
 class Row(BaseModel):
     """One line: numbers (a plain one has no interval) with what they must share to be comparable.
 
-    `source` names a publication; "" is ours.
+    `identity` is of what the checkpoint was then; `source` names a publication, "" is ours.
     """
 
     run: str
@@ -39,6 +39,7 @@ class Row(BaseModel):
     metrics: dict[str, Estimate | float | None]
     red_line: str = ""
     checkpoint: str | None = None
+    identity: str = ""
     report: str | None = None
     source: str = ""
 
@@ -61,6 +62,7 @@ def rows(results: Results, report: str | None = None) -> list[Row]:
             metrics=result.metrics,
             red_line=result.audit.red_line if result.audit else "",
             checkpoint=header.checkpoints.get(run),
+            identity=header.identities.get(run, ""),
             report=report,
         )
         for run, result in results.runs.items()
@@ -72,7 +74,8 @@ def track(row: Row) -> None:
     if row.checkpoint is None:
         return
     of = {"data": row.data, "split": row.split, "judge": row.judge}
-    run = tracking.start_stage("evaluate", of, {"checkpoint": row.checkpoint, ROW: row.model_dump_json()})
+    tags = {"checkpoint": row.checkpoint, ROW: row.model_dump_json(), "commit": tracking.git_commit() or ""}
+    run = tracking.start_stage("evaluate", of, {**of, **tags})
     numbers = {name: value for name, value in row.metrics.items() if isinstance(value, Estimate)}
     run.log({name: number.value for name, number in numbers.items()}, step=0)
     tracking.end_stage(run, {"report": row.report or "", "red_line": row.red_line})

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import getpass
 from collections.abc import Sequence
-from typing import Literal
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from pydantic import BaseModel
 
 from mu2llm import storage, tracking
@@ -19,13 +18,19 @@ from mu2llm.evaluation import leaderboard
 from mu2llm.evaluation.leaderboard import Row
 from mu2llm.evaluation.results import TITLES
 from mu2llm.records import Checkpoint, Estimate
+from mu2llm.tracking import Alias
 
-Alias = Literal["champion", "challenger"]
 CARD = "README.md"
 LIMITS = """\
 - For research. Not a medical device; its reports are drafts for a radiologist's eye, not findings.
 - The numbers hold for the data named with them, and for data like it, only.
-- A score of the rules judge is not a score of GREEN-RadLlama2."""
+- A score of the rules judge is not a score of GREEN-RadLlama2.
+- It reads what its preprocessing spec lets through, of bodies like those that it was trained on; nothing else was
+  tried. Rare findings are rare in its training data too: see the intervals.
+- The licence is that of this project's code and of the language model's weights. The scans and reports that it was
+  trained on have their own, which may allow research only (CT-RATE: CC BY-NC-SA 4.0)."""
+LICENCES = {"small": "mit", "smollm2": "apache-2.0", "qwen/": "apache-2.0", "meta-llama/llama-3.2": "llama3.2"}
+"""Language model (or how its name begins) → the hub's name for the licence of its weights; any other is `other`."""
 
 
 class Promotion(BaseModel):
@@ -36,43 +41,59 @@ class Promotion(BaseModel):
     checkpoint: str
     replaced: str | None
     forced: bool = False
+    back: bool = False
 
 
 def promote(checkpoint: str, alias: Alias = "champion", force: bool = False) -> Promotion:
-    """Gives a checkpoint the alias, writes its model card and records what it replaced.
+    """Gives a checkpoint the alias, writes its model card and records who replaced what.
 
     Raises UserError where it does not write reports, where its spec is not the one that it was configured with, and,
-    unless `force`, where it was never evaluated or its audit has a red line.
+    unless `force`, where it was never evaluated as it is now on held-out cases, or an audit has a red line.
     """
-    made = Checkpoint.open(checkpoint)
-    rows = evaluations(checkpoint)
+    made = Checkpoint.open(tracking.locate(checkpoint))
+    rows = evaluations(made)
     _check_kind(made)
-    reasons = _reasons(checkpoint, rows)
+    reasons = _reasons(made, rows)
     if reasons and not force:
-        raise UserError(f"{checkpoint} is not promoted: {'; '.join(reasons)}. --force promotes it all the same")
-    storage.write_bytes(storage.join(checkpoint, CARD), card(made, rows).encode())
+        raise UserError(f"{made.uri} is not promoted: {'; '.join(reasons)}. --force promotes it all the same")
+    storage.write_bytes(storage.join(made.uri, CARD), card(made, rows).encode())
     replaced = tracking.version_of(alias)
-    tags = {"promoted_by": getpass.getuser(), "replaced": replaced or "", "forced": "; ".join(reasons)}
+    tags = {"replaced": replaced or "", "forced": "; ".join(reasons)}
     version = tracking.register(made, alias=alias, tags=tags)
-    return Promotion(alias=alias, version=version, checkpoint=checkpoint, replaced=replaced, forced=bool(reasons))
+    promotion = Promotion(
+        alias=alias, version=version, checkpoint=tracking.place(made.uri), replaced=replaced, forced=bool(reasons)
+    )
+    return _record(promotion, tags["forced"])
 
 
 def go_back(alias: Alias = "champion") -> Promotion:
     """Gives the alias back to the version that had it before; a UserError where there is none."""
     now = tracking.version_of(alias)
     if now is None:
-        raise UserError(f"{tracking.store()} has no {tracking.MODEL}@{alias}: there is nothing to go back from")
+        raise UserError(
+            f"{tracking.shown(tracking.store())} has no {tracking.MODEL}@{alias}: there is nothing to go back from"
+        )
     before = tracking.version_tags(now).get("replaced")
     if not before:
         raise UserError(f"version {now} was the first {alias}: there is nothing to go back to")
     tracking.set_alias(alias, before)
-    return Promotion(alias=alias, version=before, checkpoint=tracking.registered(alias), replaced=now)
+    checkpoint = tracking.registered(alias)
+    return _record(Promotion(alias=alias, version=before, checkpoint=checkpoint, replaced=now, back=True))
 
 
-def evaluations(checkpoint: str) -> list[Row]:
-    """The rows of a checkpoint in the tracking store, newest first."""
-    uri = storage.lasting(checkpoint)
-    return [row for row in leaderboard.tracked(tracking.tags("evaluate")) if row.checkpoint in (uri, checkpoint)]
+def _record(promotion: Promotion, why: str = "") -> Promotion:
+    """Who gave which alias to what, when: a run of the stage `promote`."""
+    tags = {"by": getpass.getuser(), "checkpoint": promotion.checkpoint, "forced": why}
+    values = promotion.model_dump(mode="json", exclude={"checkpoint", "forced"})
+    tracking.end_stage(tracking.start_stage("promote", values, tags), {})
+    return promotion
+
+
+def evaluations(checkpoint: Checkpoint) -> list[Row]:
+    """The rows of a checkpoint in the tracking store, newest first; not those of what was at its place before."""
+    uri, identity = tracking.place(checkpoint.uri), checkpoint.lineage.identity
+    rows = leaderboard.tracked(tracking.tags("evaluate"))
+    return [row for row in rows if row.checkpoint == uri and row.identity == identity]
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:
@@ -87,12 +108,13 @@ def _check_kind(checkpoint: Checkpoint) -> None:
         )
 
 
-def _reasons(checkpoint: str, rows: Sequence[Row]) -> list[str]:
-    if not rows:
-        return [
-            f"{tracking.store()} has no evaluation of it (mu2llm evaluate --checkpoint {checkpoint} --data … --out …)"
-        ]
-    return [f"on {row.data}, {row.split}: {row.red_line}" for row in rows if row.red_line]
+def _reasons(checkpoint: Checkpoint, rows: Sequence[Row]) -> list[str]:
+    held_out = [row for row in rows if row.split != "train"]
+    if not held_out:
+        told = "no evaluation of it" if not rows else "evaluations of it on train alone"
+        command = f"mu2llm evaluate --checkpoint {checkpoint.uri} --data … --out …"
+        return [f"{tracking.shown(tracking.store())} has {told} ({command})"]
+    return [f"on {row.data}, {row.split}: {row.red_line}" for row in held_out if row.red_line]
 
 
 # ---- the model card
@@ -103,10 +125,13 @@ def card(checkpoint: Checkpoint, rows: Sequence[Row]) -> str:
     lineage = checkpoint.lineage
     base = checkpoint.experiment.get("model", {}).get("language_model", "small")
     about = ModelCardData(
-        license="mit",
+        license=next((name for model, name in LICENCES.items() if base.lower().startswith(model)), "other"),
         language="en",
         library_name="mu2llm",
+        pipeline_tag="image-to-text",
         tags=["radiology", "ct", "report-generation", lineage.stage],
+        model_name=f"mu2llm-{lineage.stage}",
+        eval_results=[result for row in rows for result in _eval_results(row)] or None,
     )
     facts = {
         "stage": lineage.stage,
@@ -117,8 +142,10 @@ def card(checkpoint: Checkpoint, rows: Sequence[Row]) -> str:
         "started from": lineage.parent,
         "preference judge": lineage.judge,
         "steps": checkpoint.training.steps,
+        "cases seen": checkpoint.training.cases_seen,
         "seed": lineage.seed,
         "commit": lineage.git_commit,
+        "tracked as run": lineage.run or None,
     }
     parts = [
         f"---\n{about.to_yaml()}\n---",
@@ -128,12 +155,30 @@ def card(checkpoint: Checkpoint, rows: Sequence[Row]) -> str:
         _table(("what", "value"), [(name, str(value)) for name, value in facts.items() if value is not None]),
         "## Metrics",
         *([_metrics(row) for row in rows] or ["It was never evaluated."]),
-        "## Limits",
+        "## Limits and licence",
         LIMITS,
     ]
     text = "\n\n".join(parts) + "\n"
     ModelCard(text)  # parses its own header: a card that the hub could not read is an error here
     return text
+
+
+def _eval_results(row: Row) -> list[EvalResult]:
+    """The row in the hub's model index."""
+    return [
+        EvalResult(
+            task_type="image-to-text",
+            task_name="Radiology report generation from CT",
+            dataset_type="ct",
+            dataset_name=row.data,
+            dataset_split=row.split,
+            metric_type=name,
+            metric_name=TITLES.get(name, name),
+            metric_value=round(number.value, 4),
+        )
+        for name, number in row.metrics.items()
+        if isinstance(number, Estimate)
+    ]
 
 
 def _metrics(row: Row) -> str:

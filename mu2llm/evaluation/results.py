@@ -66,11 +66,13 @@ class Difference(BaseModel):
 
 
 class Header(BaseModel):
-    """request.json: what the saved predictions are of. `histories` is what each stage logged while it trained."""
+    """request.json: what the saved predictions are of. `identities` are of the checkpoints' lineages; `histories` is
+    what each stage logged while it trained."""
 
     FILE: ClassVar[str] = "request.json"
     identity: str
     checkpoints: dict[str, str]
+    identities: dict[str, str] = {}
     data: str
     split: str
     question: str

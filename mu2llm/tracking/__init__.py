@@ -17,7 +17,7 @@ from mu2llm.tracking.registry import (
     version_of,
     version_tags,
 )
-from mu2llm.tracking.sender import Delivery, deliver
+from mu2llm.tracking.sender import Delivery, deliver, refused, waiting
 from mu2llm.tracking.writing import StageRun, end_stage, start_stage, under
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "lineage",
     "locate",
     "place",
+    "refused",
     "register",
     "registered",
     "runs",
@@ -50,4 +51,5 @@ __all__ = [
     "version_of",
     "version_tags",
     "versions",
+    "waiting",
 ]

@@ -124,16 +124,16 @@ def _of_checkpoint(uri: str) -> Ancestor:
         return _ancestor(made[0])
     if not storage.exists(storage.join(uri, Checkpoint.FILE)):
         return Ancestor(stage="unknown: neither a run nor the checkpoint is there", checkpoint=uri)
-    made = Checkpoint.open(uri).lineage
+    own = Checkpoint.open(uri).lineage
     return Ancestor(
-        stage=made.stage,
+        stage=own.stage,
         checkpoint=uri,
-        data=made.data,
-        data_checksum=made.data_checksum,
-        spec=made.spec_hash,
-        judge=made.judge,
-        commit=made.git_commit,
-        parent=made.parent,
+        data=own.data,
+        data_checksum=own.data_checksum,
+        spec=own.spec_hash,
+        judge=own.judge,
+        commit=own.git_commit,
+        parent=own.parent,
     )
 
 

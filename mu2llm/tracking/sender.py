@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from mu2llm.tracking.client import EXPERIMENT, answers, client, is_server, shown
-from mu2llm.tracking.spool import Spool
+from mu2llm.tracking.client import store as store_uri
+from mu2llm.tracking.spool import Spool, folder
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -28,6 +29,7 @@ KEY = "mu2llm.run"
 FLUSH_S = {True: 10.0, False: 60.0}
 """How long the end of a run waits for a server (True) or a file (False) to have all of it."""
 POLL_S, LONGEST_PAUSE_S = 0.5, 30.0
+REFUSALS = (400, 404, 409)
 PARAMETERS_A_REQUEST, METRICS_A_REQUEST = 100, 1000  # MLflow's own limits
 
 
@@ -41,8 +43,12 @@ class Delivery(BaseModel):
     why: str = ""
 
 
-class _Down(Exception):
-    """The store does not answer, or not now."""
+class _Unsent(Exception):
+    """An entry waits on: the store is down, or would not begin its run."""
+
+    def __init__(self, why: str, store_is_down: bool) -> None:
+        super().__init__(why)
+        self.store_is_down = store_is_down
 
 
 def deliver(uri: str) -> Delivery:
@@ -56,11 +62,21 @@ def deliver(uri: str) -> Delivery:
             for key in spool.runs():
                 try:
                     made.sent += _deliver_run(client(uri), spool, key)
-                except _Down as error:
+                except _Unsent as error:
                     made.why = made.why or str(error)
-                    if not answers(uri):
+                    if error.store_is_down:
                         break
     return made.model_copy(update={"waiting": spool.waiting(), "refused": len(spool.refused())})
+
+
+def waiting() -> int:
+    """How many entries wait for the store, as a look at the local disk says."""
+    return Spool(folder(store_uri())).waiting()
+
+
+def refused() -> list[dict[str, Any]]:
+    """The entries that the store did not take, with `why`."""
+    return Spool(folder(store_uri())).refused()
 
 
 def _deliver_run(store: MlflowClient, spool: Spool, key: str) -> int:
@@ -93,8 +109,9 @@ def _send(store: MlflowClient, spool: Spool, key: str, run_id: str, kind: str, e
             store.set_terminated(run_id, entries[-1]["status"], entries[-1]["time"])
     except MlflowException as error:
         why = str(error).splitlines()[0]
-        if kind == "start" or not run_id or not _is_refusal(store, run_id, error):
-            raise _Down(why) from error
+        told_off = error.get_http_status_code() in REFUSALS
+        if kind == "start" or not run_id or not told_off or not _knows(store, run_id):
+            raise _Unsent(why, store_is_down=not told_off) from error
         if len(entries) == 1:
             spool.refuse(key, entries[0], why)
         else:
@@ -103,12 +120,10 @@ def _send(store: MlflowClient, spool: Spool, key: str, run_id: str, kind: str, e
     return run_id
 
 
-def _is_refusal(store: MlflowClient, run_id: str, error: Any) -> bool:
-    """Whether the store is well, knows the run, and still does not take the entry."""
+def _knows(store: MlflowClient, run_id: str) -> bool:
+    """Whether the store is well and has the run: then what it did not take is itself at fault."""
     from mlflow.exceptions import MlflowException
 
-    if error.get_http_status_code() not in (400, 404, 409):
-        return False
     try:
         store.get_run(run_id)
     except MlflowException:

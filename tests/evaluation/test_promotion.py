@@ -16,11 +16,19 @@ from mu2llm.records import Checkpoint, Estimate
 GREEN = Estimate(value=0.5, low=0.4, high=0.6, n=10)
 
 
-def evaluated(checkpoint, red_line=""):
+def evaluated(checkpoint, red_line="", split="test"):
     row = Row(
-        run="sft", data="phantoms", split="test", judge="rules", cases=10, metrics={"green": GREEN}, red_line=red_line
+        run="sft",
+        data="phantoms",
+        split=split,
+        judge="rules",
+        cases=10,
+        metrics={"green": GREEN},
+        red_line=red_line,
+        checkpoint=checkpoint,
+        identity=Checkpoint.open(checkpoint).lineage.identity,
     )
-    leaderboard.track(row.model_copy(update={"checkpoint": checkpoint}))
+    leaderboard.track(row)
 
 
 @pytest.fixture
