@@ -6,8 +6,10 @@ configuration, or an earlier step. What each took lies in `<out>/steps/<step>.js
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from pydantic import BaseModel
 from rich.table import Table
 
 from mu2llm import cluster, config, storage, tracking
-from mu2llm.cases import ingest, read_manifest
+from mu2llm.cases import Shards, ingest, read_manifest
+from mu2llm.cases.shards import INDEX
 from mu2llm.config import Experiment
 from mu2llm.ct import phantom
 from mu2llm.errors import UserError
@@ -31,6 +34,15 @@ from mu2llm.stages.preferences import Preferences, prefer
 BUCKET = "s3://mu2llm-demo"
 Show = Callable[[str, float, float, dict[str, float]], None]
 """(step, done, of how many, numbers)"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the cases come from: the URI of a manifest, and the root of its relative paths."""
+
+    manifest: str
+    volumes: str
+    format: str = "jsonl"
 
 
 class Step(BaseModel):
@@ -94,13 +106,27 @@ def demo(experiment: Experiment, out: str, scans: list[str], show: Show) -> dict
 
         decides = [settings.model_dump(), experiment.seed]
         pipeline.step("phantoms", decides, phantoms, [raw])
-        return run(pipeline, f"{raw}/manifest.jsonl", "jsonl", raw, f"{BUCKET}/shards", scans)
+        return _whole(pipeline, Source(f"{raw}/manifest.jsonl", raw), f"{BUCKET}/shards", scans)
 
 
-def run(pipeline: Pipeline, manifest: str, format: str, volumes: str, shards: str, scans: list[str]) -> dict[str, Any]:
+def run(
+    experiment: Experiment, out: str, source: Source, show: Show, scans: Sequence[str] = (), fresh: bool = False
+) -> dict[str, Any]:
+    """The pipeline on cases of one's own, everything below the URI `out`, on the Ray that is joined.
+
+    Run again with the same `out`, it goes on at the step that is not done. Raises UserError where the manifest gives
+    no case, Failure where a step failed; what was finished is kept.
+    """
+    out = storage.absolute(out)
+    if fresh:
+        clear(out)
+    return _whole(Pipeline(out, experiment, show), source, storage.join(out, "shards"), scans)
+
+
+def _whole(pipeline: Pipeline, source: Source, shards: str, scans: Sequence[str]) -> dict[str, Any]:
     """Everything from a manifest to the summary, below the pipeline's `out`."""
     with PeakMemory() as memory:
-        ingestion = _ingest(pipeline, manifest, format, volumes, shards)
+        ingestion = _ingest(pipeline, source, shards)
         checkpoints = _train(pipeline, shards)
         results = _evaluate(pipeline, shards, checkpoints)
         best = _register(pipeline, checkpoints, results)
@@ -117,15 +143,26 @@ def run(pipeline: Pipeline, manifest: str, format: str, volumes: str, shards: st
     return summary
 
 
-def _ingest(pipeline: Pipeline, manifest: str, format: str, volumes: str, shards: str) -> dict[str, Any]:
-    experiment = pipeline.experiment
+def _ingest(pipeline: Pipeline, source: Source, shards: str) -> dict[str, Any]:
+    data = pipeline.experiment.data
 
     def work() -> dict[str, Any]:
-        table = read_manifest(manifest, format, volumes, experiment.data)
-        return ingest(table, shards, experiment, pipeline.progress("ingest"))
+        table = read_manifest(source.manifest, source.format, source.volumes, data)
+        return ingest(table, shards, pipeline.experiment, pipeline.progress("ingest"))
 
-    decides = [manifest, format, volumes, experiment.data.model_dump(mode="json", exclude={"phantom"})]
-    return pipeline.step("ingest", decides, work, [shards])
+    decides = [source.manifest, _contents(source.manifest), source.format, source.volumes]
+    settings = data.model_dump(mode="json", exclude={"phantom", "fraction"})
+    # shards of the same spec are gone on with, when the manifest has grown; those of another are in the way
+    same = storage.exists(storage.join(shards, INDEX)) and Shards.open(shards).spec.hash == data.spec.hash
+    outputs = [storage.join(shards, "features")] if same else [shards]
+    return pipeline.step("ingest", [*decides, settings], work, outputs)
+
+
+def _contents(manifest: str) -> str:
+    """Digest of a manifest's bytes; of the names and sizes of its files where it is a folder."""
+    if storage.is_file(manifest):
+        return hashlib.sha256(storage.read_bytes(manifest)).hexdigest()
+    return config.digest([[each.path, each.size] for each in storage.list_files(manifest)])
 
 
 def _train(pipeline: Pipeline, shards: str) -> dict[str, str]:
@@ -252,7 +289,7 @@ def check_out(out: str) -> None:
 
 def clear(out: str) -> None:
     """Removes what the pipeline made below `out`: what `--fresh` does. Other files there are left alone."""
-    for name in ("s3", "steps", "checkpoints", "preferences", "evaluation", "summary.json", "report.html"):
+    for name in ("s3", "shards", "steps", "checkpoints", "preferences", "evaluation", "summary.json", "report.html"):
         storage.delete(storage.join(out, name))
 
 

@@ -1,4 +1,4 @@
-"""The checks of `mu2llm doctor`, made where jobs run: rights to storage, nodes, versions, resources.
+r"""The checks of `mu2llm doctor`, made where jobs run: rights to storage, nodes, versions, resources.
 
     mu2llm doctor --address http://HEAD:8265 --preset paper --reads s3://BUCKET/scans --writes s3://BUCKET/runs
     ray job submit --address http://HEAD:8265 --working-dir . -- \

@@ -1,4 +1,4 @@
-"""The whole way: demo."""
+"""The whole way: demo, and pipeline on scans of one's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from mu2llm import config
-from mu2llm.cli.app import DryRun, Json, Preset, Set, app, console, dry_run, progress_bars
+from mu2llm.cli.app import Address, DryRun, Json, Out, Preset, Set, app, console, dry_run, progress_bars
 
 
 @app.command()
@@ -42,3 +42,36 @@ def demo(
     Console().print(pipeline.table(summary))
     for entry in summary["scans"]:
         Console().print(f"[bold]{entry['path']}[/]\n{entry.get('report') or entry['message']}\n")
+
+
+@app.command()
+def pipeline(
+    manifest: Annotated[str, typer.Option(help="The table of cases.")],
+    volumes: Annotated[str, typer.Option(help="Root of the manifest's relative paths.")],
+    out: Out,
+    format: Annotated[
+        str, typer.Option(help="jsonl, csv, parquet, ct-rate, amos-mm, abdomenatlas3 or m3d-cap")
+    ] = "jsonl",
+    scan: Annotated[list[str], typer.Option("--scan", help="A scan to report at the end; repeatable.")] = [],  # noqa: B006
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    preset: Preset = "demo",
+    set_: Set = [],  # noqa: B006
+    address: Address = None,
+    dry: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """The whole pipeline on scans of one's own, from a manifest to a registered checkpoint, all below --out."""
+    experiment = config.load(preset, set_)
+    if dry:
+        dry_run(experiment, [manifest, volumes, *scan], [out], f"what {experiment.name}.yaml says in its first lines")
+    from mu2llm import cluster
+    from mu2llm import pipeline as way
+
+    source = way.Source(manifest, volumes, format)
+    with cluster.session(address), progress_bars() as bars:
+        summary = way.run(experiment, out, source, bars, scan, fresh)
+    if as_json:
+        print(json.dumps(summary, default=str))
+        return
+    console.print(f"{out}/summary.json, {out}/report.html")
+    Console().print(way.table(summary))
