@@ -19,6 +19,12 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def spool(tmp_path_factory):
+    """What waits for a tracking store waits here, and not in the user's own state folder."""
+    os.environ["MU2LLM_SPOOL"] = str(tmp_path_factory.mktemp("spool"))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """The one Ray that all tests share. It counts more CPUs than there are, so that small jobs never wait."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ SHORT = 8
 
 
 class Run(BaseModel):
-    """A run as the store has it; `metrics` are the last values, `parent` is the id of the run that it is a part of."""
+    """A run as the store has it; `metrics` are the last values (None: not a finite number), `parent` is the id of the
+    run that it is a part of."""
 
     id: str
     stage: str
@@ -34,7 +36,7 @@ class Run(BaseModel):
     parent: str | None
     tags: dict[str, str]
     parameters: dict[str, str]
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
 
     @property
     def key(self) -> str:
@@ -76,10 +78,14 @@ def _makers(checkpoint: str) -> list[Run]:
     return [run for run in _search(f"tags.checkpoint = '{quoted}'") if run.stage in STAGES]
 
 
-def history(run: Run, metric: str) -> list[tuple[int, float]]:
+def history(run: Run, metric: str) -> list[tuple[int, float | None]]:
     """(step, value) of a metric, by step."""
-    values = reachable().get_metric_history(run.id, metric)
-    return sorted((int(each.step), float(each.value)) for each in values)
+    values = sorted(reachable().get_metric_history(run.id, metric), key=lambda each: (each.step, each.timestamp))
+    return [(int(each.step), _finite(each.value)) for each in values]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def place(uri: str) -> str:
@@ -183,5 +189,5 @@ def _run(found: MlflowRun) -> Run:
         parent=values.get("mlflow.parentRunId"),
         tags={name: value for name, value in values.items() if not name.startswith("mlflow.")},
         parameters=dict(found.data.params),
-        metrics=dict(found.data.metrics),
+        metrics={name: _finite(value) for name, value in found.data.metrics.items()},
     )
