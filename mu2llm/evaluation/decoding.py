@@ -5,11 +5,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor
 
@@ -38,6 +40,18 @@ class Text:
     finished: bool
 
 
+class Watch(Protocol):
+    """Follows a batch while it is written, from the thread that writes it."""
+
+    def step(self, tokens: list[int]) -> None:
+        """The next token of each row; padding where a row has come to its end."""
+        ...
+
+    def stopped(self) -> list[bool]:
+        """For each row, whether no more of it is wanted."""
+        ...
+
+
 @torch.inference_mode()
 def write(
     model: Mu2ForConditionalGeneration,
@@ -47,10 +61,11 @@ def write(
     questions: Sequence[str],
     keys: Sequence[str],
     decoding: Decoding,
+    watch: Watch | None = None,
 ) -> list[list[Text]]:
     """vision_features (R, T, n, E) and chunk_mask (R, T) with a question each → `decoding.samples` texts each.
 
-    `keys` (R,), such as the cases' ids, decide with seed and number what is drawn.
+    `keys` (R,), such as the cases' ids, decide with seed and number what is drawn. `watch` sees each step.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in processor.encode(questions).items()}
     asked = {name: inputs[name] for name in ("question_ids", "question_mask")}
@@ -79,12 +94,43 @@ def write(
         temperature=None,
         top_p=None,
         top_k=None,
+        **_watched(watch),
     )
-    texts = [_read(row.tolist(), processor) for row in written[:, ids.shape[1] :].cpu()]
+    texts = [read_text(row.tolist(), processor) for row in written[:, ids.shape[1] :].cpu()]
     return [texts[start : start + decoding.samples] for start in range(0, len(texts), decoding.samples)]
 
 
-def _read(ids: list[int], processor: Mu2Processor) -> Text:
+def _watched(watch: Watch | None) -> dict[str, Any]:
+    if watch is None:
+        return {}
+    return {"streamer": _Steps(watch), "stopping_criteria": StoppingCriteriaList([_Stopping(watch)])}
+
+
+class _Steps(BaseStreamer):
+    """Tells a watch of each step; what transformers puts first is the prompt."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.begun = watch, False
+
+    def put(self, value: Tensor) -> None:
+        if self.begun:
+            self.watch.step(value.flatten().tolist())
+        self.begun = True
+
+    def end(self) -> None:
+        pass
+
+
+class _Stopping(StoppingCriteria):
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return torch.tensor(self.watch.stopped(), device=input_ids.device)
+
+
+def read_text(ids: list[int], processor: Mu2Processor) -> Text:
+    """The ids that a model wrote → their text, up to its end."""
     end = processor.tokenizer.eos_token_id
     finished = end in ids
     ids = ids[: ids.index(end)] if finished else ids

@@ -6,7 +6,7 @@ import { ComparePane } from "./compare";
 import { find, make } from "./dom";
 import { EditPane } from "./edit";
 import { bindKeys } from "./keys";
-import { ReportPane, showFacts } from "./report";
+import { ReportPane } from "./report";
 import { asNifti, asOneFile, droppedFiles } from "./scan";
 import { View, WINDOWS, type ViewName, type WindowName } from "./view";
 
@@ -92,7 +92,7 @@ async function write(): Promise<void> {
   showTab("report");
   find("stop").hidden = false;
   const listener: api.Listener = {
-    scan: (facts) => own === writing && showFacts(facts),
+    scan: (facts) => own === writing && report.scan(facts),
     token: (text) => own === writing && report.append(text),
   };
   try {

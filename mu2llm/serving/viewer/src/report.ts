@@ -1,14 +1,14 @@
 /** The report as it grows: sentences that can be pointed at, the findings and the facts behind it. */
 
-import type { Finding, Report, ScanFacts, SentenceSaliency } from "./api";
+import type { Finding, Report, ScanFacts } from "./api";
 import { find, make } from "./dom";
-import { sentences, utf16, type Sentence } from "./sentences";
-
-const HEADING = /^(findings?|impressions?|conclusions?|comparison|technique|history)\s*:/i;
+import { HEADING, sentences, utf16, type Sentence } from "./sentences";
 
 interface Shown extends Sentence {
-  element: HTMLElement;
   nifti: string | null;
+  /** What stands before the sentence (a heading, a space, a new line), and the sentence. */
+  gap: HTMLElement;
+  element: HTMLElement;
 }
 
 export class ReportPane {
@@ -16,8 +16,8 @@ export class ReportPane {
   private shown: Shown[] = [];
   private selectedIndex = -1;
   private readonly box = find("report");
-  private readonly empty = find("empty");
-  /** A sentence under the pointer or the focus, or null when it leaves. */
+  private readonly progress = find("progress");
+  /** A sentence under the pointer, or null when it leaves. */
   onHover: (nifti: string | null) => void = () => {};
   onSelect: () => void = () => {};
 
@@ -27,42 +27,46 @@ export class ReportPane {
 
   clear(): void {
     this.text = "";
-    this.shown = [];
+    this.draw([], 0);
     this.selectedIndex = -1;
-    this.box.replaceChildren();
     find("findings").replaceChildren();
     find("facts").replaceChildren();
-    this.empty.hidden = true;
     this.box.setAttribute("aria-busy", "true");
+    this.progress.textContent = "The scan is sent and read…";
+  }
+
+  /** The scan has been read; the words come next. */
+  scan(facts: ScanFacts): void {
+    showFacts(facts);
+    this.progress.textContent = "The model looks at the scan…";
   }
 
   /** More of the text; what is complete of it stays as it is on the page. */
   append(text: string): void {
     this.text += text;
-    const found = sentences(this.text);
-    const same = Math.max(0, this.shown.length - 1); // the last one may still have been growing
-    this.draw(found, same);
+    this.progress.textContent = "";
+    this.draw(sentences(this.text), this.shown.length - 1); // the last one may still have been growing
   }
 
   finish(report: Report): void {
-    this.box.removeAttribute("aria-busy");
     this.text = report.report;
-    const looked = report.saliency?.sentences ?? [];
-    const found = looked.length ? withGaps(report.report, looked) : sentences(report.report);
-    this.draw(found, 0);
-    for (const sentence of this.shown) {
-      const match = looked.find((one) => utf16(report.report, one.start) === sentence.start);
-      sentence.nifti = match?.nifti ?? null;
-      sentence.element.classList.toggle("looked", sentence.nifti !== null);
-    }
+    const looked = (report.saliency?.sentences ?? []).map(({ start, end, nifti }) => {
+      const place = { start: utf16(this.text, start), end: utf16(this.text, end) };
+      return { ...place, text: this.text.slice(place.start, place.end), nifti };
+    });
+    this.draw(looked.length ? looked : sentences(this.text), 0);
+    for (const [i, { nifti }] of looked.entries()) this.shown[i]!.nifti = nifti;
+    this.box.classList.toggle("looked", looked.length > 0);
+    this.box.removeAttribute("aria-busy");
+    this.progress.textContent = `Written: ${this.shown.length} sentences.`;
     find("findings").replaceChildren(...report.findings.map(chip));
     showFacts(report.scan, report);
   }
 
-  /** What is there when the stream was broken off. */
+  /** The stream was broken off; what came of it stays. */
   stop(): void {
     this.box.removeAttribute("aria-busy");
-    this.empty.hidden = this.text !== "";
+    this.progress.textContent = "Not finished.";
   }
 
   select(index: number): void {
@@ -77,48 +81,39 @@ export class ReportPane {
   }
 
   step(by: number): void {
-    this.select(this.selectedIndex < 0 ? (by > 0 ? 0 : this.shown.length - 1) : this.selectedIndex + by);
+    this.select(this.selectedIndex < 0 ? 0 : this.selectedIndex + by);
     this.selected?.element.focus();
   }
 
+  /** Draws the sentences anew from number `from` on. */
   private draw(found: Sentence[], from: number): void {
-    for (const { element } of this.shown.splice(from)) element.remove();
-    for (const [i, sentence] of found.entries()) {
-      if (i >= from) this.shown.push({ ...sentence, nifti: null, element: this.element(sentence, i) });
+    const first = Math.max(0, from);
+    for (const { gap, element } of this.shown.splice(first)) {
+      gap.remove();
+      element.remove();
     }
-    if (this.selectedIndex >= this.shown.length) this.selectedIndex = -1;
+    for (const [i, sentence] of found.entries()) if (i >= first) this.add(sentence, i);
+    const end = this.shown.at(-1)?.end ?? 0;
+    find("rest").textContent = this.text.slice(end);
   }
 
-  private element({ text }: Sentence, index: number): HTMLElement {
-    const heading = HEADING.exec(text)?.[0];
-    const words = heading ? [make("b", {}, heading), text.slice(heading.length)] : [text];
-    const element = make("span", { class: "sentence", "aria-selected": "false" }, ...words);
+  private add(sentence: Sentence, index: number): void {
+    const before = this.text.slice(this.shown.at(-1)?.end ?? 0, sentence.start);
+    const gap = make("span", { class: "gap" });
+    const heading = HEADING.exec(before);
+    if (heading) {
+      const newLine = index > 0 && !before.includes("\n") ? "\n" : "";
+      gap.append(before.slice(0, heading.index), newLine, make("b", {}, heading[0]));
+    } else gap.append(before);
+    const element = make("span", { class: "sentence", "aria-selected": "false" }, sentence.text);
     element.setAttribute("role", "option");
     element.tabIndex = index === 0 ? 0 : -1;
-    if (heading) element.classList.add("section");
     element.addEventListener("mouseenter", () => this.onHover(this.shown[index]?.nifti ?? null));
     element.addEventListener("mouseleave", () => this.onHover(null));
     element.addEventListener("click", () => this.select(index));
-    this.box.append(element, " ");
-    return element;
+    find("rest").before(gap, element);
+    this.shown.push({ ...sentence, nifti: null, gap, element });
   }
-}
-
-/** The sentences that were looked at, and what stands between them. */
-function withGaps(report: string, looked: SentenceSaliency[]): Sentence[] {
-  const found: Sentence[] = [];
-  const add = (start: number, end: number) => {
-    const text = report.slice(start, end);
-    if (text.trim()) found.push({ text, start, end });
-  };
-  let end = 0;
-  for (const one of looked) {
-    add(end, utf16(report, one.start));
-    end = utf16(report, one.end);
-    add(utf16(report, one.start), end);
-  }
-  add(end, report.length);
-  return found;
 }
 
 function chip({ name, side, place, size_mm }: Finding): HTMLElement {
@@ -126,7 +121,7 @@ function chip({ name, side, place, size_mm }: Finding): HTMLElement {
   return make("li", {}, name, ...(more ? [make("span", {}, more)] : []));
 }
 
-export function showFacts(scan: ScanFacts, report?: Report): void {
+function showFacts(scan: ScanFacts, report?: Report): void {
   const facts: [string, string][] = [];
   const numbers = (values: number[], digits: number) => values.map((v) => v.toFixed(digits)).join(" × ");
   if (scan.shape) facts.push(["Scan", `${numbers(scan.shape, 0)} voxels${scan.format ? `, ${scan.format}` : ""}`]);

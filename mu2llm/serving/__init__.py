@@ -1,0 +1,1 @@
+"""The model behind an HTTP API, on Ray Serve: reports, GREEN scores, corrections, the reading room."""

@@ -1,0 +1,112 @@
+"""The application: four deployments bound together, the same on one machine and from a Serve config on a cluster.
+
+`mu2llm serve` runs `application(settings)`; cluster/serve.yaml names `mu2llm.serving.app:build` with the same
+settings as its arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+from ray import serve
+from ray.serve import Application, Deployment
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.deployment import deployment_to_schema
+from ray.serve.schema import LoggingConfig, ServeApplicationSchema, ServeDeploySchema
+
+from mu2llm.config import JudgeConfig, ReplicasConfig, ServingConfig
+from mu2llm.serving.generator import ReportGenerator
+from mu2llm.serving.ingress import Ingress
+from mu2llm.serving.reader import VolumeReader
+from mu2llm.serving.scorer import GreenScorer
+
+NAME = "mu2llm"
+IMPORT_PATH = "mu2llm.serving.app:build"
+RETRY_AFTER_S = 2.0
+
+
+class Settings(BaseModel):
+    """All that the application needs, as plain values that travel."""
+
+    checkpoint: str = "registry://mu2llm@champion"
+    tracking: str
+    loopback: bool = False
+    serving: ServingConfig = ServingConfig()
+    judge: JudgeConfig = JudgeConfig()
+
+
+def build(args: Settings) -> Application:
+    """What a Serve config's import_path names; `args` are the settings."""
+    return application(args)
+
+
+def application(settings: Settings) -> Application:
+    """Ingress → VolumeReader, ReportGenerator, GreenScorer."""
+    made = deployments(settings)
+    serving = settings.serving.model_dump(mode="json")
+    return made["Ingress"].bind(
+        made["VolumeReader"].bind(serving),
+        made["ReportGenerator"].bind(serving, settings.tracking),
+        made["GreenScorer"].bind(settings.judge.model_dump(mode="json")),
+        serving,
+        settings.loopback,
+    )
+
+
+def deployments(settings: Settings) -> dict[str, Deployment]:
+    """By name, with their resources, limits and autoscaling."""
+    serving = settings.serving
+    return {
+        "Ingress": _deployment(Ingress, serving.ingress, serving, queue=serving.max_queued_requests),
+        "VolumeReader": _deployment(VolumeReader, serving.reader, serving),
+        "ReportGenerator": _deployment(
+            ReportGenerator, serving.generator, serving, user_config={"checkpoint": settings.checkpoint}
+        ),
+        "GreenScorer": _deployment(GreenScorer, serving.scorer, serving),
+    }
+
+
+def _deployment(
+    kind: type, replicas: ReplicasConfig, serving: ServingConfig, queue: int = -1, **options: Any
+) -> Deployment:
+    scaling = AutoscalingConfig(
+        min_replicas=replicas.least,
+        max_replicas=max(replicas.least, replicas.most),
+        initial_replicas=replicas.least,
+        target_ongoing_requests=replicas.waiting,
+        upscale_delay_s=10,
+        downscale_delay_s=300,
+    )
+    made = serve.deployment(kind).options(
+        autoscaling_config=scaling,
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        max_ongoing_requests=replicas.at_once,
+        max_queued_requests=queue,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=serving.drain_seconds,
+        logging_config=LoggingConfig(enable_access_log=False),
+        **options,
+    )
+    assert isinstance(made, Deployment)
+    return made
+
+
+def serve_config(settings: Settings, host: str = "0.0.0.0", port: int = 8000) -> ServeDeploySchema:
+    """The Serve config of the same application, as Ray's own schema: what cluster/serve.yaml holds."""
+    return ServeDeploySchema(
+        proxy_location="EveryNode",
+        http_options={"host": host, "port": port},
+        applications=[
+            ServeApplicationSchema(
+                name=NAME,
+                route_prefix="/",
+                import_path=IMPORT_PATH,
+                args=settings.model_dump(mode="json", exclude_defaults=True) | {"loopback": False},
+                deployments=[deployment_to_schema(each) for each in deployments(settings).values()],
+            )
+        ],
+    )

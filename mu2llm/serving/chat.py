@@ -1,0 +1,155 @@
+"""The OpenAI-compatible face: a scan as a data or storage URL in a message, the report as the answer."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mu2llm.serving.problems import Problem
+from mu2llm.serving.schemas import Report, ReportOptions
+from mu2llm.serving.service import Upload
+from mu2llm.serving.uris import data_url
+
+Reason = Literal["stop", "length"]
+
+
+class Loose(BaseModel):
+    """OpenAI's clients send more than we need; what we don't know is ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Url(Loose):
+    url: str
+
+
+class File(Loose):
+    file_data: str
+
+
+class Part(Loose):
+    """Text, or the scan: `image_url` with its URL, or `file` with a data URL in `file_data`."""
+
+    type: Literal["text", "image_url", "file"]
+    text: str | None = None
+    image_url: Url | None = None
+    file: File | None = None
+
+    @property
+    def scan(self) -> str | None:
+        if self.type == "text":
+            return None
+        return self.image_url.url if self.image_url else self.file.file_data if self.file else None
+
+
+class Message(Loose):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return " ".join(part.text for part in self.content if part.type == "text" and part.text)
+
+    @property
+    def scans(self) -> list[str]:
+        return [] if isinstance(self.content, str) else [part.scan for part in self.content if part.scan]
+
+
+class ChatRequest(Loose):
+    """The last user message is the question; the last scan in the messages is what it is about."""
+
+    model: str = ""
+    messages: Annotated[list[Message], Field(min_length=1, max_length=100)]
+    stream: bool = False
+    max_tokens: int | None = Field(None, ge=1, le=4096)
+    max_completion_tokens: int | None = Field(None, ge=1, le=4096)
+    temperature: float | None = Field(None, ge=0, le=5)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    n: Literal[1] = 1
+
+    def options(self) -> ReportOptions:
+        users = [message.text.strip() for message in self.messages if message.role == "user"]
+        question = users[-1] if users else ""
+        if len(question) > 4000:
+            raise Problem(422, "too_long", "the question has more than 4000 characters")
+        return ReportOptions(
+            question=question or None,
+            max_new_tokens=self.max_completion_tokens or self.max_tokens,
+            temperature=self.temperature or 0,
+            top_p=self.top_p or 1,
+            seed=self.seed or 0,
+        )
+
+    def upload(self, most: int) -> Upload:
+        """The scan; a 422 where the messages have none."""
+        scans = [scan for message in self.messages for scan in message.scans]
+        if not scans:
+            raise Problem(422, "no_scan", "no message has a scan: send it as image_url, a data or an s3 URL")
+        data = data_url(scans[-1], most)
+        return Upload(uri=scans[-1]) if data is None else Upload(files=(data,))
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class Choice(BaseModel):
+    index: int = 0
+    message: ChatMessage
+    finish_reason: Reason
+
+
+class Usage(BaseModel):
+    prompt_tokens: int = 0
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatAnswer(BaseModel):
+    """`mu2llm` holds what OpenAI's schema has no place for: the report's id, for corrections, and the scan."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    mu2llm: dict[str, Any]
+
+
+def answer(report: Report) -> ChatAnswer:
+    return ChatAnswer(
+        id=f"chatcmpl-{report.id}",
+        created=int(time.time()),
+        model=report.model.id,
+        choices=[Choice(message=ChatMessage(content=report.report), finish_reason=_reason(report))],
+        usage=Usage(completion_tokens=report.tokens, total_tokens=report.tokens),
+        mu2llm=_besides(report),
+    )
+
+
+def chunk(identity: str, model: str, content: str | None = None, report: Report | None = None) -> dict[str, Any]:
+    """One event of a streamed answer: a piece of the text, or with `report` the end."""
+    delta: dict[str, Any] = {} if content is None else {"role": "assistant", "content": content}
+    told = {
+        "id": f"chatcmpl-{identity}",
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": 0, "delta": delta, "finish_reason": _reason(report) if report else None}],
+    }
+    return told | {"mu2llm": _besides(report)} if report else told
+
+
+def _reason(report: Report) -> Reason:
+    return "stop" if report.finished else "length"
+
+
+def _besides(report: Report) -> dict[str, Any]:
+    return {"report_id": report.id, "scan": report.scan.model_dump(mode="json"), "disclaimer": report.disclaimer}

@@ -1,0 +1,180 @@
+"""The process that opens what clients send: its memory is limited, and it can be killed.
+
+A `Decoder` holds one such process, so that a bomb or a decoder that hangs or crashes costs one request and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import logging
+import multiprocessing
+import resource
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import pydicom
+
+from mu2llm import ct
+from mu2llm.ct import sources
+from mu2llm.records import PreprocessSpec, Rejection
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is to be read: files' bytes or an (allowed) URI; `references` asks for the DICOM instances too."""
+
+    source: list[bytes] | str
+    spec: PreprocessSpec
+    accept: tuple[str, ...] = ()
+    references: bool = False
+
+
+@dataclass(frozen=True)
+class References:
+    """Which DICOM instances a scan is made of: (SOP class, SOP instance) UIDs of one series of one study."""
+
+    study: str
+    series: str
+    instances: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan as the model takes it, and what may be told of it. `key` names its voxels as they were prepared."""
+
+    facts: dict[str, Any]
+    voxels: np.ndarray
+    chunk_mask: np.ndarray
+    affine: np.ndarray
+    spec_hash: str
+    key: str
+    seconds: float
+    references: References | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why there is no scan: a reason code and its message, or `slow` or `crashed`."""
+
+    reason: str
+    message: str = ""
+
+
+def read(reading: Reading, max_slices: int) -> Scan:
+    """Decodes and prepares. Raises Rejection."""
+    started = time.monotonic()
+    volume = ct.admit(ct.read(reading.source, accept=reading.accept), reading.accept)
+    slices = max(volume.hu.shape[2], min(volume.hu.shape))
+    if slices > max_slices:
+        raise Rejection("", "too_large", f"{slices} slices; the service takes {max_slices}")
+    prepared = ct.prepare(volume, reading.spec)
+    told = ct.describe(volume)
+    facts = {**{name: told[name] for name in ("sha256", "shape", "spacing", "orientation", "warnings")}}
+    voxels = np.ascontiguousarray(prepared.voxels)
+    key = hashlib.blake2b(voxels.tobytes() + prepared.chunk_mask.tobytes(), digest_size=16).hexdigest()
+    return Scan(
+        facts={**facts, "format": volume.format},
+        voxels=voxels,
+        chunk_mask=prepared.chunk_mask,
+        affine=prepared.affine,
+        spec_hash=reading.spec.hash,
+        key=key,
+        seconds=time.monotonic() - started,
+        references=_references(reading, volume.series) if volume.format == sources.DICOM else None,
+    )
+
+
+def _references(reading: Reading, series: str) -> References | None:
+    """The instances of the series that was read, by their headers, where they are asked for and at hand."""
+    if not reading.references or isinstance(reading.source, str):
+        return None
+    first = reading.source[0]
+    zipped = len(reading.source) == 1 and sources.kind_of(first[:1024]) == sources.ZIP
+    parts = sources.zip_parts(first, "") if zipped else [sources.Part("", partial(bytes, d)) for d in reading.source]
+    tags = ["StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID", "Rows"]
+    found, study = [], ""
+    for part in parts:
+        with contextlib.suppress(Exception):  # what is no DICOM was left aside when the scan was read
+            header = pydicom.dcmread(io.BytesIO(part.load()), stop_before_pixels=True, specific_tags=tags, force=True)
+            if str(header.get("SeriesInstanceUID", "")) == series and header.get("Rows"):
+                study = str(header.get("StudyInstanceUID", ""))
+                found.append((str(header.SOPClassUID), str(header.SOPInstanceUID)))
+    return References(study, series, tuple(found))
+
+
+class Decoder:
+    """One child process, started when it is first needed and anew after it was killed."""
+
+    def __init__(self, seconds: float, memory: int, max_slices: int) -> None:
+        self.seconds, self.memory, self.max_slices = seconds, memory, max_slices
+        self._lock = threading.Lock()
+        self._child: tuple[multiprocessing.process.BaseProcess, Connection] | None = None
+
+    async def read(self, reading: Reading) -> Scan | Refusal:
+        """The scan, or why there is none; within the time limit, whatever the file."""
+        return await asyncio.to_thread(self._read, reading)
+
+    def _read(self, reading: Reading) -> Scan | Refusal:
+        with self._lock:
+            _, connection = self._running()
+            try:
+                connection.send(reading)
+                if not connection.poll(self.seconds):
+                    self.close()
+                    return Refusal("slow")
+                answer: Scan | Refusal = connection.recv()
+                return answer
+            except (EOFError, OSError):
+                self.close()
+                return Refusal("crashed")
+
+    def _running(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+        if self._child is None or not self._child[0].is_alive():
+            context = multiprocessing.get_context("spawn")
+            ours, theirs = context.Pipe()
+            child = context.Process(target=_serve, args=(theirs, self.memory, self.max_slices), daemon=True)
+            child.start()
+            theirs.close()
+            self._child = child, ours
+        return self._child
+
+    def close(self) -> None:
+        if self._child is not None:
+            child, connection = self._child
+            self._child = None
+            connection.close()
+            child.kill()
+            child.join()
+
+
+def _serve(connection: Connection, memory: int, max_slices: int) -> None:
+    """The child: one reading after the other, until the parent is gone."""
+    # libraries name in their warnings what they read: nothing of a patient may reach a log
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    with contextlib.suppress(EOFError):
+        while True:
+            connection.send(_answer(connection.recv(), max_slices))
+
+
+def _answer(reading: Reading, max_slices: int) -> Scan | Refusal:
+    try:
+        return read(reading, max_slices)
+    except Rejection as rejection:
+        return Refusal(rejection.reason, rejection.message)
+    except MemoryError:
+        return Refusal("too_large")
+    except OSError:
+        return Refusal("storage")
+    except Exception as error:
+        return Refusal("unreadable", type(error).__name__)

@@ -1,0 +1,65 @@
+"""What passes between the ingress and the generators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mu2llm.records import PreprocessSpec
+from mu2llm.serving.decoder import Scan
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A report to write: of which scan, on what question (None: the model's own), and how.
+
+    `id` makes sampling repeatable and is otherwise only for following a request.
+    """
+
+    id: str
+    scan: Scan
+    question: str | None = None
+    region: str | None = None
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    saliency: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """A report, with what it cost; `sentences` are (text, start, end, nifti in base64) where they were asked for."""
+
+    text: str
+    question: str
+    tokens: int
+    finished: bool
+    model: dict[str, str]
+    spec: dict[str, str]
+    batch: int
+    cached: bool
+    seconds: dict[str, float]
+    checkpoint: str
+    sentences: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Unable:
+    """Why nothing is written: `not_ready`, `wrong_spec` (the scan was prepared by another spec), `too_long`."""
+
+    why: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the replica can do now. `spec` is what scans must be prepared by."""
+
+    ready: bool
+    why: str = ""
+    model: dict[str, str] = field(default_factory=dict)
+    spec: PreprocessSpec | None = None
+    question: str = ""
+    waiting: int = 0
+    warm_up_seconds: float | None = None

@@ -1,0 +1,118 @@
+"""Reports in the background. A job lies in storage before it is accepted, so it survives whatever happens to us.
+
+Whoever works at a job renews its `beat`; one whose beat is old is taken over. Two that take over the same job at
+once both make the same report: storage needs no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from datetime import timedelta
+
+from mu2llm.serving.problems import Problem
+from mu2llm.serving.schemas import Job, ReportOptions
+from mu2llm.serving.service import Service, Upload
+from mu2llm.serving.store import StoredJob, now
+from mu2llm.serving.uris import allowed
+
+logger = logging.getLogger("ray.serve")
+BEAT_S = 5.0
+LOST = timedelta(seconds=4 * BEAT_S)  # without a beat
+LOOK_S = 5.0  # between two looks for jobs that others left
+MAX_ATTEMPTS = 5
+
+
+class Jobs:
+    def __init__(self, service: Service) -> None:
+        self.service, self.store = service, service.store
+        self.owner = uuid.uuid4().hex
+        self._wake = asyncio.Event()
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._loop: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._loop = asyncio.create_task(self._work())
+
+    async def stop(self) -> None:
+        for task in [self._loop, *self._running.values()]:
+            if task:
+                task.cancel()
+
+    async def add(self, upload: Upload, options: ReportOptions) -> Job:
+        """Stores it; it is begun when there is room."""
+        if upload.uri is not None:
+            allowed(upload.uri, self.service.settings.allowed_uris)
+        time = now().isoformat(timespec="milliseconds")
+        job = Job(id=uuid.uuid4().hex, status="queued", created=time, updated=time)
+        stored = StoredJob(
+            job=job,
+            options=options.model_copy(update={"stream": False}),
+            uri=upload.uri,
+            files=len(upload.files),
+            beat=now() - 2 * LOST,
+        )
+        await asyncio.to_thread(self.store.add_job, stored, list(upload.files))
+        self._wake.set()
+        return job
+
+    async def get(self, identity: str) -> Job:
+        return (await asyncio.to_thread(self.store.job, identity)).job
+
+    async def _work(self) -> None:
+        while True:
+            try:
+                await self._begin()
+            except Exception as error:  # storage that fails now: the next look finds the same jobs
+                logger.error("looking for jobs failed: %s", type(error).__name__)
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._wake.wait()
+
+    async def _begin(self) -> None:
+        """Takes what is queued, and what others left, as far as there is room and a model."""
+        if not self.service.status.ready:
+            return
+        for stored in await asyncio.to_thread(self.store.jobs):
+            if len(self._running) >= self.service.settings.jobs_at_once:
+                return
+            open_ = stored.job.status in ("queued", "running")
+            if open_ and stored.job.id not in self._running and now() - stored.beat > LOST:
+                task = asyncio.create_task(self._run(stored))
+                self._running[stored.job.id] = task
+                task.add_done_callback(lambda _, identity=stored.job.id: self._ended(identity))
+
+    def _ended(self, identity: str) -> None:
+        self._running.pop(identity, None)
+        self._wake.set()
+
+    async def _run(self, stored: StoredJob) -> None:
+        stored = await self._save(stored, status="running", attempts=stored.job.attempts + 1)
+        beating = asyncio.create_task(self._beat(stored))
+        try:
+            files = tuple(await asyncio.to_thread(self.store.upload, stored))
+            work = self.service.begin(Upload(files, stored.uri), stored.options)
+            made = await self.service.report(work)
+            result: dict[str, object] = {"status": "done", "report": made.report}
+        except Problem as problem:
+            again = problem.status in (429, 503) and stored.job.attempts < MAX_ATTEMPTS
+            result = {"status": "queued"} if again else {"status": "failed", "problem": problem.body()}
+        finally:
+            beating.cancel()
+        await self._save(stored, **result)
+        if result["status"] != "queued":
+            await asyncio.to_thread(self.store.drop_upload, stored)
+
+    async def _beat(self, stored: StoredJob) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            await self._save(stored)
+
+    async def _save(self, stored: StoredJob, **changes: object) -> StoredJob:
+        job = stored.job.model_copy(update={**changes, "updated": now().isoformat(timespec="milliseconds")})
+        saved = stored.model_copy(update={"job": job, "owner": self.owner, "beat": now()})
+        await asyncio.to_thread(self.store.save_job, saved)
+        return saved

@@ -1,0 +1,101 @@
+"""API keys: random, several, with scopes; only their SHA-256 is stored.
+
+A key is `mu2_<id>_<secret>`; the secret has 256 random bits, so a plain hash of it is as good as a slow one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel
+
+from mu2llm import storage
+from mu2llm.errors import UserError
+from mu2llm.serving.problems import Problem
+
+Scope = Literal["read", "score", "correct"]
+SCOPES: tuple[Scope, ...] = ("read", "score", "correct")
+FILE = "keys.json"
+REFRESH_S = 5.0  # until a new or revoked key is noticed
+
+
+class Key(BaseModel):
+    """What is stored of a key. Scopes: `read` reports, jobs and samples, `score` by GREEN, `correct` reports."""
+
+    id: str
+    name: str
+    scopes: tuple[Scope, ...]
+    sha256: str
+    made: str
+
+
+class _File(BaseModel):
+    keys: tuple[Key, ...] = ()
+
+
+def list_keys(state: str) -> tuple[Key, ...]:
+    uri = storage.join(state, FILE)
+    return _File.model_validate(storage.read_json(uri)).keys if storage.exists(uri) else ()
+
+
+def make_key(state: str, name: str, scopes: tuple[str, ...]) -> str:
+    """A new key, as it is told once and never stored; a UserError names a scope that there is not."""
+    for scope in scopes:
+        if scope not in SCOPES:
+            raise UserError(f"scope {scope!r} is not known; there are {', '.join(SCOPES)}")
+    identity, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    key = Key(id=identity, name=name, scopes=scopes, sha256=_hash(secret), made=made)  # type: ignore[arg-type]
+    _write(state, (*list_keys(state), key))
+    return f"mu2_{identity}_{secret}"
+
+
+def revoke_key(state: str, identity: str) -> None:
+    """A UserError where there is no such key."""
+    keys = list_keys(state)
+    left = tuple(key for key in keys if key.id != identity)
+    if len(left) == len(keys):
+        known = ", ".join(key.id for key in keys) or "none"
+        raise UserError(f"key {identity!r} is not known; there are {known}")
+    _write(state, left)
+
+
+def _write(state: str, keys: tuple[Key, ...]) -> None:
+    storage.write_json(storage.join(state, FILE), _File(keys=keys).model_dump(mode="json"))
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+class Doorkeeper:
+    """Says whether a request may pass; reads the keys anew every few seconds."""
+
+    def __init__(self, state: str, needed: bool) -> None:
+        self.state, self.needed = state, needed
+        self._keys: dict[str, Key] = {}
+        self._read_at = float("-inf")
+
+    def check(self, given: str | None, scope: Scope) -> None:
+        """Raises 401 without a valid key, 403 where the key lacks the scope."""
+        if not self.needed:
+            return
+        key = self._find(given or "")
+        if key is None:
+            raise Problem(401, "no_key", "send a valid API key as Authorization: Bearer KEY (mu2llm key make)")
+        if scope not in key.scopes:
+            raise Problem(403, "scope", f"this key has not the scope {scope!r}; ask for one that has")
+
+    def _find(self, given: str) -> Key | None:
+        if time.monotonic() - self._read_at > REFRESH_S:
+            self._keys = {key.id: key for key in list_keys(self.state)}
+            self._read_at = time.monotonic()
+        prefix, _, rest = given.partition("_")
+        identity, _, secret = rest.partition("_")
+        key = self._keys.get(identity) if prefix == "mu2" else None
+        return key if key and hmac.compare_digest(key.sha256, _hash(secret)) else None

@@ -1,0 +1,88 @@
+"""What a client is told when something is wrong: problem+json (RFC 9457) with a code and what to do.
+
+No traceback, path or storage message leaves the service; nor does what a file says of its patient, which is why a
+rejection is told by the documented sentence of its code alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from mu2llm.ct import REASONS
+from mu2llm.records import Rejection
+
+MEDIA = "application/problem+json"
+TITLES = {
+    400: "Bad request",
+    401: "No valid API key",
+    403: "Not allowed",
+    404: "Not found",
+    405: "Method not allowed",
+    406: "Not acceptable",
+    409: "Conflict",
+    413: "Too large",
+    415: "Unsupported format",
+    422: "Cannot be processed",
+    429: "Too many requests",
+    500: "Internal error",
+    503: "Not available",
+}
+_STATUS = {
+    "not_found": 404,
+    "too_large": 413,
+    "unsupported_format": 415,
+    "wrong_suffix": 415,
+    **dict.fromkeys(("corrupt", "empty", "truncated", "unsafe_archive"), 400),
+}
+_SAFE_DETAILS = ("single_slice", "slice_gap", "not_3d", "not_hu", "bad_geometry")  # their messages are numbers only
+_ACCEPTABLE = "; send accept={} to let it in all the same"
+
+
+class ProblemDetail(BaseModel):
+    """An error: `code` is stable (for scans, a reason code of `mu2llm inspect`); `detail` says what to do."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str = "about:blank"
+    title: str
+    status: int
+    code: str
+    detail: str
+
+
+class Problem(HTTPException):
+    """Raised anywhere in a request; answered as problem+json."""
+
+    def __init__(self, status: int, code: str, detail: str, retry_after: float | None = None) -> None:
+        super().__init__(status, detail)
+        self.status, self.code, self.retry_after = status, code, retry_after
+
+    def body(self) -> dict[str, Any]:
+        told = ProblemDetail(title=TITLES[self.status], status=self.status, code=self.code, detail=self.detail)
+        # OpenAI's clients look for `error`
+        error = {"message": self.detail, "type": TITLES[self.status], "code": self.code}
+        return {**told.model_dump(), "error": error}
+
+    def response(self) -> JSONResponse:
+        headers = {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers, media_type=MEDIA)
+
+
+def rejected(rejection: Rejection) -> Problem:
+    """A scan that cannot be used, by its reason code."""
+    detail = REASONS[rejection.reason]
+    if rejection.reason in _SAFE_DETAILS:
+        detail = f"{detail} ({rejection.message})"
+    if rejection.reason in ("not_hu", "unknown_orientation"):
+        detail += _ACCEPTABLE.format(rejection.reason)
+    return Problem(_STATUS.get(rejection.reason, 422), rejection.reason, detail)
+
+
+def not_ready(why: str, retry_after: float = 2) -> Problem:
+    return Problem(503, "not_ready", f"{why}; try again in a moment", retry_after)

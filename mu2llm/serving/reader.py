@@ -1,0 +1,34 @@
+"""`VolumeReader`: scans → model input, in processes of their own, so that a large or hostile one blocks nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from mu2llm.config import ServingConfig
+from mu2llm.serving.decoder import Decoder, Reading, Refusal, Scan
+
+
+class VolumeReader:
+    """As many decoders as it takes requests at a time; those that are not needed are never started."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        serving = ServingConfig.model_validate(settings)
+        memory = int(serving.reading_gib * 2**30)
+        self.decoders = [
+            Decoder(serving.reading_seconds, memory, serving.max_slices) for _ in range(serving.reader.at_once)
+        ]
+        self.free = asyncio.Semaphore(len(self.decoders))
+
+    async def read(self, reading: Reading) -> Scan | Refusal:
+        """The scan as `reading.spec` prepares it, or why there is none."""
+        async with self.free:
+            decoder = self.decoders.pop()  # the one used last: it is warm
+            try:
+                return await decoder.read(reading)
+            finally:
+                self.decoders.append(decoder)
+
+    def __del__(self) -> None:
+        for decoder in self.decoders:
+            decoder.close()

@@ -1,0 +1,232 @@
+"""What goes over the wire, version 1: the models behind OpenAPI."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mu2llm.records import ERROR_CATEGORIES, Judgement
+
+Text = Annotated[str, Field(max_length=100_000)]
+Question = Annotated[str, Field(max_length=4_000)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+# ---- reports
+
+
+class ReportOptions(Body):
+    """What is asked about a scan and how the answer is drawn. Greedy at temperature 0."""
+
+    question: Question | None = Field(None, description="instead of the model's own question for a whole report")
+    region: Annotated[str, Field(max_length=100)] | None = Field(
+        None, description="a part of the body, such as chest: asks for its findings only"
+    )
+    saliency: bool = Field(False, description="add where in the scan each sentence comes from")
+    stream: bool = Field(False, description="server-sent events: scan, token…, report (or error)")
+    max_new_tokens: int | None = Field(None, ge=1, le=4096)
+    temperature: float = Field(0, ge=0, le=5)
+    top_p: float = Field(1, gt=0, le=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    accept: tuple[Literal["not_hu", "unknown_orientation"], ...] = Field(
+        (), description="reason codes that are let in all the same"
+    )
+
+
+class ReportRequest(ReportOptions):
+    """The JSON form: the scan by its URI, which must lie in an allowed place."""
+
+    uri: Annotated[str, Field(min_length=1, max_length=2_000)]
+
+
+class ScanFacts(BaseModel):
+    """A scan as it was read. `shape` and `spacing` (mm) are along x, y, z in RAS+ axes; `orientation` is the file's."""
+
+    sha256: str
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    orientation: str
+    warnings: tuple[str, ...]
+    format: str
+
+
+class FindingOut(BaseModel):
+    """A finding that the rules read in the report."""
+
+    name: str
+    side: str | None = None
+    place: str | None = None
+    size_mm: float | None = None
+
+
+class ModelFacts(BaseModel):
+    """The checkpoint that wrote."""
+
+    id: str
+    stage: str
+    checkpoint: str = Field(description="its name; the last part of its URI")
+
+
+class SpecFacts(BaseModel):
+    """The PreprocessSpec that the scan was prepared by."""
+
+    name: str
+    hash: str
+
+
+class SaliencySentence(BaseModel):
+    """`nifti` is a NIfTI-1 file in base64, uint8 0…255, whose affine gives mm in the scan's own RAS+ world."""
+
+    text: str
+    start: int = Field(description="first character in the report")
+    end: int = Field(description="behind the last")
+    nifti: str
+
+
+class Saliency(BaseModel):
+    """Where in the scan each sentence comes from."""
+
+    sentences: list[SaliencySentence]
+
+
+class Report(BaseModel):
+    """A draft for a radiologist's eye. `finished` is False where the length limit cut it off."""
+
+    id: str
+    report: str
+    findings: list[FindingOut]
+    model: ModelFacts
+    spec: SpecFacts
+    scan: ScanFacts
+    question: str
+    finished: bool
+    tokens: int
+    seconds: dict[str, float] = Field(description="read, queue, encode, write, saliency, total")
+    saliency: Saliency | None = None
+    disclaimer: str = "Research use only; not a medical device."
+
+
+# ---- jobs
+
+
+class Job(BaseModel):
+    """A report that is made in the background; kept in storage, so that it survives a restart."""
+
+    id: str
+    status: Literal["queued", "running", "done", "failed"]
+    created: str
+    updated: str
+    attempts: int = 0
+    report: Report | None = None
+    problem: dict[str, Any] | None = Field(None, description="problem details where it failed")
+
+
+# ---- GREEN
+
+
+class PairIn(Body):
+    reference: Text
+    candidate: Text
+
+
+class GreenRequest(Body):
+    pairs: Annotated[list[PairIn], Field(min_length=1)]
+
+
+class JudgedSentences(BaseModel):
+    """The sentences that the judge named, by error category."""
+
+    significant: dict[str, list[str]]
+    insignificant: dict[str, list[str]]
+    matched: list[str]
+
+
+class GreenResult(BaseModel):
+    """One judgement; `score` is null where it is invalid, and `why` says why."""
+
+    score: float | None
+    significant: tuple[int, int, int, int, int, int]
+    insignificant: tuple[int, int, int, int, int, int]
+    matched: int
+    valid: bool
+    why: str
+    judge: str
+    sentences: JudgedSentences
+
+    @classmethod
+    def of(cls, judgement: Judgement) -> GreenResult:
+        def by_category(said: tuple[tuple[str, ...], ...]) -> dict[str, list[str]]:
+            return {c: list(said[i]) if i < len(said) else [] for i, c in enumerate(ERROR_CATEGORIES)}
+
+        return cls(
+            **judgement.model_dump(include=set(cls.model_fields) - {"sentences"}),
+            sentences=JudgedSentences(
+                significant=by_category(judgement.significant_sentences),
+                insignificant=by_category(judgement.insignificant_sentences),
+                matched=list(judgement.matched_sentences),
+            ),
+        )
+
+
+class GreenAnswer(BaseModel):
+    results: list[GreenResult]
+    mean: float | None = Field(description="over the valid ones")
+    n_valid: int
+    n_invalid: int
+    categories: dict[str, str] = ERROR_CATEGORIES
+
+
+# ---- corrections
+
+
+class CorrectionIn(Body):
+    """An edited report: of one that the service wrote, by its `id`, or with `generated` and the scan's sha256."""
+
+    edited: Annotated[str, Field(min_length=1, max_length=100_000)]
+    id: Annotated[str, Field(max_length=64)] | None = None
+    generated: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
+    scan_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    question: Question | None = None
+
+
+class CorrectionOut(BaseModel):
+    """`mu2llm prefer --corrections` reads what is stored."""
+
+    id: str
+    pair: bool = Field(description="False where nothing was changed: then there is nothing to prefer")
+
+
+# ---- the rest
+
+
+class ModelsAnswer(BaseModel):
+    """OpenAI's list of models, with what we know besides."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+
+
+class Sample(BaseModel):
+    """A procedural phantom; `reference` is its true report."""
+
+    id: str
+    name: str
+    description: str
+    reference: str
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(BaseModel):
+    """200 when reports can be written; 503 before, with `why`."""
+
+    ready: bool
+    why: str = ""
+    model: ModelFacts | None = None
+    warm_up_seconds: float | None = None

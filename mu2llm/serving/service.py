@@ -1,0 +1,389 @@
+"""What the service does, without HTTP: read, write, judge, correct; admission, retries, time limits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from mu2llm.config import ServingConfig
+from mu2llm.green import findings
+from mu2llm.records import Correction, Judgement, Rejection
+from mu2llm.serving.decoder import Reading, References, Refusal, Scan
+from mu2llm.serving.exchange import Asked, Status, Unable, Written
+from mu2llm.serving.metrics import Metrics
+from mu2llm.serving.problems import Problem, not_ready, rejected
+from mu2llm.serving.schemas import (
+    CorrectionIn,
+    CorrectionOut,
+    FindingOut,
+    GreenAnswer,
+    GreenResult,
+    ModelFacts,
+    PairIn,
+    Report,
+    ReportOptions,
+    Saliency,
+    SaliencySentence,
+    ScanFacts,
+    SpecFacts,
+)
+from mu2llm.serving.store import Store, StoredReport, now
+from mu2llm.serving.uris import allowed
+
+logger = logging.getLogger("ray.serve")
+ATTEMPTS = 8  # of a call whose replica died
+BACK_OFF_S = 0.2  # before the second attempt; doubled before each further one, up to 2 s
+LOOK_S = 0.5  # between two looks at the generator
+LOOK_LIMIT_S = 2.0  # for one of them
+GRACE_S = 30.0  # for which a generator that was ready may be silent (a replica is being replaced)
+SCORER_WAIT_S = 60.0  # scaled to zero, it needs time to come up
+SCORER_SILENT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A scan as it was sent: the bytes of one file, or of several of one DICOM series, or an allowed URI."""
+
+    files: tuple[bytes, ...] = ()
+    uri: str | None = None
+
+    @property
+    def source(self) -> list[bytes] | str:
+        return self.uri if self.uri is not None else list(self.files)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A report, and which DICOM instances it is about, where that was asked for."""
+
+    report: Report
+    references: References | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A report request on its way."""
+
+    upload: Upload
+    options: ReportOptions
+    references: bool
+    deadline: float
+    started: float = field(default_factory=time.monotonic)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+class Service:
+    """One per ingress replica. `start` must run in the event loop that serves the requests."""
+
+    def __init__(
+        self, reader: DeploymentHandle, generator: DeploymentHandle, scorer: DeploymentHandle, settings: ServingConfig
+    ) -> None:
+        self.reader, self.generator, self.scorer, self.settings = reader, generator, scorer, settings
+        self.store = Store(settings.state, settings.keep_scans, settings.keep_reports_days)
+        self.metrics = Metrics()
+        self.status = Status(False, "the model is being loaded")
+        self._seen = float("-inf")
+        self._busy = self._bytes = 0
+        self._pace = 1.0  # seconds between two finished reports, smoothed
+        self._last_finished = 0.0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._look()), asyncio.create_task(self._forget())]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    # ---- readiness and admission
+
+    async def _look(self) -> None:
+        """Keeps `status` up to date."""
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_LIMIT_S):
+                    self.status = await _await(self.generator.status.remote())
+                self._seen = time.monotonic()
+            except (TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError):
+                if time.monotonic() - self._seen > GRACE_S:
+                    self.status = Status(False, "the model is being loaded")
+            self.metrics.ready.set(self.status.ready)
+            self.metrics.waiting.set(self.status.waiting)
+            await asyncio.sleep(LOOK_S)
+
+    async def _forget(self) -> None:
+        while True:
+            with contextlib.suppress(Exception):  # storage that fails now will be tried again
+                await asyncio.to_thread(self.store.forget_old)
+            await asyncio.sleep(3600)
+
+    @contextlib.contextmanager
+    def admitted(self, size: int = 0) -> Iterator[None]:
+        """Takes a report request on, or answers 429 or 503 at once; `size` is its body's in bytes."""
+        if not self.status.ready:
+            raise not_ready(self.status.why)
+        most = 2 * self.settings.max_body_mb * 2**20
+        if self._busy >= self.settings.max_queued_requests or (self._bytes and self._bytes + size > most):
+            wait = min(60.0, max(1.0, self._busy * self._pace / 2))
+            raise Problem(429, "busy", f"{self._busy} reports are being made; try again in {wait:.0f} s", wait)
+        self._busy += 1
+        self._bytes += size
+        self.metrics.busy.set(self._busy)
+        try:
+            yield
+        finally:
+            self._busy -= 1
+            self._bytes -= size
+            self.metrics.busy.set(self._busy)
+
+    # ---- reports
+
+    def begin(self, upload: Upload, options: ReportOptions, references: bool = False) -> Work:
+        """A Problem where the URI is not allowed."""
+        if upload.uri is not None:
+            allowed(upload.uri, self.settings.allowed_uris)
+        return Work(upload, options, references, time.monotonic() + self.settings.request_seconds)
+
+    async def report(self, work: Work) -> Made:
+        """The whole report; a Problem where there is none."""
+        for _ in range(ATTEMPTS):
+            scan = await self.read(work)
+            done = await self._call("generator", self.generator.write, _asked(work, scan), deadline=work.deadline)
+            if isinstance(done, Written):
+                return await self._made(work, scan, done)
+            await self._unable(done)
+        raise not_ready("the model is being swapped")
+
+    async def read(self, work: Work) -> Scan:
+        """The scan as the model wants it; a Problem where it cannot be used."""
+        if self.status.spec is None:
+            raise not_ready(self.status.why)
+        reading = Reading(work.upload.source, self.status.spec, work.options.accept, work.references)
+        result = await self._call("reader", self.reader.read, reading, deadline=work.deadline)
+        if isinstance(result, Refusal):
+            self.metrics.rejections.labels(result.reason).inc()
+            raise _refused(result, self.settings)
+        assert isinstance(result, Scan)
+        return result
+
+    async def stream(self, work: Work, scan: Scan) -> AsyncIterator[str | Made]:
+        """The text piece by piece as it is written, and last the report."""
+        told = 0
+        for _ in range(ATTEMPTS):
+            async for piece in self._pieces(work, scan, told):
+                if isinstance(piece, Written):
+                    yield await self._made(work, scan, piece)
+                    return
+                if isinstance(piece, Unable):
+                    await self._unable(piece)
+                    scan = await self.read(work)
+                else:
+                    told += len(piece)
+                    yield piece
+        raise not_ready("the model is being swapped")
+
+    async def _pieces(self, work: Work, scan: Scan, told: int) -> AsyncIterator[str | Written | Unable]:
+        """Pieces behind the first `told` characters, then the end; begun anew where a replica died."""
+        for attempt in range(ATTEMPTS):
+            response, passed = self.generator.options(stream=True).stream.remote(_asked(work, scan)), 0
+            try:
+                while True:
+                    async with _limit(work.deadline):
+                        piece = await anext(response)
+                    if not isinstance(piece, str):
+                        yield piece
+                        return
+                    new = piece[max(0, told - passed) :]
+                    passed += len(piece)
+                    if new:
+                        told += len(new)
+                        yield new
+            except RayActorError:
+                await self._retry("generator", attempt)
+            finally:
+                response.cancel()
+        raise not_ready("the generator is down")
+
+    async def _unable(self, why: Unable) -> None:
+        """Raises for what another attempt would not mend; else learns what the model wants now."""
+        if why.why == "too_long":
+            raise Problem(422, "too_long", "the question is too long for the model, or spells out its special tokens")
+        if why.why == "not_ready":
+            raise not_ready(why.detail)
+        self.status = await self._call("generator", self.generator.status)
+
+    async def _made(self, work: Work, scan: Scan, written: Written) -> Made:
+        report = _report(work, scan, written)
+        files = list(work.upload.files)
+        volume = work.upload.uri or (await asyncio.to_thread(self.store.keep_scan, files) if files else None)
+        await asyncio.to_thread(self.store.save_report, report, volume, written.checkpoint)
+        self._count(report, written)
+        return Made(report, scan.references)
+
+    def _count(self, report: Report, written: Written) -> None:
+        metrics, ended = self.metrics, time.monotonic()
+        for step, seconds in report.seconds.items():
+            metrics.seconds.labels(step).observe(seconds)
+        metrics.batch.observe(written.batch)
+        metrics.tokens.inc(written.tokens)
+        metrics.rate.observe(written.tokens / max(written.seconds["write"], 1e-6))
+        metrics.cached.inc(written.cached)
+        self._pace = 0.8 * self._pace + 0.2 * min(ended - self._last_finished, 60.0)
+        self._last_finished = ended
+
+    # ---- GREEN and corrections
+
+    async def green(self, pairs: list[PairIn]) -> GreenAnswer:
+        if len(pairs) > self.settings.max_pairs:
+            raise Problem(413, "too_many_pairs", f"{len(pairs)} pairs; one request takes {self.settings.max_pairs}")
+        down = Problem(503, "scorer_down", "the GREEN scorer is not available; reports are not affected", 10)
+        least = self.settings.scorer.least
+        try:
+            async with asyncio.timeout(SCORER_WAIT_S if least == 0 else max(SCORER_SILENT_S, len(pairs))):
+                texts = [(pair.reference, pair.candidate) for pair in pairs]
+                result = await self._call("scorer", self.scorer.score, texts)
+        except (TimeoutError, DeploymentUnavailableError):
+            raise down from None
+        if isinstance(result, str):
+            raise down
+        return self._judged(result)
+
+    def _judged(self, judgements: list[Judgement]) -> GreenAnswer:
+        scores = [judgement.score for judgement in judgements if judgement.score is not None]
+        for score in scores:
+            self.metrics.green.observe(score)
+        self.metrics.invalid.inc(len(judgements) - len(scores))
+        return GreenAnswer(
+            results=[GreenResult.of(judgement) for judgement in judgements],
+            mean=sum(scores) / len(scores) if scores else None,
+            n_valid=len(scores),
+            n_invalid=len(judgements) - len(scores),
+        )
+
+    async def correct(self, given: CorrectionIn) -> CorrectionOut:
+        """Stores an edited report as a preference over the generated one; 404, 409 or 422 where they don't belong."""
+        stored = await self._corrected(given)
+        identity = hashlib.sha256(f"{stored.id}\n{stored.scan_sha256}\n{given.edited}".encode()).hexdigest()[:32]
+        if given.edited.split() == stored.text.split():
+            return CorrectionOut(id=identity, pair=False)
+        correction = Correction(
+            id=identity,
+            report_id=stored.id,
+            scan_sha256=stored.scan_sha256,
+            volume=stored.volume,
+            question=stored.question,
+            chosen=given.edited,
+            rejected=stored.text,
+            checkpoint=stored.checkpoint,
+            spec_hash=stored.spec_hash,
+            time=now().isoformat(timespec="seconds"),
+        )
+        await asyncio.to_thread(self.store.save_correction, correction)
+        self.metrics.corrections.inc()
+        return CorrectionOut(id=identity, pair=True)
+
+    async def _corrected(self, given: CorrectionIn) -> StoredReport:
+        """What was generated: by its id, or as it was sent."""
+        if given.id:
+            stored = await asyncio.to_thread(self.store.report, given.id)
+            if given.generated and given.generated.split() != stored.text.split():
+                raise Problem(409, "other_report", "the generated text is not that of this id; send one of the two")
+            if given.scan_sha256 and given.scan_sha256 != stored.scan_sha256:
+                raise Problem(409, "other_scan", "this report is of another scan; leave scan_sha256 out")
+            return stored
+        if not (given.generated and given.scan_sha256):
+            raise Problem(422, "invalid", "give the report's id, or generated and scan_sha256")
+        return StoredReport(
+            id="",
+            text=given.generated,
+            question=given.question or self.status.question,
+            scan_sha256=given.scan_sha256,
+            volume=None,
+            checkpoint="",
+            spec_hash="",
+            made=now(),
+        )
+
+    # ---- calls
+
+    async def _call(self, deployment: str, method: Any, *arguments: Any, deadline: float = float("inf")) -> Any:
+        """One call of a deployment, done again where its replica died."""
+        for attempt in range(ATTEMPTS):
+            try:
+                async with _limit(deadline):
+                    return await _await(method.remote(*arguments))
+            except RayActorError:
+                await self._retry(deployment, attempt)
+            except BackPressureError:
+                raise Problem(429, "busy", "the queue is full; try again in a moment", 2) from None
+        raise not_ready(f"the {deployment} is down")
+
+    async def _retry(self, deployment: str, attempt: int) -> None:
+        self.metrics.retries.labels(deployment).inc()
+        logger.warning("a replica of the %s died; attempt %d", deployment, attempt + 2)
+        await asyncio.sleep(min(2.0, BACK_OFF_S * 2**attempt))
+
+
+async def _await(response: Any) -> Any:
+    """The answer; who no longer waits for it cancels the work."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
+@contextlib.asynccontextmanager
+async def _limit(deadline: float) -> AsyncIterator[None]:
+    """A 503 at the deadline (of time.monotonic)."""
+    left = max(0.0, deadline - time.monotonic())
+    try:
+        async with asyncio.timeout(None if left == float("inf") else left):
+            yield
+    except TimeoutError:
+        raise Problem(503, "timeout", "not done in time (serving.request_seconds); send it to /v1/jobs", 10) from None
+
+
+def _asked(work: Work, scan: Scan) -> Asked:
+    taken = ("question", "region", "max_new_tokens", "temperature", "top_p", "seed", "saliency")
+    return Asked(id=work.id, scan=scan, **{name: getattr(work.options, name) for name in taken})
+
+
+def _refused(refusal: Refusal, settings: ServingConfig) -> Problem:
+    if refusal.reason == "slow":
+        limit = settings.reading_seconds
+        return Problem(422, "slow", f"reading the scan took more than {limit:g} s; is the file sound?")
+    if refusal.reason == "storage":
+        return Problem(503, "storage", "the storage behind the URI cannot be reached or refuses", 5)
+    if refusal.reason in ("crashed", "unreadable"):
+        return Problem(422, "undecodable", "the scan broke its decoder; check the file with mu2llm inspect")
+    return rejected(Rejection("", refusal.reason, refusal.message))
+
+
+def _report(work: Work, scan: Scan, written: Written) -> Report:
+    seconds = {"read": scan.seconds, **written.seconds, "total": time.monotonic() - work.started}
+    said = written.sentences
+    return Report(
+        id=work.id,
+        report=written.text,
+        findings=[FindingOut(**finding.model_dump()) for finding in findings(written.text)],
+        model=ModelFacts.model_validate(written.model),
+        spec=SpecFacts.model_validate(written.spec),
+        scan=ScanFacts.model_validate(scan.facts),
+        question=written.question,
+        finished=written.finished,
+        tokens=written.tokens,
+        seconds={step: round(value, 4) for step, value in seconds.items()},
+        saliency=None if said is None else Saliency(sentences=[SaliencySentence(**each) for each in said]),
+    )

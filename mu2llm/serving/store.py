@@ -1,0 +1,155 @@
+"""What outlives a request, as small files under `serving.state`: reports, corrections, jobs with their uploads."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from datetime import UTC, datetime, timedelta
+
+from pydantic import BaseModel
+
+from mu2llm import storage
+from mu2llm.records import Correction
+from mu2llm.serving.problems import Problem
+from mu2llm.serving.schemas import Job, Report, ReportOptions
+
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+class StoredReport(BaseModel):
+    """What a correction needs to know of a report."""
+
+    id: str
+    text: str
+    question: str
+    scan_sha256: str
+    volume: str | None
+    checkpoint: str
+    spec_hash: str
+    made: datetime
+
+
+class StoredJob(BaseModel):
+    """A job, what it is to do, and who is at it. `files` is the number of uploaded files, kept until it is done."""
+
+    job: Job
+    options: ReportOptions
+    uri: str | None = None
+    files: int = 0
+    owner: str = ""
+    beat: datetime
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Store:
+    """Every method does storage and may take its time: call it from a thread."""
+
+    def __init__(self, state: str, keep_scans: str | None, keep_days: float) -> None:
+        self.state, self.keep_scans, self.keep = state, keep_scans, timedelta(days=keep_days)
+
+    # ---- reports and corrections
+
+    def save_report(self, report: Report, volume: str | None, checkpoint: str) -> None:
+        stored = StoredReport(
+            id=report.id,
+            text=report.report,
+            question=report.question,
+            scan_sha256=report.scan.sha256,
+            volume=volume,
+            checkpoint=checkpoint,
+            spec_hash=report.spec.hash,
+            made=now(),
+        )
+        self._write(self._at("reports", report.id), stored)
+
+    def report(self, identity: str) -> StoredReport:
+        """A 404 where there is none."""
+        return StoredReport.model_validate(self._read("reports", identity))
+
+    def save_correction(self, correction: Correction) -> None:
+        uri = storage.join(self.state, "corrections", f"{correction.id}.jsonl")
+        storage.write_bytes(uri, (correction.model_dump_json() + "\n").encode())
+
+    def keep_scan(self, files: list[bytes]) -> str | None:
+        """The URI under which an upload is kept, where that was chosen (`serving.keep_scans`)."""
+        if self.keep_scans is None:
+            return None
+        digest = hashlib.sha256()
+        for data in files:
+            digest.update(data)
+        uri = storage.join(self.keep_scans, digest.hexdigest())
+        if len(files) > 1:  # files of one DICOM series: a folder
+            for number, data in enumerate(files):
+                storage.write_bytes(storage.join(uri, f"{number:05d}.dcm"), data)
+            return uri
+        uri += _suffix(files[0])
+        if not storage.exists(uri):
+            storage.write_bytes(uri, files[0])
+        return uri
+
+    def forget_old(self) -> int:
+        """Deletes reports and finished jobs that are older than `serving.keep_reports_days`; how many."""
+        gone = 0
+        for kind in ("reports", "jobs"):
+            folder = storage.join(self.state, kind)
+            for info in storage.list_files(folder, recursive=False):
+                if info.base_name.endswith(".json") and info.mtime and now() - info.mtime > self.keep:
+                    storage.delete(storage.join(folder, info.base_name))
+                    gone += 1
+        return gone
+
+    # ---- jobs
+
+    def add_job(self, stored: StoredJob, files: list[bytes]) -> None:
+        """The upload first: a job that is listed is whole."""
+        for number, data in enumerate(files):
+            storage.write_bytes(self._upload(stored.job.id, number), data)
+        self.save_job(stored)
+
+    def save_job(self, stored: StoredJob) -> None:
+        self._write(self._at("jobs", stored.job.id), stored)
+
+    def job(self, identity: str) -> StoredJob:
+        """A 404 where there is none."""
+        return StoredJob.model_validate(self._read("jobs", identity))
+
+    def jobs(self) -> list[StoredJob]:
+        """All of them, the oldest first."""
+        folder = storage.join(self.state, "jobs")
+        names = [info.base_name for info in storage.list_files(folder, recursive=False)]
+        found = [self.job(name.removesuffix(".json")) for name in names if name.endswith(".json")]
+        return sorted(found, key=lambda stored: stored.job.created)
+
+    def upload(self, stored: StoredJob) -> list[bytes]:
+        return [storage.read_bytes(self._upload(stored.job.id, number)) for number in range(stored.files)]
+
+    def drop_upload(self, stored: StoredJob) -> None:
+        storage.delete(storage.join(self.state, "uploads", stored.job.id))
+
+    def _upload(self, identity: str, number: int) -> str:
+        return storage.join(self.state, "uploads", identity, f"{number:05d}")
+
+    def _at(self, kind: str, identity: str) -> str:
+        return storage.join(self.state, kind, f"{identity}.json")
+
+    def _read(self, kind: str, identity: str) -> object:
+        uri = self._at(kind, identity)
+        if not _ID.fullmatch(identity) or not storage.exists(uri):
+            raise Problem(404, "not_found", f"there is nothing under this id in {kind}")
+        return storage.read_json(uri)
+
+    @staticmethod
+    def _write(uri: str, value: BaseModel) -> None:
+        storage.write_bytes(uri, value.model_dump_json().encode())
+
+
+def _suffix(data: bytes) -> str:
+    """As `mu2llm.ct.read` wants names to end."""
+    if data[:2] == b"\x1f\x8b":
+        return ".nii.gz"
+    if data[:2] == b"PK":
+        return ".zip"
+    return ".dcm" if data[128:132] == b"DICM" else ".nii"

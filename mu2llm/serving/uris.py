@@ -1,0 +1,47 @@
+"""Which URIs a client may name: those below a configured one, and nothing else (no http, no climbing, no links out)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from collections.abc import Sequence
+
+from mu2llm.serving.problems import Problem
+
+SCHEMES = ("s3", "gs", "file")
+_DATA = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w-]+=[\w.-]+)*;base64,", re.ASCII)
+_UNSAFE = re.compile(r"[\x00-\x20\x7f%?#\\]|//|(?:^|/)\.\.?(?:/|$)")
+
+
+def allowed(uri: str, below: Sequence[str]) -> str:
+    """The URI, if it lies below one of `below`; else a Problem that does not say whether there is anything."""
+    scheme, separator, path = uri.partition("://")
+    problem = Problem(403, "uri_not_allowed", "the URI lies in no allowed place (serving.allowed_uris)")
+    if not separator or scheme not in SCHEMES or _UNSAFE.search(path):
+        raise problem
+    places = [place.rstrip("/") for place in below]
+    if not any(uri == place or uri.startswith(f"{place}/") for place in places):
+        raise problem
+    if scheme == "file":  # a link may lead out
+        real = os.path.realpath(path)
+        roots = [os.path.realpath(place.removeprefix("file://")) for place in places if place.startswith("file://")]
+        if not any(real == root or real.startswith(f"{root}/") for root in roots):
+            raise problem
+    return uri
+
+
+def data_url(url: str, most: int) -> bytes | None:
+    """The bytes of a base64 data URL of at most `most` bytes; None where it is another URL."""
+    if not url.startswith("data:"):
+        return None
+    head = _DATA.match(url[:256])
+    if not head:
+        raise Problem(422, "bad_data_url", "expected data:application/octet-stream;base64,…")
+    if (len(url) - head.end()) * 3 // 4 > most:
+        raise Problem(413, "too_large", f"the scan has more than {most} bytes")
+    try:
+        return base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise Problem(422, "bad_data_url", "the data URL's base64 is damaged") from None

@@ -1,0 +1,390 @@
+"""HTTP: the FastAPI application over a `Service`. Every path, model and status that OpenAPI tells of is here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import traceback
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+import mu2llm
+from mu2llm.serving import chat, formats, metrics, pages, samples
+from mu2llm.serving.guard import LOOPBACK, Guard
+from mu2llm.serving.jobs import Jobs
+from mu2llm.serving.keys import Doorkeeper, Scope
+from mu2llm.serving.problems import MEDIA, Problem, ProblemDetail
+from mu2llm.serving.schemas import (
+    CorrectionIn,
+    CorrectionOut,
+    GreenAnswer,
+    GreenRequest,
+    Health,
+    Job,
+    ModelsAnswer,
+    Readiness,
+    Report,
+    ReportOptions,
+    ReportRequest,
+    Sample,
+)
+from mu2llm.serving.service import Made, Service, Upload
+
+logger = logging.getLogger("ray.serve")
+MAX_FILES = 5000  # of one upload: the files of a DICOM series
+MAX_FIELDS = 50
+
+_FORM = {
+    "type": "object",
+    "required": ["scan"],
+    "properties": {
+        "scan": {
+            "type": "string",
+            "format": "binary",
+            "description": "NIfTI (.nii, .nii.gz) or a zip of one DICOM series; or repeated, the series' files",
+        },
+        "question": {"type": "string", "maxLength": 4000},
+        "region": {"type": "string", "maxLength": 100},
+        "saliency": {"type": "boolean", "default": False},
+        "stream": {"type": "boolean", "default": False},
+        "max_new_tokens": {"type": "integer", "minimum": 1, "maximum": 4096},
+        "temperature": {"type": "number", "minimum": 0, "maximum": 5},
+        "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "seed": {"type": "integer", "minimum": 0},
+        "accept": {"type": "array", "items": {"enum": ["not_hu", "unknown_orientation"]}},
+    },
+}
+_SCAN_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": _FORM},
+            "application/json": {"schema": {"$ref": "#/components/schemas/ReportRequest"}},
+        },
+    }
+}
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    schema = {"schema": {"$ref": "#/components/schemas/ProblemDetail"}}
+    return {status: {"description": "Problem", "content": {MEDIA: schema}} for status in statuses}
+
+
+_ALWAYS = (400, 401, 403, 413, 422)
+_REPORT_PROBLEMS = _problems(*_ALWAYS, 404, 406, 415, 429, 503)
+
+
+def application(service: Service, jobs: Jobs, doorkeeper: Doorkeeper, loopback: bool) -> ASGIApp:
+    """Behind `Guard`, so that nothing reaches FastAPI that is too large or comes from a foreign page."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        jobs.start()
+        yield
+        await jobs.stop()
+        await service.stop()
+
+    app = FastAPI(
+        title="mu2llm",
+        version=mu2llm.__version__,
+        description="Draft radiology reports of CT scans. Research use only; not a medical device.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.doorkeeper = doorkeeper
+    app.include_router(_reports(service, jobs))
+    app.include_router(_rest(service))
+    app.include_router(_operations(service))
+    pages.add(app)
+    _add_problem_handlers(app)
+    _add_shared_schemas(app)
+    settings = service.settings
+    hosts = (*LOOPBACK, *settings.hosts) if loopback else None
+    return Guard(app, settings.max_body_mb * 2**20, hosts, service.metrics.answered)
+
+
+def needs(scope: Scope) -> Any:
+    """A route's dependency: an API key with the scope, where keys are on."""
+    bearer = HTTPBearer(auto_error=False, scheme_name="API key", description="mu2llm key make")
+
+    def check(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None) -> None:
+        request.app.state.doorkeeper.check(given.credentials if given else None, scope)
+
+    return Depends(check)
+
+
+# ---- reports
+
+
+def _reports(service: Service, jobs: Jobs) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["reports"], dependencies=[needs("read")])
+
+    @router.post(
+        "/reports",
+        response_model=Report,
+        openapi_extra=_SCAN_BODY,
+        responses={200: {"content": formats.OPENAPI | {formats.EVENTS: {}}}, **_REPORT_PROBLEMS},
+    )
+    async def make_report(request: Request) -> Response:
+        """A draft report of a scan: as JSON, text, FHIR DiagnosticReport or DICOM SR by the Accept header."""
+        kind = formats.choose(request.headers.get("accept", "*/*"))
+        with contextlib.ExitStack() as held:
+            held.enter_context(service.admitted(_length(request)))
+            upload, options = await _asked(request, service)
+            work = service.begin(upload, options, references=kind == formats.DICOM)
+            if options.stream or kind == formats.EVENTS:
+                scan = await service.read(work)
+                parts = service.stream(work, scan)
+                first = _event("scan", scan.facts)
+                return StreamingResponse(_events(first, parts, held.pop_all()), media_type=formats.EVENTS)
+            made = await service.report(work)
+        return formats.respond(kind, made)
+
+    @router.post(
+        "/jobs", status_code=202, response_model=Job, openapi_extra=_SCAN_BODY, responses=_problems(*_ALWAYS, 429, 503)
+    )
+    async def make_job(request: Request, response: Response) -> Job:
+        """The same in the background: for large scans and slow models. It survives a restart of the service."""
+        upload, options = await _asked(request, service)
+        job = await jobs.add(upload, options)
+        response.headers["Location"] = f"/v1/jobs/{job.id}"
+        return job
+
+    @router.get("/jobs/{job_id}", responses=_problems(401, 403, 404, 422))
+    async def get_job(job_id: str) -> Job:
+        """Where a job stands, and its report when it is done."""
+        return await jobs.get(job_id)
+
+    @router.post("/chat/completions", response_model=chat.ChatAnswer, responses=_REPORT_PROBLEMS)
+    async def chat_completions(body: chat.ChatRequest, request: Request) -> Response:
+        """OpenAI-compatible: the scan as image_url (a data URL, or an s3 URL in an allowed place)."""
+        with contextlib.ExitStack() as held:
+            held.enter_context(service.admitted(_length(request)))
+            upload = body.upload(service.settings.max_body_mb * 2**20)
+            work = service.begin(upload, body.options())
+            if body.stream:
+                parts = service.stream(work, await service.read(work))
+                model = service.status.model.get("id", "")
+                return StreamingResponse(_chunks(work.id, model, parts, held.pop_all()), media_type=formats.EVENTS)
+            made = await service.report(work)
+        return JSONResponse(chat.answer(made.report).model_dump(mode="json"))
+
+    return router
+
+
+def _length(request: Request) -> int:
+    return int(request.headers.get("content-length", "0"))
+
+
+async def _asked(request: Request, service: Service) -> tuple[Upload, ReportOptions]:
+    """The scan and what is asked about it, from a form or from JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _from_form(request)
+    if kind != "application/json":
+        raise Problem(415, "unsupported_media", "send multipart/form-data with the field scan, or JSON with uri")
+    try:
+        asked = ReportRequest.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_input=False)) from None
+    return Upload(uri=asked.uri), ReportOptions(**asked.model_dump(exclude={"uri"}))
+
+
+async def _from_form(request: Request) -> tuple[Upload, ReportOptions]:
+    async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
+        files = [value for value in form.getlist("scan") if isinstance(value, UploadFile)]
+        if not files:
+            raise Problem(422, "no_scan", "the form has no file in the field scan")
+        names = {name for name, _ in form.multi_items()} - {"scan"}
+        fields: dict[str, Any] = {name: form[name] for name in names}
+        if "accept" in fields:
+            fields["accept"] = form.getlist("accept")
+        try:
+            options = ReportOptions.model_validate(fields)
+        except ValidationError as error:
+            raise RequestValidationError(error.errors(include_input=False)) from None
+        return Upload(files=tuple([await file.read() for file in files])), options
+
+
+async def _events(first: bytes, parts: AsyncIterator[str | Made], held: contextlib.ExitStack) -> AsyncIterator[bytes]:
+    """The report as server-sent events; a Problem becomes the event `error`."""
+    with held:
+        yield first
+        try:
+            async for part in parts:
+                if isinstance(part, str):
+                    yield _event("token", {"text": part})
+                else:
+                    yield _event("report", part.report.model_dump(mode="json"))
+        except Problem as problem:
+            yield _event("error", problem.body())
+
+
+async def _chunks(
+    identity: str, model: str, parts: AsyncIterator[str | Made], held: contextlib.ExitStack
+) -> AsyncIterator[bytes]:
+    """The same as OpenAI's clients want it."""
+    with held:
+        try:
+            async for part in parts:
+                if isinstance(part, str):
+                    told = chat.chunk(identity, model, part)
+                else:
+                    told = chat.chunk(identity, part.report.model.id, report=part.report)
+                yield _data(told)
+            yield b"data: [DONE]\n\n"
+        except Problem as problem:
+            yield _data(problem.body())
+
+
+def _event(name: str, value: Any) -> bytes:
+    return f"event: {name}\n".encode() + _data(value)
+
+
+def _data(value: Any) -> bytes:
+    return f"data: {json.dumps(value)}\n\n".encode()
+
+
+# ---- the rest of version 1
+
+
+def _rest(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+
+    @router.post("/green", tags=["green"], dependencies=[needs("score")], responses=_problems(*_ALWAYS, 429, 503))
+    async def green(body: GreenRequest) -> GreenAnswer:
+        """GREEN of candidate reports against references."""
+        return await service.green(body.pairs)
+
+    @router.post(
+        "/corrections",
+        tags=["corrections"],
+        status_code=201,
+        dependencies=[needs("correct")],
+        responses=_problems(*_ALWAYS, 404, 409),
+    )
+    async def correct(body: CorrectionIn) -> CorrectionOut:
+        """A radiologist's version of a generated report: kept as a preference pair for `mu2llm prefer`."""
+        return await service.correct(body)
+
+    @router.get("/models", tags=["models"], dependencies=[needs("read")], responses=_problems(401, 403))
+    async def models() -> ModelsAnswer:
+        """The checkpoint that writes now, in OpenAI's form."""
+        facts = service.status.model
+        return ModelsAnswer(data=[{"object": "model", "owned_by": "mu2llm", "created": 0, **facts}] if facts else [])
+
+    @router.get("/samples", tags=["samples"], dependencies=[needs("read")], responses=_problems(401, 403))
+    def sample_list() -> list[Sample]:
+        """Scans to try: procedural phantoms."""
+        return samples.samples()
+
+    @router.get(
+        "/samples/{sample_id}",
+        tags=["samples"],
+        dependencies=[needs("read")],
+        response_class=Response,
+        responses={200: {"content": {"application/gzip": {}}}, **_problems(401, 403, 404, 422)},
+    )
+    def sample(sample_id: str) -> Response:
+        """One of them, as .nii.gz."""
+        made = samples.make(sample_id)
+        headers = {"Content-Disposition": f'attachment; filename="{sample_id}.nii.gz"'}
+        return Response(made.nifti(), media_type="application/gzip", headers=headers)
+
+    return router
+
+
+def _operations(service: Service) -> APIRouter:
+    router = APIRouter(tags=["operations"])
+
+    @router.get("/healthz")
+    async def health() -> Health:
+        """200 as long as the process answers."""
+        return Health()
+
+    @router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
+    async def ready() -> JSONResponse:
+        """200 when reports can be written: weights loaded, a first report made."""
+        status = service.status
+        told = Readiness(
+            ready=status.ready,
+            why=status.why,
+            model=status.model or None,  # type: ignore[arg-type]
+            warm_up_seconds=status.warm_up_seconds,
+        )
+        return JSONResponse(told.model_dump(mode="json"), 200 if status.ready else 503)
+
+    @router.get(
+        "/metrics",
+        dependencies=[needs("read")],
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}, **_problems(401, 403)},
+    )
+    async def prometheus() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.text(), media_type=metrics.MEDIA)
+
+    return router
+
+
+# ---- errors, counts, schemas
+
+
+def _add_problem_handlers(app: FastAPI) -> None:
+    @app.exception_handler(Problem)
+    async def problem(_: Request, error: Problem) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        status = error.status_code if error.status_code in (400, 404, 405) else 400
+        code = {404: "not_found", 405: "method_not_allowed"}.get(status, "bad_request")
+        detail = {404: "there is nothing here; see /docs", 405: "this path has other methods; see /docs"}
+        response = Problem(status, code, detail.get(status, "the request cannot be read; see /docs")).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return Problem(400, "bad_json", "the body is not JSON").response()
+        where = ".".join(str(part) for part in first["loc"])
+        return Problem(422, "invalid", f"{where}: {first['msg']}; see /docs").response()
+
+    @app.exception_handler(Exception)
+    async def internal(_: Request, error: Exception) -> JSONResponse:
+        # the message may hold what a client sent: only where it happened is logged
+        where = "".join(traceback.format_tb(error.__traceback__)[-5:])
+        logger.error("a request failed by %s\n%s", type(error).__name__, where)
+        return Problem(500, "internal", "something broke here; the service's log says where").response()
+
+
+def _add_shared_schemas(app: FastAPI) -> None:
+    """Models that only hand-written parts of the description name."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = described()
+        shared = schema["components"]["schemas"]
+        for model in (ProblemDetail, ReportRequest):
+            shared.setdefault(model.__name__, _schema(model))
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    return model.model_json_schema(ref_template="#/components/schemas/{model}")
