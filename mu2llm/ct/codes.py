@@ -46,7 +46,7 @@ WARNINGS: dict[str, str] = {
     "rescaled_by_table": "slope and intercept of the metadata table were applied",
     "already_rescaled": "slope and intercept of the metadata table were not applied: the values are in HU already",
     "duplicates_dropped": "identical slices at one position: one of them kept",
-    "files_set_aside": "localisers, screen saves, other series or other files in the same place were left out",
+    "files_set_aside": "localisers, screen saves, other series, phases or files in the same place were left out",
     "unreadable_files": "files in the same place that should be DICOM but cannot be parsed were left out",
     "orientation_assumed": "orientation unknown and accepted on request: the axes are a guess",
     "forms_differ": "sform and qform disagree: the sform was taken",

@@ -11,7 +11,7 @@ from pydicom.uid import UncompressedTransferSyntaxes
 
 from mu2llm.ct import dicom_series, geometry
 from mu2llm.ct.dicom_series import Slice
-from mu2llm.ct.hounsfield import apply_table, to_hu
+from mu2llm.ct.hounsfield import Padding, Scaling, apply_table, to_hu
 from mu2llm.ct.sources import DICOM, Part
 from mu2llm.ct.volume import CTVolume, build
 from mu2llm.records import Rejection
@@ -39,10 +39,8 @@ def read(
     directions, assumed = dicom_series.directions(chosen[0], uri, accept)
     if assumed:
         warnings.add("orientation_assumed")
-    ordered, origins = dicom_series.order(chosen, np.cross(directions[0], directions[1]), uri)
-    if len(ordered) < len(chosen):
-        warnings.add("duplicates_dropped")
-    return _stack(ordered, directions, origins, uri, warnings, rescale)
+    ordered, origins, order_warnings = dicom_series.order(chosen, np.cross(directions[0], directions[1]), uri)
+    return _stack(ordered, directions, origins, uri, warnings | order_warnings, rescale)
 
 
 def _stack(
@@ -104,8 +102,8 @@ def _decode(slices: list[Slice], uri: str, rescale: tuple[float, float] | None) 
     return hu, warnings | table_warnings | scaling_warnings
 
 
-def _pixels(each: Slice, uri: str) -> tuple[np.ndarray, tuple[float, float] | None, int | None]:
-    """Stored values (rows, columns), slope and intercept if there are any, and the padding value."""
+def _pixels(each: Slice, uri: str) -> tuple[np.ndarray, Scaling | None, Padding | None]:
+    """Stored values (rows, columns), slope and intercept if there are any, and the padding values."""
     dataset = each.dataset(uri)
     try:
         pixels = dataset.pixel_array
@@ -126,9 +124,16 @@ def _pixels(each: Slice, uri: str) -> tuple[np.ndarray, tuple[float, float] | No
     return pixels, scaling, padding
 
 
-def _padding(dataset: pydicom.Dataset, dtype: np.dtype) -> int | None:
-    """PixelPaddingValue as the pixels hold it: files disagree on whether it is signed."""
-    value = dataset.get("PixelPaddingValue")
+def _padding(dataset: pydicom.Dataset, dtype: np.dtype) -> Padding | None:
+    """From PixelPaddingValue to PixelPaddingRangeLimit, as the pixels hold them: files disagree on the sign."""
+    value = _as_pixel(dataset.get("PixelPaddingValue"), dtype)
+    if value is None:
+        return None
+    limit = _as_pixel(dataset.get("PixelPaddingRangeLimit"), dtype)
+    return (value, value) if limit is None else (min(value, limit), max(value, limit))
+
+
+def _as_pixel(value: object, dtype: np.dtype) -> int | None:
     if not isinstance(value, int):
         return None
     bits = 8 * dtype.itemsize

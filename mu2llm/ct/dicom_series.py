@@ -29,6 +29,7 @@ from mu2llm.ct.sources import DICOM, NIFTI, Part, kind_of
 from mu2llm.records import Rejection
 
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+_CLASSES_OF_CT = ("CT", "EnhancedCT", "LegacyConvertedEnhancedCT", "SecondaryCapture", "Multiframe")
 _AXIAL = 0.7  # cosine between the slices' normal and the body's long axis
 _SAME_PLACE_MM = 0.01
 _TAGS = [
@@ -136,7 +137,7 @@ def _parse_header(part: Part, data: bytes) -> Slice:
         instance=str(header.get("SOPInstanceUID") or ""),
         series=str(header.get("SeriesInstanceUID") or ""),
         description=str(header.get("SeriesDescription") or ""),
-        modality=str(header.get("Modality") or "").strip().upper(),
+        modality=_modality(header),
         acquisition=str(header.get("AcquisitionNumber") or ""),
         syntax=UID(str(getattr(header.file_meta, "TransferSyntaxUID", "") or "")),
         rows=int(header.get("Rows") or 0),
@@ -148,6 +149,15 @@ def _parse_header(part: Part, data: bytes) -> Slice:
         orientation=_numbers(header.get("ImageOrientationPatient"), 6),
         spacing=_numbers(header.get("PixelSpacing"), 2),
     )
+
+
+def _modality(header: pydicom.Dataset) -> str:
+    """What the file calls itself: its Modality; where pixels come without one, their class, if that is none of CT."""
+    stated = str(header.get("Modality") or "").strip().upper()
+    kind = UID(str(header.get("SOPClassUID") or "")).keyword
+    if stated or not header.get("Rows") or kind.startswith(_CLASSES_OF_CT):
+        return stated
+    return kind
 
 
 def _sequence(value: Any) -> list[Any]:
@@ -244,8 +254,8 @@ def directions(first: Slice, uri: str, accept: frozenset[str]) -> tuple[np.ndarr
     return vectors / lengths[:, None], False
 
 
-def order(slices: list[Slice], normal: np.ndarray, uri: str) -> tuple[list[Slice], np.ndarray]:
-    """Slices by position along their normal, one at each position, and their origins (n, 3) in mm (LPS)."""
+def order(slices: list[Slice], normal: np.ndarray, uri: str) -> tuple[list[Slice], np.ndarray, set[str]]:
+    """Slices by position along their normal, one at each position, their origins (n, 3) in mm (LPS), and warnings."""
     placed = []
     for each in slices:
         if each.position is None or each.spacing is None:
@@ -255,12 +265,14 @@ def order(slices: list[Slice], normal: np.ndarray, uri: str) -> tuple[list[Slice
         raise Rejection(uri, "single_slice", "one slice alone is no volume")
     placed.sort(key=lambda item: (item[0], item[1].part.name))
     unique = _drop_copies(placed, uri)
+    warnings = {"duplicates_dropped"} if len(unique) < len(placed) else set()
     if _has_double(unique):
         unique = _largest_acquisition(unique, uri)
+        warnings.add("files_set_aside")
     if len(unique) == 1:
         raise Rejection(uri, "single_slice", f"{len(slices)} copies of one slice are no volume")
     ordered = [each for _, each in unique]
-    return ordered, np.array([each.position for each in ordered])
+    return ordered, np.array([each.position for each in ordered]), warnings
 
 
 Placed = list[tuple[float, Slice]]

@@ -63,7 +63,7 @@ def straighten(hu: np.ndarray, affine: np.ndarray, uri: str) -> tuple[np.ndarray
     The two axes that are closest to perpendicular keep their direction (of a tilted gantry, the slice plane:
     then slices only shift within themselves and nothing is blurred between them); the third becomes their normal.
     """
-    straight = _straight_axes(affine)
+    straight, third = _straight_axes(affine)
     corners = np.array(list(itertools.product(*[(0, size - 1) for size in hu.shape])))
     places = (np.linalg.inv(straight) @ affine[:3, :3] @ corners.T).T
     first = places.min(axis=0)
@@ -74,13 +74,56 @@ def straighten(hu: np.ndarray, affine: np.ndarray, uri: str) -> tuple[np.ndarray
     grid[:3, :3] = straight
     grid[:3, 3] = affine[:3, 3] + straight @ first
     there = np.linalg.inv(affine) @ grid
+    if _only_shifts(there, third, shape):
+        return _shift_slices(hu, there, third, shape), grid
     out = ndimage.affine_transform(
         hu, there[:3, :3], there[:3, 3], output_shape=shape, order=1, mode="grid-constant", cval=AIR_HU
     )
     return out, grid
 
 
-def _straight_axes(affine: np.ndarray) -> np.ndarray:
+def _only_shifts(there: np.ndarray, third: int, shape: tuple[int, ...]) -> bool:
+    """Whether a map between grids leaves each slice along an axis as it is, but for its place in its own plane."""
+    rest = (there - np.eye(4))[:3]
+    within = np.arange(3) != third
+    rest[within, third] = rest[within, 3] = 0
+    return bool((np.abs(rest) @ [*shape, 1] < 0.02).all())  # voxels, at the far corner
+
+
+def _shift_slices(hu: np.ndarray, there: np.ndarray, third: int, shape: tuple[int, ...]) -> np.ndarray:
+    """What the general resampling gives, some thirty times faster: every slice moved within its plane, linear."""
+    slices = np.moveaxis(hu, third, 0)
+    rows, columns = (axis for axis in range(3) if axis != third)
+    out = np.empty((shape[third], shape[rows], shape[columns]), hu.dtype)
+    for index, plane in enumerate(slices):
+        moved = plane
+        for axis, size in enumerate(out.shape[1:]):
+            by = there[(rows, columns)[axis], third] * index + there[(rows, columns)[axis], 3]
+            moved = _shifted(moved, float(by), axis, size)
+        out[index] = np.rint(moved) if hu.dtype.kind == "i" else moved
+    return np.moveaxis(out, 0, third)
+
+
+def _shifted(plane: np.ndarray, by: float, axis: int, size: int) -> np.ndarray:
+    """Place i of an axis is place i + `by` of the plane's, between two of them linearly; −1024 beyond its ends."""
+    first = int(np.floor(by + 1e-6))
+    share = np.float32(max(by - first, 0.0))
+    low = _taken(plane, first, axis, size)
+    return low if share < 1e-4 else low * (1 - share) + _taken(plane, first + 1, axis, size) * share
+
+
+def _taken(plane: np.ndarray, first: int, axis: int, size: int) -> np.ndarray:
+    """`size` places of an axis from the `first` on (may be negative), −1024 beyond the ends; float32."""
+    along = np.moveaxis(plane, axis, 0)
+    out = np.full((size, along.shape[1]), AIR_HU, np.float32)
+    start, stop = max(first, 0), min(first + size, len(along))
+    if stop > start:
+        out[start - first : stop - first] = along[start:stop]
+    return np.moveaxis(out, 0, axis)
+
+
+def _straight_axes(affine: np.ndarray) -> tuple[np.ndarray, int]:
+    """The axes of the straight grid, and which of them is the normal of the other two."""
     axes = affine[:3, :3]
     pairs = [(0, 1), (0, 2), (1, 2)]
     first, second = pairs[int(np.argmin(np.abs(_cosines(affine))))]
@@ -92,7 +135,7 @@ def _straight_axes(affine: np.ndarray) -> np.ndarray:
     normal = np.cross(straight[:, first], straight[:, second])
     normal /= np.linalg.norm(normal)
     straight[:, third] = normal * (normal @ axes[:, third])
-    return straight
+    return straight, third
 
 
 def _cosines(affine: np.ndarray) -> np.ndarray:

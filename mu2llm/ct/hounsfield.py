@@ -14,14 +14,15 @@ _SAMPLE = 500_000  # voxels looked at to judge a distribution
 
 
 Scaling = tuple[float, float]
+Padding = tuple[int, int]  # the least and the greatest stored value for what was not measured
 
 
 def to_hu(
-    planes: np.ndarray, scalings: Sequence[Scaling], paddings: Sequence[int | None] | None = None
+    planes: np.ndarray, scalings: Sequence[Scaling], paddings: Sequence[Padding | None] | None = None
 ) -> tuple[np.ndarray, set[str]]:
     """Stored planes (n, h, w) → HU of the same shape, and the warning codes of what was set right.
 
-    Plane i becomes slope·value + intercept by scalings[i]; paddings[i] is its stored value for what was not
+    Plane i becomes slope·value + intercept by scalings[i]; paddings[i] are its stored values for what was not
     measured. Whole numbers come back as int16, others as float32 (which round as their float64 value would).
     Works plane by plane, never on a float64 volume; int16 that needs no scaling is changed in place.
     """
@@ -38,7 +39,7 @@ def to_hu(
             values = np.nan_to_num(values, nan=AIR_HU, posinf=AIR_HU, neginf=AIR_HU)
         below = values < AIR_HU
         if padding is not None:
-            below |= plane == padding
+            below |= (plane >= padding[0]) & (plane <= padding[1])
         if below.any():
             warnings.add("padding_clipped")
             values[below] = AIR_HU

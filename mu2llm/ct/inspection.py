@@ -17,17 +17,22 @@ _WINDOW = (-1000, 400)  # HU, lung to contrast
 _LEFT_EDGE = {"axial": "R", "coronal": "R", "sagittal": "A"}  # the body's side at the picture's left
 
 
-def inspect(source: str | Path, **options: Any) -> dict[str, Any]:
+def inspect(source: str | Path, picture: str | None = None, **options: Any) -> dict[str, Any]:
     """One item of `mu2llm inspect --json`; `options` are those of `read`. A scan that is rejected is an item too.
 
     `shape` and `spacing` (mm) are along x, y, z of the volume in RAS+ axes, `orientation` is that of the file.
+    `picture` is where a three-plane PNG goes; `png` then says where it is.
     """
     item: dict[str, Any] = {"path": str(source), "status": "ok", "reason": None, "message": None, "warnings": []}
+    drawn = {} if picture is None else {"png": picture}
     try:
-        return item | describe(read(source, **options))
+        volume = read(source, **options)
     except Rejection as rejection:
-        nothing = dict.fromkeys(("shape", "spacing", "orientation", "hu_range", "sha256"))
+        nothing = dict.fromkeys(("shape", "spacing", "orientation", "hu_range", "sha256", *drawn))
         return item | nothing | {"status": "rejected", "reason": rejection.reason, "message": rejection.args[2]}
+    if picture is not None:
+        three_planes(volume, picture)
+    return item | describe(volume) | drawn
 
 
 def describe(volume: CTVolume) -> dict[str, Any]:

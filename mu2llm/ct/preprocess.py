@@ -56,11 +56,13 @@ class ModelInput:
 
     `voxels` (T, C, K, H, W) of the spec's dtype (uint8: 0…255 stands for 0…1), `chunk_mask` (T,) True where a
     chunk holds any of the scan. `affine` maps the grid's (column w, row h, slice t·K + k) to mm in RAS+.
+    `spec_hash` is of the spec that it was prepared by.
     """
 
     voxels: np.ndarray
     chunk_mask: np.ndarray
     affine: np.ndarray
+    spec_hash: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def prepare(volume: CTVolume, spec: PreprocessSpec) -> ModelInput:
     grid = resample(scan, (axes[0].weights, axes[1].weights, axes[2].weights), values)
     to_scan = np.diag([*(axis.step for axis in axes[::-1]), 1.0])
     to_scan[:3, 3] = [axis.start - axis.step * axis.offset for axis in axes[::-1]]
-    return ModelInput(_voxels(grid, axes, spec), _chunk_mask(axes[0], spec), to_ras @ to_scan)
+    return ModelInput(_voxels(grid, axes, spec), _chunk_mask(axes[0], spec), to_ras @ to_scan, spec.hash)
 
 
 def _axes(volume: CTVolume, spec: PreprocessSpec) -> tuple[np.ndarray, np.ndarray]:

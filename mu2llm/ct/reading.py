@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ _HEAD = 1024
 
 
 def read(
-    source: str | Path | bytes | list[bytes],
+    source: str | Path | bytes | Sequence[bytes],
     *,
     series: str | None = None,
     rescale: tuple[float, float] | None = None,
@@ -28,18 +28,18 @@ def read(
 
     `source` is a path or URI (s3://, gs://) of a NIfTI, a DICOM file, a zip or a folder of DICOM files, or the
     bytes of one of them, or a list of the bytes of DICOM files. `series` picks a DICOM series by its instance UID
-    or description. `rescale` is (slope, intercept) from a metadata table: applied once, and not at all where the
-    values are in HU already. `accept` lists codes to let in: unknown_orientation.
+    or description; a NIfTI has none. `rescale` is (slope, intercept) from a metadata table: applied once, and not
+    at all where the values are in HU already. `accept` lists codes to let in: unknown_orientation.
 
     Raises Rejection (a code of `REASONS`) for what is wrong with the scan, OSError for storage that cannot be
     reached or refuses, UserError for an unknown scheme or code. What was set right is in `.warnings`.
     """
     codes = check_accept(accept)
-    if isinstance(source, list) and len(source) != 1:
+    if isinstance(source, list | tuple) and len(source) != 1:
         parts = [sources.Part(f"file {n}", partial(bytes, data)) for n, data in enumerate(source, 1)]
         return dicom.read(parts, "bytes", series, rescale, codes)
-    if isinstance(source, (bytes, list)):
-        data = source if isinstance(source, bytes) else source[0]
+    if isinstance(source, bytes | bytearray | memoryview | list | tuple):
+        data = bytes(source[0] if isinstance(source, list | tuple) else source)
         return _read_file(io.BufferedReader(io.BytesIO(data)), len(data), "bytes", series, rescale, codes)
     uri = str(source)
     filesystem, found = sources.info(uri)
@@ -66,6 +66,8 @@ def _read_file(
     kind = sources.kind_of(head)
     sources.check_suffix(uri, kind)
     sources.check_sizes(uri, 1, size)
+    if series is not None and kind in (sources.GZIP, sources.NIFTI):
+        raise Rejection(uri, "no_series", f"no series {series}: a NIfTI is one scan and names no series")
     if kind == sources.GZIP:
         with sources.gunzip(stream, uri) as inner:
             return nifti.read(inner, size * sources.GZIP_RATIO, uri, rescale, accept)

@@ -165,7 +165,7 @@ def _load(stream: Stream, size: int, uri: str) -> bytes:
 def _check_member(member: zipfile.ZipInfo, uri: str) -> None:
     path = PurePosixPath(member.filename.replace("\\", "/"))
     link = stat.S_ISLNK(member.external_attr >> 16)
-    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or link:
+    if path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1]) or link:
         raise Rejection(uri, "unsafe_archive", f"member {member.filename!r} points outside the archive")
     if member.flag_bits & 1:
         raise Rejection(uri, "unsafe_archive", f"member {member.filename!r} is encrypted")

@@ -86,6 +86,18 @@ def test_padding_value_is_air_even_in_tissue_range(signed):
     assert "padding_clipped" in volume.warnings
 
 
+def test_a_range_of_padding_values_is_air():
+    datasets = slices(chest())
+    for each in datasets:
+        pixels = np.frombuffer(each.PixelData, "<i2").reshape(each.Rows, each.Columns).copy()
+        pixels[:2], pixels[2] = 3000, 3010
+        each.PixelData = pixels.tobytes()
+        each.add_new("PixelPaddingValue", "SS", 3000)
+        each.add_new("PixelPaddingRangeLimit", "SS", 3010)
+    volume = read(as_bytes(datasets))
+    assert (volume.hu[:, -3:] == -1024).all() and volume.hu.max() < 500
+
+
 def test_declared_padding_that_is_written_unsigned():
     datasets = slices(chest())
     for each in datasets:
@@ -172,6 +184,7 @@ def test_of_two_phases_in_one_series_the_larger_is_taken():
     for index, each in enumerate(second):
         each.SOPInstanceUID = f"1.9.{index}"
     volume = read(as_bytes([*first, *second]))
+    assert volume.warnings == ("files_set_aside",)
     np.testing.assert_array_equal(volume.hu, chest())
     for each in (*first, *second):
         del each.AcquisitionNumber
@@ -262,6 +275,7 @@ def test_an_unknown_transfer_syntax_is_named():
         ({"Modality": "MR"}, "other_modality"),
         ({"Modality": "PT"}, "other_modality"),
         ({"Modality": "SEG"}, "other_modality"),
+        ({"Modality": None, "SOPClassUID": MRImageStorage}, "other_modality"),
         ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "rgb"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "rgb"),
         ({"Rows": None, "Columns": None, "PixelData": None}, "no_images"),

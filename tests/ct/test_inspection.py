@@ -66,6 +66,18 @@ def test_not_hu_is_inspected_but_not_admitted(tmp_path):
     assert admit(read(nifti(chest()))).warnings == ()
 
 
+def test_a_picture_is_drawn_of_the_volume_that_was_read(tmp_path, monkeypatch):
+    (tmp_path / "scan.nii.gz").write_bytes(nifti(chest()))
+    (tmp_path / "empty.nii.gz").write_bytes(b"")
+    read_once = []
+    monkeypatch.setattr("mu2llm.ct.inspection.read", lambda *a, **k: (read_once.append(a), read(*a, **k))[1])
+    item = inspect(tmp_path / "scan.nii.gz", str(tmp_path / "pictures" / "scan.png"))
+    assert len(read_once) == 1 and item["png"] == str(tmp_path / "pictures" / "scan.png")
+    assert matplotlib.image.imread(item["png"]).shape[2] in (3, 4)
+    rejected = inspect(tmp_path / "empty.nii.gz", str(tmp_path / "pictures" / "empty.png"))
+    assert rejected["png"] is None and rejected.keys() == item.keys()
+
+
 def test_three_planes_show_the_patients_right_at_the_left(tmp_path):
     hu = np.full((40, 40, 40), -1000, np.int16)
     hu[30:, :, :] = 400  # the patient's right

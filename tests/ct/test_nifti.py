@@ -159,6 +159,30 @@ def test_shear_is_resampled_onto_a_straight_grid():
 
 
 @pytest.mark.parametrize(
+    "tilt", [{(1, 2): 1.2}, {(1, 2): -0.9}, {(0, 1): 0.7}, {(2, 0): 0.5}, {(0, 2): 0.5, (1, 2): 1.0}]
+)
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+def test_a_tilt_is_straightened_slice_by_slice_as_by_general_resampling(tilt, dtype, monkeypatch):
+    sheared = AFFINE.copy()
+    for place, by in tilt.items():
+        sheared[place] += by
+    data = nifti(chest().astype(dtype) + (0.25 if dtype == "float32" else 0), sheared)
+    fast, only_shifts = read(data), []
+    monkeypatch.setattr("mu2llm.ct.geometry._only_shifts", lambda *_: only_shifts.append(True))
+    general = read(data)
+    assert only_shifts and "tilt_resampled" in fast.warnings and fast.hu.dtype == dtype
+    np.testing.assert_allclose(fast.affine, general.affine)
+    np.testing.assert_allclose(fast.hu, general.hu, atol=1 if dtype == "int16" else 0.05)
+
+
+def test_a_tilt_costs_no_general_resampling(monkeypatch):
+    monkeypatch.delattr("scipy.ndimage.affine_transform")
+    sheared = AFFINE.copy()
+    sheared[1, 2] = 1.0
+    assert read(nifti(chest(), sheared)).hu.shape == (24, 26, 16)
+
+
+@pytest.mark.parametrize(
     ("stored", "flagged"),
     [
         (chest(), False),

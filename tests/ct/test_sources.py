@@ -119,6 +119,12 @@ def test_zip_slip_is_refused_and_writes_nothing(tmp_path, monkeypatch, name):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "down", "scan.zip"]
 
 
+@pytest.mark.parametrize("name", [".", "./", "__MACOSX/._IM0", "DICOMDIR.txt"])
+def test_zip_members_of_odd_names_do_no_harm(name):
+    files = {f"study/series/IM{index}": to_bytes(each) for index, each in enumerate(slices(chest()))}
+    np.testing.assert_array_equal(read(zipped({name: b"note", **files})).hu, chest())
+
+
 def test_links_and_encrypted_members_are_refused():
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
@@ -158,6 +164,16 @@ def test_empty_lists_and_folders(tmp_path):
 
 def test_one_file_in_a_list_may_be_anything():
     np.testing.assert_array_equal(read([nifti(chest())]).hu, chest())
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview, lambda data: (data,)])
+def test_bytes_come_in_any_of_their_types(kind):
+    np.testing.assert_array_equal(read(kind(nifti(chest()))).hu, chest())
+
+
+def test_a_series_cannot_be_asked_of_a_nifti():
+    with pytest.raises(Rejection, match=r"no series 1\.2\.3"):
+        read(nifti(chest()), series="1.2.3")
 
 
 def test_missing_paths_are_rejected_and_unknown_schemes_are_the_users_mistake(tmp_path):
