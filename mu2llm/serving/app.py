@@ -95,11 +95,11 @@ def _deployment(
     return made
 
 
-def serve_config(settings: Settings, host: str = "0.0.0.0", port: int = 8000) -> ServeDeploySchema:
-    """The Serve config of the same application, as Ray's own schema: what cluster/serve.yaml holds."""
-    return ServeDeploySchema(
+def serve_config(settings: Settings, port: int = 8000) -> dict[str, Any]:
+    """The Serve config of the same application, checked by Ray's own schema: what cluster/serve.yaml holds."""
+    checked = ServeDeploySchema(
         proxy_location="EveryNode",
-        http_options={"host": host, "port": port},
+        http_options={"host": "0.0.0.0", "port": port},
         applications=[
             ServeApplicationSchema(
                 name=NAME,
@@ -110,3 +110,8 @@ def serve_config(settings: Settings, host: str = "0.0.0.0", port: int = 8000) ->
             )
         ],
     )
+    told = checked.model_dump(mode="json", exclude_unset=True)
+    for deployment in told["applications"][0]["deployments"]:
+        deployment["logging_config"] = {"enable_access_log": False}
+    ServeDeploySchema.model_validate(told)
+    return told

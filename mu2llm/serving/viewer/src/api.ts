@@ -10,12 +10,17 @@ export interface Finding {
 }
 
 export interface ScanFacts {
-  sha256?: string;
-  shape?: number[];
-  spacing?: number[];
-  orientation?: string;
-  warnings?: string[];
-  format?: string;
+  shape: number[];
+  spacing: number[];
+  orientation: string;
+  warnings: string[];
+  format: string;
+}
+
+export interface ModelFacts {
+  id: string;
+  stage: string;
+  checkpoint: string;
 }
 
 /** Where the model looked while it wrote one sentence; `start` and `end` count characters of the report. */
@@ -30,31 +35,37 @@ export interface Report {
   id: string;
   report: string;
   findings: Finding[];
-  model: string;
-  spec: string;
+  model: ModelFacts;
+  spec: { name: string; hash: string };
   scan: ScanFacts;
+  /** False where the length limit cut the report off. */
+  finished: boolean;
   seconds: Record<string, number>;
   saliency?: { sentences: SentenceSaliency[] } | null;
 }
 
-/** One judgement of GREEN; the arrays hold the error categories a to f. */
+/** One judgement of GREEN: counts of the error categories a to f, and what the judge named by category. */
 export interface Judgement {
   valid: boolean;
   score: number | null;
   significant: number[];
   insignificant: number[];
   matched: number;
-  significant_sentences?: string[][];
-  insignificant_sentences?: string[][];
-  matched_sentences?: string[];
-  why?: string;
-  judge?: string;
+  why: string;
+  judge: string;
+  sentences: {
+    significant: Record<string, string[]>;
+    insignificant: Record<string, string[]>;
+    matched: string[];
+  };
 }
 
 export interface Sample {
   id: string;
   name: string;
   description: string;
+  /** Its true report. */
+  reference: string;
 }
 
 /** An answer that is no success, as problem+json tells it. */
@@ -124,16 +135,9 @@ function post(body: unknown): RequestInit {
   return { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
 }
 
-/** Whether a report can be written now, or why not yet. */
-export async function readiness(): Promise<{ ready: boolean; detail: string }> {
-  const response = await fetch("readyz");
-  if (response.ok) return { ready: true, detail: "" };
-  return { ready: false, detail: (await readProblem(response)).message };
-}
-
-export async function modelName(): Promise<string> {
-  const answer = await json<{ data?: { id: string }[] }>("v1/models");
-  return answer.data?.[0]?.id ?? "";
+/** Whether a report can be written now and by which model, or why not yet; needs no key. */
+export async function readiness(): Promise<{ ready: boolean; why: string; model: ModelFacts | null }> {
+  return (await (await fetch("readyz")).json()) as { ready: boolean; why: string; model: ModelFacts | null };
 }
 
 export const samples = () => json<Sample[]>("v1/samples");
@@ -149,16 +153,18 @@ export async function sample(id: string): Promise<File> {
 export interface Asked {
   question: string;
   region: string;
+  /** A reason code for which the service refused the scan and which the user lets pass. */
+  accept: string;
 }
 
 export interface Listener {
-  scan(facts: ScanFacts): void;
-  token(text: string): void;
+  scan: (facts: ScanFacts) => void;
+  token: (text: string) => void;
 }
 
-/** Posts a scan and streams its report: `listener` hears it grow; the complete answer is returned. */
+/** Posts a scan (one file, or the files of a DICOM series) and streams its report: `listener` hears it grow; the complete answer is returned. */
 export async function writeReport(
-  scan: File,
+  scan: File[],
   asked: Asked,
   listener: Listener,
   signal: AbortSignal,
@@ -166,9 +172,10 @@ export async function writeReport(
   const form = new FormData();
   if (asked.question) form.set("question", asked.question);
   if (asked.region) form.set("region", asked.region);
+  if (asked.accept) form.set("accept", asked.accept);
   form.set("saliency", "true");
   form.set("stream", "true");
-  form.set("scan", scan, scan.name); // last, so that the service knows what is asked before the bytes come
+  for (const [i, file] of scan.entries()) form.append("scan", file, `scan-${i}`); // their names may name the patient
   const response = await request("v1/reports", {
     method: "POST",
     body: form,
@@ -206,6 +213,7 @@ export async function green(reference: string, candidate: string): Promise<Judge
   return judgement;
 }
 
-export async function saveCorrection(id: string, edited: string, question: string): Promise<void> {
-  await request("v1/corrections", post({ id, edited, ...(question ? { question } : {}) }));
+/** Whether there was anything to prefer: a correction that changes only white space is none. */
+export async function saveCorrection(id: string, edited: string): Promise<boolean> {
+  return (await json<{ pair: boolean }>("v1/corrections", post({ id, edited }))).pair;
 }

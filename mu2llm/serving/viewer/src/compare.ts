@@ -40,6 +40,11 @@ export class ComparePane {
     this.result.replaceChildren();
   }
 
+  /** A reference that came with the scan. */
+  load(reference: string): void {
+    this.reference.value = reference;
+  }
+
   focus(): void {
     find("candidate").textContent = this.candidate().text ? `against ${this.candidate().name}` : "";
     this.reference.focus();
@@ -87,7 +92,7 @@ export class ComparePane {
 
 function verdict({ valid, score, matched, significant, insignificant, why, judge }: Judgement): HTMLElement {
   const sum = (counts: number[]) => counts.reduce((a, b) => a + b, 0);
-  const by = make("span", { class: "quiet" }, judge ? `judge ${judge}` : "");
+  const by = make("span", { class: "quiet" }, `judge ${judge}`);
   if (!valid || score === null) {
     return make("p", { class: "verdict" }, make("strong", {}, "No score"), ` ${why || "the judge gave none"} `, by);
   }
@@ -100,8 +105,8 @@ function verdict({ valid, score, matched, significant, insignificant, why, judge
   );
 }
 
-function remarksOf(judgement: Judgement): Remark[] {
-  const matches = (judgement.matched_sentences ?? []).map((sentence) => ({
+function remarksOf({ sentences: named }: Judgement): Remark[] {
+  const matches = named.matched.map((sentence) => ({
     kind: "match" as const,
     letter: "✓",
     title: "Matched",
@@ -109,9 +114,9 @@ function remarksOf(judgement: Judgement): Remark[] {
     reference: sentence,
     candidate: sentence,
   }));
-  const errors = (kind: "significant" | "insignificant", sentences: string[][] | undefined) =>
-    CATEGORIES.flatMap((category, i) =>
-      (sentences?.[i] ?? []).map((sentence) => {
+  const errors = (kind: "significant" | "insignificant") =>
+    CATEGORIES.flatMap((category) =>
+      (named[kind][category.letter] ?? []).map((sentence) => {
         // of a wrong finding the rules say both: "theirs instead of ours"
         const [theirs, ours] = sentence.split(" instead of ");
         return {
@@ -125,8 +130,8 @@ function remarksOf(judgement: Judgement): Remark[] {
       }),
     );
   return [
-    ...errors("significant", judgement.significant_sentences),
-    ...errors("insignificant", judgement.insignificant_sentences),
+    ...errors("significant"),
+    ...errors("insignificant"),
     ...matches,
   ];
 }

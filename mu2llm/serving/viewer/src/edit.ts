@@ -6,7 +6,6 @@ import { find, make } from "./dom";
 
 export class EditPane {
   private report: Report | null = null;
-  private question = "";
   private saved = "";
   private readonly draft = find<HTMLTextAreaElement>("draft");
   private readonly save = find<HTMLButtonElement>("save");
@@ -37,9 +36,8 @@ export class EditPane {
     return this.isEdited && this.text !== this.saved;
   }
 
-  load(report: Report | null, question = ""): void {
+  load(report: Report | null): void {
     this.report = report;
-    this.question = question;
     this.saved = "";
     this.draft.value = report?.report ?? "";
     this.draft.disabled = report === null;
@@ -55,13 +53,16 @@ export class EditPane {
     const edited = this.text;
     this.save.disabled = true;
     this.status.textContent = "saving…";
+    let done = "";
     try {
-      await saveCorrection(this.report.id, edited, this.question);
+      const stored = await saveCorrection(this.report.id, edited);
       this.saved = edited;
+      done = stored ? "Saved" : "Nothing to save: only white space differs";
     } catch (error) {
       this.onProblem(error);
     }
     this.update();
+    this.status.textContent = done;
   }
 
   private update(): void {
@@ -74,6 +75,6 @@ export class EditPane {
     find("changes").textContent = this.isEdited ? `${words("added")} words in, ${words("removed")} out` : "none";
     this.save.disabled = !this.isUnsaved || !this.text.trim();
     this.revert.disabled = !this.isEdited;
-    this.status.textContent = this.isEdited && !this.isUnsaved ? "saved" : "";
+    this.status.textContent = "";
   }
 }

@@ -3,8 +3,8 @@
 import { find, make } from "./dom";
 
 export interface Binding {
-  /** As KeyboardEvent.key tells them, letters in lower case; the first one is shown. */
-  keys: string[];
+  /** As KeyboardEvent.key tells it, letters in lower case. */
+  key: string;
   does: string;
   run: () => void;
   /** Also while the user types, with Ctrl or Cmd held. */
@@ -14,6 +14,8 @@ export interface Binding {
 const NAMES: Record<string, string> = {
   ArrowUp: "↑",
   ArrowDown: "↓",
+  ArrowLeft: "←",
+  ArrowRight: "→",
   PageUp: "Page ↑",
   PageDown: "Page ↓",
   Enter: "⏎",
@@ -24,10 +26,10 @@ export function bindKeys(bindings: Binding[]): void {
   // before anyone else, because NiiVue binds letters and arrows on its canvas
   document.addEventListener("keydown", (event) => dispatch(event, bindings), { capture: true });
   find("bindings").append(
-    ...bindings.flatMap(({ keys, does, withControl }) => [
-      make("dt", {}, ...keys.map((key) => make("kbd", {}, `${withControl ? "Ctrl " : ""}${NAMES[key] ?? key.toUpperCase()}`))),
-      make("dd", {}, does),
-    ]),
+    ...bindings.map(({ key, does, withControl }) => {
+      const shown = `${withControl ? "Ctrl " : ""}${NAMES[key] ?? key.toUpperCase()}`;
+      return make("div", {}, make("dt", {}, make("kbd", {}, shown)), make("dd", {}, does));
+    }),
   );
 }
 
@@ -35,7 +37,7 @@ function dispatch(event: KeyboardEvent, bindings: Binding[]): void {
   const target = event.target as HTMLElement;
   const control = event.ctrlKey || event.metaKey;
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-  const binding = bindings.find((one) => one.keys.includes(key) && Boolean(one.withControl) === control);
+  const binding = bindings.find((one) => one.key === key && Boolean(one.withControl) === control);
   const open = document.querySelector("dialog[open]");
   const typing = target.matches("textarea, select, input:not([type=range])");
   if (target instanceof HTMLCanvasElement && key !== "Tab") event.stopPropagation();

@@ -7,7 +7,7 @@ import { find, make } from "./dom";
 import { EditPane } from "./edit";
 import { bindKeys } from "./keys";
 import { ReportPane } from "./report";
-import { asNifti, asOneFile, droppedFiles } from "./scan";
+import { asNifti, droppedFiles } from "./scan";
 import { View, WINDOWS, type ViewName, type WindowName } from "./view";
 
 const SERVICE_POLL_MS = 3000;
@@ -19,7 +19,7 @@ const edit = new EditPane();
 const compare = new ComparePane();
 
 let view: View | null = null;
-let scan: File | null = null;
+let scan: File[] | null = null;
 let writing: AbortController | null = null;
 let windowName: WindowName = "soft";
 let viewName: ViewName = "all";
@@ -29,40 +29,34 @@ let looking = false;
 
 // ---- the scan ----
 
-async function open(files: File[]): Promise<void> {
-  if (edit.isUnsaved && !confirm("The correction of this report is not saved. Leave it?")) return;
-  hideProblem();
-  try {
-    scan = await asOneFile(files);
-  } catch (error) {
-    showProblem(error);
-    return;
-  }
+async function open(files: File[], reference = ""): Promise<void> {
+  if (!files.length || !leavesEdits()) return;
+  scan = files;
   find("write").toggleAttribute("disabled", false);
   find("drop").hidden = true;
-  await Promise.all([showPicture(scan), write()]);
+  compare.load(reference);
+  await Promise.all([showPicture(files), write()]);
 }
 
-async function openSample(id: string): Promise<void> {
-  if (!id) return;
+async function openSample({ id, reference }: api.Sample): Promise<void> {
   try {
-    await open([await api.sample(id)]);
+    await open([await api.sample(id)], reference);
   } catch (error) {
     showProblem(error);
   }
 }
 
-async function showPicture(file: File): Promise<void> {
+async function showPicture(files: File[]): Promise<void> {
   note("reading the scan…");
   try {
-    const nifti = await asNifti(file);
+    const nifti = await asNifti(files);
     if (!view) throw new Error("this browser has no WebGL 2");
+    if (scan !== files) return;
     await view.show(nifti, windowName);
-    if (scan !== file) return;
-    canvas.setAttribute("aria-label", `CT scan ${file.name}: axial, coronal, sagittal and 3-D`);
+    canvas.setAttribute("aria-label", "CT scan: axial, coronal, sagittal and 3-D");
     note("");
   } catch (error) {
-    if (scan !== file) return;
+    if (scan !== files) return;
     view?.clear();
     canvas.setAttribute("aria-label", "The scan cannot be shown");
     note(`No picture: ${message(error)}. The report is written all the same.`);
@@ -76,12 +70,14 @@ function note(text: string): void {
 
 // ---- the report ----
 
-async function write(): Promise<void> {
+const leavesEdits = () => !edit.isUnsaved || confirm("Your correction of this report is not saved. Leave it?");
+
+/** `accept` is a reason code that the user lets pass. */
+async function write(accept = ""): Promise<void> {
   if (!scan) return;
-  if (edit.isUnsaved && !confirm("The correction of this report is not saved. Leave it?")) return;
   writing?.abort();
   const own = (writing = new AbortController());
-  const asked = { question: input("question").value.trim(), region: input("region").value.trim() };
+  const asked = { question: input("question").value.trim(), region: input("region").value.trim(), accept };
   hideProblem();
   report.clear();
   edit.load(null);
@@ -91,15 +87,15 @@ async function write(): Promise<void> {
   find("overlay").hidden = true;
   showTab("report");
   find("stop").hidden = false;
-  const listener: api.Listener = {
-    scan: (facts) => own === writing && report.scan(facts),
-    token: (text) => own === writing && report.append(text),
+  const listener = {
+    scan: (facts: api.ScanFacts) => own === writing && report.scan(facts),
+    token: (text: string) => own === writing && report.append(text),
   };
   try {
     const written = await api.writeReport(scan, asked, listener, own.signal);
     if (own !== writing) return;
     report.finish(written);
-    edit.load(written, asked.question);
+    edit.load(written);
     find("overlay").hidden = !written.saliency?.sentences.length;
   } catch (error) {
     if (own !== writing) return;
@@ -220,11 +216,19 @@ function message(error: unknown): string {
   return (error instanceof Error ? error.message : String(error)).replace(/\.$/, "");
 }
 
+/** Reasons of the service against a scan that a reader may overrule. */
+const ACCEPTABLE = ["not_hu", "unknown_orientation"];
+
 function showProblem(error: unknown): void {
   const box = find("problem");
   if (error instanceof api.Problem) {
     const code = [error.status || "", error.code].filter(Boolean).join(" ");
     box.replaceChildren(make("strong", {}, error.title), make("code", {}, code), make("p", {}, error.detail));
+    if (ACCEPTABLE.includes(error.code)) {
+      const button = make("button", {}, "Read it all the same");
+      button.addEventListener("click", () => void write(error.code));
+      box.append(button);
+    }
   } else {
     box.replaceChildren(make("strong", {}, "Something went wrong"), make("p", {}, message(error)));
   }
@@ -266,12 +270,10 @@ async function watchService(): Promise<void> {
     const state = await api.readiness().catch(() => null);
     pill.dataset.state = state ? (state.ready ? "ready" : "waiting") : "gone";
     if (state?.ready) {
-      pill.textContent = "ready";
-      const name = await api.modelName().catch(() => "");
-      if (name) pill.textContent = `ready: ${name}`;
+      pill.textContent = `ready: ${state.model?.id ?? ""}`;
       return;
     }
-    pill.textContent = state ? `not ready: ${state.detail || "the model is loading"}` : "the service does not answer";
+    pill.textContent = state ? `not ready: ${state.why}` : "the service does not answer";
     await new Promise((resolve) => setTimeout(resolve, SERVICE_POLL_MS));
   }
 }
@@ -282,14 +284,16 @@ async function listSamples(): Promise<void> {
     return [];
   });
   const select = find<HTMLSelectElement>("samples");
-  for (const { id, name, description } of found) {
-    const option = make("option", { title: description }, name);
-    option.value = id;
-    select.append(option);
-    const button = make("button", {}, make("b", {}, name), make("span", {}, description));
-    button.addEventListener("click", () => void openSample(id));
+  for (const sample of found) {
+    select.append(make("option", { title: sample.description }, sample.name));
+    const button = make("button", {}, make("b", {}, sample.name), make("span", {}, sample.description));
+    button.addEventListener("click", () => void openSample(sample));
     find("sample-list").append(button);
   }
+  select.addEventListener("change", () => {
+    const sample = found[select.selectedIndex - 1];
+    if (sample) void openSample(sample);
+  });
   if (found.length) find("sample-list").prepend(make("p", { class: "quiet" }, "or read a sample"));
   else find("samples").toggleAttribute("disabled", true);
 }
@@ -325,12 +329,11 @@ function listen(): void {
   input("file").addEventListener("change", () => {
     const files = [...(input("file").files ?? [])];
     input("file").value = "";
-    if (files.length) void open(files);
+    void open(files);
   });
-  find("samples").addEventListener("change", () => void openSample(find<HTMLSelectElement>("samples").value));
   find("ask").addEventListener("submit", (event) => {
     event.preventDefault();
-    void write();
+    if (leavesEdits()) void write();
   });
   listenToDrops();
   window.addEventListener("beforeunload", (event) => edit.isUnsaved && event.preventDefault());
@@ -350,43 +353,43 @@ function listenToDrops(): void {
     (event) => {
       event.preventDefault();
       mark(-depth);
-      if (event.dataTransfer) void droppedFiles(event.dataTransfer).then(open, showProblem);
+      if (event.dataTransfer) void droppedFiles(event.dataTransfer).then((files) => open(files), showProblem);
     },
     { capture: true },
   );
 }
 
 bindKeys([
-  { keys: ["o"], does: "open a scan", run: () => input("file").click() },
-  { keys: ["1"], does: "lung window", run: () => setWindow("lung") },
-  { keys: ["2"], does: "soft-tissue window", run: () => setWindow("soft") },
-  { keys: ["3"], does: "bone window", run: () => setWindow("bone") },
-  { keys: ["4"], does: "brain window", run: () => setWindow("brain") },
-  { keys: ["v"], does: "all views", run: () => setView("all") },
-  { keys: ["a"], does: "axial view, large", run: () => setView("axial") },
-  { keys: ["c"], does: "coronal view, large", run: () => setView("coronal") },
-  { keys: ["g"], does: "sagittal view, large", run: () => setView("sagittal") },
-  { keys: ["d"], does: "3-D view, large", run: () => setView("render") },
-  { keys: ["ArrowUp"], does: "one slice on (axial, or the large view)", run: () => step(1) },
-  { keys: ["ArrowDown"], does: "one slice back", run: () => step(-1) },
-  { keys: ["PageUp"], does: "ten slices on", run: () => step(10) },
-  { keys: ["PageDown"], does: "ten slices back", run: () => step(-10) },
-  { keys: ["ArrowLeft"], does: "crosshair to the patient’s right", run: () => view?.move(1, 0, 0) },
-  { keys: ["ArrowRight"], does: "crosshair to the patient’s left", run: () => view?.move(-1, 0, 0) },
-  { keys: ["m"], does: "measure with the left button", run: toggleMeasure },
-  { keys: ["r"], does: "reset: middle, no zoom, no measurements", run: () => view?.reset() },
-  { keys: ["j"], does: "next sentence", run: () => report.step(1) },
-  { keys: ["k"], does: "previous sentence", run: () => report.step(-1) },
-  { keys: ["s"], does: "where it looked for this sentence, on and off", run: toggleLook },
-  { keys: ["]"], does: "overlay stronger", run: () => stepOpacity(10) },
-  { keys: ["["], does: "overlay weaker", run: () => stepOpacity(-10) },
-  { keys: ["w"], does: "back to the report", run: () => showTab("report") },
-  { keys: ["e"], does: "edit the report", run: () => showTab("edit") },
-  { keys: ["p"], does: "compare with a pasted reference", run: () => showTab("compare") },
-  { keys: ["q"], does: "ask a question", run: () => input("question").focus() },
-  { keys: ["Enter"], does: "save the correction, or compare", withControl: true, run: confirmTab },
-  { keys: ["Escape"], does: "stop writing, or leave a field", run: escape },
-  { keys: ["?"], does: "this help", run: () => find<HTMLDialogElement>("help").showModal() },
+  { key: "o", does: "open a scan", run: () => input("file").click() },
+  { key: "1", does: "lung window", run: () => setWindow("lung") },
+  { key: "2", does: "soft-tissue window", run: () => setWindow("soft") },
+  { key: "3", does: "bone window", run: () => setWindow("bone") },
+  { key: "4", does: "brain window", run: () => setWindow("brain") },
+  { key: "v", does: "all views", run: () => setView("all") },
+  { key: "a", does: "axial view, large", run: () => setView("axial") },
+  { key: "c", does: "coronal view, large", run: () => setView("coronal") },
+  { key: "g", does: "sagittal view, large", run: () => setView("sagittal") },
+  { key: "d", does: "3-D view, large", run: () => setView("render") },
+  { key: "ArrowUp", does: "one slice on (axial, or the large view)", run: () => step(1) },
+  { key: "ArrowDown", does: "one slice back", run: () => step(-1) },
+  { key: "PageUp", does: "ten slices on", run: () => step(10) },
+  { key: "PageDown", does: "ten slices back", run: () => step(-10) },
+  { key: "ArrowLeft", does: "crosshair to the patient’s right", run: () => view?.move(1, 0, 0) },
+  { key: "ArrowRight", does: "crosshair to the patient’s left", run: () => view?.move(-1, 0, 0) },
+  { key: "m", does: "measure with the left button", run: toggleMeasure },
+  { key: "r", does: "reset: middle, no zoom, no measurements", run: () => view?.reset() },
+  { key: "j", does: "next sentence", run: () => report.step(1) },
+  { key: "k", does: "previous sentence", run: () => report.step(-1) },
+  { key: "s", does: "where it looked for this sentence, on and off", run: toggleLook },
+  { key: "]", does: "overlay stronger", run: () => stepOpacity(10) },
+  { key: "[", does: "overlay weaker", run: () => stepOpacity(-10) },
+  { key: "w", does: "back to the report", run: () => showTab("report") },
+  { key: "e", does: "edit the report", run: () => showTab("edit") },
+  { key: "p", does: "compare with a pasted reference", run: () => showTab("compare") },
+  { key: "q", does: "ask a question", run: () => input("question").focus() },
+  { key: "Enter", does: "save the correction, or compare", withControl: true, run: confirmTab },
+  { key: "Escape", does: "stop writing, or leave a field", run: escape },
+  { key: "?", does: "this help", run: () => find<HTMLDialogElement>("help").showModal() },
 ]);
 
 function confirmTab(): void {

@@ -58,7 +58,8 @@ export class ReportPane {
     for (const [i, { nifti }] of looked.entries()) this.shown[i]!.nifti = nifti;
     this.box.classList.toggle("looked", looked.length > 0);
     this.box.removeAttribute("aria-busy");
-    this.progress.textContent = `Written: ${this.shown.length} sentences.`;
+    const cutOff = report.finished ? "" : " It was cut off at the length limit.";
+    this.progress.textContent = `Written: ${this.shown.length} sentences.${cutOff}`;
     find("findings").replaceChildren(...report.findings.map(chip));
     showFacts(report.scan, report);
   }
@@ -124,14 +125,14 @@ function chip({ name, side, place, size_mm }: Finding): HTMLElement {
 function showFacts(scan: ScanFacts, report?: Report): void {
   const facts: [string, string][] = [];
   const numbers = (values: number[], digits: number) => values.map((v) => v.toFixed(digits)).join(" × ");
-  if (scan.shape) facts.push(["Scan", `${numbers(scan.shape, 0)} voxels${scan.format ? `, ${scan.format}` : ""}`]);
-  if (scan.spacing) facts.push(["Spacing", `${numbers(scan.spacing, 2)} mm`]);
-  if (scan.orientation) facts.push(["Orientation", scan.orientation]);
-  if (scan.warnings?.length) facts.push(["Set right", scan.warnings.map((w) => w.replaceAll("_", " ")).join(", ")]);
+  facts.push(["Scan", `${numbers(scan.shape, 0)} voxels of ${numbers(scan.spacing, 2)} mm, ${scan.format}`]);
+  facts.push(["Orientation", scan.orientation]);
+  if (scan.warnings.length) facts.push(["Warnings", scan.warnings.map((w) => w.replaceAll("_", " ")).join(", ")]);
   if (report) {
-    facts.push(["Model", report.model], ["Preprocessing", report.spec]);
-    const seconds = Object.entries(report.seconds).map(([step, s]) => `${step.replaceAll("_", " ")} ${s.toFixed(2)} s`);
-    if (seconds.length) facts.push(["Time", seconds.join(", ")]);
+    const { model, spec, seconds } = report;
+    facts.push(["Model", [model.id, model.stage, model.checkpoint].filter(Boolean).join(", ")]);
+    facts.push(["Preprocessing", `${spec.name} ${spec.hash}`]);
+    facts.push(["Seconds", Object.entries(seconds).map(([step, s]) => `${step} ${s.toFixed(2)}`).join(", ")]);
   }
   find("facts").replaceChildren(...facts.flatMap(([k, v]) => [make("dt", {}, k), make("dd", {}, v)]));
 }

@@ -1,6 +1,6 @@
-/** What a user dropped → one file to send and, where this page can read it, one NIfTI to show. */
+/** What a user dropped → files to send and, where this page can read them, one NIfTI to show. */
 
-import { unzip, zip, type Unzipped } from "fflate";
+import { unzip, type Unzipped } from "fflate";
 
 /** The files of a drop, those of dropped folders included. */
 export async function droppedFiles(transfer: DataTransfer): Promise<File[]> {
@@ -21,27 +21,15 @@ async function filesOf(entry: FileSystemEntry): Promise<File[]> {
   }
 }
 
-/** One file as it is; several (a DICOM series) as one zip, names as numbers: paths may name the patient. */
-export async function asOneFile(files: File[]): Promise<File> {
-  const [only] = files;
-  if (!only) throw new Error("nothing was dropped; drop a NIfTI file, or DICOM as a zip or a folder");
-  if (files.length === 1) return only;
-  const parts: Record<string, Uint8Array> = {};
-  for (const [i, file] of files.entries()) parts[`${i}.dcm`] = new Uint8Array(await file.arrayBuffer());
-  const bytes = await new Promise<Uint8Array>((resolve, reject) =>
-    zip(parts, { level: 0 }, (error, data) => (error ? reject(error) : resolve(data))),
-  );
-  return new File([bytes as Uint8Array<ArrayBuffer>], "series.zip", { type: "application/zip" });
-}
-
 /** The scan as NIfTI, converted from DICOM in this page where it must be. */
-export async function asNifti(scan: File): Promise<File> {
-  const start = new Uint8Array(await scan.slice(0, 132).arrayBuffer());
-  if (start[0] === 0x50 && start[1] === 0x4b) return convert(await unpacked(scan));
-  if (String.fromCharCode(...start.subarray(128, 132)) === "DICM") return convert([scan]);
+export async function asNifti(scan: File[]): Promise<File> {
+  const [first] = scan;
+  if (!first || scan.length > 1) return convert(scan);
+  const start = new Uint8Array(await first.slice(0, 132).arrayBuffer());
+  if (start[0] === 0x50 && start[1] === 0x4b) return convert(await unpacked(first));
+  if (String.fromCharCode(...start.subarray(128, 132)) === "DICM") return convert(scan);
   const packed = start[0] === 0x1f && start[1] === 0x8b;
-  // NiiVue chooses its reader by the name
-  return new File([scan], `scan.nii${packed ? ".gz" : ""}`);
+  return new File(scan, `scan.nii${packed ? ".gz" : ""}`); // NiiVue chooses its reader by the name
 }
 
 async function unpacked(scan: File): Promise<File[]> {
@@ -51,11 +39,12 @@ async function unpacked(scan: File): Promise<File[]> {
   );
   return Object.values(parts)
     .filter((part) => part.length > 0)
-    .map((part, i) => new File([part as Uint8Array<ArrayBuffer>], `${i}.dcm`));
+    .map((part) => new File([part as Uint8Array<ArrayBuffer>], ""));
 }
 
-async function convert(files: File[]): Promise<File> {
+async function convert(series: File[]): Promise<File> {
   const { Dcm2niix } = await import("@niivue/dcm2niix"); // 1 MB that NIfTI needs not
+  const files = series.map((file, i) => new File([file], `${i}.dcm`)); // dropped folders may repeat a name
   const converter = new Dcm2niix();
   try {
     await converter.init();

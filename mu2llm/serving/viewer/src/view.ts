@@ -1,6 +1,7 @@
 /** The picture: NiiVue in radiological convention, windows, views, slices, measuring, where the model looked. */
 
 import { DRAG_MODE, MULTIPLANAR_TYPE, Niivue, NVImage, SHOW_RENDER, SLICE_TYPE } from "@niivue/niivue";
+import { finer, type Grid } from "./finer";
 
 export interface Window {
   name: string;
@@ -35,7 +36,7 @@ export interface Location {
 
 export class View {
   private nv: Niivue;
-  private overlays = new Map<string, Promise<NVImage>>();
+  private overlays = new Map<string, Promise<Overlay>>();
   private wanted: string | null = null;
   private opacityOfOverlay = 0.6;
   onLocation: (location: Location) => void = () => {};
@@ -45,9 +46,9 @@ export class View {
     this.nv = new Niivue({
       backColor: [0, 0, 0, 1],
       crosshairColor: [0.56, 0.72, 0.85, 0.75],
-      crosshairWidth: 1,
-      crosshairWidthUnit: "voxels",
-      crosshairGap: 8,
+      crosshairWidth: 0.25,
+      crosshairWidthUnit: "percent",
+      crosshairGap: 12,
       fontColor: [0.75, 0.8, 0.85, 1],
       fontMinPx: 12,
       fontSizeScaling: 0.1,
@@ -68,7 +69,7 @@ export class View {
       cycleClipPlaneHotKey: "",
       measureLineColor: [1, 0.83, 0.3, 1],
       measureTextColor: [1, 0.83, 0.3, 1],
-      measureTextHeight: 0.03,
+      measureTextHeight: 0.07,
       rulerColor: [1, 0.83, 0.3, 1],
       loadingText: "",
       logLevel: "error",
@@ -83,6 +84,9 @@ export class View {
     };
     view.nv.onIntensityChange = (volume) => view.onWindow(volume.cal_min ?? 0, volume.cal_max ?? 0);
     await view.nv.attachToCanvas(canvas);
+    // without it, the 3-D view of the lung window is a box: air is within that window
+    await view.nv.setVolumeRenderIllumination(0.5);
+    await view.nv.setGradientOpacity(0.7);
     return view;
   }
 
@@ -151,7 +155,7 @@ export class View {
       if (shown) this.repaint(shown, 0);
       return;
     }
-    const image = await this.overlay(nifti);
+    const { image } = await this.overlay(nifti);
     if (this.wanted !== nifti || this.isEmpty) return; // another sentence came meanwhile
     if (this.nv.volumes.length === 1) this.nv.addVolume(image);
     // only the overlay's texture is made anew: uploading a whole scan at each hover would be felt
@@ -168,13 +172,12 @@ export class View {
 
   /** Moves the crosshair to where a sentence's overlay is strongest. */
   async goToPeak(nifti: string): Promise<void> {
-    const { img, hdr } = await this.overlay(nifti);
-    if (!img || !hdr || this.isEmpty) return;
-    let peak = 0;
-    for (let i = 1; i < img.length; i++) if ((img[i] as number) > (img[peak] as number)) peak = i;
-    const [nx, ny] = [hdr.dims[1] ?? 1, hdr.dims[2] ?? 1];
+    const { values, shape, affine } = (await this.overlay(nifti)).grid;
+    if (this.isEmpty) return;
+    const peak = values.indexOf(values.reduce((a, b) => Math.max(a, b), 0));
+    const [nx, ny] = shape;
     const voxel = [peak % nx, Math.floor(peak / nx) % ny, Math.floor(peak / (nx * ny)), 1];
-    const mm = hdr.affine.slice(0, 3).map((row) => row.reduce((sum, a, i) => sum + a * (voxel[i] ?? 0), 0));
+    const mm = affine.slice(0, 3).map((row) => row.reduce((sum, a, i) => sum + a * (voxel[i] ?? 0), 0));
     this.nv.scene.crosshairPos = this.nv.mm2frac([mm[0] ?? 0, mm[1] ?? 0, mm[2] ?? 0]);
     this.nv.createOnLocationChange();
     this.nv.drawScene();
@@ -187,17 +190,10 @@ export class View {
     if (shown) this.nv.removeVolume(shown);
   }
 
-  private overlay(base64: string): Promise<NVImage> {
+  private overlay(base64: string): Promise<Overlay> {
     const known = this.overlays.get(base64);
     if (known) return known;
-    const loading = NVImage.loadFromBase64({
-      base64,
-      name: "saliency.nii",
-      colormap: "warm",
-      opacity: this.opacityOfOverlay,
-      cal_min: 255 * CLEAR_BELOW,
-      cal_max: 255,
-    });
+    const loading = loadOverlay(base64);
     this.overlays.set(base64, loading);
     return loading;
   }
@@ -207,6 +203,30 @@ export class View {
     this.nv.refreshLayers(overlay, 1);
     this.nv.drawScene();
   }
+}
+
+/** As it came, and as it is shown. */
+interface Overlay {
+  grid: Grid;
+  image: NVImage;
+}
+
+async function loadOverlay(base64: string): Promise<Overlay> {
+  const { img, hdr } = await NVImage.loadFromBase64({ base64, name: "saliency.nii" });
+  if (!(img instanceof Uint8Array) || !hdr) throw new Error("the overlay is no NIfTI of bytes");
+  const [, x = 1, y = 1, z = 1] = hdr.dims;
+  const grid = { values: img, shape: [x, y, z] as const, affine: hdr.affine };
+  const { values, shape, affine } = finer(grid);
+  const sizes = [0, 1, 2].map((i) => Math.hypot(...affine.slice(0, 3).map((row) => row[i] ?? 0)));
+  const bytes = NVImage.createNiftiArray([...shape], sizes, affine.flat(), 2, values);
+  const image = await NVImage.loadFromFile({
+    file: new File([bytes as Uint8Array<ArrayBuffer>], "saliency.nii"),
+    name: "saliency.nii",
+    colormap: "warm",
+    cal_min: 255 * CLEAR_BELOW,
+    cal_max: 255,
+  });
+  return { grid, image };
 }
 
 function range({ level, width }: Window): [number, number] {
