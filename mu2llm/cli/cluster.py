@@ -76,12 +76,16 @@ def _followed(client: JobSubmissionClient, id: str) -> JobDetails:
 
     try:
         with progress_bars() as bars:
-            return submission.follow(client, id, lambda line: console.print(line, markup=False, highlight=False), bars)
+            return submission.follow(client, id, _echo, bars)
     except KeyboardInterrupt:
         if sys.stdin.isatty() and typer.confirm(f"\nstop job {id}?", err=True):
             submission.stop(client, id)
             raise Failure(f"job {id} was stopped; submit it again to go on where it was") from None
         raise Failure(f"job {id} runs on; mu2llm jobs logs {id} follows it, mu2llm jobs stop {id} ends it") from None
+
+
+def _echo(line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 jobs_app = typer.Typer(no_args_is_help=True, help="Jobs on a cluster.")

@@ -19,8 +19,8 @@ DATA = (
     *("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.db", "*.zip", "*.tar", "*.gz", "*.whl"),
 )
 SECRETS = (
-    *(".env*", "*.env", "*.pem", "*.key", "*.p12", "id_*", "*auth_token*", "*credentials*", "kubeconfig*"),
-    *("*secret*.yaml", "*secret*.json", ".netrc", ".npmrc", ".pypirc"),
+    *("*.env", "*.pem", "*.key", "*.p12", "id_*", "*auth_token*", "*credentials*", "kubeconfig*"),
+    *("*secret*.yaml", "*secret*.json"),
 )
 
 
@@ -51,9 +51,9 @@ def pack(folder: Path, into: Path, limit_mib: float = LIMIT_MIB) -> int:
 
 
 def _is_sent(path: Path) -> bool:
-    hidden_or_left_out = any(part in FOLDERS or part.startswith(".") for part in path.parts[:-1])
+    left_out = any(part in FOLDERS for part in path.parts[:-1]) or any(part.startswith(".") for part in path.parts)
     name = path.name.lower()
-    return not hidden_or_left_out and not any(fnmatch.fnmatch(name, pattern) for pattern in (*DATA, *SECRETS))
+    return not left_out and not any(fnmatch.fnmatch(name, pattern) for pattern in (*DATA, *SECRETS))
 
 
 def _git_files(folder: Path) -> list[Path] | None:

@@ -12,10 +12,12 @@ import re
 import shlex
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import ray
 import ray.exceptions
 import requests
@@ -32,6 +34,7 @@ from mu2llm.errors import Failure, UserError
 FOLDER = "ray_jobs"
 PROGRESS = re.compile(r"^\[(?P<step>[\w ]+)\] (?P<done>\d+)/(?P<total>\d+)(?P<numbers>.*)$")
 NUMBERS = {"loss": "loss", "samples/s": "samples_per_second", "wait": "data_wait_share"}
+NODE_GROUP = "ray.io/node-group"  # of nodes that KubeRay or the cluster launcher started
 POLL_S = 1.0
 GONE_S = 60
 Echo = Callable[[str], None]
@@ -68,7 +71,8 @@ def connect(address: str | None) -> JobSubmissionClient:
         raise UserError("no cluster is named: give --address http://HEAD:8265 (or set RAY_API_SERVER_ADDRESS)")
     if not address.startswith(("http://", "https://")):
         raise UserError(f"--address {address}: jobs are sent over HTTP; give the dashboard, such as http://HEAD:8265")
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     _use_token()
     with told(address):
         # RAY_ADDRESS would win over what is given here
@@ -98,7 +102,8 @@ def told(address: str) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         if "does not exist" in str(error):
-            raise UserError(f"{str(error).partition('text: ')[2] or error}; see mu2llm jobs list") from error
+            what = str(error).rpartition("code 404: ")[2].rstrip(".")
+            raise UserError(f"{what} at {address}; see mu2llm jobs list") from error
         raise Failure(f"the cluster at {address}: {str(error).strip().splitlines()[0]}") from error
 
 
@@ -159,13 +164,12 @@ def check_capacity(client: JobSubmissionClient, experiment: Experiment, name: st
     """A UserError where the cluster is too small and cannot grow; the job asks again, with what it can grow to."""
     address = client.get_address()
     with told(address):
-        status = client._do_request("GET", "/api/cluster_status").json()
-        if (status.get("data") or {}).get("autoscalingStatus"):
-            return
-        have: dict[str, float] = {}
-        for node in list_nodes(address=address, filters=[("state", "=", "ALIVE")], detail=True):
-            for resource, amount in node.resources_total.items():
-                have[resource] = have.get(resource, 0) + (amount if isinstance(amount, int | float) else 0)
+        nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], detail=True)
+    if not nodes or any(node.labels.get(NODE_GROUP) for node in nodes):
+        return  # its nodes come and go by groups
+    have: Counter[str] = Counter()
+    for node in nodes:
+        have.update(node.resources_total)
     lacking = capacity.lacks(capacity.needs(experiment, name), have)
     if lacking:
         raise UserError(
@@ -205,6 +209,8 @@ def submit(
 
 def follow(client: JobSubmissionClient, id: str, echo: Echo, show: Show | None = None) -> JobDetails:
     """Passes a job's log on, line by line, until it has ended; progress lines go to `show`. A lost line is taken up."""
+    with told(client.get_address()):
+        client.get_job_info(id)
     reader = _Reader(echo, show)
     lost_at: float | None = None
     while True:
@@ -213,9 +219,7 @@ def follow(client: JobSubmissionClient, id: str, echo: Echo, show: Show | None =
             asyncio.run(_tail(client, id, reader))
             details = client.get_job_info(id)
             lost_at = None
-        except (RuntimeError, OSError, requests.exceptions.RequestException) as error:
-            if "does not exist" in str(error):
-                raise UserError(f"{client.get_address()} has no job {id}; see mu2llm jobs list") from error
+        except (RuntimeError, OSError, aiohttp.ClientError, requests.exceptions.RequestException) as error:
             lost_at = lost_at or time.monotonic()
             if time.monotonic() - lost_at > GONE_S:
                 raise Failure(

@@ -1,0 +1,124 @@
+"""Ray nodes as separate `ray start` processes on one machine, each with its own session folder; ended by process group.
+
+`ray stop` is never called: it would end every Ray of the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+RAY = Path(sys.executable).parent / "ray"
+START_S = 90
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Node:
+    """A running `ray start --block` and its children."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+        # short: a socket's path may have 107 characters
+        self.folder = Path(tempfile.mkdtemp(prefix="mu", dir="/tmp"))
+        self.log = self.folder / "start.log"
+        command = [str(RAY), "start", "--block", "--disable-usage-stats", *arguments, "--temp-dir", str(self.folder)]
+        with self.log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def kill(self) -> None:
+        """At once, as when a machine goes: the node and every worker on it."""
+        try:
+            family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            family = []
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        self.process.wait(30)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Hosts:
+    """A head with dashboard and token authentication, and workers that come and go. Use as a context manager."""
+
+    def __init__(self, head_cpus: int = 2, environment: dict[str, str] | None = None, token: bool = True) -> None:
+        self.token = secrets.token_hex(16)
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MU2LLM_"))},
+            **(environment or {}),
+            "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # a job is started as `python ray_jobs/…`
+            "OMP_NUM_THREADS": "1",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+            # a machine that goes is noticed within seconds
+            "RAY_health_check_initial_delay_ms": "1000",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_failure_threshold": "3",
+            **({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token} if token else {"RAY_AUTH_MODE": "disabled"}),
+        }
+        self.port, self.dashboard_port = free_port(), free_port()
+        self.head_cpus = head_cpus
+        self.nodes: list[Node] = []
+
+    @property
+    def gcs(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    def __enter__(self) -> Hosts:
+        arguments = ["--head", f"--port={self.port}", f"--dashboard-port={self.dashboard_port}"]
+        arguments += [
+            "--dashboard-host=127.0.0.1",
+            "--include-dashboard=true",
+            f"--ray-client-server-port={free_port()}",
+        ]
+        self._start(arguments, self.head_cpus)
+        self._wait_until_up()
+        return self
+
+    def worker(self, cpus: int = 1) -> Node:
+        return self._start([f"--address={self.gcs}"], cpus)
+
+    def _start(self, arguments: list[str], cpus: int) -> Node:
+        common = [f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", f"--object-store-memory={200 * 2**20}"]
+        common += ["--min-worker-port=0", "--max-worker-port=0"]  # else all nodes hand out the same ports
+        ports = [
+            f"--{name}-port={free_port()}"
+            for name in ("node-manager", "object-manager", "dashboard-agent-grpc", "dashboard-agent-listen")
+        ]
+        node = Node([*arguments, *common, *ports, f"--metrics-export-port={free_port()}"], self.environment)
+        self.nodes.append(node)
+        return node
+
+    def _wait_until_up(self) -> None:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and self.nodes[0].process.poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.dashboard_port)) == 0:
+                    return
+            time.sleep(0.2)
+        raise AssertionError(f"the head did not start: {self.nodes[0].log.read_text()[-3000:]}")
+
+    def __exit__(self, *_: object) -> None:
+        for node in reversed(self.nodes):
+            node.kill()
