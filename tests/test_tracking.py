@@ -160,7 +160,7 @@ def test_registry_names_are_resolved_where_a_checkpoint_is_named(tmp_path):
     assert tracking.locate("registry://mu2llm@champion") == tracking.locate("registry://mu2llm/1") == made.uri
     assert tracking.locate("s3://b/c") == "s3://b/c"
     for wrong in ("registry://mu2llm", "registry://other@champion", "registry://mu2llm/7"):
-        with pytest.raises(UserError, match="registry://mu2llm|no version 7"):
+        with pytest.raises(UserError, match=r"registry://mu2llm|no version 7"):
             tracking.locate(wrong)
     result = CliRunner().invoke(app, ["generate", "--checkpoint", "registry://mu2llm@challenger", "x.nii"])
     assert "mu2llm@challenger" in str(result.exception)

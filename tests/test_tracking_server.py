@@ -15,6 +15,7 @@ from mu2llm import tracking
 from mu2llm.cli import app
 from mu2llm.errors import Failure
 from mu2llm.tracking import sender
+from mu2llm.tracking.client import answers
 
 pytestmark = pytest.mark.slow
 
@@ -34,10 +35,15 @@ class Server:
         options = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *command, *options], stdout=log, stderr=log, start_new_session=True, cwd=self.folder
+                [sys.executable, *command, *options],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.folder,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
             )
         deadline = time.monotonic() + 90
-        while not tracking_answers(self.uri):
+        while not answers(self.uri):
             assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "server.log").read_text()
             time.sleep(0.2)
 
@@ -48,14 +54,9 @@ class Server:
             self.process = None
 
 
-def tracking_answers(uri):
-    from mu2llm.tracking.client import answers
-
-    return answers(uri)
-
-
 @pytest.fixture
 def server(tmp_path, monkeypatch):
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 1.0)
     server = Server(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     yield server

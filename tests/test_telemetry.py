@@ -1,0 +1,116 @@
+"""What operators see: dashboards and alerts name only what is exported, and Ray exports what we record."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+import ray.dashboard.modules.metrics.dashboards as ray_dashboards
+import yaml
+from ray.util.metrics import Counter
+
+from mu2llm import telemetry
+from mu2llm.serving.metrics import Metrics
+
+MONITORING = Path(__file__).resolve().parents[1] / "cluster" / "monitoring"
+DASHBOARDS = ("pipeline", "service")
+
+
+def exported():
+    """Every name under which Prometheus gets a number of ours."""
+    gauges = {f"ray_{name}" for name, _ in telemetry.TRAINING.values()}
+    counters = {f"ray_{name}_total" for name, _ in (telemetry.INGESTED, telemetry.REJECTED)}
+    served = set()
+    for family in Metrics().registry.collect():
+        suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
+        served |= {family.name + suffix for suffix in suffixes}
+    return gauges | counters | served
+
+
+def expressions():
+    for name in DASHBOARDS:
+        for panel in json.loads((MONITORING / f"{name}.json").read_text())["panels"]:
+            for target in panel["targets"]:
+                yield f"{name}: {panel['title']}", target["expr"]
+    for group in rules()["groups"]:
+        for rule in group["rules"]:
+            yield rule["alert"], rule["expr"]
+
+
+def rules():
+    return yaml.safe_load((MONITORING / "alerts.yaml").read_text())
+
+
+def test_only_what_is_exported_is_named():
+    folder = Path(ray_dashboards.__file__).parent
+    rays = " ".join(path.read_text() for path in folder.glob("*_panels.py"))
+    ours, seen = exported(), set()
+    for where, expression in expressions():
+        for name in re.findall(r"\b(?:ray|mu2llm)_\w+", expression):
+            known = name in ours or ("mu2llm" not in name and re.search(rf"\b{name}\b", rays))
+            assert known, f"{where}: nothing exports {name}"
+            seen.add(name)
+    assert {name for name in ours if name.startswith("ray_")} <= seen  # and everything of the pipeline is shown
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_a_dashboard_is_one_that_grafana_takes(name):
+    board = json.loads((MONITORING / f"{name}.json").read_text())
+    assert board["uid"] == f"mu2llm-{name}" and board["schemaVersion"] >= 39
+    assert board["templating"]["list"][0]["type"] == "datasource"
+    places = [tuple(panel["gridPos"][key] for key in "xy") for panel in board["panels"]]
+    assert len(set(places)) == len(places) == len({panel["id"] for panel in board["panels"]})
+    for panel in board["panels"]:
+        assert panel["title"] and panel["targets"]
+        assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
+
+
+def test_alerts_are_rules_and_say_what_to_do():
+    assert set(rules()) == {"groups"}
+    names = []
+    for group in rules()["groups"]:
+        assert set(group) == {"name", "rules"}
+        for rule in group["rules"]:
+            assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
+            assert re.fullmatch(r"\d+[smh]", rule.get("for", "1m"))
+            assert rule["labels"]["severity"] in ("warning", "critical")
+            assert rule["annotations"]["summary"] and rule["annotations"]["action"]
+            assert all(rule["expr"].count(a) == rule["expr"].count(b) for a, b in ("()", "[]", "{}"))
+            names.append(rule["alert"])
+    assert len(set(names)) == len(names)
+
+
+def test_a_shard_is_counted_by_result_and_reason(monkeypatch):
+    counted = {}
+
+    def inc(self, value, tags):
+        key = (self.info["name"], *tags.values())
+        counted[key] = counted.get(key, 0) + value
+
+    monkeypatch.setattr(Counter, "inc", inc)
+    telemetry.ingested(3, [{"reason": "not_hu"}, {"reason": "not_hu"}, {"reason": "one_slice"}])
+    assert counted == {
+        ("mu2llm_ingest_cases", "written"): 3,
+        ("mu2llm_ingest_cases", "rejected"): 3,
+        ("mu2llm_ingest_rejections", "not_hu"): 2,
+        ("mu2llm_ingest_rejections", "one_slice"): 1,
+    }
+
+
+@pytest.mark.slow
+def test_ray_exports_them_under_the_names_that_the_dashboards_use(ray_cluster):
+    numbers = dict.fromkeys(telemetry.TRAINING, 0.5)
+    telemetry.trained("sft", "run-1", numbers)
+    telemetry.ingested(2, [{"reason": "not_hu"}])
+    [node] = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = {name for name in exported() if name.startswith("ray_")}
+    deadline = time.monotonic() + 60
+    while missing := {name for name in wanted if f"\n{name}{{" not in (text := httpx.get(url).text)}:
+        assert time.monotonic() < deadline, f"not exported: {missing}"
+        time.sleep(1)
+    assert re.search(r'ray_mu2llm_train_step\{[^}]*run="run-1"[^}]*stage="sft"[^}]*\} 0\.5', text)
+    assert re.search(r'ray_mu2llm_ingest_rejections_total\{[^}]*reason="not_hu"[^}]*\} 1', text)
