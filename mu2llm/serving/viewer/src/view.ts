@@ -1,6 +1,6 @@
 /** The picture: NiiVue in radiological convention, windows, views, slices, measuring, where the model looked. */
 
-import { DRAG_MODE, MULTIPLANAR_TYPE, Niivue, NVImage, SHOW_RENDER, SLICE_TYPE } from "@niivue/niivue";
+import { COLORMAP_TYPE, DRAG_MODE, MULTIPLANAR_TYPE, Niivue, NVImage, SHOW_RENDER, SLICE_TYPE } from "@niivue/niivue";
 import { finer, type Grid } from "./finer";
 
 export interface Window {
@@ -26,8 +26,8 @@ export const VIEWS = {
 } satisfies Record<string, SLICE_TYPE>;
 export type ViewName = keyof typeof VIEWS;
 
-/** Below this share of the largest value the overlay is clear, so that the anatomy stays visible. */
-const CLEAR_BELOW = 0.3;
+/** Below this share of the largest value the overlay fades, so that the anatomy stays visible. */
+const FADES_BELOW = 0.5;
 
 export interface Location {
   mm: [number, number, number];
@@ -223,9 +223,10 @@ async function loadOverlay(base64: string): Promise<Overlay> {
     file: new File([bytes as Uint8Array<ArrayBuffer>], "saliency.nii"),
     name: "saliency.nii",
     colormap: "warm",
-    cal_min: 255 * CLEAR_BELOW,
+    cal_min: 255 * FADES_BELOW,
     cal_max: 255,
   });
+  image.colormapType = COLORMAP_TYPE.ZERO_TO_MAX_TRANSLUCENT_BELOW_MIN; // no hard edge
   return { grid, image };
 }
 
