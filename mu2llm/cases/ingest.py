@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from mu2llm import config, ct, storage
+from mu2llm import config, ct, storage, telemetry
 from mu2llm.cases.shards import INDEX, Index, ShardFile, Shards, ShardWriter, read_summary, write_index
 from mu2llm.cases.table import CaseTable
 from mu2llm.cases.tensors import tensor_field
@@ -85,15 +85,16 @@ def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Progres
 
 
 def plan(table: CaseTable, data: DataConfig) -> dict[str, list[Case]]:
-    """Path of each shard below `out` → its cases. The path names cases, spec and sizes, so it changes with them."""
+    """Path of each shard below `out` → its cases. The path names cases, spec and what the listing said of the scans, so
+    that it changes with them: a scan that was mended or replaced is read again."""
     groups = {}
     row_bytes = math.prod(data.spec.shape) * np.dtype(data.spec.dtype).itemsize
     for split in SPLITS:
         cases = sorted((case for case in table.cases if case.split == split), key=_shuffled)
         size = max(1, min(data.shard_mb * 2**20 // row_bytes, max(SMALL_SHARDS, -(-len(cases) // SMALL_SHARDS))))
         for number, group in enumerate(cases[start : start + size] for start in range(0, len(cases), size)):
-            sizes = [table.sizes.get(case.volume) for case in group]
-            digest = config.digest([[case.row() for case in group], sizes, data.spec.hash, sorted(data.accept)])
+            stamps = [table.facts[case.volume].stamp if case.volume in table.facts else None for case in group]
+            digest = config.digest([[case.row() for case in group], stamps, data.spec.hash, sorted(data.accept)])
             groups[f"{split}/{number:05d}-{digest}.parquet"] = group
     return groups
 
@@ -122,6 +123,7 @@ def _run(
         if "failed" in summary:
             raise (UserError if summary["user_error"] else Failure)(summary["failed"])
         cases += len(groups[row["path"]])
+        telemetry.ingested(len(summary["ids"]), summary["rejected"])
         if progress:
             progress(cases, len(table.cases))
     return [done[path] for path in groups]
@@ -135,7 +137,7 @@ def group_table(path: str, cases: list[Case]) -> pa.Table:
 def _memory(table: CaseTable) -> float:
     """Bytes that Ray is to set aside for one task: the largest scan, decompressed and on its way; what the cluster has
     at most, so that one large scan cannot make the task impossible to place."""
-    largest = max(table.sizes.values(), default=0)
+    largest = max((facts.bytes for facts in table.facts.values()), default=0)
     return min(2**29 + 8 * largest, ray.cluster_resources().get("memory", 2**31) / 2)
 
 

@@ -49,7 +49,8 @@ def read_manifest(manifest: str, format: str, volumes: str, data: DataConfig, ne
     if not table.cases:
         raise UserError(f"manifest {manifest} gives no case to use below {volumes}: {_counted(table)}")
     table.note("scan_without_row", found.unnamed())
-    table.sizes = found.sizes
+    listed = {case.volume: found.facts(case.volume) for case in table.cases}
+    table.facts = {uri: facts for uri, facts in listed.items() if facts}
     assign_splits(table, data.split)
     table.counts["cases"] = len(table.cases)
     return table

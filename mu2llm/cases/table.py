@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from mu2llm.cases.volumes import Facts
 from mu2llm.records import Case, Rejection, Split
 
 NOTES: dict[str, str] = {
@@ -41,14 +42,14 @@ MANIFEST_REASONS = ("invalid_row", "duplicate_id", "not_found")
 class CaseTable:
     """Cases, what was noted about their manifest (`NOTES`: counts, and the ids or names), and rejected rows.
 
-    `sizes` are the bytes of the volumes that were seen in a listing, by URI.
+    `facts` are the bytes and the stamp of the volumes that were seen in a listing, by URI.
     """
 
     cases: list[Case] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     listed: dict[str, list[str]] = field(default_factory=dict)
     rejections: list[Rejection] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, Facts] = field(default_factory=dict)
 
     def note(self, code: str, names: Iterable[str]) -> None:
         """Counts and lists names under a code."""

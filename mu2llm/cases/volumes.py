@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import pyarrow.fs as pafs
 
 from mu2llm import storage
 
@@ -16,13 +21,29 @@ def stem(path: str) -> str:
     return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
 
 
+class Facts(NamedTuple):
+    """What a listing says of a scan, be it a file or a folder: its bytes, and a number that becomes another when any
+    of its files does."""
+
+    bytes: int = 0
+    stamp: int = 0
+
+    @classmethod
+    def of(cls, path: str, info: pafs.FileInfo) -> Facts:
+        digest = hashlib.sha256(f"{path} {info.size} {info.mtime_ns}".encode()).digest()
+        return cls(info.size, int.from_bytes(digest[:8]))
+
+    def joined(self, other: Facts) -> Facts:
+        return Facts(self.bytes + other.bytes, self.stamp ^ other.stamp)
+
+
 @dataclass
 class Volumes:
-    """Files below a root by their path relative to it, with their bytes; `named` are those that the manifest names."""
+    """Files and folders below a root by their path relative to it; `named` are those that the manifest names."""
 
     root: str
-    files: dict[str, int]
-    folders: set[str] = field(default_factory=set)
+    files: dict[str, Facts]
+    folders: dict[str, Facts] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)
     by_tail: dict[str, list[str]] = field(default_factory=dict)
 
@@ -30,10 +51,11 @@ class Volumes:
     def below(cls, root: str) -> Volumes:
         """Lists a root; one that is not there has no files."""
         base = storage.resolve(root)[1].rstrip("/") + "/"
-        found = cls(root, {info.path.removeprefix(base): info.size for info in storage.list_files(root)})
-        for path in found.files:
-            while (path := os.path.dirname(path)) and path not in found.folders:
-                found.folders.add(path)
+        listed = ((info.path.removeprefix(base), info) for info in storage.list_files(root))
+        found = cls(root, {path: Facts.of(path, info) for path, info in listed})
+        for path, facts in found.files.items():
+            for folder in _above(path):
+                found.folders[folder] = found.folders.get(folder, Facts()).joined(facts)
         for path in [*found.files, *sorted(found.folders)]:
             parts = path.split("/")
             for tail in {parts[-1], "/".join(parts[-2:])}:
@@ -78,9 +100,10 @@ class Volumes:
         known = uri.startswith(base) and not relative.startswith("..")
         return known and relative not in self.files and relative not in self.folders
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {storage.join(self.root, path): size for path, size in self.files.items()}
+    def facts(self, uri: str) -> Facts | None:
+        """Of a volume below the root; of other places nothing is known until they are read."""
+        relative = uri.removeprefix(self.root.rstrip("/") + "/")
+        return self.files.get(relative) or self.folders.get(relative)
 
     def unnamed(self) -> list[str]:
         """Scans that no row names; of a folder of DICOM files the folder."""
@@ -94,3 +117,8 @@ class Volumes:
             elif path.lower().endswith(SUFFIXES):
                 found[path] = None
         return list(found)
+
+
+def _above(path: str) -> Iterator[str]:
+    while path := os.path.dirname(path):
+        yield path

@@ -47,7 +47,8 @@ def model_summary(preset: Preset = "paper", set_: Set = [], as_json: Json = Fals
     from mu2llm.model.summary import summarise
 
     experiment = config.load(preset, set_)
-    show(summarise(experiment.model, experiment.data.spec).as_dict(), as_json)
+    summary = summarise(experiment.model, experiment.data.spec)
+    print(json.dumps(summary.as_dict()) if as_json else summary)
 
 
 @app.command()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections import Counter
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from mu2llm import config
+from mu2llm import config, storage
 from mu2llm.cli.app import Address, DryRun, Json, Out, Preset, Set, app, dry_run, progress_bars, show
 
 
@@ -29,27 +30,37 @@ def inspect(
     paths: list[str],
     as_json: Json = False,
     save_png: Annotated[str | None, typer.Option(help="Folder for a three-plane picture of each scan.")] = None,
+    series: Annotated[str | None, typer.Option(help="DICOM series to read, by instance UID or description.")] = None,
+    accept: Annotated[list[str], typer.Option(metavar="CODE", help="Let in all the same: unknown_orientation.")] = [],  # noqa: B006
 ) -> None:
     """Read scans and say what they are, what was set right, and why one is rejected."""
     from mu2llm import ct
 
-    items = [ct.inspect(path) for path in paths]
-    if save_png:
-        for item in items:
-            if item["status"] == "ok":
-                name = Path(str(item["path"]).rstrip("/")).name.removesuffix(".gz").removesuffix(".nii")
-                item["png"] = str(Path(save_png) / f"{name}.png")
-                Path(save_png).mkdir(parents=True, exist_ok=True)
-                ct.three_planes(ct.read(item["path"]), item["png"])
+    pictures = _pictures(paths, save_png) if save_png else [None] * len(paths)
+    items = [
+        ct.inspect(path, picture, series=series, accept=accept) for path, picture in zip(paths, pictures, strict=True)
+    ]
     if as_json:
         print(json.dumps(items))
         return
     table = Table("scan", "status", "shape", "spacing mm", "axes", "HU", "warnings")
     for item in items:
-        told = [str(item.get(key) or "") for key in ("shape", "spacing", "orientation", "hu_range")]
-        reason = f"[red]{item['reason']}[/]: {item['message']}" if item["reason"] else "[green]ok[/]"
-        table.add_row(str(item["path"]), reason, *told, ", ".join(item["warnings"]))
+        told = ["×".join(f"{n:g}" for n in item[key] or ()) for key in ("shape", "spacing")]
+        hu = "…".join(f"{n:g}" for n in item["hu_range"] or ())
+        status = f"[red]{item['reason']}[/]: {escape(item['message'])}" if item["reason"] else "[green]ok[/]"
+        table.add_row(escape(item["path"]), status, *told, item["orientation"], hu, ", ".join(item["warnings"]))
     Console().print(table)
+
+
+def _pictures(paths: list[str], folder: str) -> list[str]:
+    """A file of its own for each scan's picture, also where two scans have the same name."""
+    seen: Counter[str] = Counter()
+    pictures = []
+    for path in paths:
+        name = path.rstrip("/").rpartition("/")[2].removesuffix(".gz").removesuffix(".nii") or "scan"
+        seen[name] += 1
+        pictures.append(storage.join(folder, f"{name}-{seen[name]}.png" if seen[name] > 1 else f"{name}.png"))
+    return pictures
 
 
 @app.command()

@@ -5,10 +5,20 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
 )
 
-from mu2llm.model.building import add_lora, build, build_contrastive, configuration, load, load_vision, merge_lora
+from mu2llm.model.building import (
+    add_lora,
+    build,
+    build_contrastive,
+    configuration,
+    load,
+    load_lora,
+    load_vision,
+    merge_lora,
+)
 from mu2llm.model.configuration import Mu2Config, Mu2ContrastiveConfig, Mu2TokenizerConfig, Mu2VisionConfig
 from mu2llm.model.contrastive import Mu2ForContrastive
 from mu2llm.model.modeling import Mu2ForConditionalGeneration, Mu2Model
@@ -21,6 +31,7 @@ AutoModel.register(Mu2Config, Mu2Model)
 AutoModel.register(Mu2ContrastiveConfig, Mu2ForContrastive)
 AutoModelForCausalLM.register(Mu2Config, Mu2ForConditionalGeneration)
 AutoModelForImageTextToText.register(Mu2Config, Mu2ForConditionalGeneration)
+AutoModelForMultimodalLM.register(Mu2Config, Mu2ForConditionalGeneration)
 AutoProcessor.register(Mu2Config, Mu2Processor)
 
 __all__ = [
@@ -40,6 +51,7 @@ __all__ = [
     "build_contrastive",
     "configuration",
     "load",
+    "load_lora",
     "load_vision",
     "merge_lora",
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from mu2llm import ct
+from mu2llm import ct, storage
 from mu2llm.config import DataConfig, Experiment, ModelConfig
 from mu2llm.errors import Failure, UserError
 from mu2llm.model import published
@@ -40,6 +40,7 @@ from mu2llm.records import Checkpoint, Lineage
 
 PLACEHOLDER = "<im_patch>"
 _TEXT_TYPES = ("llama", "qwen3", "qwen2", "phi3", "phi")
+_NEEDED = ("model_type", "image_size", "patch_size", "u2t_num_layers", "u2t_num_heads", "num_3d_query_token")
 _OWN_KEYS = re.compile(
     r"^(u2t_|proj_|mm_|vision_|image_|enable_|seg)|^(patch_size|num_3d_query_token|use_multi_scale|attn_type|auto_map)$"
 )
@@ -147,7 +148,11 @@ def convert_reference(directory: str, out: str) -> dict[str, Any]:
     `dropped` are weights without effect. Raises UserError where the folder is not of that layout, Failure (naming
     the keys) where keys are missing or left over; then nothing is written.
     """
-    folder = Path(directory)
+    with storage.local_copy(directory) as folder:
+        return _convert(directory, folder, out)
+
+
+def _convert(directory: str, folder: Path, out: str) -> dict[str, Any]:
     settings = _read_config(folder)
     tensors = read_tensors(folder)
     model_settings, spec = _model_settings(settings, tensors), _spec(settings)
@@ -221,9 +226,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json; give the folder of a published checkpoint")
-    published = json.loads(path.read_text())
+    try:
+        published = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
     if "u2t_top_k" not in published:
         raise UserError(f"{path} has no u2t_top_k: it is not a checkpoint of the published μ²LLM")
+    absent = [name for name in _NEEDED if name not in published]
+    if absent:
+        raise UserError(f"{path} lacks {', '.join(absent)}; a published checkpoint has them")
     return dict(published)
 
 

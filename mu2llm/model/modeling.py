@@ -45,16 +45,20 @@ class Mu2PreTrainedModel(PreTrainedModel):
 
 @dataclass
 class Mu2ModelOutput(BaseModelOutputWithPast):
-    """`visual_tokens` (B, queries, hidden): what the scan was to the language model."""
+    """`visual_tokens` (B, queries, hidden): what the scan was to the language model; on request `selection`, their
+    weights over the scan's patches, as in `VisualTokens`."""
 
     visual_tokens: Tensor | None = None
+    selection: Tensor | None = None
 
 
 @dataclass
 class Mu2CausalLMOutput(CausalLMOutputWithPast):
-    """`visual_tokens` (B, queries, hidden): what the scan was to the language model."""
+    """`visual_tokens` (B, queries, hidden): what the scan was to the language model; on request `selection`, their
+    weights over the scan's patches, as in `VisualTokens`."""
 
     visual_tokens: Tensor | None = None
+    selection: Tensor | None = None
 
 
 class Mu2Model(Mu2PreTrainedModel):
@@ -82,7 +86,7 @@ class Mu2Model(Mu2PreTrainedModel):
         self._check_volumes(volumes)
         if chunk_mask is None:
             return cast(Tensor, self.vision(volumes))
-        if not bool(chunk_mask.bool().any(1).all()):
+        if not _shapes_only(chunk_mask) and not bool(chunk_mask.bool().any(1).all()):
             raise UserError("chunk_mask leaves a scan without any chunk; at least one must be True")
         return cast(Tensor, self.vision(volumes, chunk_mask.bool()))
 
@@ -129,15 +133,23 @@ class Mu2Model(Mu2PreTrainedModel):
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
         tile_scans: bool = False,
+        return_selection: bool = False,
         **kwargs: Any,
     ) -> Mu2ModelOutput:
         """B scans may serve k·B sequences: each scan's tokens then serve k neighbouring rows, or with `tile_scans`
-        rows i, B + i, 2B + i … (DPO: all chosen before all rejected)."""
+        rows i, B + i, 2B + i … (DPO: all chosen before all rejected). `selection` is of the scans, not the rows."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if visual_tokens is None and (volumes is not None or vision_features is not None):
-            visual_tokens = self.encode_volumes(volumes, chunk_mask, question_ids, question_mask, vision_features)
+            visual_tokens = self.encode_volumes(
+                volumes, chunk_mask, question_ids, question_mask, vision_features, return_selection
+            )
         tokens = visual_tokens.tokens if isinstance(visual_tokens, VisualTokens) else visual_tokens
+        selection = visual_tokens.selection if isinstance(visual_tokens, VisualTokens) else None
+        if return_selection and selection is None:
+            raise UserError(
+                "return_selection needs a scan: give volumes, or vision_features, or what encode_volumes gave"
+            )
         if tokens is not None:
             if input_ids is None:
                 raise UserError("visual tokens need input_ids to find their placeholders; inputs_embeds has none")
@@ -152,7 +164,7 @@ class Mu2Model(Mu2PreTrainedModel):
             past_key_values=past_key_values,
             **kwargs,
         )
-        return Mu2ModelOutput(**outputs, visual_tokens=tokens)
+        return Mu2ModelOutput(**outputs, visual_tokens=tokens, selection=selection)
 
     def _insert(self, embeds: Tensor, input_ids: Tensor, tokens: Tensor) -> Tensor:
         tokens = tokens.to(embeds.dtype)
@@ -208,6 +220,11 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
         """The vision encoder is trained no more, nor do its running statistics move; the projector behind it is."""
         self.model.vision.freeze()
 
+    def freeze_language_model(self) -> None:
+        """The language model and its head are trained no more; what reads the scan for it is."""
+        self.model.language_model.requires_grad_(False)
+        self.lm_head.requires_grad_(False)
+
     @can_return_tuple
     def forward(
         self,
@@ -225,6 +242,7 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
         tile_scans: bool = False,
+        return_selection: bool = False,
         **kwargs: Any,
     ) -> Mu2CausalLMOutput:
         outputs = self.model(
@@ -240,6 +258,7 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
             question_ids=question_ids,
             question_mask=question_mask,
             tile_scans=tile_scans,
+            return_selection=return_selection,
             return_dict=True,
             **kwargs,
         )
@@ -256,7 +275,33 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             visual_tokens=outputs.visual_tokens,
+            selection=outputs.selection,
         )
+
+    @torch.no_grad()
+    def selection_metrics(
+        self,
+        volumes: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        chunk_mask: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        **_: Any,
+    ) -> dict[str, float]:
+        """`selection_entropy` and `selection_similarity` of the first scan of a batch: near 1 they tell a collapse.
+
+        In evaluation mode, so that no running statistic moves; the mode is put back.
+        """
+        first = [None if x is None else x[:1] for x in (volumes, chunk_mask, question_ids, question_mask)]
+        features = None if vision_features is None else vision_features[:1]
+        before = self.training
+        self.eval()
+        try:
+            visual = self.encode_volumes(*first, vision_features=features, return_selection=True)
+        finally:
+            self.train(before)
+        assert visual.entropy is not None and visual.similarity is not None
+        return {"selection_entropy": float(visual.entropy), "selection_similarity": float(visual.similarity)}
 
     @torch.no_grad()
     def generate(  # type: ignore[override]

@@ -43,13 +43,14 @@ class Mu2Processor(ProcessorMixin):
         """What scans must be prepared by."""
         return PreprocessSpec.model_validate(self.preprocess)
 
-    def prepare(self, volumes: Any) -> dict[str, Tensor]:
+    def prepare(self, volumes: Any, accept: Sequence[str] = ()) -> dict[str, Tensor]:
         """Scans → `volumes` (B, T, C, K, H, W) and `chunk_mask` (B, T).
 
         Each scan is a path, URI or bytes, a CTVolume, a ModelInput, or voxels (T, C, K, H, W) that were prepared
-        by this very spec.
+        by this very spec. A Rejection says why a scan cannot be read; `accept` lets in codes, such as not_hu.
+        A ModelInput of another spec is a UserError.
         """
-        scans = [_prepare_scan(volume, self.spec) for volume in _as_list(volumes)]
+        scans = [_prepare_scan(volume, self.spec, accept) for volume in _as_list(volumes)]
         return {
             "volumes": torch.stack([voxels for voxels, _ in scans]),
             "chunk_mask": torch.stack([mask for _, mask in scans]),
@@ -114,18 +115,46 @@ class Mu2Processor(ProcessorMixin):
         for row in ids:
             self._check_length(len(row) - self.queries)
         batch = self._pad_inputs(ids, "left")
-        return batch | self._encode_questions([_question(text, self.tokenizer) for text in texts])
+        return batch | self._encode_questions([self._question(text) for text in texts])
 
-    def _render(self, messages: Any) -> str:
-        template = self.chat_template or self.tokenizer.chat_template or PLAIN_TEMPLATE
+    def apply_chat_template(  # type: ignore[override]
+        self, conversation: Any, tokenize: bool = False, volumes: Any = None, **kwargs: Any
+    ) -> Any:
+        """A chat, or a list of chats, as text; with `tokenize` as model inputs, with those of `volumes`.
+
+        Parts of type volume or image in a message's content become the placeholder.
+        """
+        if tokenize:
+            return self(text=conversation, volumes=volumes)
+        texts = [self._render(chat, **kwargs) for chat in _as_prompts(conversation)]
+        return texts[0] if isinstance(conversation[0], dict) else texts
+
+    def _render(self, messages: Any, add_generation_prompt: bool = True, **kwargs: Any) -> str:
+        template = kwargs.pop("chat_template", None) or self.chat_template or self.tokenizer.chat_template
         return str(
             self.tokenizer.apply_chat_template(
-                [{**message, "content": _content(message)} for message in messages],
-                chat_template=template,
+                [{**message, "content": self._content(message)} for message in messages],
+                chat_template=template or PLAIN_TEMPLATE,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
+                **kwargs,
             )
         )
+
+    def _content(self, message: dict[str, Any]) -> str:
+        """A message's content as text; parts of type volume or image become the placeholder."""
+        content = message["content"]
+        if isinstance(content, str):
+            return content
+        return "".join(part["text"] if part["type"] == "text" else self.volume_token for part in content)
+
+    def _question(self, text: Any) -> str:
+        """What is asked: the last user message of a chat, or the text without its special tokens."""
+        if not isinstance(text, str):
+            users = [message for message in text if message["role"] == "user"]
+            return self._content(users[-1] if users else text[-1]).replace(self.volume_token, "").strip()
+        ids = self.tokenizer(text.replace(self.volume_token, ""), add_special_tokens=False).input_ids
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _prompt_ids(self, prompt: str, expected: tuple[int, ...] = (1,)) -> list[int]:
         given = prompt.count(self.volume_token)
@@ -173,12 +202,17 @@ class Mu2Processor(ProcessorMixin):
         return ["input_ids", "attention_mask", "volumes", "chunk_mask", "question_ids", "question_mask"]
 
 
-def _prepare_scan(volume: Any, spec: PreprocessSpec) -> tuple[Tensor, Tensor]:
+def _prepare_scan(volume: Any, spec: PreprocessSpec, accept: Sequence[str]) -> tuple[Tensor, Tensor]:
     if isinstance(volume, str | Path | bytes):
-        volume = ct.read(volume)
+        volume = ct.read(volume, accept=accept)
     if isinstance(volume, ct.CTVolume):
-        volume = ct.prepare(volume, spec)
+        volume = ct.prepare(ct.admit(volume, accept), spec)
     if isinstance(volume, ct.ModelInput):
+        if volume.spec_hash != spec.hash:
+            raise UserError(
+                f"a scan prepared by spec {volume.spec_hash}; the checkpoint expects {spec.name} ({spec.hash}): "
+                "prepare it by the processor's own spec"
+            )
         return torch.as_tensor(volume.voxels), torch.as_tensor(volume.chunk_mask)
     voxels = torch.as_tensor(np.asarray(volume))
     if tuple(voxels.shape) != spec.shape:
@@ -199,20 +233,3 @@ def _as_prompts(text: Any) -> list[Any]:
     if isinstance(text, str) or (len(text) and isinstance(text[0], dict)):
         return [text]
     return list(text)
-
-
-def _content(message: dict[str, Any]) -> str:
-    """A message's content as text; parts of type volume or image become the placeholder."""
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] if part["type"] == "text" else VOLUME_TOKEN for part in content)
-
-
-def _question(text: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What is asked: the last user message of a chat, or the text without its special tokens."""
-    if not isinstance(text, str):
-        users = [message for message in text if message["role"] == "user"]
-        return _content(users[-1] if users else text[-1]).replace(VOLUME_TOKEN, "").strip()
-    ids = tokenizer(text.replace(VOLUME_TOKEN, ""), add_special_tokens=False).input_ids
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

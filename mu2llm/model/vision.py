@@ -147,10 +147,10 @@ class CommonAnatomy(Initialised):
         init.ones_(self.variance)
         init.zeros_(self.updates)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(B, T, C, K, H, W), (B, T) → the same shape, of variance about 1"""
         if self.training and int(self.updates) < self.BATCHES:
-            self._update(x.detach(), mask)
+            self._update(x.detach(), x.new_ones(x.shape[:2]) if mask is None else mask)
         return (x - self.mean[: x.shape[1]]) * torch.rsqrt(self.variance + 1e-5)
 
     @torch.no_grad()
@@ -228,7 +228,7 @@ class VisionEncoder(nn.Module):
         volumes = volumes.to(self.tower.position_embeddings.dtype) * scale
         if self.anatomy is not None:
             volumes = self.anatomy(volumes, chunk_mask)
-        if chunk_mask is None:
+        if chunk_mask is None or chunk_mask.is_meta:  # which chunks hold something, nobody knows there
             return self._encode(volumes.flatten(0, 1)).unflatten(0, volumes.shape[:2])
         features = self._encode(volumes[chunk_mask])
         out = features.new_zeros(*chunk_mask.shape, *features.shape[1:])

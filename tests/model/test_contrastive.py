@@ -129,7 +129,7 @@ def test_a_text_encoder_from_scratch_is_trained_with_it(tmp_path):
     assert model.text_encoder.embeddings.word_embeddings.weight.grad.abs().sum() > 0
     model.save_pretrained(tmp_path)
     read = Mu2ForContrastive.from_pretrained(tmp_path)
-    embeddings = [m.eval().encode_text(words.input_ids, words.attention_mask) for m in (model, read)]
+    embeddings = [m.eval().embed_texts(text_ids=words.input_ids, text_mask=words.attention_mask) for m in (model, read)]
     torch.testing.assert_close(*embeddings)
 
 
@@ -154,3 +154,10 @@ def test_no_texts_at_all_is_refused():
     given = {name: tensor for name, tensor in inputs().items() if name != "text_embeddings"}
     with pytest.raises(UserError, match="give text_embeddings"):
         make()(**given, owner=OWNER)
+
+
+def test_whole_on_the_meta_device():
+    with torch.device("meta"):
+        model = make(loss="sigmoid")
+        given = {name: torch.empty_like(tensor, device="meta") for name, tensor in inputs().items()}
+        assert model.to("meta").score(**given).shape == (6, 4)

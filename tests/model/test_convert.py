@@ -193,6 +193,12 @@ def test_another_folder_is_refused(published, tmp_path):
     other = {key: value for key, value in settings.items() if key != "u2t_top_k"}
     with pytest.raises(UserError, match="not a checkpoint of the published"):
         convert.convert_reference(write(tmp_path / "a", other, weights, words), str(tmp_path / "ours"))
+    less = {key: value for key, value in settings.items() if key not in ("patch_size", "u2t_num_heads")}
+    with pytest.raises(UserError, match="lacks patch_size, u2t_num_heads"):
+        convert.convert_reference(write(tmp_path / "c", less, weights, words), str(tmp_path / "ours"))
+    (tmp_path / "c" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        convert.convert_reference(str(tmp_path / "c"), str(tmp_path / "ours"))
     strange = {**settings, "model_type": "u2mamba"}
     with pytest.raises(UserError, match="backbone 'u2mamba' is not known"):
         convert.convert_reference(write(tmp_path / "b", strange, weights, words), str(tmp_path / "ours"))

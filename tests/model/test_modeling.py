@@ -3,7 +3,13 @@
 import pytest
 import torch
 from small_models import QUESTION, TEXTS, experiment, make, scans
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from mu2llm.errors import UserError
 from mu2llm.model import (
@@ -160,7 +166,8 @@ def test_saved_and_loaded_through_every_door(made, tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors", ".jinja"}
     inputs, volumes = batch(processor), scans(2)
     expected = model(**inputs, volumes=volumes).logits
-    for door in (Mu2ForConditionalGeneration, AutoModelForImageTextToText, AutoModelForCausalLM):
+    doors = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM)
+    for door in (Mu2ForConditionalGeneration, *doors):
         loaded = door.from_pretrained(tmp_path).eval()
         assert isinstance(loaded, Mu2ForConditionalGeneration)
         torch.testing.assert_close(loaded(**inputs, volumes=volumes).logits, expected)
@@ -232,6 +239,8 @@ def test_whole_on_the_meta_device():
         model = Mu2ForConditionalGeneration(config)
         tokens = model.encode_volumes(torch.zeros(3, *settings.data.spec.shape), return_selection=True)
         assert tokens.tokens.shape == (3, 4, 32) and tokens.selection.shape == (3, 4, 2, 2, 4, 4)
+        masked = model.encode_volumes(torch.zeros(3, *settings.data.spec.shape), torch.ones(3, 2, dtype=torch.bool))
+        assert masked.tokens.shape == (3, 4, 32)
         ids = torch.zeros(3, 20, dtype=torch.long)
         logits = model(ids, torch.ones_like(ids), visual_tokens=tokens).logits
     assert logits.shape == (3, 20, 320) and logits.is_meta
@@ -244,6 +253,48 @@ def test_the_saliency_map_is_over_the_patches(made):
     assert out.selection.shape == (2, 4, 2, 2, 4, 4)
     torch.testing.assert_close(out.selection.sum((2, 3, 4, 5)), torch.ones(2, 4))
     assert out.selection[1, :, 1].abs().max() == 0
+
+
+def test_the_saliency_map_comes_with_the_logits_on_request(made):
+    model, processor = made
+    inputs, volumes = batch(processor), scans(2)
+    asked = {name: inputs[name] for name in ("question_ids", "question_mask")}
+    out = model(**inputs, volumes=volumes, return_selection=True)
+    expected = model.encode_volumes(volumes, **asked, return_selection=True)
+    torch.testing.assert_close(out.selection, expected.selection)
+    torch.testing.assert_close(model(**inputs, visual_tokens=expected, return_selection=True).selection, out.selection)
+    assert model(**inputs, volumes=volumes).selection is None
+    with pytest.raises(UserError, match="return_selection needs a scan"):
+        model(**inputs, visual_tokens=expected.tokens, return_selection=True)
+
+
+def test_metrics_of_the_selection_move_nothing(made):
+    model, _ = make(tokenizer={"standardise": True}, vision={"standardise": True})
+    model.train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    metrics = model.selection_metrics(volumes=scans(3), chunk_mask=torch.ones(3, 2, dtype=torch.bool))
+    assert model.training and all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    alone = model.eval().encode_volumes(scans(3)[:1], return_selection=True)
+    assert metrics == pytest.approx(
+        {"selection_entropy": float(alone.entropy), "selection_similarity": float(alone.similarity)}
+    )
+
+
+def test_a_frozen_language_model_leaves_the_rest_to_train():
+    model, processor = make()
+    model.freeze_language_model()
+    model.train()(**batch(processor), volumes=scans(2)).loss.backward()
+    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"vision", "projector", "mu2_tokenizer"}
+
+
+def test_trains_without_a_chunk_mask_too():
+    model, processor = make(vision={"stem": "conv", "standardise": True, "standardise_input": True})
+    losses = [
+        model.train()(**batch(processor), volumes=scans(2), chunk_mask=mask).loss
+        for mask in (None, torch.ones(2, 2, dtype=torch.bool))
+    ]
+    assert all(loss.isfinite() for loss in losses)
 
 
 @pytest.mark.parametrize(

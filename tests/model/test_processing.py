@@ -94,3 +94,45 @@ def test_scans_come_as_files_volumes_and_voxels(processor, tmp_path):
 def test_voxels_of_another_shape_are_refused(processor):
     with pytest.raises(UserError, match=r"\(2, 1, 4, 8, 8\); spec least has \(2, 1, 4, 16, 16\)"):
         processor(questions=QUESTION, volumes=np.zeros((2, 1, 4, 8, 8), np.uint8))
+
+
+def test_a_scan_prepared_by_another_spec_is_refused_by_both_hashes(processor):
+    other = processor.spec.model_copy(update={"windows": ((-120, 220),)})
+    prepared = ct.prepare(ct.CTVolume(phantom.make(0, 0).hu, np.eye(4)), other)
+    assert prepared.voxels.shape == processor.spec.shape
+    with pytest.raises(UserError, match=rf"{other.hash}.*expects least \({processor.spec.hash}\)"):
+        processor.prepare(prepared)
+
+
+def test_what_is_no_ct_is_refused_or_accepted_on_request(processor):
+    values = np.random.default_rng(0).gamma(2, 150, (9, 9, 9)).astype(np.int16)
+    mr = ct.CTVolume(values, np.eye(4), warnings=("not_hu",))
+    with pytest.raises(ct.Rejection) as rejected:
+        processor.prepare(mr)
+    assert rejected.value.reason == "not_hu"
+    assert processor.prepare(mr, accept=("not_hu",))["volumes"].shape == (1, *processor.spec.shape)
+
+
+@pytest.mark.parametrize("kind", ["volume", "image"])
+def test_chats_are_rendered_as_by_any_processor(processor, kind):
+    chat = [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": QUESTION}]}]
+    rendered = processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert rendered == processor.prompt(QUESTION)
+    assert processor.apply_chat_template([chat, chat]) == [rendered, rendered]
+    answered = [*chat, {"role": "assistant", "content": "Normal."}]
+    assert processor.apply_chat_template(answered, add_generation_prompt=False).endswith("Normal.")
+    voxels = np.zeros(processor.spec.shape, np.uint8)
+    inputs = processor.apply_chat_template(chat, tokenize=True, volumes=voxels)
+    expected = processor(questions=QUESTION, volumes=voxels)
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoints_own_placeholder_stands_for_the_scan_in_chats_too():
+    _, processor = make()
+    processor.volume_token = "<user>"  # any token that is one id
+    processor.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    chat = [{"role": "user", "content": [{"type": "volume"}, {"type": "text", "text": QUESTION}]}]
+    assert processor.apply_chat_template(chat) == f"<user>{QUESTION}"
+    inputs = processor(text=chat, volumes=np.zeros(processor.spec.shape, np.uint8))
+    assert torch.equal(inputs["question_ids"], processor(questions=QUESTION)["question_ids"])

@@ -1,0 +1,121 @@
+"""`mu2llm inspect` and `mu2llm ingest`, run in this process."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import small_scans
+from ct_scans import SERIES, chest, nifti, slices, to_bytes
+
+from mu2llm import cases, cli
+
+KEYS = ["path", "status", "reason", "message", "warnings", "shape", "spacing", "orientation", "hu_range", "sha256"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """(exit code, stdout, stderr) of a command line."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mu2llm", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return command
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A folder with two series: thick and thin slices of one chest."""
+    folder = tmp_path / "study"
+    folder.mkdir()
+    thin = slices(chest(), SeriesDescription="thin")
+    thick = slices(chest((24, 20, 8)), SeriesDescription="thick", SeriesInstanceUID="1.2.9")
+    for number, each in enumerate([*thin, *thick]):
+        (folder / f"IM{number}").write_bytes(to_bytes(each))
+    return folder
+
+
+def test_inspect_prints_the_items_of_the_contract_for_good_scans_and_bad(run, tmp_path):
+    (tmp_path / "good.nii.gz").write_bytes(nifti(chest()))
+    code, out, _ = run("inspect", tmp_path / "good.nii.gz", tmp_path / "absent.nii.gz", "--json")
+    good, absent = json.loads(out)
+    assert code == 0 and list(good) == list(absent) == KEYS
+    assert (good["status"], absent["status"], absent["reason"]) == ("ok", "rejected", "not_found")
+
+
+def test_inspect_reads_the_series_that_is_asked_for(run, study):
+    shapes = {}
+    for asked in ([], ["--series", "thick"], ["--series", SERIES], ["--series", "coronal"]):
+        (item,) = json.loads(run("inspect", study, "--json", *asked)[1])
+        shapes[" ".join(asked[1:])] = item["shape"] and item["shape"][2], item["reason"]
+    assert shapes == {"": (16, None), "thick": (8, None), SERIES: (16, None), "coronal": (None, "no_series")}
+
+
+def test_inspect_lets_in_an_unknown_orientation_on_request(run, tmp_path):
+    (tmp_path / "scan.nii.gz").write_bytes(nifti(chest(), sform_code=0, qform_code=0))
+    for more, status in (([], "rejected"), (["--accept", "unknown_orientation"], "ok")):
+        (item,) = json.loads(run("inspect", tmp_path / "scan.nii.gz", "--json", *more)[1])
+        assert item["status"] == status
+    code, out, err = run("inspect", tmp_path / "scan.nii.gz", "--accept", "slice_gap")
+    assert code == 2 and out == "" and "slice_gap" in err
+
+
+def test_pictures_of_scans_with_the_same_name_do_not_overwrite_each_other(run, tmp_path):
+    for patient in ("a", "b"):
+        (tmp_path / patient).mkdir()
+        (tmp_path / patient / "scan.nii.gz").write_bytes(nifti(chest(seed=ord(patient))))
+    paths = [tmp_path / patient / "scan.nii.gz" for patient in ("a", "b")]
+    items = json.loads(run("inspect", *paths, "--json", "--save-png", tmp_path / "png")[1])
+    first, second = (Path(item["png"]).read_bytes() for item in items)
+    assert first != second
+
+
+def test_the_table_for_people_shows_names_as_they_are(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    (tmp_path / "scan[red].nii").write_bytes(nifti(chest(), compress=False))
+    code, out, _ = run("inspect", tmp_path / "scan[red].nii")
+    assert code == 0 and "scan[red].nii" in out and "24×20×16" in out and "2×2.5×3" in out
+
+
+def ingest(run, folder, out, *more):
+    settings = f"data.spec={json.dumps(small_scans.SPEC.model_dump(mode='json'))}"
+    return run(
+        *("ingest", "--manifest", folder / "manifest.jsonl", "--volumes", folder, "--out", out, "--json"),
+        *("--set", settings, "--set", "model.vision.patch_size=[1,4,4]", *more),
+    )
+
+
+def test_ingest_says_what_the_contract_says_and_fails_over_its_budget(ray_cluster, run, tmp_path):
+    small_scans.write(tmp_path, 8)
+    code, out, _ = ingest(run, tmp_path, tmp_path / "out")
+    result = json.loads(out)
+    assert code == 0 and list(result) == ["cases", "written", "rejected", "seconds", "bytes", "splits"]
+    assert result["written"] == 8 == sum(result["splits"].values())
+    (tmp_path / "volumes" / "case-003.nii.gz").write_bytes(b"")
+    code, out, err = ingest(run, tmp_path, tmp_path / "out")
+    assert (code, out) == (1, "") and "1 of 8 scans were rejected (empty 1)" in err
+    assert cases.Shards.open(str(tmp_path / "out")).count("train") > 0
+    code, out, _ = ingest(run, tmp_path, tmp_path / "out", "--set", "data.rejection_budget=0.2")
+    assert code == 0 and json.loads(out)["rejected"] == {"empty": 1}
+
+
+def test_a_dicom_folder_that_was_mended_is_read_again(ray_cluster, run, tmp_path):
+    rows = small_scans.write(tmp_path, 3)
+    folder = tmp_path / "volumes" / "series"
+    folder.mkdir()
+    datasets = [to_bytes(each) for each in slices(chest())]
+    for number, data in enumerate(datasets):
+        (folder / f"IM{number}").write_bytes(data)
+    rows[0]["volume"] = "volumes/series"
+    small_scans.write_manifest(tmp_path / "manifest.jsonl", rows)
+    (folder / "IM5").write_bytes(datasets[5][:-100])  # cut off
+    assert ingest(run, tmp_path, tmp_path / "out")[0] == 1
+    (folder / "IM5").write_bytes(datasets[5])
+    code, out, _ = ingest(run, tmp_path, tmp_path / "out")
+    assert code == 0 and json.loads(out)["written"] == 3
