@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mu2llm.errors import UserError
 from mu2llm.records import PreprocessSpec
@@ -172,8 +172,7 @@ class ContrastiveConfig(StageConfig):
     positives: Literal["report", "section", "sentence", "finding"] = Field(
         "sentence", description="what of a report is held against the scan; finding: what the rules read in it"
     )
-    train_text_encoder: bool = False
-    temperature: float = 0.07
+    train_text_encoder: bool = Field(False, description="with the vision side; it is then kept in the checkpoint")
 
 
 class ValidationConfig(Section):
@@ -204,6 +203,8 @@ class SftConfig(StageConfig):
     def _thaws_what_is_frozen(self) -> Self:
         if self.thaw_vision is not None and (not self.freeze_vision or self.fsdp):
             raise ValueError("thaw_vision needs freeze_vision, and does not go with fsdp")
+        if self.thaw_vision is not None and self.alignment and self.workers not in (0, 1):
+            raise ValueError("thaw_vision and alignment together go with one worker only")
         return self
 
     @property
@@ -223,16 +224,34 @@ class PreferencesConfig(Section):
     max_length_ratio: float | None = Field(None, description="drop pairs whose lengths differ by more than this")
     negatives: Literal["sampled", "corrupted"] = "sampled"
     split: Literal["train", "validation"] = "train"
-    max_cases: int | None = None
+    max_cases: int | None = Field(None, ge=0, description="cases to sample for; 0: pairs from corrections alone")
     batch_size: int = 16
+
+
+# trl's, by its names
+DpoLoss = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
+    "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
+]  # fmt: skip
 
 
 class DpoConfig(StageConfig):
     beta: float = Field(0.1, gt=0)
-    loss: tuple[str, ...] = ("sigmoid",)
+    loss: tuple[DpoLoss, ...] = Field(("sigmoid",), min_length=1, description="one or several, also as sigmoid+sft")
     loss_weights: tuple[float, ...] | None = None
-    label_smoothing: float = 0.0
-    ld_alpha: float | None = Field(None, description="length desensitising (LD-DPO)")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    ld_alpha: float | None = Field(None, ge=0, le=1, description="length desensitising (LD-DPO)")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return value.split("+") if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _weighted(self) -> Self:
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss):
+            raise ValueError(f"{len(self.loss_weights)} loss_weights for {len(self.loss)} losses; give one each")
+        return self
 
 
 class JudgeConfig(Section):
@@ -260,16 +279,30 @@ class EvaluationConfig(Section):
     text_encoder: str = Field("minilm", description="encoder of BERTScore")
 
 
+Objective = Literal["green", "finding_f1", "visual_tokens", "seconds_per_scan", "kl"]
+
+
 class SweepConfig(Section):
-    space: dict[str, Any] = {}
-    trials: int = 12
+    space: dict[str, Any] = Field({}, description="what is searched, laid over the space that comes with the command")
+    trials: int = Field(12, ge=1)
     search: Literal["optuna", "random", "grid"] = "optuna"
-    objective: tuple[str, ...] = ("green",)
-    workers_per_trial: int = 1
-    gpus_per_trial: float = 0
-    max_concurrent: int | None = None
-    time_budget_s: float | None = None
-    final_seeds: int = 3
+    objective: tuple[Objective, ...] = Field(("green",), min_length=1, description="several: their Pareto front")
+    first: tuple[dict[str, Any], ...] = Field((), description="known good points, tried after the configuration itself")
+    reports: int = Field(4, ge=1, description="times that a trial is measured, the last at its end")
+    cases: int | None = Field(None, ge=1, description="validation cases that a measurement reads; None: all")
+    scheduler: Literal["asha", "none"] = "asha"
+    grace: int = Field(1, ge=1, description="measurements before a trial can be stopped")
+    reduction: float = Field(3, gt=1, description="of this many trials at a rung one goes on")
+    workers_per_trial: int = Field(
+        1, ge=0, description="0: the trial trains itself, in a process kept for the next one"
+    )
+    gpus_per_trial: float = Field(0, ge=0, description="may be a fraction")
+    max_concurrent: int | None = Field(None, ge=1, description="None: as many as the cluster holds")
+    max_failures: int = Field(1, ge=0, description="times that a trial whose process died is tried again")
+    time_budget_s: float | None = Field(None, gt=0)
+    storage: str | None = Field(None, description="Optuna's database; None: optuna.db in a local --out, else in memory")
+    final_seeds: int = Field(3, ge=0, description="seeds with which the winner and the default are trained again")
+    final_split: Literal["validation", "test"] = Field("test", description="where those two are compared")
 
 
 class ReplicasConfig(Section):

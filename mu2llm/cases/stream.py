@@ -27,6 +27,7 @@ MAX_TASKS = 4096
 READING_TASKS = 2  # at once, of one stream
 READING_CPUS = 0.0  # that Ray counts for each: training workers may hold all there are, and reading mostly waits
 TEXT_BYTES = 1024
+ALIKE_BATCHES = 32  # of one window, within which rows of alike lengths come together
 
 
 @functools.lru_cache(maxsize=4)
@@ -39,13 +40,26 @@ def permutation(count: int, seed: int | None, epoch: int, neighbours: int) -> np
     return items[items < count]
 
 
+def alike(items: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """The same items in batches of alike lengths: sorted within windows of batches, whose order is random again."""
+    grouped = []
+    for start in range(0, len(items), ALIKE_BATCHES * batch_size):
+        window = items[start : start + ALIKE_BATCHES * batch_size]
+        window = window[np.argsort(lengths[window], kind="stable")]
+        whole = len(window) - len(window) % batch_size
+        grouped += [rng.permutation(window[:whole].reshape(-1, batch_size)).ravel(), window[whole:]]
+    return np.concatenate(grouped)
+
+
 @dataclass(frozen=True)
 class Order:
-    """The global order over all epochs of `count` items."""
+    """The global order over all epochs of `count` items; with their `lengths` in batches of alike ones."""
 
     count: int
     seed: int | None
     neighbours: int = 1
+    lengths: np.ndarray | None = None
+    batch_size: int = 1
 
     def items(self, positions: np.ndarray) -> np.ndarray:
         """Positions in the order (any number of epochs long) → items."""
@@ -53,8 +67,15 @@ class Order:
         items = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            items[here] = permutation(self.count, self.seed, int(epoch), self.neighbours)[places[here]]
+            items[here] = self.epoch(int(epoch))[places[here]]
         return items
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """The items of an epoch in order."""
+        items = permutation(self.count, self.seed, epoch, self.neighbours)
+        if self.lengths is None:
+            return items
+        return alike(items, self.lengths, self.batch_size, np.random.default_rng((self.seed or 0, epoch, 1)))
 
 
 @dataclass(frozen=True)
@@ -183,7 +204,8 @@ class Stream:
     where the stream ends (default: one epoch), `start_row` where it starts; both count rows of all workers over all
     epochs. Runs of `shuffle_rows` neighbours stay together. Without a seed the order is as stored. Each batch has
     `row` (positions in the global order) and `item` (number in the split, or place in `ids`). The last batch may be
-    smaller. JSON columns come as JSON text. `wait_seconds` is how long the consumer waited for data.
+    smaller. JSON columns come as JSON text. `lengths` of the items make batches of alike ones. `wait_seconds` is how
+    long the consumer waited for data.
     """
 
     def __init__(
@@ -199,6 +221,7 @@ class Stream:
         rows: int | None = None,
         shuffle_rows: int = 1,
         ids: Sequence[str] | None = None,
+        lengths: Sequence[int] | None = None,
         num_cpus: float = READING_CPUS,
     ) -> None:
         if batch_size < world:
@@ -206,7 +229,9 @@ class Stream:
         source = Source.of(shards, split, columns, ids)
         self.share = Share(start_row, source.count if rows is None else rows, batch_size, rank, world)
         self.wait_seconds = 0.0
-        self._dataset = blocks(source, Order(source.count, seed, shuffle_rows), self.share, num_cpus)
+        given = None if lengths is None else np.asarray(lengths)
+        order = Order(source.count, seed, shuffle_rows, given, batch_size)
+        self._dataset = blocks(source, order, self.share, num_cpus)
 
     def __len__(self) -> int:
         """Batches."""

@@ -120,13 +120,14 @@ def build_contrastive(
         chunks=spec.chunks,
         text_width=text_width,
         loss=settings.loss,
-        temperature=settings.temperature,
         spec=spec.model_dump(mode="json"),
         text_config=copy.deepcopy(text_encoder.model.config) if text_encoder else None,
     )
     whole = Mu2ForContrastive(config)
     if text_encoder:
         whole.text_encoder = text_encoder.model.requires_grad_(True)
+        if getattr(whole.text_encoder, "pooler", None) is not None:
+            whole.text_encoder.pooler.requires_grad_(False)  # the mean over tokens passes it by
     start = parent or model.vision.weights
     if start:
         load_vision(whole, start)
@@ -164,8 +165,11 @@ def load_vision(model: Mu2ForConditionalGeneration | Mu2ForContrastive, uri: str
     target.load_state_dict(weights_)
 
 
-def add_lora(model: Mu2ForConditionalGeneration, settings: LoraSettings) -> PeftModel:
-    """LoRA on the language model's linear layers; what else was to be trained still is, in full."""
+def add_lora(model: Mu2ForConditionalGeneration, settings: LoraSettings, also: Sequence[str] = ()) -> PeftModel:
+    """LoRA on the language model's linear layers; what else was to be trained still is, in full.
+
+    `also` are modules that a stage has put on the model and trains with it.
+    """
     own = {name: getattr(model.model, name) for name in ("vision", "projector", "mu2_tokenizer")}
     trained = [name for name, module in own.items() if any(p.requires_grad for p in module.parameters())]
     config = LoraConfig(
@@ -173,9 +177,14 @@ def add_lora(model: Mu2ForConditionalGeneration, settings: LoraSettings) -> Peft
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=_linear_layers(model.model.language_model),
-        modules_to_save=trained or None,
+        modules_to_save=[*trained, *also] or None,
     )
     return get_peft_model(model, config)
+
+
+def load_lora(model: Mu2ForConditionalGeneration, folder: str) -> PeftModel:
+    """The model with the adapter, and whatever was trained in full, of an intermediate checkpoint."""
+    return PeftModel.from_pretrained(model, folder)
 
 
 def merge_lora(model: Any) -> Mu2ForConditionalGeneration:

@@ -190,7 +190,6 @@ class Mu2ContrastiveConfig(PreTrainedConfig):
     text_width: int = 384
     head_width: int = 128
     loss: Literal["infonce", "sigmoid"] = "sigmoid"
-    temperature: float = 0.07
     spec: dict | None = None
     initializer_range: float = 0.02
 

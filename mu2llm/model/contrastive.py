@@ -96,8 +96,15 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
             chunk_mask = torch.ones(volumes.shape[:2], dtype=torch.bool, device=volumes.device)
         return cast(Tensor, self.vision(volumes, chunk_mask.bool()))
 
-    def encode_text(self, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
-        """(M, L) → embeddings (M, D) of length 1, by the text encoder that is part of the model."""
+    def embed_texts(
+        self,
+        text_embeddings: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings (M, D) as they are, or of tokens (M, L), of length 1, by the model's own text encoder."""
+        if text_embeddings is not None:
+            return text_embeddings
         if self.text_encoder is None or text_ids is None or text_mask is None:
             raise UserError("give text_embeddings, or to a model with a text encoder of its own text_ids and text_mask")
         return mean_pool(self.text_encoder(text_ids, text_mask).last_hidden_state, text_mask)
@@ -125,19 +132,20 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         `owner` (M,) is each text's scan, or `targets` (M, B) all scans it is true of.
 
         `gather` brings (n, …) of this worker to (N, …) of all, in the same order on each, with the gradient.
-        Texts of the same embedding are one text, whoever brought them.
+        Texts of the same embedding, or tokens, are one text, whoever brought them.
         """
         features = self.encode_vision(volumes, chunk_mask)
         scans, mask = self.head.scan(features), chunk_mask.bool().repeat_interleave(features.shape[2], dim=1)
-        embeddings = self.encode_text(text_ids, text_mask) if text_embeddings is None else text_embeddings
-        texts = embeddings.to(features.dtype)
+        texts = self.embed_texts(text_embeddings, text_ids, text_mask).to(features.dtype)
         if targets is None:
             assert owner is not None
             targets = F.one_hot(owner, len(volumes)).bool()
+        ids = (text_ids + 1) * text_mask if text_ids is not None and text_mask is not None else None
         if gather is not None:
             targets = _gather_targets(targets, gather)
             scans, texts, mask = gather(scans), gather(texts), gather(mask.float()) > 0
-        same = F.normalize(texts.detach(), dim=-1) @ F.normalize(texts.detach(), dim=-1).T > 1 - 1e-4
+            ids = None if ids is None else _gather_ids(ids, gather)
+        same = _same(texts.detach(), ids)
         targets = (same.float() @ targets.float()) > 0
         logits = self.head(texts, scans, mask)
         first = ~same.tril(-1).any(1)
@@ -152,6 +160,20 @@ def _gather_targets(targets: Tensor, gather: Gather) -> Tensor:
     rows = gather(F.pad(targets.float(), (0, widest - targets.shape[1])))
     blocks = [part[:, : int(n)] for part, (_, n) in zip(rows.split(counts[:, 0].tolist()), counts, strict=True)]
     return torch.block_diag(*blocks) > 0
+
+
+def _gather_ids(ids: Tensor, gather: Gather) -> Tensor:
+    """(M, L) of each worker, whose L may differ → (N, longest)"""
+    longest = int(gather(torch.tensor([ids.shape[1]], device=ids.device, dtype=torch.float32)).max())
+    return gather(F.pad(ids, (0, longest - ids.shape[1])).float()).long()
+
+
+def _same(embeddings: Tensor, ids: Tensor | None) -> Tensor:
+    """(M, M): which texts are one. By their tokens where these are given: an encoder from scratch embeds all alike."""
+    if ids is not None:
+        return (ids[:, None] == ids[None]).all(-1)
+    unit = F.normalize(embeddings, dim=-1)
+    return unit @ unit.T > 1 - 1e-4
 
 
 def _sigmoid(logits: Tensor, targets: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Gives the vision tower that SFT starts from. Positives are whole reports, their sections, single sentences, or
 the findings that the rules read in them (`contrastive.positives`); the loss is InfoNCE or the sigmoid of
-SigLIP, with the negatives of all workers.
+SigLIP, with the negatives of all workers. The text encoder is frozen, or trained with the rest and kept in the
+checkpoint (`contrastive.train_text_encoder`). SFT can start from M3D-CLIP's tower instead (`model.vision.weights`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mu2llm.config import Experiment
 from mu2llm.model import Mu2ForContrastive, build_contrastive
 from mu2llm.records import Checkpoint
 from mu2llm.stages import runner
-from mu2llm.stages.texts import TextBank
+from mu2llm.stages.texts import TextBank, Texts, TextTokens
 
 COLUMNS = ["id", "report", "voxels", "chunk_mask"]
 
@@ -40,9 +41,17 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
     """One worker: the model, its trainer, the training, recall on held-out cases."""
     experiment, settings = job.resolved, job.resolved.contrastive
     shards = Shards.open(job.data)
-    encoder = weights.text_encoder(experiment.model.text_encoder)
-    texts = TextBank(encoder, settings.positives, [case.report for case in shards.cases("train")], experiment.seed)
-    model = build_contrastive(experiment.model, shards.spec, settings, texts.width, job.parent, experiment.seed)
+    reports = [case.report for case in shards.cases("train")]
+    encoder = weights.text_encoder(experiment.model.text_encoder, reports)
+    trained = encoder if settings.train_text_encoder else None
+    texts: Texts = (
+        TextTokens(encoder, settings.positives, reports)
+        if trained
+        else TextBank(encoder, settings.positives, reports, experiment.seed)
+    )
+    model = build_contrastive(
+        experiment.model, shards.spec, settings, texts.width, job.parent, experiment.seed, trained
+    )
     batches = runner.Batches(job, resume, shards, COLUMNS, lambda rows: collate(rows, texts))
     with tempfile.TemporaryDirectory() as folder:
         trainer = ContrastiveTrainer(model=model, args=TrainingArguments(**runner.arguments(job, folder)))
@@ -76,7 +85,7 @@ def gather(local: torch.Tensor) -> torch.Tensor:
     return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)])
 
 
-def collate(rows: dict[str, Any], texts: TextBank) -> dict[str, Any]:
+def collate(rows: dict[str, Any], texts: Texts) -> dict[str, Any]:
     """Rows of the shards → the model's inputs."""
     return {
         "case_ids": list(rows["id"]),
@@ -87,7 +96,7 @@ def collate(rows: dict[str, Any], texts: TextBank) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def recall(model: Mu2ForContrastive, shards: Shards, texts: TextBank, split: str = "validation") -> dict[str, float]:
+def recall(model: Mu2ForContrastive, shards: Shards, texts: Texts, split: str = "validation") -> dict[str, float]:
     """recall@1 and @5 of finding a held-out case's report by its scan, and chance = 1/n.
 
     A report's score for a scan is how likely the scan has the report's texts and no others of the split. Reports
@@ -99,7 +108,7 @@ def recall(model: Mu2ForContrastive, shards: Shards, texts: TextBank, split: str
     parts = [set(texts.split(case.report)) for case in cases]
     distinct = sorted(set().union(*parts))
     has = torch.tensor([[text in part for text in distinct] for part in parts], dtype=torch.float32)
-    embeddings = torch.as_tensor(texts(distinct)).to(model.device)
+    embeddings = model.embed_texts(**{name: tensor.to(model.device) for name, tensor in texts.inputs(distinct).items()})
     columns = []
     for rows in Stream(shards, split, ["id", "voxels", "chunk_mask"], batch_size=16, seed=None):
         voxels, mask = (torch.as_tensor(np.asarray(rows[name])).to(model.device) for name in ("voxels", "chunk_mask"))

@@ -171,3 +171,19 @@ def test_columns_and_splits_that_are_not_there_are_user_errors(shards):
         cases.Stream(shards, "train", ["voxels"], 4, 0)
     with pytest.raises(UserError, match="no rows in split 'test'; there are train"):
         cases.Stream(shards, "test", ["x"], 4, 0)
+
+
+def test_batches_of_alike_lengths_pad_little_and_hold_every_item_once():
+    lengths = np.random.default_rng(0).integers(10, 200, 500)
+    plain, grouped = Order(500, seed=1), Order(500, seed=1, lengths=lengths, batch_size=10)
+
+    def padded(order, epoch=0):
+        batches = lengths[order.epoch(epoch)].reshape(-1, 10)
+        return (batches.max(1, keepdims=True) - batches).sum()
+
+    assert sorted(grouped.epoch(0)) == list(range(500))
+    assert padded(grouped) < 0.2 * padded(plain)
+    assert not np.array_equal(grouped.epoch(0), grouped.epoch(1))
+    assert np.array_equal(grouped.items(np.arange(500, 1000)), grouped.epoch(1))
+    means = lengths[grouped.epoch(0)].reshape(-1, 10).mean(1)
+    assert abs(np.corrcoef(np.arange(50), means)[0, 1]) < 0.5  # neither short ones first nor long ones
