@@ -26,6 +26,16 @@ def spool(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> Path:
+    """A tracking store without runs, to copy: MLflow takes seconds to make one."""
+    from mu2llm.tracking.client import client
+
+    path = tmp_path_factory.mktemp("store") / "empty.db"
+    client(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
 def ray_cluster():
     """The one Ray that all tests share. It counts more CPUs than there are, so that small jobs never wait."""
     from mu2llm.cluster import session

@@ -16,14 +16,6 @@ from mu2llm.tracking.spool import Spool
 LINEAGE = {"data": "s3://b/shards", "data_checksum": "abc", "spec": "123", "judge": "rules", "commit": "c0ffee"}
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """A store without runs, made once: MLflow takes seconds to make one."""
-    path = tmp_path_factory.mktemp("store") / "empty.db"
-    sender.client(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture(autouse=True)
 def store(empty_store, tmp_path, monkeypatch):
     shutil.copy(empty_store, tmp_path / "runs.db")

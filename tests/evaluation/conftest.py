@@ -1,10 +1,13 @@
+import shutil
+
 import pytest
 from small_runs import case, write_checkpoint, write_shards
 
 
 @pytest.fixture(autouse=True)
-def tracking_store(tmp_path, monkeypatch):
+def tracking_store(empty_store, tmp_path, monkeypatch):
     """Every test's own, so that none writes into the working directory."""
+    shutil.copy(empty_store, tmp_path / "tracking.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
 
 

@@ -1,5 +1,7 @@
 """Only what was evaluated and looks at the scan becomes champion; what was replaced can come back."""
 
+from pathlib import Path
+
 import pytest
 from huggingface_hub import ModelCard
 from small_runs import write_checkpoint
@@ -48,11 +50,46 @@ def test_a_champion_is_replaced_and_comes_back(sft, checkpoints):
         go_back()
 
 
+def test_who_gave_and_took_back_an_alias_is_on_record(sft, checkpoints):
+    for uri in (sft, checkpoints["dpo"]):
+        evaluated(uri)
+        promote(uri)
+    go_back()
+    records = tracking.runs("promote")
+    told = [(run.parameters["version"], run.parameters["replaced"], run.parameters["back"]) for run in records]
+    assert told == [("1", "2", "True"), ("2", "1", "False"), ("1", "None", "False")]
+    assert all(run.tags["by"] and run.parameters["alias"] == "champion" for run in records)
+
+
+def test_a_challenger_becomes_champion_by_its_registry_name(sft, monkeypatch):
+    evaluated(sft)
+    monkeypatch.chdir(Path(sft).parent)
+    challenger = promote(Path(sft).name, "challenger")  # a relative path is the same checkpoint
+    assert challenger.checkpoint == sft
+    champion = promote("registry://mu2llm@challenger")
+    assert champion.checkpoint == tracking.locate("registry://mu2llm@champion") == sft
+
+
+def test_an_evaluation_on_train_or_of_earlier_weights_is_none(sft):
+    evaluated(sft, split="train")
+    with pytest.raises(UserError, match="train alone"):
+        promote(sft)
+    evaluated(sft)
+    made = Checkpoint.open(sft)
+    newer = made.model_copy(update={"lineage": made.lineage.model_copy(update={"identity": "trained anew"})})
+    storage.write_json(storage.join(sft, Checkpoint.FILE), newer.model_dump(mode="json"))
+    with pytest.raises(UserError, match="no evaluation"):
+        promote(sft)
+
+
 def test_the_card_tells_data_metrics_audit_and_limits(sft):
     evaluated(sft)
     promote(sft)
     text = storage.read_bytes(storage.join(sft, CARD)).decode()
-    assert ModelCard(text).data.license == "mit"
+    about = ModelCard(text).data
+    assert about.license == "mit"
+    [result] = about.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_split) == ("green", 0.5, "test")
     for part in ("0.500 (0.40–0.60)", "phantoms", "judge rules", "Audit passed", "Not a medical device", "| 10 |"):
         assert part in text
 
