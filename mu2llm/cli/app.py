@@ -14,20 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import mu2llm
-from mu2llm import config
+from mu2llm import config, tracking
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=mu2llm.__doc__)
 console = Console(stderr=True)
-
-
-def located(uri: str) -> str:
-    """A checkpoint as it is named on the command line → its own URI, also for what the registry names."""
-    if not uri.startswith("registry://"):
-        return uri
-    from mu2llm import tracking
-
-    return tracking.locate(uri)
-
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be read, written and needed; do nothing.")]
@@ -38,7 +28,7 @@ Address = Annotated[
 ]
 Out = Annotated[str, typer.Option("--out", help="Where to write: a local path, s3:// or gs://.")]
 CheckpointUri = Annotated[
-    str, typer.Option("--checkpoint", parser=located, metavar="URI", help="A checkpoint; registry://mu2llm@champion.")
+    str, typer.Option("--checkpoint", parser=tracking.locate, metavar="URI", help="A checkpoint; registry://mu2llm@champion.")
 ]
 Data = Annotated[str, typer.Option("--data", help="URI of the shards that `ingest` wrote.")]
 

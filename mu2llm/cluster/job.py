@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mu2llm import config
+from mu2llm import config, tracking
 from mu2llm.cluster import doctor
 from mu2llm.cluster.session import session
 from mu2llm.config import Experiment
@@ -27,8 +27,10 @@ Preset = Annotated[str, typer.Option("--preset", help="Name of a preset or path 
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as dpo.beta=0.2.")]
 Out = Annotated[str, typer.Option("--out", help="Where to write: s3://, gs://, or a file system that all nodes share.")]
 Data = Annotated[str, typer.Option("--data", help="URI of the shards that `ingest` wrote; for dpo, of the pairs.")]
-From = Annotated[str | None, typer.Option("--init", help="Checkpoint to start from.")]
-CheckpointUri = Annotated[str, typer.Option("--checkpoint", help="URI of a checkpoint.")]
+From = Annotated[str | None, typer.Option("--init", parser=tracking.locate, help="Checkpoint to start from.")]
+CheckpointUri = Annotated[
+    str, typer.Option("--checkpoint", parser=tracking.locate, help="URI of a checkpoint; registry://mu2llm@champion.")
+]
 Manifest = Annotated[str, typer.Option("--manifest", help="URI of the table of cases.")]
 Volumes = Annotated[str, typer.Option("--volumes", help="Root of the manifest's relative paths.")]
 Format = Annotated[str, typer.Option("--format", help="jsonl, csv, parquet, ct-rate, amos-mm, abdomenatlas3, m3d-cap")]
