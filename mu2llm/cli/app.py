@@ -28,7 +28,10 @@ Address = Annotated[
 ]
 Out = Annotated[str, typer.Option("--out", help="Where to write: a local path, s3:// or gs://.")]
 CheckpointUri = Annotated[
-    str, typer.Option("--checkpoint", parser=tracking.locate, metavar="URI", help="A checkpoint; registry://mu2llm@champion.")
+    str,
+    typer.Option(
+        "--checkpoint", parser=tracking.locate, metavar="URI", help="A checkpoint; registry://mu2llm@champion."
+    ),
 ]
 Data = Annotated[str, typer.Option("--data", help="URI of the shards that `ingest` wrote.")]
 
