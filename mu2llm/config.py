@@ -163,6 +163,9 @@ class StageConfig(Section):
     cpus_per_worker: float = 1
     max_failures: int = 2
     freeze_vision: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, a third more time"
+    )
     compile: bool = False
     fsdp: str | None = None
 
@@ -188,6 +191,7 @@ class ValidationConfig(Section):
 
 
 class SftConfig(StageConfig):
+    freeze_language_model: bool = Field(False, description="train only what reads the scan for it")
     cache_vision: bool = Field(True, description="with vision frozen throughout: encode each scan once")
     thaw_vision: float | None = Field(
         None, ge=0, lt=1, description="share of the steps after which frozen vision is trained too"
