@@ -109,6 +109,18 @@ class Shards:
         """The cases of a split, in the rows' order, without voxels."""
         return [Case.from_row(row) for row in self._cases(split).to_pylist()]
 
+    def share(self, split: str, fraction: float, seed: int) -> list[str]:
+        """The ids of the cases of a share of a split's patients, drawn by the seed, in the rows' order.
+
+        At least one patient; a smaller share lies within a larger one.
+        """
+        table = self._cases(split)
+        patients = table.column("patient").to_pylist()
+        known = list(dict.fromkeys(patients))
+        drawn = np.random.default_rng([seed, 0]).permutation(len(known))[: max(1, round(fraction * len(known)))]
+        kept = {known[i] for i in drawn}
+        return [name for name, each in zip(table.column("id").to_pylist(), patients, strict=True) if each in kept]
+
     def rows_of(self, split: str, ids: Sequence[str]) -> np.ndarray:
         """The rows in a split of cases by their ids; a UserError names those that are not there."""
         rows = {name: row for row, name in enumerate(self._cases(split).column("id").to_pylist())}

@@ -34,7 +34,7 @@ def generate(request: Request, state: str | None = None, progress: Progress | No
     a checkpoint cannot write, or expects another preprocessing than the shards have.
     """
     shards = _checked(request)
-    cases = shards.cases(request.split)[: request.max_cases]
+    cases = request.cases(shards)
     order = ring([case.patient for case in cases], request.decoding.seed)
     done = _finished(state, request) if state else {}
     numbers = [n for n in range(-(-len(order) // request.batch_size)) if n not in done]
@@ -101,7 +101,7 @@ def _written(
     """Batch number and predictions, as the actors finish them."""
     if not numbers:
         return
-    reader = Reader.of(request, shards, order)
+    reader = Reader.of(request, shards, shards.rows_of(request.split, [case.id for case in cases])[order])
     batches = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
     batches.context.target_max_block_size = None  # a batch stays one block, however large
     batches.context.raise_original_map_exception = True

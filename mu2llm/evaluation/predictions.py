@@ -11,7 +11,7 @@ import pyarrow as pa
 from mu2llm import config
 from mu2llm.cases import Shards
 from mu2llm.evaluation.decoding import Decoding
-from mu2llm.records import Checkpoint, Record
+from mu2llm.records import Case, Checkpoint, Record
 
 Variant = Literal["as_is", "shuffled", "zeroed"]
 VARIANTS: tuple[Variant, ...] = ("as_is", "shuffled", "zeroed")
@@ -50,8 +50,8 @@ class Prediction(Record):
 class Request:
     """What is to be written: by which checkpoints (run → URI), for which cases, on what question.
 
-    `data` is the URI of shards or of their cached features. `regions` also asks each case's own questions about a
-    region of the body, with the scan as it is.
+    `data` is the URI of shards or of their cached features; `ids` are the split's cases that are meant (none: all).
+    `regions` also asks each case's own questions about a region of the body, with the scan as it is.
     """
 
     checkpoints: Mapping[str, str]
@@ -63,6 +63,7 @@ class Request:
     regions: bool = False
     batch_size: int = 16
     max_cases: int | None = None
+    ids: tuple[str, ...] | None = None
     actors: int = 1
     cpus: float = 1
     gpus: float = 0
@@ -72,4 +73,11 @@ class Request:
         """Digest of all that decides what is written."""
         runs = {run: Checkpoint.open(uri).lineage.identity or uri for run, uri in self.checkpoints.items()}
         decides = [self.split, self.question, asdict(self.decoding), self.variants, self.regions, self.max_cases]
+        decides += [] if self.ids is None else [self.ids]
         return config.digest([runs, Shards.open(self.data).checksum, self.batch_size, *decides])
+
+    def cases(self, shards: Shards) -> list[Case]:
+        """The cases that are meant, in the shards' order."""
+        known, ids = shards.cases(self.split), None if self.ids is None else set(self.ids)
+        meant = [case for case in known if ids is None or case.id in ids]
+        return meant[: self.max_cases]

@@ -16,20 +16,20 @@ from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.records import Estimate
 
 # colours that matplotlib writes → what the page makes of them
-_INK, _FAINT = "#010203", "#040506"
-_RUNS = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006")
-_VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--line)", **{c: f"var(--run-{i})" for i, c in enumerate(_RUNS)}}
-_STYLE: Any = {
+INK, FAINT = "#010203", "#040506"
+RUNS = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006")
+_VARIABLES = {INK: "var(--ink)", FAINT: "var(--line)", **{c: f"var(--run-{i})" for i, c in enumerate(RUNS)}}
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mu2llm",
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _FAINT,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": FAINT,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
@@ -46,25 +46,25 @@ def metrics(results: Results) -> str:
     """Bars with intervals: the chief metrics of every run."""
     runs = list(results.runs)
     names = [name for name in SHOWN if any(result.metrics.get(name) for result in results.runs.values())]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(9, 0.6 + 0.17 * len(runs) * len(names) + 0.16 * len(names)), layout="constrained")
         axes = figure.subplots()
         rows = np.arange(len(names))
         for i, run in enumerate(runs):
             values = [results.runs[run].metrics.get(name) for name in names]
-            _bars(axes, rows + (i - (len(runs) - 1) / 2) * 0.8 / len(runs), values, _RUNS[i], run, 0.8 / len(runs))
+            _bars(axes, rows + (i - (len(runs) - 1) / 2) * 0.8 / len(runs), values, RUNS[i], run, 0.8 / len(runs))
         axes.set_yticks(rows, [TITLES[name] for name in names])
         axes.invert_yaxis()
         _finish(axes)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(runs), borderaxespad=0, handlelength=1)
-        return _svg(figure, f"chief metrics of {', '.join(runs)}, with 95 % intervals")
+        return as_svg(figure, f"chief metrics of {', '.join(runs)}, with 95 % intervals")
 
 
 def grounding(results: Results) -> str:
     """Findings F1 of each run with its scan, with another patient's, with an empty one."""
     runs = [(i, run) for i, run in enumerate(results.runs) if results.runs[run].audit]
     told = {"own scan": None, "another patient's": "shuffled", "empty": "zeroed"}
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(9, 0.7 + 0.75 * len(runs)), layout="constrained")
         axes = figure.subplots()
         places, labels = [], []
@@ -72,13 +72,13 @@ def grounding(results: Results) -> str:
             for j, (label, variant) in enumerate(told.items()):
                 place = row * (len(told) + 0.7) + j
                 value = _f1(results, run, variant)
-                _bars(axes, np.array([place]), [value], _RUNS[i], None, 0.85, alpha=1 if variant is None else 0.35)
+                _bars(axes, np.array([place]), [value], RUNS[i], None, 0.85, alpha=1 if variant is None else 0.35)
                 places.append(place)
                 labels.append(f"{run}: {label}" if variant is None else label)
         axes.set_yticks(places, labels)
         axes.invert_yaxis()
         _finish(axes)
-        return _svg(figure, "findings F1 with the own scan, another patient's and an empty one")
+        return as_svg(figure, "findings F1 with the own scan, another patient's and an empty one")
 
 
 def _f1(results: Results, run: str, variant: str | None) -> Estimate | None:
@@ -93,7 +93,7 @@ def green_distribution(results: Results) -> str:
     """How many cases have which GREEN, of each run that a model made."""
     runs = [(i, run) for i, run in enumerate(results.runs) if results.runs[run].audit]
     edges = np.linspace(0, 1, 11)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(9, 2.6), layout="constrained")
         axes = figure.subplots()
         width = 0.8 / len(runs) / 10
@@ -101,13 +101,13 @@ def green_distribution(results: Results) -> str:
             scores = [score for score in results.runs[run].green if score is not None]
             counts, _ = np.histogram(scores, edges)
             mean = f", mean {np.mean(scores):.2f}" if scores else ""
-            axes.bar(edges[:-1] + 0.01 + (place + 0.5) * width, counts, width * 0.92, color=_RUNS[i], label=run + mean)
+            axes.bar(edges[:-1] + 0.01 + (place + 0.5) * width, counts, width * 0.92, color=RUNS[i], label=run + mean)
         axes.set_xticks(edges)
         axes.set_xlabel("GREEN of a case")
         axes.set_ylabel("cases")
         axes.grid(False, axis="x")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(runs), borderaxespad=0, handlelength=1)
-        return _svg(figure, "distribution of GREEN over the cases")
+        return as_svg(figure, "distribution of GREEN over the cases")
 
 
 def losses(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
@@ -124,16 +124,16 @@ def losses(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     curves = {stage: points for stage, points in curves.items() if len(points) > 1}
     if not curves:
         return ""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(9, 2.5), layout="constrained")
         for axes, (stage, points) in zip(
             np.ravel(figure.subplots(1, len(curves), squeeze=False)), curves.items(), strict=True
         ):
-            axes.plot(*zip(*points, strict=True), color=_RUNS[0], linewidth=1.6)
+            axes.plot(*zip(*points, strict=True), color=RUNS[0], linewidth=1.6)
             axes.set_title(f"{stage}: {points[0][1]:.3g} → {points[-1][1]:.3g}", fontsize=10, loc="left")
             axes.set_xlabel("step")
             axes.margins(x=0.02)
-        return _svg(figure, f"loss by step: {', '.join(curves)}")
+        return as_svg(figure, f"loss by step: {', '.join(curves)}")
 
 
 def _bars(
@@ -149,7 +149,7 @@ def _bars(
     axes.barh(rows, [v.value if v else 0 for v in values], height * 0.9, color=colour, label=label, alpha=alpha)
     for row, value in zip(rows, values, strict=True):
         if value:
-            axes.plot([value.low, value.high], [row, row], color=_INK, linewidth=1)
+            axes.plot([value.low, value.high], [row, row], color=INK, linewidth=1)
             axes.text(max(value.high, value.value) + 0.008, row, f"{value.value:.2f}", va="center", fontsize=8)
 
 
@@ -160,7 +160,7 @@ def _finish(axes: Axes) -> None:
     axes.tick_params(length=0)
 
 
-def _svg(figure: Figure, title: str) -> str:
+def as_svg(figure: Figure, title: str) -> str:
     """The figure as an SVG element that scales with the page and says what it shows."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,0 +1,157 @@
+"""Reports on held-out cases while a stage trains: how good they are, how long they take, how far the policy has moved.
+
+The model that trains writes them itself, in its worker, so that nothing is saved or loaded for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from mu2llm import storage
+from mu2llm.cases import Shards
+from mu2llm.cases.shards import read_rows
+from mu2llm.evaluation.bootstrap import Bootstrap, Statistic
+from mu2llm.evaluation.decoding import Decoding, Text, write
+from mu2llm.evaluation.predictions import Prediction
+from mu2llm.evaluation.scoring import Texts, content, judged
+from mu2llm.green import load_judge
+from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, load
+from mu2llm.records import Case, Estimate
+from mu2llm.stages import runner
+
+METRICS = ("finding_f1", "green")
+PREFIX = "validation/"
+
+
+class Validation(TrainerCallback):
+    """Logs `validation/<metric>` (and _low, _high) after the steps that the job's `watch` names; rank 0 does the work.
+
+    Beside the scores: `seconds_per_scan` of writing, `visual_tokens` a scan, and with `watch.kl` the divergence from
+    the parent, `kl`.
+    """
+
+    def __init__(self, job: runner.Job, trainer: Trainer, processor: Mu2Processor, shards: Shards) -> None:
+        assert job.watch
+        self.job, self.watch, self.trainer, self.processor, self.shards = job, job.watch, trainer, processor, shards
+        self.cases = shards.cases(job.watch.split)[: job.watch.cases]
+        self.steps = job.watch.steps(job.total_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step not in self.steps:
+            return
+        last = state.global_step == self.steps[-1]
+        logged = self._measure(last) if state.is_world_process_zero else {}
+        self.trainer.log(logged)  # on every rank: a report is a barrier
+
+    def _measure(self, last: bool) -> dict[str, float]:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        training = model.training
+        model.eval()
+        try:
+            texts, numbers = self._reports(model)
+        finally:
+            model.train(training)
+        if last and self.watch.out:
+            write_reports(self.watch.out, self.cases, texts, self.job.resolved.evaluation.question)
+        estimates = score(self.cases, [text.text for text in texts], self.job)
+        for name, estimate in estimates.items():
+            if estimate:
+                ends = {"": estimate.value, "_low": estimate.low, "_high": estimate.high}
+                numbers |= {f"{name}{end}": value for end, value in ends.items()}
+        return {f"{PREFIX}{name}": value for name, value in numbers.items()}
+
+    def _reports(self, model: Mu2ForConditionalGeneration) -> tuple[list[Text], dict[str, float]]:
+        settings = self.job.resolved.evaluation
+        decoding = Decoding(settings.max_new_tokens, seed=self.job.resolved.seed)
+        texts: list[Text] = []
+        seconds, divergence, tokens = 0.0, 0.0, 0
+        for cases, features, mask in self._batches(model):
+            questions = [settings.question] * len(cases)
+            started = time.perf_counter()
+            keys = [case.id for case in cases]
+            written = [one for (one,) in write(model, self.processor, features, mask, questions, keys, decoding)]
+            seconds += time.perf_counter() - started
+            texts += written
+            if self.watch.kl and self.job.parent:
+                reference = _reference(self.job.parent).to(model.device)  # type: ignore[arg-type]
+                batch = self.processor.encode(questions, [text.text for text in written])
+                inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                inputs |= {"vision_features": features, "chunk_mask": mask}
+                total, n = divergences(model, reference, inputs)
+                divergence, tokens = divergence + total, tokens + n
+        numbers = {
+            "n": float(len(texts)),
+            "seconds_per_scan": seconds / len(texts),
+            "visual_tokens": float(model.config.tokenizer.queries),
+        }
+        return texts, {**numbers, **({"kl": divergence / tokens} if tokens else {})}
+
+    def _batches(self, model: Mu2ForConditionalGeneration) -> Iterator[tuple[list[Case], Tensor, Tensor]]:
+        """Cases, their vision features (b, T, n, E) and chunk mask (b, T)."""
+        split, size = self.watch.split, self.job.resolved.evaluation.batch_size
+        scan = "features" if "features" in self.shards.schema(split).names else "voxels"
+        for start in range(0, len(self.cases), size):
+            cases = self.cases[start : start + size]
+            numbers = np.arange(start, start + len(cases))
+            rows = read_rows(self.shards.files(split), self.shards.rows(split), ["chunk_mask", scan], numbers)
+            mask = torch.from_numpy(np.array(rows["chunk_mask"])).to(model.device)
+            given = torch.from_numpy(np.array(rows[scan])).to(model.device)
+            with torch.inference_mode():
+                yield cases, given.to(model.dtype) if scan == "features" else model.encode_vision(given, mask), mask
+
+
+def write_reports(uri: str, cases: list[Case], texts: list[Text], question: str) -> None:
+    """The reports as a table of predictions."""
+    rows = [
+        Prediction(
+            **{"run": "policy", "case_id": case.id, "variant": "as_is", "region": None, "question": question},
+            **{"index": 0, "text": text.text, "tokens": text.tokens, "finished": text.finished},
+            **{"scan_of": case.id, "seed": 0},
+        )
+        for case, text in zip(cases, texts, strict=True)
+    ]
+    with storage.staged(uri) as path:
+        pq.write_table(Prediction.table(rows), path)
+
+
+def score(cases: list[Case], reports: list[str], job: runner.Job) -> dict[str, Estimate | None]:
+    """The metrics of reports with their intervals over patients."""
+    experiment = job.resolved
+    bootstrap = Bootstrap([case.patient for case in cases], experiment.evaluation.bootstrap, experiment.seed)
+    found = statistics(cases, reports, load_judge(experiment.judge))
+    return {name: bootstrap.estimate(found[name]) for name in METRICS}
+
+
+def statistics(cases: list[Case], reports: list[str], judge: Any) -> dict[str, Statistic]:
+    """`METRICS` of reports before any interval."""
+    texts = Texts(tuple(cases), tuple(case.report for case in cases), tuple(reports))
+    return {"finding_f1": content(texts)["finding_f1"], "green": judged(judge.judge(texts.pairs))}
+
+
+@torch.inference_mode()
+def divergences(model: Any, reference: Any, inputs: dict[str, Tensor]) -> tuple[float, int]:
+    """Sum over the answers' tokens of KL(policy ‖ reference) of the next-token distributions, in nats; the tokens."""
+    labels = inputs["labels"][:, 1:]
+    given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    ours, theirs = (
+        each(**given, use_cache=False).logits[:, :-1].float().log_softmax(-1) for each in (model, reference)
+    )
+    each = (ours.exp() * (ours - theirs)).sum(-1)
+    answers = labels != -100
+    return float(each[answers].sum()), int(answers.sum())
+
+
+@functools.lru_cache(maxsize=1)
+def _reference(uri: str) -> Mu2ForConditionalGeneration:
+    """The parent, kept by a process that trains several times from it."""
+    return load(uri)[0]

@@ -1,0 +1,1 @@
+"""Sweeps over the tokenizer and over DPO, and the paper's ablation, on Ray Tune."""
