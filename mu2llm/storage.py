@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from mu2llm.errors import Failure, UserError
 T = TypeVar("T")
 ATTEMPTS = 5
 SDK_ATTEMPTS = 4  # of one request within each of them
+GCS_RETRIES = timedelta(seconds=10)  # its own are 15 minutes long, without a word
 REQUESTS = 16  # at once, for the files of a folder
 READ_BYTES = 2**25  # of one request, at most
 BACK_OFF_S = 0.1  # before the second attempt; doubled before each further one
@@ -47,7 +49,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     if scheme == "s3":
         return _s3(), rest.rstrip("/")
     if scheme in ("gs", "gcs"):
-        return pafs.GcsFileSystem(), rest.rstrip("/")
+        return pafs.GcsFileSystem(retry_time_limit=GCS_RETRIES), rest.rstrip("/")
     raise UserError(f"{uri}: storage {scheme!r} is not known; give a local path, s3:// or gs://")
 
 

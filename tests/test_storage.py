@@ -186,3 +186,11 @@ def test_joined_paths_come_apart_again(parts):
         assert storage.parent(uri) == "/".join([root, *parts[:-1]])
         assert storage.below(root, "/".join(parts)) == uri
         assert storage.below("elsewhere", storage.absolute(uri)) == storage.absolute(uri)
+
+
+def test_google_storage_that_does_not_answer_is_not_waited_for_in_silence(monkeypatch):
+    """Its client alone would try again for a quarter of an hour."""
+    made = []
+    monkeypatch.setattr(storage.pafs, "GcsFileSystem", lambda **options: made.append(options))
+    assert storage.resolve("gs://bucket/scan.nii.gz")[1] == "bucket/scan.nii.gz"
+    assert made[0]["retry_time_limit"].total_seconds() <= 30

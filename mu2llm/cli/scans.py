@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from mu2llm import config, storage
 from mu2llm.cli.app import Address, DryRun, Json, Out, Preset, Set, app, dry_run, progress_bars, show
@@ -43,13 +43,23 @@ def inspect(
     if as_json:
         print(json.dumps(items))
         return
-    table = Table("scan", "status", "shape", "spacing mm", "axes", "HU", "warnings")
     for item in items:
-        told = ["×".join(f"{n:g}" for n in item[key] or ()) for key in ("shape", "spacing")]
-        hu = "…".join(f"{n:g}" for n in item["hu_range"] or ())
-        status = f"[red]{item['reason']}[/]: {escape(item['message'])}" if item["reason"] else "[green]ok[/]"
-        table.add_row(escape(item["path"]), status, *told, item["orientation"], hu, ", ".join(item["warnings"]))
-    Console().print(table)
+        Console().print(*_told(item), sep="\n  ", highlight=False, soft_wrap=True)
+
+
+def _told(item: dict[str, Any]) -> Iterator[str]:
+    """Lines for people: the scan, what it is or why it is rejected, and what was set right."""
+    from mu2llm import ct
+
+    yield f"[bold]{escape(item['path'])}[/]"
+    if item["status"] == "rejected":
+        yield f"[red]rejected[/]  {item['reason']}: {escape(item['message'])}"
+        return
+    shape, spacing = ("×".join(f"{n:g}" for n in item[key]) for key in ("shape", "spacing"))
+    low, high = item["hu_range"]
+    yield f"[green]ok[/]  {shape} voxels of {spacing} mm, stored {item['orientation']}, {low:g} to {high:g} HU"
+    for code in item["warnings"]:
+        yield f"[yellow]{code}[/]: {ct.WARNINGS[code]}"
 
 
 def _pictures(paths: list[str], folder: str) -> list[str]:

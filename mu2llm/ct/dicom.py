@@ -137,8 +137,8 @@ def _as_pixel(value: object, dtype: np.dtype) -> int | None:
     if not isinstance(value, int):
         return None
     bits = 8 * dtype.itemsize
-    value %= 2**bits
-    return value - 2**bits if dtype.kind == "i" and value >= 2 ** (bits - 1) else value
+    stored = int(value) % 2**bits
+    return stored - 2**bits if dtype.kind == "i" and stored >= 2 ** (bits - 1) else stored
 
 
 def _read_enhanced(each: Slice, uri: str, warnings: set[str]) -> CTVolume:

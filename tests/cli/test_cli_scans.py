@@ -76,11 +76,15 @@ def test_pictures_of_scans_with_the_same_name_do_not_overwrite_each_other(run, t
     assert first != second
 
 
-def test_the_table_for_people_shows_names_as_they_are(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "240")
-    (tmp_path / "scan[red].nii").write_bytes(nifti(chest(), compress=False))
-    code, out, _ = run("inspect", tmp_path / "scan[red].nii")
-    assert code == 0 and "scan[red].nii" in out and "24×20×16" in out and "2×2.5×3" in out
+def test_people_are_told_everything_in_a_narrow_terminal_too(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    (tmp_path / "scan[red].nii").write_bytes(nifti(chest() + 1024, compress=False))
+    (tmp_path / "empty.nii").write_bytes(b"")
+    code, out, _ = run("inspect", tmp_path / "scan[red].nii", tmp_path / "empty.nii")
+    first, facts, warning, second, why = out.splitlines()
+    assert code == 0 and first.endswith("scan[red].nii") and second.endswith("empty.nii")
+    assert "24×20×16 voxels of 2×2.5×3 mm, stored RAS" in facts and "not_hu: the distribution" in warning
+    assert "rejected  empty: the file has no bytes" in why
 
 
 def ingest(run, folder, out, *more):
