@@ -18,7 +18,7 @@ _SECTIONS = {
     "matched": "[Matched Findings]",
 }
 _ORDER = ["explanation", *_SECTIONS]
-_TITLE = r"(?:clinically[ \t-]+)?(?:in)?significant[ \t]+errors?|match(?:ed|ing)[ \t]+findings?|explanation"
+_TITLE = r"(?:clinically[ \t-]+)?(?:in|non[ \t-]?)?significant[ \t]+errors?|match(?:ed|ing)[ \t]+findings?|explanation"
 _HEADER = re.compile(
     rf"\[[ \t]*({_TITLE})[ \t]*:?[ \t]*\]?[ \t]*:?"  # in brackets: anywhere
     rf"|^[^\w\[\n]*(?:\d[.)][ \t]*)?({_TITLE})(?:[ \t]*\]?[ \t]*:|[ \t]*\]|[ \t]*$|(?=[ \t]+[-–—]))"  # on a line
@@ -39,7 +39,9 @@ _NAMES = {
 _ANY_NAME = "|".join(_NAMES.values())
 _FIRST_WORDS = "|".join(sorted({name.split()[0] for name in ERROR_CATEGORIES.values()}))
 _LETTERED = re.compile(
-    rf"^[^\w(\n]*\(?[ \t]*([a-f])[ \t]*[).:](?!\w)|\(([a-f])\)(?=\s*(?:{_FIRST_WORDS}))", re.IGNORECASE | re.MULTILINE
+    rf"^[^\w(\n]*(?:(?:category|type|error)[ \t]+)?\(?[ \t]*([a-f])[ \t]*[).:]:?(?!\w)"
+    rf"|\(([a-f])\)(?=\s*(?:{_FIRST_WORDS}))",
+    re.IGNORECASE | re.MULTILINE,
 )
 _NUMBERED = re.compile(
     rf"^[^\w(\n]*\(([1-6])\)|^[^\w(\n]*([1-6])[).:](?=\s*(?:{_ANY_NAME}))|\(([1-6])\)(?=\s*(?:{_FIRST_WORDS}))",
@@ -51,7 +53,12 @@ _TAILS = "|".join(re.escape(" ".join(name.split()[-2:])) for name in ERROR_CATEG
 _SWALLOWED = re.compile(rf"(?:{_TAILS})\s*:\s*\d", re.IGNORECASE)
 
 _WORDS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
-_LEAD = re.compile(r"(?:[\s:=,>\"'(\[]|[-–—](?=\s))*")
+_GAP = r"(?:[\s:=,>\"'(\[]|[-–—](?=\s))*"
+_LEAD = re.compile(
+    rf"{_GAP}(?:(?:count|total|n|number(?:\s+of\s+(?:matched\s+|matching\s+)?(?:errors?|findings?))?)\s*[:=]{_GAP}"
+    r"|there\s+(?:are|is|were|was)\s+(?=\d))?",
+    re.IGNORECASE,
+)
 _NUMBER = re.compile(
     r"(\d{1,9})(?:\.0+(?![\d\w]))?"
     r"(?![.,]\d|[\w%/°+]|\s*(?:/|±|[-–—]|to\b|or\b|out\b|of\b|x\b|×)\s*\d|\s*(?:mm|cm|ml|cc|hu|%|percent|x)\b)"
@@ -59,7 +66,10 @@ _NUMBER = re.compile(
     r"[)\]\"']*(?P<stop>\s*(?:[.;:,)]|[-–—]\s)|[ \t]*\n|\s*\Z)?",
     re.IGNORECASE,
 )
-_SPELLED = re.compile(rf"({'|'.join(_WORDS)})\s*(?:[.;]|\n|\Z)", re.IGNORECASE)
+_SPELLED = re.compile(
+    rf"({'|'.join(_WORDS)})(?:\s*\((\d+)\))?(?:\s+(?:errors?|findings?|match(?:es|ed)?(?:\s+findings?)?))?\s*(?:[.;:]|\n|\Z)",
+    re.IGNORECASE,
+)
 _NOTHING = re.compile(
     r"(?:there\s+(?:are|were|is)\s+)?(?:none|nil|zero|no|n/a|not\s+applicable)\b"
     r"(?:\s+(?:other|additional|such|clinically|significant|insignificant|matched|matching|errors?|findings?|"
@@ -104,6 +114,7 @@ def _plain(text: str) -> str:
     text = re.sub(
         r"[\u200b-\u200f\u2060\ufeff\x00-\x08\x0e-\x1f\x7f]|\*+|`+|__|~~|^[ \t]*#+", "", text, flags=re.MULTILINE
     )
+    text = re.sub(r"^[ \t]*\|(.*)\|[ \t]*$", lambda row: row[1].replace("|", " "), text, flags=re.MULTILINE)
     return re.sub(r"\n(?: ?\n)+", "\n\n", re.sub(r"[^\S\n]+", " ", text))
 
 
@@ -159,7 +170,7 @@ def _kind(header: re.Match[str]) -> str:
         return "matched"
     if title.startswith("expl"):
         return "explanation"
-    return "insignificant" if "insignificant" in title else "significant"
+    return "insignificant" if re.search(r"\b(?:in|non[ \t-]?)significant", title) else "significant"
 
 
 def _read(sections: dict[str, str]) -> Judgement:
@@ -231,7 +242,8 @@ def _count(text: str, where: str) -> tuple[int, str]:
     """The whole number at the beginning of a text and what follows it."""
     start = _LEAD.match(text).end()  # type: ignore[union-attr]
     given = " ".join(text[start : start + 40].split())
-    if spelled := _SPELLED.match(text, start):
+    spelled = _SPELLED.match(text, start)
+    if spelled and spelled[2] in (None, str(_WORDS[spelled[1].lower()])):
         return _WORDS[spelled[1].lower()], text[spelled.end() :]
     if _is_nothing(text[start:]):
         return 0, ""
