@@ -6,12 +6,27 @@ from typing import Annotated
 
 import typer
 
-from mu2llm import config
-from mu2llm.cli.app import Address, Data, DryRun, Json, Out, Preset, Set, app, dry_run, progress_bars, show
+from mu2llm import config, tracking
+from mu2llm.cli.app import (
+    Address,
+    CheckpointUri,
+    Data,
+    DryRun,
+    Json,
+    Out,
+    Preset,
+    Set,
+    app,
+    dry_run,
+    progress_bars,
+    show,
+)
 
 train_app = typer.Typer(no_args_is_help=True, help="One stage of training.")
 app.add_typer(train_app, name="train")
-Init = Annotated[str | None, typer.Option("--init", help="Checkpoint to start from.")]
+Init = Annotated[
+    str | None, typer.Option("--init", parser=tracking.locate, metavar="URI", help="Checkpoint to start from.")
+]
 
 
 def _train(
@@ -65,11 +80,14 @@ _stage_command("dpo", "The SFT model learns to prefer what the judge preferred; 
 
 @app.command()
 def prefer(
-    checkpoint: Annotated[str, typer.Option(help="The SFT checkpoint that writes the candidates.")],
+    checkpoint: CheckpointUri,
     data: Data,
     out: Out,
     judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH or openai:MODEL@URL")] = None,
     negatives: Annotated[str | None, typer.Option(help="sampled or corrupted")] = None,
+    corrections: Annotated[
+        str | None, typer.Option(help="JSON lines of radiologists' corrections, or a folder of such files.")
+    ] = None,
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
     address: Address = None,
@@ -80,13 +98,19 @@ def prefer(
     overrides = [*set_, *([f"judge.name={judge}"] if judge else [])]
     experiment = config.load(preset, [*overrides, *([f"preferences.negatives={negatives}"] if negatives else [])])
     if dry:
-        dry_run(experiment, [checkpoint, data], [out], f"judge {experiment.judge.name}")
+        reads = [checkpoint, data, *([corrections] if corrections else [])]
+        dry_run(experiment, reads, [out], f"judge {experiment.judge.name}")
     from mu2llm import cluster
     from mu2llm.stages import preferences
 
     with cluster.session(address), progress_bars() as bars:
         result = preferences.prefer(
-            checkpoint, data, out, experiment, progress=lambda done, all_: bars("candidates", done, all_, {})
+            checkpoint,
+            data,
+            out,
+            experiment,
+            progress=lambda done, all_: bars("candidates", done, all_, {}),
+            corrections=corrections,
         )
     keys = {"cases", "candidates", "pairs", "cases_with_pairs", "dropped", "green_best", "green_worst", "judge"}
     show(result.model_dump(include=keys), as_json)

@@ -29,31 +29,43 @@ from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, add_lora, lo
 from mu2llm.records import Checkpoint, PreferencePair
 from mu2llm.stages import runner
 from mu2llm.stages.preferences import Preferences, read_pairs
+from mu2llm.stages.validation import Validation
 
 BATCH = 8
 
 
 def run(
-    data: str, out: str, experiment: Experiment, init: str | None = None, progress: runner.Progress | None = None
+    data: str,
+    out: str,
+    experiment: Experiment,
+    init: str | None = None,
+    progress: runner.Progress | None = None,
+    watch: runner.Watch | None = None,
 ) -> Checkpoint:
     """Trains on the pairs that `prefer` wrote at `data`, from `init` (default: the checkpoint that wrote them)."""
+    data = storage.absolute(data)
     preferences, pairs = Preferences.open(data), read_pairs(data)
     init = init or preferences.checkpoint
     shards = Shards.open(preferences.shards)
     check(preferences, shards, pairs, init)
     job = runner.job(
         "dpo", shards, out, experiment, init, data=data, data_checksum=preferences.identity, rows=len(pairs)
-    ).model_copy(update={"judge": preferences.judge, "shards": preferences.shards, "split": preferences.split})
+    ).model_copy(update={"judge": preferences.judge, "shards": shards.uri, "split": preferences.split, "watch": watch})
     done = runner.finished(job)
     if done:
         return done
     runner.check_resources(job.settings)
-    settings = experiment.dpo
+    return runner.run(prepared(job, shards, pairs), loop, progress)
+
+
+def prepared(job: runner.Job, shards: Shards, pairs: list[PreferencePair]) -> runner.Job:
+    """The job with what is made once for all jobs on these pairs from this parent: features, log-probabilities."""
+    settings = job.resolved.dpo
+    assert job.parent
     if settings.freeze_vision:
-        features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker)
+        features = encode_scans(job.parent, shards, settings.cpus_per_worker, settings.gpus_per_worker)
         job = job.model_copy(update={"features": features.uri})
-    job = job.model_copy(update={"reference": reference_logps(job, pairs)})
-    return runner.run(job, loop, progress)
+    return job.model_copy(update={"reference": reference_logps(job, pairs)})
 
 
 def check(preferences: Preferences, shards: Shards, pairs: list[PreferencePair], init: str) -> None:
@@ -102,6 +114,8 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
             processing_class=processor.tokenizer,
         )
         trainer.batches = batches
+        if job.watch:
+            trainer.add_callback(Validation(job, trainer, processor, shards))
 
         def finish(target: str) -> dict[str, float]:
             merge_lora(model).save_pretrained(target)
@@ -126,7 +140,24 @@ def loss_arguments(settings: DpoConfig) -> dict[str, Any]:
 
 
 class Mu2DPOTrainer(runner.Streamed, DPOTrainer):
-    """trl's trainer on our stream: what it would do to a dataset of its own falls away."""
+    """trl's trainer on our stream: what it would do to a dataset of its own falls away.
+
+    Beside what trl logs: `lengths/chosen` and `lengths/rejected` in tokens, and `kl`, the mean of
+    log reference − log policy over the reports; of reports that the reference sampled that is an estimate of
+    KL(reference ‖ policy), in nats a report.
+    """
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        metrics = self._metrics["train" if model.training else "eval"]
+        chosen, rejected = self.accelerator.gather(inputs["completion_mask"].sum(1)[None].float()).chunk(2, dim=1)
+        metrics["lengths/chosen"].append(chosen.mean().item())
+        metrics["lengths/rejected"].append(rejected.mean().item())
+        rewards = metrics["rewards/chosen"][-1] + metrics["rewards/rejected"][-1]
+        metrics["kl"].append(-rewards / (2 * self.beta))
+        return loss
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset

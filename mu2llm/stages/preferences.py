@@ -1,13 +1,14 @@
 """Preference data: candidates of a checkpoint → judgements → pairs of a better and a worse report.
 
 Everything is kept under `out`: `candidates`, `judgements` and `pairs` as Parquet, and `preferences.json`, which
-names the shards, spec and split they came from and is written last. Sampling resumes by batches of cases.
+names the shards, spec and split they came from and is written last. Sampling resumes by batches of cases, and what
+a language model has judged is not asked again. Radiologists' corrections are pairs too, without a judge.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from statistics import fmean
 from typing import ClassVar, Self
@@ -25,7 +26,7 @@ from mu2llm.evaluation.encode import encode_scans
 from mu2llm.evaluation.generate import generate
 from mu2llm.evaluation.predictions import Request
 from mu2llm.green import Judge, load_judge
-from mu2llm.records import Candidate, Case, Checkpoint, Judgement, PreferencePair, Record
+from mu2llm.records import Candidate, Case, Checkpoint, Correction, Judgement, PreferencePair, Record
 from mu2llm.stages.corruption import corrupt
 from mu2llm.stages.pairs import Judged, make_pairs, screen
 
@@ -68,20 +69,33 @@ def prefer(
     experiment: Experiment,
     judge: Judge | None = None,
     progress: Progress | None = None,
+    corrections: str | None = None,
 ) -> Preferences:
-    """Samples, judges and pairs. Raises UserError where checkpoint and shards do not fit, Failure without any pair."""
+    """Samples, judges and pairs; `corrections` (a URI of JSON lines) of the split's scans are added as they are.
+
+    Raises UserError where checkpoint and shards do not fit or no correction is of one of the split's scans, Failure
+    without any pair.
+    """
     shards, origin = Shards.open(data), Checkpoint.open(checkpoint)
-    judge = judge or load_judge(experiment.judge)
+    kept_under = experiment.judge.cache or storage.join(out, "judging")
+    judge = judge or load_judge(experiment.judge.model_copy(update={"cache": kept_under}))
+    corrected = Correction.read(corrections) if corrections else []
     settings = experiment.preferences
     decides = [settings.model_dump(mode="json"), judge.identity, experiment.seed]
+    decides += [] if experiment.data.fraction == 1 else [experiment.data.fraction]
+    decides += [correction.row() for correction in corrected]
     identity = config.digest([origin.lineage.identity, shards.checksum, *decides])
     if storage.exists(storage.join(out, Preferences.FILE)):
         there = Preferences.open(out)
         if there.identity != identity:
             raise UserError(f"{out} holds pairs made otherwise; name another --out or delete it")
         return there
-    cases = {case.id: case for case in shards.cases(settings.split)[: settings.max_cases]}
-    sampled = _sample(checkpoint, shards, out, experiment, progress)
+    human, unused = correction_pairs(corrected, shards.cases(settings.split))
+    if corrected and not human:
+        raise UserError(f"{corrections}: none of {len(corrected)} corrections makes a pair: {_listed(unused)}")
+    request = _request(checkpoint, shards, experiment)
+    cases = {case.id: case for case in request.cases(shards)}
+    sampled = _sample(request, out, progress)
     if settings.negatives == "corrupted":
         sampled += _corrupted(sampled, cases, experiment.seed)
     kept, dropped = _screened(sampled, settings.min_words)
@@ -92,6 +106,8 @@ def prefer(
         made, why = make_pairs(experiment.evaluation.question, list(group), settings)
         pairs += made
         dropped += why
+    pairs += human
+    dropped += unused
     result = Preferences(
         shards=storage.lasting(data),
         data_checksum=shards.checksum,
@@ -114,18 +130,53 @@ def prefer(
     return result
 
 
+def correction_pairs(
+    corrections: Sequence[Correction], cases: Sequence[Case]
+) -> tuple[list[PreferencePair], Counter[str]]:
+    """What was corrected in reports of the cases' scans, the edited report preferred, and why others are no pairs."""
+    by_volume = {storage.absolute(case.volume): case.id for case in cases}
+    pairs: list[PreferencePair] = []
+    unused: Counter[str] = Counter()
+    for correction in corrections:
+        case_id = by_volume.get(storage.absolute(correction.volume)) if correction.volume else None
+        chosen, rejected = (" ".join(text.split()) for text in (correction.chosen, correction.rejected))
+        if correction.volume is None:
+            unused["correction_of_a_scan_that_was_not_kept"] += 1
+        elif case_id is None:
+            unused["correction_of_a_scan_not_in_the_split"] += 1
+        elif chosen == rejected or not chosen or not rejected:
+            unused["correction_without_a_change"] += 1
+        else:
+            pairs.append(
+                PreferencePair(
+                    case_id=case_id,
+                    prompt=correction.question,
+                    chosen=correction.chosen,
+                    rejected=correction.rejected,
+                    chosen_score=None,
+                    rejected_score=None,
+                    judge="human",
+                    origin="human",
+                )
+            )
+    return pairs, unused
+
+
+def _listed(reasons: Counter[str]) -> str:
+    return ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in reasons.items())
+
+
 def read_pairs(uri: str) -> list[PreferencePair]:
     """The pairs at a URI that `prefer` wrote, in order."""
     table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(uri, "pairs.parquet"))))
     return [PreferencePair.from_row(row) for row in table.to_pylist()]
 
 
-def _sample(
-    checkpoint: str, shards: Shards, out: str, experiment: Experiment, progress: Progress | None
-) -> list[Candidate]:
-    """`candidates` texts a case, each scan encoded once; what is finished is kept below `out` and not done again."""
-    settings, stage = experiment.preferences, experiment.dpo
-    request = Request(
+def _request(checkpoint: str, shards: Shards, experiment: Experiment) -> Request:
+    """`candidates` texts a case, each scan encoded once."""
+    settings, stage, share = experiment.preferences, experiment.dpo, experiment.data.fraction
+    few = share < 1 and settings.split == "train"
+    return Request(
         checkpoints={"policy": checkpoint},
         data=encode_scans(checkpoint, shards, stage.cpus_per_worker, stage.gpus_per_worker).uri,
         split=settings.split,
@@ -139,11 +190,16 @@ def _sample(
         ),
         batch_size=settings.batch_size,
         max_cases=settings.max_cases,
+        ids=tuple(shards.share("train", share, experiment.seed)) if few else None,
         cpus=stage.cpus_per_worker,
         gpus=stage.gpus_per_worker,
     )
+
+
+def _sample(request: Request, out: str, progress: Progress | None) -> list[Candidate]:
+    """The candidates; what is finished is kept below `out` and not done again."""
     written = generate(request, storage.join(out, "sampling"), progress)
-    seed = experiment.seed
+    seed = request.decoding.seed
     return [Candidate(case_id=p.case_id, index=p.index, text=p.text, origin="sampled", seed=seed) for p in written]
 
 

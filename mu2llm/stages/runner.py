@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 import ray.train
@@ -23,18 +25,42 @@ import torch
 from pydantic import BaseModel, Field
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from mu2llm import config, storage, tracking
+from mu2llm import config, storage, telemetry, tracking
 from mu2llm.cases import Shards, Stream
-from mu2llm.config import Experiment, StageConfig
+from mu2llm.config import Experiment, StageConfig, ValidationConfig
 from mu2llm.errors import Failure, UserError
 from mu2llm.records import Checkpoint, Lineage, Training
 
+if TYPE_CHECKING:
+    from mu2llm.stages.held_out import HeldOut
+
 Progress = Callable[[dict[str, float]], None]
-_NOT_OF_THE_RESULT = {
+_NOT_OF_THE_RESULT: set[str] = {
     *("workers", "gpus_per_worker", "cpus_per_worker", "max_failures"),
-    *("save_steps", "keep_checkpoints", "log_steps"),
+    *("save_steps", "keep_checkpoints", "log_steps", "validation", "gradient_checkpointing"),
 }
+_OF_THE_SCAN = ("volumes", "vision_features", "chunk_mask", "question_ids", "question_mask")
+LOSS = "validation/loss"
+SCORE = "less_loss"  # −LOSS: where lower is better, Ray takes a checkpoint without any for the best
+FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, until the driver publishes it
 PROGRESS_FILE = "mu2llm_progress.json"  # in every intermediate checkpoint: what is cumulative over resumes
+
+
+class Watch(BaseModel):
+    """Reports on held-out cases while a stage trains, `times` spread evenly over its steps, the last at its end.
+
+    `out` is the URI of a Parquet table for the last reports; `kl` measures how far the policy is from its parent.
+    """
+
+    times: int = Field(1, ge=1)
+    cases: int | None = Field(None, ge=1)
+    split: Literal["validation", "test"] = "validation"
+    kl: bool = False
+    out: str | None = None
+
+    def steps(self, total: int) -> list[int]:
+        """After which optimiser steps of `total`."""
+        return sorted({max(1, round(total * (i + 1) / self.times)) for i in range(self.times)})
 
 
 class Job(BaseModel):
@@ -56,6 +82,7 @@ class Job(BaseModel):
     split: str = "train"
     reference: str | None = Field(None, description="dpo: URI of the reference's log-probabilities")
     features: str | None = Field(None, description="URI of the cached vision features that are read in place of voxels")
+    watch: Watch | None = Field(None, description="held-out reports while it trains")
 
     @property
     def resolved(self) -> Experiment:
@@ -64,6 +91,12 @@ class Job(BaseModel):
     @property
     def settings(self) -> StageConfig:
         return getattr(self.resolved, self.stage)
+
+    @property
+    def validation(self) -> ValidationConfig | None:
+        """How its intermediate checkpoints are validated, if they are."""
+        validation = getattr(self.settings, "validation", None)
+        return validation if validation and validation.steps and self.settings.workers else None
 
     @property
     def state(self) -> str:
@@ -80,18 +113,12 @@ class Job(BaseModel):
     @property
     def identity(self) -> str:
         """Digest of all that decides the result: not of workers, progress or how often one saves."""
-        settings = self.settings.model_dump(mode="json")
-        for name in (
-            "workers",
-            "gpus_per_worker",
-            "cpus_per_worker",
-            "max_failures",
-            "save_steps",
-            "keep_checkpoints",
-            "log_steps",
-        ):
-            settings.pop(name)
+        settings = self.settings.model_dump(mode="json", exclude=_NOT_OF_THE_RESULT)
         parts = [self.stage, settings, self.experiment["model"], self.experiment["seed"]]
+        share = self.experiment["data"]["fraction"]
+        parts += [] if share == 1 else [share]
+        validation = self.validation
+        parts += [validation.steps, validation.cases] if validation and validation.publish == "best" else []
         return config.digest([*parts, self.data_checksum, self.parent_identity])
 
 
@@ -119,19 +146,50 @@ def job(
         )
     if not shards.count("train"):
         raise UserError(f"{shards.uri} has no rows in split train; ingest more scans or change data.split")
+    origin = Checkpoint.open(parent) if parent else None
+    if origin:
+        _check_parent(origin, experiment)
     values = {
         "stage": stage,
         "experiment": experiment.model_dump(mode="json"),
         "data": shards.uri,
         "data_checksum": shards.checksum,
-        "out": out,
-        "parent": parent,
-        "parent_identity": Checkpoint.open(parent).lineage.identity if parent else "",
+        "out": storage.absolute(out),  # workers stand in another folder
+        "parent": parent and storage.absolute(parent),
+        "parent_identity": origin.lineage.identity if origin else "",
         "spec_hash": shards.spec.hash,
-        "rows": shards.count("train"),
+        "rows": len(shards.share("train", experiment.data.fraction, experiment.seed)),
         "git_commit": tracking.git_commit(),
     }
     return Job(**{**values, **more})
+
+
+def _check_parent(parent: Checkpoint, experiment: Experiment) -> None:
+    """A UserError where a checkpoint to start from has another spec or other sizes than the experiment."""
+    if parent.lineage.spec_hash != experiment.data.spec.hash:
+        raise UserError(
+            f"{parent.uri} expects spec {parent.lineage.spec_hash}, preset {experiment.name} has "
+            f"{experiment.data.spec.name} ({experiment.data.spec.hash}): start from a checkpoint of the same preset"
+        )
+    ours, theirs = experiment.model.model_dump(mode="json"), parent.experiment["model"]
+    parts = {"contrastive": ("vision",), "converted": ("vision", "tokenizer")}.get(
+        parent.lineage.stage, ("vision", "tokenizer", "language_model")
+    )
+    if ours["language_model"] == "small" and "language_model" in parts:
+        parts = (*parts, "small")
+    different = [name for part in parts for name in _different(f"model.{part}", theirs[part], ours[part])]
+    if different:
+        raise UserError(
+            f"{parent.uri} is of another architecture than preset {experiment.name}: {'; '.join(different)}; name the "
+            "preset that it was trained with, or start from another"
+        )
+
+
+def _different(name: str, theirs: Any, ours: Any) -> list[str]:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = [key for key in ours if key in theirs and key != "weights"]
+        return [each for key in keys for each in _different(f"{name}.{key}", theirs[key], ours[key])]
+    return [] if theirs == ours else [f"{name} is {theirs} there, {ours} here"]
 
 
 def finished(job: Job) -> Checkpoint | None:
@@ -147,8 +205,12 @@ def finished(job: Job) -> Checkpoint | None:
     return checkpoint
 
 
-def run(job: Job, loop: Callable[[Job, Resume], None], progress: Progress | None = None) -> Checkpoint:
+def run(
+    job: Job, loop: Callable[[Job, Resume], None], progress: Progress | None = None, held_out: HeldOut | None = None
+) -> Checkpoint:
     """Runs a stage to its end, from where an interrupted run of the same job left off.
+
+    `held_out` validates its intermediate checkpoints where the job asks for it.
 
     Raises UserError where the workers do not fit the cluster, Failure where training failed.
     """
@@ -158,36 +220,12 @@ def run(job: Job, loop: Callable[[Job, Resume], None], progress: Progress | None
     check_resources(job.settings)
     _drop_other_state(job)
     settings = job.settings
-    filesystem, path = storage.resolve(job.state)
     tracked = _track(job)
     job = job.model_copy(update={"run": tracked.key})
-    with tempfile.TemporaryDirectory() as folder, _relay(Path(folder) / "progress.jsonl", job.total_steps, progress):
-        trainer = ray.train.torch.TorchTrainer(
-            _worker,
-            train_loop_config={"job": job.model_dump(), "loop": loop},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=settings.workers,  # type: ignore[arg-type]  # (MIN, MAX): elastic
-                use_gpu=settings.gpus_per_worker > 0,
-                resources_per_worker=_resources(settings),
-            ),
-            run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the options of Train V1
-                name="train",
-                storage_path=path,
-                storage_filesystem=filesystem,
-                failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
-                callbacks=[_Reporter(str(Path(folder) / "progress.jsonl"), tracked)],  # type: ignore[list-item]
-                worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
-            ),
-        )
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            tracking.end_stage(tracked, {"why": _cause(error)}, "FAILED")
-            raise Failure(f"{job.stage} failed: {_cause(error)}; what was trained is kept in {job.state}") from error
-        except BaseException:
-            tracking.end_stage(tracked, {}, "KILLED")
-            raise
+    if settings.workers == 0:
+        _run_here(job, loop, tracked, progress)
+    else:
+        _run_on_workers(job, loop, tracked, progress, held_out if job.validation else None)
     stopped = storage.join(job.state, "stopped.json")
     if storage.exists(stopped):
         told = storage.read_json(stopped)
@@ -195,7 +233,7 @@ def run(job: Job, loop: Callable[[Job, Resume], None], progress: Progress | None
         if told.get("mistake"):
             raise UserError(told["why"])
         raise Failure(f"{job.stage} stopped: {told['why']}; see {stopped}")
-    checkpoint = Checkpoint.open(job.out)
+    checkpoint = _publish(job, held_out if job.validation else None)
     storage.delete(job.state)
     tracking.end_stage(tracked, {"checkpoint": tracking.place(job.out)})
     return checkpoint
@@ -227,6 +265,7 @@ def _run_here(
 
     def told(numbers: dict[str, float]) -> None:
         tracked.log(numbers, step=int(numbers.get("step", 0)))
+        telemetry.trained(job.stage, tracked.key, {**numbers, "total": job.total_steps})
         if progress:
             progress({**numbers, "total": job.total_steps})
 
@@ -241,10 +280,15 @@ def _run_here(
 
 
 def _run_on_workers(
-    job: Job, loop: Callable[[Job, Resume], None], tracked: tracking.StageRun, progress: Progress | None
+    job: Job,
+    loop: Callable[[Job, Resume], None],
+    tracked: tracking.StageRun,
+    progress: Progress | None,
+    held_out: HeldOut | None,
 ) -> None:
     settings = job.settings
     filesystem, path = storage.resolve(job.state)
+    score: dict[str, Any] = {"checkpoint_score_attribute": SCORE} if held_out else {}
     with tempfile.TemporaryDirectory() as folder, _relay(Path(folder) / "progress.jsonl", job.total_steps, progress):
         trainer = ray.train.torch.TorchTrainer(
             _worker,
@@ -259,31 +303,42 @@ def _run_on_workers(
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
-                callbacks=[_Reporter(str(Path(folder) / "progress.jsonl"), tracked)],  # type: ignore[list-item]
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints, **score),
+                callbacks=[_Reporter(str(Path(folder) / "progress.jsonl"), tracked, job)],  # type: ignore[list-item]
                 worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
             ),
+            validation_config=held_out.tasks(job, tracked) if held_out else None,  # type: ignore[call-arg]
         )
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
-            tracking.end_stage(tracked, {}, "FAILED")
+            tracking.end_stage(tracked, {"why": _cause(error)}, "FAILED")
             raise Failure(f"{job.stage} failed: {_cause(error)}; what was trained is kept in {job.state}") from error
+        except BaseException:
+            tracking.end_stage(tracked, {}, "KILLED")
+            raise
 
 
 def check_resources(settings: StageConfig) -> None:
     """A UserError where the least number of workers can never fit the cluster as it is."""
     least, most = (settings.workers, settings.workers) if isinstance(settings.workers, int) else settings.workers
-    for workers in range(least, most + 1):
+    for workers in range(max(least, 1), most + 1):
         if settings.batch_size % workers:
             raise UserError(f"batch_size {settings.batch_size} is global: it does not divide among {workers} workers")
-    have = ray.cluster_resources()
+    have = capacity()
     for name, each in _resources(settings).items():
         if least * each > have.get(name, 0):
             raise UserError(
                 f"{least} workers of {each:g} {name} need {least * each:g}; the cluster has {have.get(name, 0):g}: "
                 "ask for fewer workers or join a larger cluster"
             )
+
+
+def capacity() -> dict[str, float]:
+    """What the cluster has, or can grow to where it scales itself."""
+    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    have = ray.cluster_resources()
+    return {name: max(have.get(name, 0), most.get(name, 0)) for name in {*have, *most}}
 
 
 def _resources(settings: StageConfig) -> dict[str, float]:
@@ -314,16 +369,17 @@ def _cause(error: BaseException) -> str:
 
 
 class _Reporter(ray.train.UserCallback):
-    """Runs on the controller: every report goes to the tracking store and to the driver's progress line."""
+    """Runs on the controller: every report goes to the tracking store, to operators, to the driver's progress line."""
 
-    def __init__(self, path: str, run: tracking.StageRun) -> None:
-        self.path, self.run = path, run
+    def __init__(self, path: str, run: tracking.StageRun, job: Job) -> None:
+        self.path, self.run, self.job = path, run, job
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         numbers = {name: value for name, value in metrics[0].items() if isinstance(value, int | float)}
         with open(self.path, "a") as stream:
             stream.write(json.dumps(numbers) + "\n")
         self.run.log(numbers, step=int(numbers.get("step", 0)))
+        telemetry.trained(self.job.stage, self.run.key, {**numbers, "total": self.job.total_steps})
 
 
 @contextlib.contextmanager
@@ -334,7 +390,9 @@ def _relay(path: Path, total: int, progress: Progress | None) -> Iterator[None]:
 
     def follow() -> None:
         with path.open() as stream:
-            while not stop.wait(0.2):
+            ended = False
+            while not ended:
+                ended = stop.wait(0.2)  # what was written before the end is still passed on
                 for line in stream:
                     if progress:
                         progress({**json.loads(line), "total": total})
@@ -351,6 +409,59 @@ def _relay(path: Path, total: int, progress: Progress | None) -> Iterator[None]:
 # ---- on the workers
 
 
+class _OnRayTrain:
+    """Where a worker stands among others, and how it reports: Ray Train's."""
+
+    @property
+    def rank(self) -> int:
+        return int(ray.train.get_context().get_world_rank())
+
+    @property
+    def world(self) -> int:
+        return int(ray.train.get_context().get_world_size())
+
+    def report(self, metrics: dict[str, Any], folder: Path | None = None, validate: int | None = None) -> None:
+        """Metrics, with a folder an intermediate checkpoint; `validate` is its step if it is to be validated."""
+        if folder is None:
+            ray.train.report(metrics)
+            return
+        ray.train.report(  # type: ignore[call-arg]  # mypy sees the options of Train V1
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            validation=ray.train.ValidationTaskConfig(fn_kwargs={"step": validate}) if validate else False,
+        )
+
+    def preempted(self) -> bool:
+        return ray.train.get_preemption_info() is not None
+
+    def checkpoint(self) -> str | None:
+        """The last intermediate checkpoint as a local folder."""
+        checkpoint = ray.train.get_checkpoint()
+        return checkpoint.to_directory(tempfile.mkdtemp(prefix="mu2llm-resume-")) if checkpoint else None
+
+
+class _Here(_OnRayTrain):
+    """The same where the process itself trains: alone, and anew from its start."""
+
+    rank, world = 0, 1  # type: ignore[assignment]
+
+    def __init__(self, told: Progress) -> None:
+        self.told = told
+
+    def report(self, metrics: dict[str, Any], folder: Path | None = None, validate: int | None = None) -> None:
+        self.told({name: value for name, value in metrics.items() if isinstance(value, int | float)})
+
+    def preempted(self) -> bool:
+        return False
+
+    def checkpoint(self) -> str | None:
+        return None
+
+
+_here: ContextVar[_OnRayTrain] = ContextVar("_here", default=_OnRayTrain())  # noqa: B039  it has no state
+
+
 def _worker(settings: dict[str, Any]) -> None:
     job = Job.model_validate(settings["job"])
     torch.set_num_threads(max(1, int(job.settings.cpus_per_worker)))
@@ -364,7 +475,7 @@ def _worker(settings: dict[str, Any]) -> None:
 
 def arguments(job: Job, folder: str, **more: Any) -> dict[str, Any]:
     """The HF training arguments that all stages share, as keywords for `TrainingArguments` or `DPOConfig`."""
-    settings, world = job.settings, ray.train.get_context().get_world_size()
+    settings, world = job.settings, _here.get().world
     return {
         "output_dir": folder,
         "max_steps": job.total_steps,
@@ -381,12 +492,13 @@ def arguments(job: Job, folder: str, **more: Any) -> dict[str, Any]:
         "seed": job.resolved.seed,
         "logging_steps": settings.log_steps,
         "logging_nan_inf_filter": False,
-        "save_strategy": "steps",
+        "save_strategy": "steps" if settings.workers else "no",
         "save_steps": settings.save_steps,
         "ignore_data_skip": True,
         "remove_unused_columns": False,
         "report_to": [],
         "disable_tqdm": True,
+        "activation_checkpointing": settings.gradient_checkpointing,  # named, as trl's own default is on
         "torch_compile": settings.compile,
         "fsdp": settings.fsdp or "",
         "ddp_find_unused_parameters": False,
@@ -401,25 +513,44 @@ class Streamed:
     """
 
     batches: Batches
+    first_scan: dict[str, torch.Tensor]
 
     def get_train_dataloader(self) -> Any:
         return self.batches
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         cases = inputs.pop("case_ids")
+        self.first_scan = {name: value[:1] for name, value in inputs.items() if name in _OF_THE_SCAN}
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         finite = torch.isfinite(loss).float()
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
         if not finite:
-            raise _NotFinite(cases, float(loss))
+            raise _NotFinite.of_all(float(loss), cases)
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With the loss also how spread the visual tokens' selection is over the last batch's first scan."""
+        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        if "loss" in logs and hasattr(model, "selection_metrics") and not self.args.fsdp:  # type: ignore[attr-defined]
+            logs |= model.selection_metrics(**self._prepare_inputs(self.first_scan))  # type: ignore[attr-defined]
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
 class _NotFinite(Exception):
     def __init__(self, cases: list[str], loss: float) -> None:
         super().__init__(f"the loss is {loss} on cases {', '.join(cases)}")
         self.cases = cases
+
+    @classmethod
+    def of_all(cls, loss: float, cases: list[str]) -> _NotFinite:
+        """The same on every worker: the cases of those whose loss is not finite."""
+        each = [(loss, cases)]
+        if torch.distributed.is_initialized():
+            each = each * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(each, (loss, cases))
+        wrong = [(loss, cases) for loss, cases in each if not math.isfinite(loss)]
+        return cls([case for _, cases in wrong for case in cases], wrong[0][0])
 
 
 class Resume(BaseModel):
@@ -432,10 +563,9 @@ class Resume(BaseModel):
 
     @classmethod
     def point(cls) -> Resume:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        folder = _here.get().checkpoint()
+        if folder is None:
             return cls()
-        folder = checkpoint.to_directory(tempfile.mkdtemp(prefix="mu2llm-resume-"))
         return cls(folder=folder, **json.loads((Path(folder) / PROGRESS_FILE).read_text()))
 
 
@@ -451,7 +581,7 @@ class Batches:
         collate: Callable[[Any], dict[str, Any]],
         **more: Any,
     ) -> None:
-        context, settings = ray.train.get_context(), job.settings
+        here, settings = _here.get(), job.settings
         rows_a_step = settings.batch_size * settings.accumulation
         self.collate = collate
         self.stream = Stream(
@@ -460,8 +590,8 @@ class Batches:
             columns,
             batch_size=settings.batch_size,
             seed=job.resolved.seed,
-            rank=context.get_world_rank(),
-            world=context.get_world_size(),
+            rank=here.rank,
+            world=here.world,
             start_row=resume.step * rows_a_step,
             rows=job.total_steps * rows_a_step,
             shuffle_rows=job.resolved.data.shuffle_rows,
@@ -480,7 +610,7 @@ def train(trainer: Trainer, job: Job, resume: Resume, finish: Callable[[str], di
     """
     reports = _Reports(job, resume, trainer.batches.stream)  # type: ignore[attr-defined]  # a Streamed one
     trainer.add_callback(reports)
-    rank = ray.train.get_context().get_world_rank()
+    rank = _here.get().rank
     try:
         trainer.train(resume_from_checkpoint=resume.folder)
     except _NotFinite as error:
@@ -491,7 +621,7 @@ def train(trainer: Trainer, job: Job, resume: Resume, finish: Callable[[str], di
         with tempfile.TemporaryDirectory() as folder:
             metrics = finish(folder)
             progress = reports.progress(trainer.state.global_step)
-            _publish(job, folder, progress, resume.step, history(trainer), metrics)
+            _finish(job, folder, progress, resume.step, history(trainer), metrics)
 
 
 def history(trainer: Trainer) -> list[dict[str, float]]:
@@ -502,7 +632,7 @@ def history(trainer: Trainer) -> list[dict[str, float]]:
     ]
 
 
-def _publish(
+def _finish(
     job: Job,
     folder: str,
     progress: dict[str, Any],
@@ -510,7 +640,9 @@ def _publish(
     logged: list[dict[str, float]],
     metrics: dict[str, float],
 ) -> None:
-    Checkpoint(
+    """Uploads the weights; what describes them waits for `_publish`, on the driver, which makes the folder whole."""
+    storage.copy_folder(folder, job.out)
+    checkpoint = Checkpoint(
         uri=job.out,
         experiment=job.experiment,
         lineage=Lineage(
@@ -534,7 +666,23 @@ def _publish(
             metrics={**dict(item for entry in logged for item in entry.items()), **metrics},
             history=[entry for entry in logged if "loss" in entry],
         ),
-    ).publish(folder)
+    )
+    storage.write_json(storage.join(job.state, FINISHED_FILE), checkpoint.model_dump(mode="json"))
+
+
+def _publish(job: Job, held_out: HeldOut | None) -> Checkpoint:
+    """The checkpoint that the workers finished, with what was measured beside them."""
+    checkpoint = Checkpoint(uri=job.out, **storage.read_json(storage.join(job.state, FINISHED_FILE)))
+    if held_out:
+        measured = held_out.results(job)
+        numbers = [{name: value for name, value in each.items() if not isinstance(value, str)} for each in measured]
+        chosen = held_out.publish_best(job) if held_out.settings.publish == "best" else None
+        last = next((each for each in numbers if each["step"] == chosen), numbers[-1] if numbers else {})
+        metrics = checkpoint.training.metrics | {f"validation/{k}" if k == "step" else k: v for k, v in last.items()}
+        training = checkpoint.training.model_copy(update={"validation": numbers, "metrics": metrics})
+        checkpoint = checkpoint.model_copy(update={"training": training})
+    storage.write_json(storage.join(job.out, Checkpoint.FILE), checkpoint.model_dump(mode="json"))
+    return checkpoint
 
 
 class _Reports(TrainerCallback):
@@ -545,6 +693,7 @@ class _Reports(TrainerCallback):
         self.started = time.monotonic()
         self.logged: dict[str, float] = {}
         self.saved_on_preemption = False
+        self.save_seconds = 0.0
 
     def progress(self, step: int) -> dict[str, Any]:
         settings = self.job.settings
@@ -560,25 +709,34 @@ class _Reports(TrainerCallback):
         progress = self.progress(state.global_step)
         steps = max(1, state.global_step - self.before.step)
         elapsed = time.monotonic() - self.started
-        ray.train.report(
+        _here.get().report(
             {
                 **self.logged,
                 **progress,
                 "samples_per_second": steps * self.job.settings.batch_size * self.job.settings.accumulation / elapsed,
+                "workers": _here.get().world,
                 "data_wait_share": self.stream.wait_seconds / elapsed,
+                "upload_wait_share": self.save_seconds / elapsed,
                 "seconds_left": elapsed / steps * (state.max_steps - state.global_step),
             }
         )
-        if not self.saved_on_preemption and ray.train.get_preemption_info() is not None:
+        if not self.saved_on_preemption and _here.get().preempted():
             control.should_save = self.saved_on_preemption = True
+
+    def _validated(self, step: int) -> bool:
+        every = self.job.validation.steps if self.job.validation else None
+        return every is not None and step % every == 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._validated(state.global_step):
+            control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         if state.is_world_process_zero:
             (folder / PROGRESS_FILE).write_text(json.dumps(self.progress(state.global_step)))
-        ray.train.report(
-            {**self.logged, **self.progress(state.global_step)},
-            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-        )
+        started, step = time.monotonic(), state.global_step
+        metrics = {**self.logged, **self.progress(step), "saved_step": step}
+        _here.get().report(metrics, folder, validate=step if self._validated(step) else None)
+        self.save_seconds += time.monotonic() - started

@@ -1,7 +1,8 @@
 """SFT stage: the language model learns to write the report from the scan's visual tokens.
 
 The instruction is in the backbone's chat format and the loss is on the answer alone. With `freeze_vision` and
-`cache_vision` each scan is encoded once, before training; every epoch then reads the features. With `alignment`
+`cache_vision` each scan is encoded once, before training; every epoch then reads the features. With `thaw_vision`
+frozen vision is trained too after that share of the steps. With `alignment`
 the visual tokens are also held against the findings of the report, as the features were in the contrastive
 stage: a language model from scratch learns to read them only once there is something to read.
 """
@@ -16,40 +17,52 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as functional
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mu2llm import weights
 from mu2llm.cases import Shards
+from mu2llm.cases.shards import read_rows
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
+from mu2llm.evaluation.decoding import Decoding, write
 from mu2llm.evaluation.encode import encode_scans
-from mu2llm.model import Mu2Processor, add_lora, build, load, load_vision, merge_lora
+from mu2llm.model import Mu2Processor, add_lora, build, load, load_lora, load_vision, merge_lora
 from mu2llm.model.contrastive import TextConditionedPooling
 from mu2llm.records import Checkpoint
 from mu2llm.stages import runner
+from mu2llm.stages.held_out import HeldOut
+from mu2llm.stages.runner import LOSS
 from mu2llm.stages.texts import TextBank
+from mu2llm.stages.validation import PREFIX, Validation, score
 
 COLUMNS = ["id", "report", "questions", "chunk_mask"]
 
 
 def run(
-    data: str, out: str, experiment: Experiment, init: str | None = None, progress: runner.Progress | None = None
+    data: str,
+    out: str,
+    experiment: Experiment,
+    init: str | None = None,
+    progress: runner.Progress | None = None,
+    watch: runner.Watch | None = None,
 ) -> Checkpoint:
     """Trains on the `train` split of the shards at `data`, from the vision (or the whole model) of `init`."""
     shards = Shards.open(data)
     parent = Checkpoint.open(init) if init else None
-    job = runner.job("sft", shards, out, experiment, parent=init)
+    job = runner.job("sft", shards, out, experiment, parent=init, watch=watch)
     done = runner.finished(job)
     if done:
         return done
     settings = experiment.sft
     runner.check_resources(settings)
-    if settings.freeze_vision and settings.cache_vision:
+    if job.validation and not shards.count("validation"):
+        raise UserError(f"sft.validation.steps is given, but {shards.uri} has no rows in split validation")
+    if settings.cached:
         if parent is None or init is None:
             raise UserError("sft.cache_vision caches what a trained vision tower sees: name one with --init")
         features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker)
         job = job.model_copy(update={"features": features.uri})
-    return runner.run(job, loop, progress)
+    return runner.run(job, loop, progress, HeldOut(settings.validation, measure, export))
 
 
 def loop(job: runner.Job, resume: runner.Resume) -> None:
@@ -57,12 +70,16 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
     experiment, settings = job.resolved, job.resolved.sft
     shards = Shards.open(job.features or job.data)
     scan = "features" if job.features else "voxels"
-    model, processor = start(job, [case.report for case in shards.cases("train")])
-    if settings.freeze_vision:
+    ids, reports = training_cases(job, shards)
+    model, processor = start(job, reports)
+    if settings.freeze_vision and settings.thaw_vision is None:
         model.freeze_vision()
+    if settings.freeze_language_model:
+        model.freeze_language_model()
+    texts = align(model, experiment, reports) if settings.alignment else None
+    whole = model
     if experiment.model.lora:
-        model = add_lora(model, experiment.model.lora)
-    texts = align(model, experiment, shards) if settings.alignment else None
+        model = add_lora(model, experiment.model.lora, ["alignment"] if texts else [])
     question, seed = experiment.evaluation.question, experiment.seed
     batches = runner.Batches(
         job,
@@ -70,25 +87,42 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
         shards,
         [*COLUMNS, scan],
         lambda rows: collate(rows, scan, processor, texts, Asking(question, settings.report_share, seed)),
+        ids=ids if len(ids) < shards.count("train") else None,
+        lengths=[len(report) for report in reports] if settings.group_by_length else None,
     )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = SftTrainer(model=model, args=TrainingArguments(**runner.arguments(job, folder)))
-        trainer.batches, trainer.alignment = batches, settings.alignment
+        # what is frozen at first has no gradient then
+        unused = {"ddp_find_unused_parameters": settings.thaw_vision is not None}
+        trainer = SftTrainer(model=model, args=TrainingArguments(**runner.arguments(job, folder, **unused)))
+        trainer.batches, trainer.alignment, trainer.processor = batches, settings.alignment, processor
+        if settings.thaw_vision is not None:
+            trainer.add_callback(Thaw(whole.model.vision, int(settings.thaw_vision * job.total_steps)))
+        if job.watch:
+            trainer.add_callback(Validation(job, trainer, processor, shards))
 
         def finish(target: str) -> dict[str, float]:
-            if texts:
-                del model.alignment
-            merge_lora(model).save_pretrained(target)
-            processor.save_pretrained(target)
+            save(model, processor, target)
             return {}
 
         runner.train(trainer, job, resume, finish)
+
+
+def training_cases(job: runner.Job, shards: Shards) -> tuple[list[str], list[str]]:
+    """Ids and reports of the cases that the job trains on, in the rows' order."""
+    reports = {case.id: case.report for case in shards.cases("train")}
+    ids = shards.share("train", job.resolved.data.fraction, job.resolved.seed)
+    return ids, [reports[name] for name in ids]
 
 
 class SftTrainer(runner.Streamed, Trainer):
     """The model's own loss, averaged over the answer tokens of all workers, and that of the alignment."""
 
     alignment: float
+    processor: Mu2Processor
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.processor.save_pretrained(output_dir)  # so that an intermediate checkpoint can be read by itself
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -103,9 +137,32 @@ class SftTrainer(runner.Streamed, Trainer):
         return (loss, output) if return_outputs else loss
 
 
-def align(model: Any, experiment: Experiment, shards: Shards) -> TextBank:
+class Thaw(TrainerCallback):
+    """Vision is frozen up to a step; its weights are in the optimiser from the start, which passes them over."""
+
+    def __init__(self, vision: Any, step: int) -> None:
+        self.vision, self.step = vision, step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step < self.step:
+            self.vision.freeze()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            self.vision.thaw()
+
+
+def save(model: Any, processor: Mu2Processor, folder: str) -> None:
+    """The plain model: LoRA merged, without the head that aligned it."""
+    merged = merge_lora(model)
+    if hasattr(merged, "alignment"):
+        del merged.alignment
+    merged.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def align(model: Any, experiment: Experiment, reports: list[str]) -> TextBank:
     """Puts the head on the model that holds its visual tokens against findings; the findings' texts."""
-    reports = [case.report for case in shards.cases("train")]
     texts = TextBank(weights.text_encoder(experiment.model.text_encoder), "finding", reports, experiment.seed)
     width = model.config.tokenizer_config.hidden_size
     model.alignment = TextConditionedPooling.fresh(width, texts.width)
@@ -121,6 +178,64 @@ def start(job: runner.Job, reports: list[str]) -> tuple[Any, Mu2Processor]:
     if job.parent:
         load_vision(model, job.parent)
     return model, processor
+
+
+# ---- held-out cases, beside the training
+
+
+def measure(job: runner.Job, folder: str, reports: bool) -> dict[str, float]:
+    """Loss an answer's token of an intermediate checkpoint on held-out cases; finding F1 and GREEN of its reports."""
+    experiment, settings = job.resolved, job.resolved.sft.validation
+    model, processor = restore(job, folder)
+    model = model.to("cuda" if settings.gpus else "cpu").eval()
+    shards, question = Shards.open(job.features or job.data), experiment.evaluation.question
+    cases = shards.cases("validation")[: settings.cases]
+    total, tokens, written = 0.0, 0, []
+    for start in range(0, len(cases), experiment.sft.batch_size):
+        some = cases[start : start + experiment.sft.batch_size]
+        features, mask = scans(model, shards, "validation", np.arange(start, start + len(some)))
+        asked = [question] * len(some)
+        inputs = processor.encode(asked, [case.report for case in some])
+        moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        with torch.inference_mode():
+            loss = model(**moved, vision_features=features, chunk_mask=mask).loss
+        answers = int((inputs["labels"][:, 1:] != -100).sum())
+        total, tokens = total + float(loss) * answers, tokens + answers
+        few = max(0, min(len(some), settings.reports - start)) if reports else 0
+        if few:
+            decoding, ids = Decoding(experiment.evaluation.max_new_tokens), [case.id for case in some[:few]]
+            texts = write(model, processor, features[:few], mask[:few], asked[:few], ids, decoding)
+            written += [one.text for (one,) in texts]
+    metrics = {LOSS: total / tokens}
+    if written:
+        scores = score(cases[: len(written)], written, job)
+        metrics |= {f"{PREFIX}{name}": estimate.value for name, estimate in scores.items() if estimate}
+    return metrics
+
+
+def scans(model: Any, shards: Shards, split: str, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vision features (b, T, n, E) and chunk mask (b, T) of rows of a split, from shards or their cached features."""
+    scan = "features" if "features" in shards.schema(split).names else "voxels"
+    read = read_rows(shards.files(split), shards.rows(split), ["chunk_mask", scan], rows)
+    given, mask = (torch.from_numpy(np.array(read[name])).to(model.device) for name in (scan, "chunk_mask"))
+    with torch.inference_mode():
+        return given.to(model.dtype) if scan == "features" else model.encode_vision(given, mask), mask
+
+
+def restore(job: runner.Job, folder: str) -> tuple[Any, Mu2Processor]:
+    """The model of an intermediate checkpoint's folder, LoRA merged."""
+    if not job.resolved.model.lora:
+        return load(folder)
+    _, reports = training_cases(job, Shards.open(job.data))
+    model, processor = start(job, reports)
+    if job.resolved.sft.alignment:
+        align(model, job.resolved, reports)
+    return merge_lora(load_lora(model, folder)), processor
+
+
+def export(job: runner.Job, folder: str, target: str) -> None:
+    """An intermediate checkpoint as the folder that is published."""
+    save(*restore(job, folder), target)
 
 
 @dataclass(frozen=True)
