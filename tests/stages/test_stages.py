@@ -1,21 +1,27 @@
 """The stages on a shared Ray: killed and resumed, one worker and two, against stock trl, and what is refused."""
 
 import json
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import ray
 import torch
 from ray import cloudpickle
 from trl import DPOConfig, DPOTrainer
 
-from mu2llm import config, storage
+from mu2llm import config, storage, tracking
 from mu2llm.cases import Shards, Stream, ingest, read_manifest
 from mu2llm.ct import phantom
 from mu2llm.errors import Failure, UserError
-from mu2llm.model import load
-from mu2llm.records import Checkpoint
+from mu2llm.evaluation.encode import load_encoder
+from mu2llm.model import Mu2ForContrastive, load
+from mu2llm.records import Checkpoint, Correction
 from mu2llm.stages import contrastive, dpo, preferences, sft
 
 pytestmark = pytest.mark.slow
@@ -90,6 +96,128 @@ def test_two_workers_learn_what_one_does(written, vision, shards, place):
     assert losses(two) == pytest.approx(losses(written), abs=1e-4)
 
 
+def test_two_workers_contrast_as_one_does(vision, shards, place):
+    """Batch norm and running means over the whole batch, negatives gathered with the gradient."""
+    two = contrastive.run(shards, str(place / "contrastive-two"), experiment("contrastive.workers=2"))
+    assert losses(two) == pytest.approx(losses(vision), abs=1e-4)
+
+
+def test_elastic_training_starts_with_the_workers_that_fit(vision, shards, place):
+    """Of one to two workers with five CPUs each, the cluster of eight has room for one."""
+    told = []
+    settings = ["contrastive.workers=[1,2]", "contrastive.cpus_per_worker=5", "contrastive.max_steps=4"]
+    one = contrastive.run(shards, str(place / "elastic"), experiment(*settings), progress=told.append)
+    assert one.training.steps == 4
+    assert {numbers["workers"] for numbers in told if "workers" in numbers} == {1}
+
+
+def test_a_text_encoder_is_trained_and_kept(shards, place):
+    settings = ["model.text_encoder=small", "contrastive.train_text_encoder=true", "contrastive.positives=sentence"]
+    trained = contrastive.run(shards, str(place / "text"), experiment("contrastive.workers=0", *settings))
+    with storage.local_copy(trained.uri) as folder:
+        model = Mu2ForContrastive.from_pretrained(folder)
+    assert model.text_encoder is not None
+    assert losses(trained)[-1] < losses(trained)[0]
+    assert 0 <= trained.training.metrics["recall_at_1"] <= 1
+
+
+@pytest.fixture(scope="module")
+def validated(vision, shards, place):
+    """SFT with vision thawed half-way, batches of alike lengths, validation beside it, and a node that is to go."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    told = []
+    settings = [
+        *("sft.cache_vision=false", "sft.thaw_vision=0.5", "sft.alignment=0", "sft.group_by_length=true"),
+        *("sft.validation.steps=5", "sft.validation.reports=2", "sft.validation.publish=best", "sft.save_steps=1000"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "loop", Preempted(after=3))
+        checkpoint = sft.run(shards, str(place / "validated"), experiment(*settings), vision.uri, told.append)
+    return checkpoint, told
+
+
+class Preempted:
+    """The SFT loop on a node that is to be taken away, which is known after so many steps."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def __call__(self, job, resume):
+        import ray.train
+
+        from mu2llm.stages.sft import loop
+
+        calls = []
+        ray.train.get_preemption_info = lambda: calls.append(1) or (object() if len(calls) >= self.after else None)
+        loop(job, resume)
+
+
+def test_checkpoints_are_validated_beside_the_training(validated):
+    checkpoint, _ = validated
+    steps = [entry["step"] for entry in checkpoint.training.validation]
+    assert steps == list(range(5, checkpoint.training.steps + 1, 5))
+    for entry in checkpoint.training.validation:
+        assert entry["validation/loss"] > 0
+        assert "validation/green" in entry or "validation/finding_f1" in entry
+    run = tracking.find(checkpoint.uri)
+    assert [step for step, _ in tracking.history(run, "validation/loss")] == steps
+
+
+def test_the_best_checkpoint_is_published(validated, shards):
+    checkpoint, _ = validated
+    best = min(checkpoint.training.validation, key=lambda entry: entry["validation/loss"])
+    assert checkpoint.training.metrics["validation/step"] == best["step"]
+    model, processor = load(checkpoint.uri)
+    cases = Shards.open(shards).cases("validation")
+    features, mask = sft.scans(model, Shards.open(shards), "validation", np.arange(len(cases)))
+    asked = [experiment().evaluation.question] * len(cases)
+    inputs = processor.encode(asked, [case.report for case in cases])
+    with torch.no_grad():
+        loss = float(model(**inputs, vision_features=features, chunk_mask=mask).loss)
+    assert loss == pytest.approx(best["validation/loss"], abs=1e-4)
+
+
+def test_vision_is_thawed_on_the_way(validated, vision, written):
+    def weights(uri):
+        encoder = load_encoder(uri)
+        tower = getattr(encoder, "vision", None) or encoder.model.vision
+        return {name: p.detach() for name, p in tower.named_parameters()}
+
+    before, frozen, thawed = (weights(each) for each in (vision.uri, written.uri, validated[0].uri))
+    assert all(torch.equal(before[name], frozen[name]) for name in before)
+    assert any(not torch.equal(before[name], thawed[name]) for name in before)
+
+
+def test_a_notice_of_preemption_saves_a_checkpoint(validated):
+    saved = [int(numbers["saved_step"]) for numbers in validated[1] if "saved_step" in numbers]
+    assert saved[0] == 3  # neither a step to save nor one to validate
+    assert saved.count(3) == 1
+
+
+def test_a_killed_driver_goes_on_at_the_same_step(vision, shards, place):
+    """`mu2llm train sft`, killed without a word when it has saved, and the same command again."""
+    longer, out = ["sft.epochs=40", "sft.save_steps=10"], str(place / "driver")
+    command = [Path(sys.executable).parent / "mu2llm", "train", "sft", "--preset", "tiny", "--data", shards]
+    command += ["--out", out, "--init", vision.uri, "--json", *(part for each in longer for part in ("--set", each))]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    undisturbed = sft.run(shards, str(place / "undisturbed"), experiment("sft.workers=0", *longer), vision.uri)
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 250
+    while not storage.exists(f"{out}.state/train/checkpoint_manager_snapshot.json"):
+        assert first.poll() is None and time.monotonic() < deadline, first.stderr.read()
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    assert not storage.exists(f"{out}/{Checkpoint.FILE}")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    assert 0 < told["resumed_from_step"] < told["steps"]
+    assert told["steps"] == undisturbed.training.steps
+    assert told["cases_seen"] == undisturbed.training.cases_seen
+    assert losses(Checkpoint.open(out)) == pytest.approx(losses(undisturbed), abs=1e-4)
+
+
 def test_a_killed_worker_goes_on_at_the_same_step(written, vision, shards, place, monkeypatch):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
     marker = place / "killed"
@@ -145,11 +273,27 @@ def test_dpo_prefers_what_was_chosen(pairs, place):
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-3)  # policy = reference
     assert last["rewards/margins"] > first["rewards/margins"]
     assert trained.lineage.judge == preferences.Preferences.open(pairs).judge
+    assert first["kl"] == pytest.approx(0, abs=1e-3)
+    assert last["kl"] != first["kl"]
+    assert first["lengths/chosen"] > 0 and first["lengths/rejected"] > 0
+    assert 0 <= last["rewards/accuracies"] <= 1
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "robust", "apo_zero"])
-def test_dpo_agrees_with_stock_trl_and_encodes_each_scan_once(loss, pairs, written, shards, monkeypatch, tmp_path):
-    settings = experiment(f"dpo.loss=[{loss}]", "dpo.label_smoothing=0.1").dpo
+@pytest.mark.parametrize(
+    ("loss", "more"),
+    [
+        ("sigmoid", []),
+        ("ipo", []),
+        ("robust", ["dpo.label_smoothing=0.1"]),
+        ("apo_zero", []),
+        ("sigmoid+sft", ["dpo.loss_weights=[1,0.2]"]),
+        ("sigmoid", ["dpo.ld_alpha=0.5"]),
+    ],
+)
+def test_dpo_agrees_with_stock_trl_and_encodes_each_scan_once(
+    loss, more, pairs, written, shards, monkeypatch, tmp_path
+):
+    settings = experiment(f"dpo.loss={loss}", *more).dpo
     (policy, processor), (reference, _) = load(written.uri), load(written.uri)
     with torch.no_grad():  # so that policy and reference differ
         policy.lm_head.weight += 0.02 * torch.randn(policy.lm_head.weight.shape, generator=torch.manual_seed(1))
@@ -166,7 +310,7 @@ def test_dpo_agrees_with_stock_trl_and_encodes_each_scan_once(loss, pairs, writt
     stock_arguments = DPOConfig(**{**arguments, "precompute_ref_log_probs": False, "bf16": False})
     stock = DPOTrainer(model=policy, ref_model=reference, args=stock_arguments, **common)
     ours = dpo.Mu2DPOTrainer(model=policy, args=DPOConfig(**arguments, bf16=False), **common)
-    chosen, rejected = dpo.sequence_logps(reference, batch).chunk(2)
+    chosen, rejected = dpo.sequence_logps(reference, batch, settings.ld_alpha).chunk(2)
     encoded: list[int] = []
     original = policy.model.encode_vision
     monkeypatch.setattr(policy.model, "encode_vision", lambda v, m=None: encoded.append(len(v)) or original(v, m))
@@ -203,15 +347,64 @@ def scans_of(pairs, shards):
             "does not divide among 3 workers",
         ),
         (
+            lambda place, shards: contrastive.run(
+                shards, str(place / "x"), experiment("model.vision.hidden_size=64"), str(place / "contrastive")
+            ),
+            "model.vision.hidden_size is 32 there, 64 here",
+        ),
+        (
+            lambda place, shards: sft.run(
+                shards, str(place / "x"), experiment("model.tokenizer.queries=8"), str(place / "sft")
+            ),
+            "model.tokenizer.queries is 4 there, 8 here",
+        ),
+        (lambda place, shards: experiment("dpo.beta=0"), "dpo.beta"),
+        (
             lambda place, shards: contrastive.run(shards, str(place / "x"), experiment("data.spec.grid=[32,32,32]")),
             "name the preset that it was ingested with",
         ),
     ],
 )
-def test_what_cannot_work_is_refused_before_it_starts(call, says, shards, place):
+def test_what_cannot_work_is_refused_before_it_starts(call, says, shards, written, place):
     with pytest.raises(UserError, match=says):
         call(place, shards)
     assert not (place / "x").exists()
+
+
+def test_pairs_of_cases_that_are_not_there_are_refused(pairs, written, shards):
+    found, made = preferences.Preferences.open(pairs), preferences.read_pairs(pairs)
+    strange = made[0].model_copy(update={"case_id": "nobody"})
+    with pytest.raises(UserError, match=r"1 cases of the pairs are not in .*such as nobody"):
+        dpo.check(found, Shards.open(shards), [*made, strange], written.uri)
+
+
+def test_corrections_are_pairs_of_their_own(written, shards, place):
+    cases = Shards.open(shards).cases("train")
+
+    def correction(i, volume, chosen, rejected="There is no finding."):
+        return Correction(
+            **{"id": str(i), "scan_sha256": "0" * 64, "volume": volume, "question": "Write the report."},
+            **{"chosen": chosen, "rejected": rejected, "time": "2026-01-01T00:00:00Z"},
+        )
+
+    given = [
+        correction(0, cases[2].volume, "There is a nodule."),
+        correction(1, cases[3].volume, "There is no finding."),
+        correction(2, None, "There is a nodule."),
+        correction(3, "s3://elsewhere/scan.nii.gz", "There is a nodule."),
+    ]
+    file = place / "corrections.jsonl"
+    file.write_text("".join(each.model_dump_json() + "\n" for each in given))
+    alone = experiment("preferences.max_cases=0")
+    made = preferences.prefer(written.uri, shards, str(place / "corrected"), alone, corrections=str(file))
+    (pair,) = preferences.read_pairs(str(place / "corrected"))
+    assert (pair.case_id, pair.origin, pair.judge) == (cases[2].id, "human", "human")
+    assert (pair.chosen, pair.rejected, pair.prompt) == (given[0].chosen, given[0].rejected, given[0].question)
+    assert sum(made.dropped.values()) == 3
+    dpo.check(made, Shards.open(shards), [pair], written.uri)
+    file.write_text(given[2].model_dump_json())
+    with pytest.raises(UserError, match="none of 1 corrections makes a pair: 1 correction of a scan that was not kept"):
+        preferences.prefer(written.uri, shards, str(place / "none"), alone, corrections=str(file))
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_cases(vision, shards, place):
