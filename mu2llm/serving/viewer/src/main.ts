@@ -420,6 +420,9 @@ async function start(): Promise<void> {
     windowText = `W ${Math.round(high - low)} L ${Math.round((low + high) / 2)}`;
     showStrip();
   };
+  view.onOverlay = (shown) => {
+    find("legend").hidden = !shown;
+  };
   view.onLocation = ({ mm: [x, y, z], value }) => {
     const axis = (v: number, plus: string, minus: string) => `${v >= 0 ? plus : minus} ${Math.abs(v).toFixed(0)}`;
     const place = [axis(x, "R", "L"), axis(y, "A", "P"), axis(z, "S", "I")].join("  ");

@@ -1,6 +1,6 @@
 /** The picture: NiiVue in radiological convention, windows, views, slices, measuring, where the model looked. */
 
-import { COLORMAP_TYPE, DRAG_MODE, MULTIPLANAR_TYPE, Niivue, NVImage, SHOW_RENDER, SLICE_TYPE } from "@niivue/niivue";
+import { DRAG_MODE, MULTIPLANAR_TYPE, Niivue, NVImage, SHOW_RENDER, SLICE_TYPE } from "@niivue/niivue";
 import { finer, type Grid } from "./finer";
 
 export interface Window {
@@ -41,6 +41,7 @@ export class View {
   private opacityOfOverlay = 0.6;
   onLocation: (location: Location) => void = () => {};
   onWindow: (low: number, high: number) => void = () => {};
+  onOverlay: (shown: boolean) => void = () => {};
 
   private constructor() {
     this.nv = new Niivue({
@@ -153,6 +154,7 @@ export class View {
     const shown = this.nv.volumes[1];
     if (nifti === null) {
       if (shown) this.repaint(shown, 0);
+      this.onOverlay(false);
       return;
     }
     const { image } = await this.overlay(nifti);
@@ -162,6 +164,7 @@ export class View {
     this.nv.volumes[1] = image;
     this.nv.overlays = [image];
     this.repaint(image, this.opacityOfOverlay);
+    this.onOverlay(true);
   }
 
   setOpacity(opacity: number): void {
@@ -188,6 +191,7 @@ export class View {
     this.overlays.clear();
     const shown = this.nv.volumes[1];
     if (shown) this.nv.removeVolume(shown);
+    this.onOverlay(false);
   }
 
   private overlay(base64: string): Promise<Overlay> {
@@ -226,7 +230,7 @@ async function loadOverlay(base64: string): Promise<Overlay> {
     cal_min: 255 * FADES_BELOW,
     cal_max: 255,
   });
-  image.colormapType = COLORMAP_TYPE.ZERO_TO_MAX_TRANSLUCENT_BELOW_MIN; // no hard edge
+  image.colormapType = 2; // translucent below cal_min: no hard edge (NiiVue does not export the enum)
   return { grid, image };
 }
 

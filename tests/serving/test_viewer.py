@@ -1,0 +1,303 @@
+"""The reading room in headless Chromium, on the running service. Pictures of it lie in build/screenshots."""
+
+import base64
+import io
+import itertools
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+from mu2llm import storage
+from mu2llm.records import Correction
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+VIEWER = ROOT / "mu2llm" / "serving" / "viewer"
+PICTURES = ROOT / "build" / "screenshots"
+WITHOUT_GPU = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist")
+WAIT_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    if not (VIEWER / "dist" / "index.html").is_file():
+        pytest.skip("the reading room is not built (make viewer)")
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", *WITHOUT_GPU])
+
+
+@pytest.fixture
+def page(browser, service):
+    """The page, open; in the end, it has talked to nobody but its service and has raised no error."""
+    context = browser.new_context(viewport={"width": 1480, "height": 900})
+    opened = context.new_page()
+    opened.set_default_timeout(WAIT_MS)
+    asked, broken = [], []
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.on("pageerror", lambda error: broken.append(str(error)))
+    opened.goto(service)
+    yield opened
+    context.close()
+    assert broken == []
+    elsewhere = [url for url in asked if urlsplit(url).scheme not in ("data", "blob") and not url.startswith(service)]
+    assert elsewhere == []
+
+
+def read_sample(page, number=0):
+    page.locator("#sample-list button").nth(number).click()
+    written(page)
+
+
+def written(page):
+    expect(page.locator("#progress")).to_contain_text("Written:", timeout=WAIT_MS)
+    expect(page.locator("#picture-note")).to_be_hidden(timeout=WAIT_MS)
+
+
+def overlaid(page, shown=True):
+    expect(page.locator("#legend")).to_be_visible(visible=shown, timeout=WAIT_MS)
+
+
+def pixels(page):
+    """What the canvas shows, (height, width, 3), once it no longer changes."""
+    last = None
+    for _ in range(20):
+        now = np.asarray(Image.open(io.BytesIO(page.locator("#stage").screenshot())).convert("RGB")).astype(int)
+        if last is not None and np.array_equal(now, last):
+            return now
+        last = now
+        page.wait_for_timeout(150)
+    raise AssertionError("the picture does not come to rest")
+
+
+def changed(before, after):
+    """The share of pixels that differ visibly."""
+    return float((np.abs(after - before).max(-1) > 8).mean())
+
+
+def warm(picture):
+    """The share of pixels that are orange or yellow, which only the overlay is."""
+    return float(((picture[..., 0] - picture[..., 2]) > 40).mean())
+
+
+def keep(page, name):
+    page.screenshot(path=PICTURES / f"{name}.png")
+
+
+def test_a_sample_is_shown_and_read(page):
+    page.evaluate(
+        """() => { window.lengths = new Set();
+        new MutationObserver(() => window.lengths.add(document.querySelector('#report').textContent.length))
+          .observe(document.querySelector('#report'), {childList: true, subtree: true, characterData: true}); }"""
+    )
+    keep(page, "empty")
+    assert "Research use only; not a medical device." in page.locator("header").inner_text()
+    with page.expect_response("**/v1/reports") as answer:
+        read_sample(page)
+    picture = pixels(page)
+    assert len(np.unique(picture[..., 0])) > 50  # grey levels of a body, not a blank canvas
+    report = report_of(answer.value)
+    assert page.locator("#report").inner_text().split() == report["report"].split()
+    assert answer.value.text().count("event: token") > 1 and page.evaluate("window.lengths.size") > 1  # it grew
+    facts = page.locator("#facts").inner_text()
+    assert report["spec"]["hash"] in facts and " × ".join(map(str, report["scan"]["shape"])) in facts
+    assert report["model"]["id"] in page.locator("#service").inner_text()
+    keep(page, "report")
+
+
+def test_where_it_looked_is_overlaid(page):
+    read_sample(page)
+    plain = pixels(page)
+    assert warm(plain) == 0
+    sentence = page.locator(".sentence").first
+    sentence.hover()
+    overlaid(page)
+    assert warm(pixels(page)) > 0.01
+    page.mouse.move(5, 5)
+    overlaid(page, False)
+    assert changed(plain, pixels(page)) == 0
+    page.keyboard.press("j")
+    page.keyboard.press("s")
+    assert page.locator("#look").get_attribute("aria-pressed") == "true"
+    assert sentence.get_attribute("aria-selected") == "true"
+    overlaid(page)
+    strong = pixels(page)
+    assert warm(strong) > 0.01
+    keep(page, "where-it-looked")
+    for _ in range(5):
+        page.keyboard.press("[")
+    assert page.locator("#opacity").input_value() == "10"
+    assert warm(pixels(page)) < warm(strong)
+    page.keyboard.press("s")
+    assert warm(pixels(page)) == 0
+
+
+def test_keys_turn_the_picture(page):
+    read_sample(page)
+    strip = page.locator("#location")
+    pictures = [pixels(page)]
+    for key, window in (("1", "W 1500 L -600"), ("3", "W 2500 L 480"), ("4", "W 80 L 40"), ("2", "W 400 L 40")):
+        page.keyboard.press(key)
+        assert window in strip.inner_text()
+        pictures.append(pixels(page))
+    assert all(changed(a, b) > 0.05 for a, b in itertools.pairwise(pictures))
+    assert changed(pictures[0], pictures[-1]) == 0
+    place = strip.inner_text()
+    page.keyboard.press("ArrowUp")
+    assert strip.inner_text() != place
+    page.locator("#picture").hover(position={"x": 200, "y": 200})
+    before = strip.inner_text()
+    page.mouse.wheel(0, 120)
+    assert strip.inner_text() != before
+    page.keyboard.press("a")
+    axial = pixels(page)
+    page.keyboard.press("m")
+    box = page.locator("#picture").bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(middle[0] - 120, middle[1] - 90)
+    page.mouse.down()
+    page.mouse.move(middle[0], middle[1] - 90, steps=3)
+    page.mouse.move(middle[0] + 120, middle[1] - 90, steps=3)
+    page.mouse.up()
+    assert warm(pixels(page)) > warm(axial)  # the ruler's colour
+    keep(page, "measured")
+    page.keyboard.press("r")
+    page.keyboard.press("?")
+    assert "soft-tissue window" in page.locator("#help").inner_text()
+    keep(page, "help")
+    page.keyboard.press("Escape")
+    assert not page.locator("#help").is_visible()
+
+
+def test_a_correction_is_stored(page, settings):
+    with page.expect_response("**/v1/reports") as answer:
+        read_sample(page, 1)
+    draft = report_of(answer.value)
+    page.keyboard.press("e")
+    page.keyboard.press("Control+Home")
+    page.keyboard.type("Small left pleural effusion. ")
+    assert page.locator("#diff ins").inner_text().strip() == "Small left pleural effusion."
+    assert page.locator("#changes").inner_text() == "4 words in, 0 out"
+    keep(page, "edited")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#saved")).to_have_text("Saved", timeout=WAIT_MS)
+    folder = storage.join(settings.serving.state, "corrections")
+    stored = [
+        Correction.model_validate_json(storage.read_bytes(storage.join(folder, info.base_name)))
+        for info in storage.list_files(folder)
+    ]
+    (correction,) = [each for each in stored if each.report_id == draft["id"]]
+    assert correction.rejected == draft["report"]
+    assert correction.chosen == f"Small left pleural effusion. {draft['report']}"
+
+
+def test_errors_and_matches_are_marked_in_both_texts(page):
+    read_sample(page)
+    page.keyboard.press("e")
+    page.locator("#draft").fill("Findings: Large right pleural effusion. There is a liver lesion. The heart is normal.")
+    page.keyboard.press("Escape")
+    page.keyboard.press("p")
+    assert page.locator("#reference").input_value()  # the sample's true report
+    page.locator("#reference").fill("Findings: Large right pleural effusion. A 12 mm nodule in the left upper lobe.")
+    page.keyboard.press("Control+Enter")
+    page.locator(".verdict").wait_for()
+    assert "1 matched, 2 significant" in page.locator(".verdict").inner_text()
+    reference, candidate = page.locator(".pair .text").all()
+    assert reference.locator("mark.match").inner_text() == "Large right pleural effusion.✓"
+    assert candidate.locator("mark.match").inner_text() == "Large right pleural effusion.✓"
+    assert reference.locator("mark.significant").inner_text() == "A 12 mm nodule in the left upper lobe.b"
+    assert candidate.locator("mark.significant").inner_text() == "There is a liver lesion.a"
+    keep(page, "compared")
+
+
+def test_a_real_series_is_converted_and_shown(page, shared):
+    """A dropped DICOM series (JPEG 2000) in a zip: the page converts it, the service reads it."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for file in sorted((shared / "data" / "ct" / "totalseg_dicom").iterdir()):
+            archive.write(file, file.name)
+    page.evaluate(
+        """(base64) => { const transfer = new DataTransfer();
+        transfer.items.add(new File([Uint8Array.from(atob(base64), c => c.charCodeAt(0))], 'series.zip'));
+        window.dispatchEvent(new DragEvent('drop', {dataTransfer: transfer, bubbles: true, cancelable: true})); }""",
+        base64.b64encode(packed.getvalue()).decode(),
+    )
+    written(page)
+    assert len(np.unique(pixels(page)[..., 0])) > 50
+    assert "DICOM" in page.locator("#facts").inner_text()
+    keep(page, "real-series")
+
+
+def test_a_real_scan_is_shown_with_its_overlay(page, shared):
+    page.locator("#file").set_input_files(shared / "data" / "ct" / "totalseg" / "pulmonary_ct_cropped.nii.gz")
+    written(page)
+    page.keyboard.press("1")
+    plain = pixels(page)
+    page.keyboard.press("s")
+    overlaid(page)
+    assert warm(pixels(page)) > warm(plain)
+    keep(page, "real-scan")
+
+
+def test_what_the_service_refuses_is_said_and_may_be_overruled(page, shared):
+    page.locator("#file").set_input_files(shared / "data" / "ct" / "totalseg" / "NEGATIVE_example_mr_sm.nii.gz")
+    problem = page.locator("#problem")
+    problem.wait_for()
+    assert "422 not_hu" in problem.inner_text()
+    keep(page, "refused")
+    problem.get_by_role("button", name="Read it all the same").click()
+    written(page)
+    assert not problem.is_visible()
+    page.locator("#file").set_input_files({"name": "a.nii", "mimeType": "", "buffer": b"no scan at all"})
+    problem.wait_for()
+    assert "No picture" in page.locator("#picture-note").inner_text()
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab(page, service):
+    given = []
+
+    def only_with_key(route):
+        given.append(route.request.headers.get("authorization"))
+        if given[-1] == "Bearer sesame":
+            return route.continue_()
+        told = {"type": "about:blank", "title": "No valid API key", "status": 401, "code": "no_key", "detail": "no key"}
+        return route.fulfill(status=401, content_type="application/problem+json", body=json.dumps(told))
+
+    page.route("**/v1/**", only_with_key)
+    page.goto(service)
+    for key in ("wrong", "sesame"):
+        page.locator("#key-value").fill(key)
+        page.keyboard.press("Enter")
+    page.locator("#sample-list button").first.wait_for()
+    assert given == [None, "Bearer wrong", "Bearer sesame"]
+    read_sample(page)
+    assert set(given[3:]) == {"Bearer sesame"}
+    assert page.evaluate("[sessionStorage.length, localStorage.length]") == [1, 0]
+
+
+def test_it_is_accessible(page):
+    """axe finds nothing against WCAG 2 A and AA, in each of the three tabs and the help."""
+    axe = (VIEWER / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    page.evaluate(axe)
+    read_sample(page)
+    for key in ("w", "e", "p", "?"):
+        page.keyboard.press("Escape")
+        page.keyboard.press(key)
+        found = page.evaluate("axe.run({runOnly: ['wcag2a', 'wcag2aa', 'wcag21aa']}).then(result => result.violations)")
+        assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
+
+
+def report_of(response):
+    """The complete answer at the end of a stream."""
+    events = response.text().split("\n\n")
+    return json.loads(next(event for event in events if event.startswith("event: report")).partition("data: ")[2])
