@@ -1,7 +1,9 @@
-"""Where in the scan each sentence comes from: gradient × input on the visual tokens, spread over what they selected.
+"""Where in the scan each sentence comes from: how much it hangs on each visual token, spread over what that selected.
 
-For a sentence with log-probability ℓ, visual token q weighs |Σ_e ∂ℓ/∂v_qe · v_qe|; a token's weights over the patches
-(`return_selection`) carry that to places. It shows what the sentence depended on, not that it is right.
+For a sentence with log-probability ℓ, visual token v weighs ‖∂ℓ/∂v‖·‖v‖, and its weights over the patches
+(`return_selection`) carry that to places. (Gradient × input says nothing here: the language model's RMS norm makes ℓ
+all but blind to a token's length, so their product vanishes.) It shows what the sentence depended on, not that it is
+right.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def sentence_maps(
         logits = model(input_ids=full, visual_tokens=tokens, logits_to_keep=len(ids) + 1).logits[0, :-1]
         each = logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
         grads = [torch.autograd.grad(each[part].sum(), tokens, retain_graph=True)[0] for _, part in parts]
-    shares = torch.stack([(grad * tokens).sum(-1).abs()[0] for grad in grads]).detach()
+    shares = torch.stack([(grad.norm(dim=-1) * tokens.norm(dim=-1))[0] for grad in grads]).detach()
     maps = torch.einsum("sq,qtzyx->stzyx", shares, visual.selection[0].to(shares))
     return [(span, weights) for (span, _), weights in zip(parts, maps.cpu().numpy(), strict=True)]
 
@@ -87,7 +89,8 @@ def overlay(weights: np.ndarray, affine: np.ndarray, patch_size: tuple[int, ...]
     `affine` is the ModelInput's: the grid's (column, row, slice) to mm in RAS+.
     """
     volume = weights.reshape(-1, *weights.shape[2:]).transpose(2, 1, 0)
-    scaled = np.rint(255 * volume / max(float(volume.max()), 1e-12)).astype(np.uint8)
+    highest = float(volume.max())
+    scaled = np.rint(255 * volume / highest if highest > 0 else volume).astype(np.uint8)
     image = nib.Nifti1Image(scaled, affine @ patch_to_grid(patch_size))
     image.header.set_xyzt_units("mm")
     return bytes(image.to_bytes())

@@ -8,16 +8,18 @@ from pathlib import Path
 import httpx
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
+sys.path.append(str(Path(__file__).parents[1] / "ct"))  # its maker of DICOM series
 
-from small_runs import write_checkpoint
+from small_writer import FIRST, write_checkpoint
 
 from mu2llm.config import ServingConfig
+
+PATIENT, PATIENT_ID, STUDY = "Mustermann^Erika", "ID-4711", "1.2.826.0.1.3680043.8.498.7"
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    return write_checkpoint(str(tmp_path_factory.mktemp("serving") / "first"), seed=0)
+    return write_checkpoint(str(tmp_path_factory.mktemp("serving") / "first"), FIRST)
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +45,7 @@ def settings(checkpoint, places):
         registry_seconds=1,
         drain_seconds=10,
     )
-    return Settings(
-        checkpoint=checkpoint, tracking=f"sqlite:///{places}/tracking.db", loopback=True, serving=serving
-    )
+    return Settings(checkpoint=checkpoint, tracking=f"sqlite:///{places}/tracking.db", loopback=True, serving=serving)
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +70,18 @@ def phantom():
     from mu2llm.ct import phantom
 
     return phantom.make(3, 1).nifti()
+
+
+@pytest.fixture(scope="session")
+def dicom():
+    """The files of a small DICOM series with a patient's name in them."""
+    from ct_scans import chest, slices, to_bytes
+
+    series = slices(chest())
+    for dataset in series:
+        dataset.PatientName, dataset.PatientID = PATIENT, PATIENT_ID
+        dataset.StudyInstanceUID = STUDY
+    return [to_bytes(dataset) for dataset in series]
 
 
 def free_port() -> int:

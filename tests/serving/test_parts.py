@@ -1,0 +1,155 @@
+"""The parts that need neither Ray nor HTTP: batches, media types, stored things, the Serve config."""
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mu2llm import config
+from mu2llm.evaluation.decoding import Decoding
+from mu2llm.serving import formats
+from mu2llm.serving.app import Settings, deployments, serve_config
+from mu2llm.serving.batching import Batcher, Row
+from mu2llm.serving.problems import Problem
+from mu2llm.serving.store import Store
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        *(("*/*", formats.JSON), ("application/json", formats.JSON), ("text/plain", formats.TEXT)),
+        *(("text/html,text/*;q=0.5", formats.TEXT), ("application/fhir+json, */*;q=0.1", formats.FHIR)),
+        *(("application/dicom;q=0.2, application/json;q=0.9", formats.JSON), ("text/event-stream", formats.EVENTS)),
+        ("text/plain;q=0, application/*", formats.JSON),
+    ],
+)
+def test_the_best_format_that_is_accepted(accept, chosen):
+    assert formats.choose(accept) == chosen
+
+
+@pytest.mark.parametrize("accept", ["image/png", "", "text/plain;q=0", "*/*;q=nonsense"])
+def test_no_format_that_is_accepted(accept):
+    with pytest.raises(Problem) as told:
+        formats.choose(accept)
+    assert told.value.status == 406
+
+
+def test_sections_of_a_report():
+    assert formats.sections("Findings: A. B.\nIMPRESSION: C.") == ("A. B.", "C.")
+    assert formats.sections("A nodule.") == ("A nodule.", "")
+
+
+def batches(run, rows, size=4, wait=0.05):
+    """Adds the rows to a batcher and gives their results."""
+
+    async def go():
+        batcher = Batcher(run, size, wait)
+        made = [batcher.add(Row(asked, Decoding(5, seed=seed))) for asked, seed in rows]
+        return await asyncio.gather(*[row.done for row in made], return_exceptions=True)
+
+    return asyncio.run(go())
+
+
+def test_what_waits_is_written_together_by_its_decoding():
+    seen = []
+
+    def run(rows):
+        seen.append([row.asked for row in rows])
+        for row in rows:
+            row.finish(row.asked.upper())
+
+    results = batches(run, [("a", 0), ("b", 1), ("c", 0), ("d", 0), ("e", 0), ("f", 0)])
+    assert results == list("ABCDEF")
+    assert seen == [["a", "c", "d", "e"], ["b"], ["f"]]
+
+
+def test_one_that_cannot_be_written_fails_alone():
+    def run(rows):
+        if any(row.asked == "bad" for row in rows):
+            raise RuntimeError("no")
+        for row in rows:
+            row.finish("good")
+
+    good, bad, other = batches(run, [("x", 0), ("bad", 0), ("y", 0)])
+    assert good == other == "good" and isinstance(bad, RuntimeError)
+
+
+def test_who_leaves_while_waiting_is_not_written():
+    seen, go_on = [], threading.Event()
+
+    def run(rows):
+        seen.extend(row.asked for row in rows)
+        go_on.wait(5)
+        for row in rows:
+            row.finish("")
+
+    async def go():
+        batcher = Batcher(run, 1, 0)
+        first, second, third = (batcher.add(Row(name, Decoding(5))) for name in "abc")
+        await asyncio.sleep(0.1)
+        batcher.leave(second)
+        go_on.set()
+        await asyncio.gather(first.done, third.done)
+
+    asyncio.run(go())
+    assert seen == ["a", "c"]
+
+
+def test_pieces_of_a_text_come_while_it_is_written():
+    async def go():
+        row = Row("x", Decoding(5), streamed=True)
+
+        def write():
+            for piece in ("one ", "two ", "three"):
+                row.tell(piece)
+                time.sleep(0.02)
+            row.finish("end")
+
+        writing = asyncio.to_thread(write)
+        task = asyncio.create_task(writing)
+        pieces = [piece async for piece in row.pieces()]
+        await task
+        return pieces, await row.done
+
+    pieces, end = asyncio.run(go())
+    assert "".join(pieces) == "one two three" and len(pieces) > 1 and end == "end"
+
+
+def test_ids_that_are_no_ids_find_nothing(tmp_path):
+    store = Store(str(tmp_path), None, 1)
+    (tmp_path / "secret.json").write_text("{}")
+    for identity in ("../secret", "x", "0" * 32):
+        with pytest.raises(Problem) as told:
+            store.report(identity)
+        assert told.value.status == 404
+
+
+def test_uploads_are_kept_by_choice_only(tmp_path):
+    assert Store(str(tmp_path / "s"), None, 1).keep_scan([b"x"]) is None
+    uri = Store(str(tmp_path / "s"), str(tmp_path / "kept"), 1).keep_scan([b"\x1f\x8bscan"])
+    assert uri.endswith(".nii.gz") and Path(uri).read_bytes() == b"\x1f\x8bscan"
+
+
+@pytest.mark.parametrize("preset", ["demo", "paper"])
+def test_the_serve_config_is_of_the_same_application(preset):
+    from ray.serve.schema import ServeDeploySchema
+
+    experiment = config.load(preset)
+    settings = Settings(tracking="http://mlflow:5000", serving=experiment.serving, judge=experiment.judge)
+    told = yaml.safe_load(yaml.safe_dump(serve_config(settings)))
+    checked = ServeDeploySchema.model_validate(told)
+    (application,) = checked.applications
+    assert {each.name for each in application.deployments} == set(deployments(settings))
+    assert application.import_path == "mu2llm.serving.app:build"
+    assert Settings.model_validate(application.args) == settings.model_copy(update={"loopback": False})
+    gpus = {each["name"]: each["ray_actor_options"]["num_gpus"] for each in told["applications"][0]["deployments"]}
+    assert gpus["ReportGenerator"] == experiment.serving.generator.gpus
+    assert gpus["Ingress"] == gpus["VolumeReader"] == 0
+
+
+def test_a_deployment_of_gpus_scales_to_zero_where_it_may():
+    scorer = deployments(Settings(tracking="x", serving=config.load("paper").serving))["GreenScorer"]
+    assert scorer._deployment_config.autoscaling_config.min_replicas == 0

@@ -1,0 +1,231 @@
+"""What a hostile client may not do; without a running service."""
+
+import asyncio
+import gzip
+import io
+import json
+import os
+import time
+import zipfile
+
+import httpx
+import pytest
+from conftest import PATIENT, PATIENT_ID
+
+from mu2llm.errors import UserError
+from mu2llm.records import Rejection
+from mu2llm.serving import decoder
+from mu2llm.serving.decoder import Decoder, Reading, Refusal, Scan
+from mu2llm.serving.guard import Guard, is_loopback
+from mu2llm.serving.keys import Doorkeeper, list_keys, make_key, revoke_key
+from mu2llm.serving.problems import Problem, rejected
+from mu2llm.serving.uris import allowed, data_url
+
+BELOW = ("s3://bucket/scans", "file:///srv/scans/")
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/scans/a.nii.gz", "file:///srv/scans/b/c.nii.gz"])
+def test_uris_below_an_allowed_place(uri):
+    assert allowed(uri, BELOW) == uri
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("s3://bucket/scans-of-others/a", "s3://bucket/scansx", "s3://other/scans/a", "s3://bucket/scans/../secret"),
+        *("/etc/passwd", "file:///etc/passwd", "file:///srv/scans/../../etc/passwd", "file:///srv/scans/./x"),
+        *("http://169.254.169.254/latest/meta-data", "https://bucket/scans/a", "gopher://x", "s3://bucket/scans//x"),
+        *(
+            "s3://bucket/scans/%2e%2e/x",
+            "s3://bucket/scans/a?versionId=1",
+            "s3://bucket/scans/a\r\nX: y",
+            "S3://bucket",
+        ),
+        *("s3://bucket@evil/scans/a", "", "s3://", "bucket/scans/a"),
+    ],
+)
+def test_all_other_uris_are_refused_alike(uri):
+    with pytest.raises(Problem) as told:
+        allowed(uri, BELOW)
+    assert (told.value.status, told.value.code) == (403, "uri_not_allowed")
+    assert uri == "" or uri not in told.value.detail
+
+
+def test_a_link_does_not_lead_out(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret").write_text("x")
+    os.symlink(tmp_path / "secret", tmp_path / "in" / "link")
+    with pytest.raises(Problem):
+        allowed(f"file://{tmp_path}/in/link", (f"file://{tmp_path}/in",))
+
+
+def test_data_urls_have_a_limit_and_must_be_sound():
+    assert data_url("data:application/gzip;base64,QUJD", 10) == b"ABC"
+    assert data_url("s3://bucket/x", 10) is None
+    for url, status in (("data:;base64,QUJDQUJDQUJDQUJD", 413), ("data:;base64,????", 422), ("data:text/plain,x", 422)):
+        with pytest.raises(Problem) as told:
+            data_url(url, 10)
+        assert told.value.status == status
+
+
+def test_keys_are_stored_as_hashes_and_have_scopes(tmp_path):
+    state = str(tmp_path)
+    key = make_key(state, "reading room", ("read",))
+    assert key.rpartition("_")[2] not in (tmp_path / "keys.json").read_text()
+    door = Doorkeeper(state, needed=True)
+    door.check(key, "read")
+    for given, scope, status in (
+        (key, "score", 403),
+        (None, "read", 401),
+        (key + "x", "read", 401),
+        ("mu2_x_y", "read", 401),
+    ):
+        with pytest.raises(Problem) as told:
+            door.check(given, scope)
+        assert told.value.status == status
+    revoke_key(state, list_keys(state)[0].id)
+    with pytest.raises(Problem):
+        Doorkeeper(state, needed=True).check(key, "read")
+    Doorkeeper(state, needed=False).check(None, "read")
+    with pytest.raises(UserError, match="there are read, score, correct"):
+        make_key(state, "x", ("admin",))
+
+
+def test_addresses_of_this_machine():
+    assert is_loopback("127.0.0.1") and is_loopback("localhost") and is_loopback("::1")
+    assert not is_loopback("0.0.0.0") and not is_loopback("10.0.0.1")
+
+
+async def _echo(scope, receive, send):
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": str(len(body)).encode()})
+
+
+def ask(body=b"", headers=None, hosts=("localhost",), method="POST"):
+    counted = []
+    guard = Guard(_echo, 100, hosts, lambda path, status: counted.append(status))
+
+    async def go():
+        transport = httpx.ASGITransport(app=guard)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
+            return await client.request(method, "/", content=body, headers=headers or {})
+
+    answer = asyncio.run(go())
+    assert counted == [answer.status_code]
+    return answer
+
+
+def test_bodies_are_limited_whether_they_say_their_length_or_not():
+    async def pieces():
+        for _ in range(5):
+            yield b"x" * 30
+
+    assert ask(b"x" * 100).text == "100"
+    assert ask(b"x" * 101).status_code == 413
+    assert ask(pieces()).status_code == 413
+
+
+def test_pages_of_others_can_neither_read_nor_write():
+    assert ask(headers={"host": "evil.example"}).status_code == 403
+    assert ask(headers={"host": "evil.example"}, hosts=None).status_code == 200
+    assert ask(headers={"origin": "https://evil.example"}).status_code == 403
+    assert ask(headers={"origin": "http://localhost:8000"}).status_code == 200
+
+
+def test_no_message_of_a_rejection_that_may_hold_names_is_told():
+    told = rejected(Rejection("s3://b/x", "unsafe_archive", f"member '../{PATIENT}' points outside"))
+    assert told.status == 400 and PATIENT not in json.dumps(told.body()) and "s3" not in json.dumps(told.body())
+
+
+SPEC = {"name": "least", "windows": [[-1000, 400]], "grid": [8, 16, 16], "chunks": 2, "fit": "stretch"}
+
+
+@pytest.fixture(scope="module")
+def spec():
+    from mu2llm.records import PreprocessSpec
+
+    return PreprocessSpec.model_validate(SPEC)
+
+
+@pytest.fixture(scope="module")
+def reader():
+    made = Decoder(seconds=20, memory=4 * 2**30, max_slices=200)
+    yield made
+    made.close()
+
+
+def read(reader, spec, *files, **more):
+    return asyncio.run(reader.read(Reading(list(files), spec, **more)))
+
+
+def archive(**members):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as made:
+        for name, data in members.items():
+            made.writestr(name, data)
+    return stream.getvalue()
+
+
+@pytest.mark.slow
+def test_archives_and_bombs(reader, spec, dicom):
+    climbing = archive(**{"../../etc/cron.d/x": dicom[0]})
+    assert read(reader, spec, climbing).reason == "unsafe_archive"
+    bomb = archive(**{"a.dcm": bytes(2**28)})
+    assert len(bomb) < 2**20 and read(reader, spec, bomb).reason == "too_large"
+    started = time.monotonic()
+    assert read(reader, spec, gzip.compress(bytes(2**28))).reason in ("unsupported_format", "truncated", "corrupt")
+    header = _nifti_header((4000, 4000, 4000))
+    assert read(reader, spec, gzip.compress(header + bytes(2**20))).reason == "too_large"
+    assert time.monotonic() - started < 10
+
+
+def _nifti_header(shape):
+    import nibabel as nib
+    import numpy as np
+
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    header.set_data_shape(shape)
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    return header.binaryblock + bytes(4)
+
+
+@pytest.mark.slow
+def test_a_scan_of_too_many_slices(spec, phantom):
+    made = Decoder(seconds=20, memory=4 * 2**30, max_slices=10)
+    assert read(made, spec, phantom).reason == "too_large"
+    made.close()
+
+
+@pytest.mark.slow
+def test_the_decoder_is_killed_when_it_takes_too_long_and_comes_back(spec, phantom):
+    made = Decoder(seconds=0.0, memory=4 * 2**30, max_slices=200)
+    assert read(made, spec, phantom) == Refusal("slow")
+    made.seconds = 60
+    assert isinstance(read(made, spec, phantom), Scan)
+    made._child[0].kill()
+    assert read(made, spec, phantom) in (Refusal("crashed"),) or isinstance(read(made, spec, phantom), Scan)
+    assert isinstance(read(made, spec, phantom), Scan)
+    made.close()
+
+
+def test_memory_that_runs_out_costs_one_scan(monkeypatch, spec):
+    def hungry(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(decoder, "read", hungry)
+    assert decoder._answer(Reading([b""], spec), 10) == Refusal("too_large")
+
+
+@pytest.mark.slow
+def test_nothing_of_the_patient_leaves_the_decoder(reader, spec, dicom, capfd):
+    scan = read(reader, spec, *dicom, references=True)
+    assert isinstance(scan, Scan) and len(scan.references.instances) == len(dicom)
+    told = repr((scan.facts, scan.references)) + "".join(capfd.readouterr())
+    assert PATIENT not in told and PATIENT_ID not in told
