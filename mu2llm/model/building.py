@@ -221,15 +221,17 @@ def _small(model: ModelConfig, texts: Sequence[str] | None) -> tuple[PreTrainedM
 
 
 def _add_volume_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The placeholder gets an id and the mean embedding; a tokenizer without padding pads with its end."""
+    """The placeholder gets an id, and with all else that the backbone has no row for, the mean embedding, also where
+    the table has spare rows; a tokenizer without padding pads with its end."""
+    trained = min(len(tokenizer), int(backbone.get_input_embeddings().num_embeddings))  # type: ignore[arg-type]
     tokenizer.add_special_tokens({"extra_special_tokens": [VOLUME_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) > int(backbone.get_input_embeddings().num_embeddings):  # type: ignore[arg-type]
         backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with torch.no_grad():
-            for table in {backbone.get_input_embeddings().weight, backbone.get_output_embeddings().weight}:
-                table[-1] = table[:-1].mean(0)
+    with torch.no_grad():
+        for table in {backbone.get_input_embeddings().weight, backbone.get_output_embeddings().weight}:
+            table[trained : len(tokenizer)] = table[:trained].mean(0)
 
 
 def _around(backbone: PreTrainedModel, config: Mu2Config) -> Mu2ForConditionalGeneration:

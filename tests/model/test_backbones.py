@@ -1,5 +1,8 @@
 """Any causal language model as backbone: its weights taken over as they are, its own chat format, LoRA on it."""
 
+import json
+
+import numpy as np
 import peft
 import pytest
 import torch
@@ -55,6 +58,21 @@ def test_the_placeholder_is_a_new_token_that_starts_as_the_mean(on_backbone):
     assert (model.lm_head.weight is embeddings) == tied
     if not tied:
         torch.testing.assert_close(model.lm_head.weight[300], backbone.get_output_embeddings().weight.mean(0))
+
+
+def test_a_spare_row_of_the_table_becomes_the_placeholders(tmp_path):
+    """Many backbones have more rows than their tokenizer has tokens: what is in them was never trained."""
+    backbone = save_backbone(tmp_path, Qwen3Config(**{**SIZES, "vocab_size": 320}, num_key_value_heads=1))
+    settings = experiment(language_model=str(tmp_path))
+    model, _ = build(settings.model, settings.data.spec, None, 0)
+    assert model.config.volume_token_id == 300
+    for given, own in (
+        (model.get_input_embeddings().weight, backbone.get_input_embeddings().weight),
+        (model.lm_head.weight, backbone.get_output_embeddings().weight),
+    ):
+        assert len(given) == 320
+        torch.testing.assert_close(given[300], own[:300].mean(0))
+        torch.testing.assert_close(given[301:], own[301:])
 
 
 def test_trains_generates_saves_and_loads(on_backbone, tmp_path):
@@ -146,6 +164,56 @@ def test_without_its_adapter_the_model_is_the_reference_it_started_as(with_lora)
         given = adapted(**inputs).logits
     expected = Mu2ForConditionalGeneration.from_pretrained(base).eval()(**inputs).logits
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-4)
+
+
+def write_gguf(path):
+    """A Llama of two layers as GGUF, with a byte-level tokenizer."""
+    import gguf
+
+    words = weights.train_tokenizer(TEXTS, 300)
+    state = json.loads(words.backend_tokenizer.to_str())["model"]
+    tokens = sorted(state["vocab"], key=state["vocab"].get)
+    writer = gguf.GGUFWriter(path, "llama")
+    sizes = {"context_length": 128, "embedding_length": 32, "block_count": 2, "feed_forward_length": 48}
+    sizes |= {"head_count": 2, "head_count_kv": 2, "layer_norm_rms_eps": 1e-6, "vocab_size": len(tokens)}
+    for name, value in sizes.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges([" ".join(pair) for pair in state["merges"]])
+    writer.add_token_types([3 if token in ("<pad>", "</s>") else 1 for token in tokens])
+    writer.add_eos_token_id(tokens.index("</s>"))
+    writer.add_pad_token_id(tokens.index("<pad>"))
+    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,)}
+    for layer in range(2):
+        shapes |= {f"blk.{layer}.{name}": (32, 32) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+        shapes |= {f"blk.{layer}.ffn_{name}": (48, 32) for name in ("gate", "up")}
+        shapes |= {f"blk.{layer}.ffn_down": (32, 48), f"blk.{layer}.attn_norm": (32,), f"blk.{layer}.ffn_norm": (32,)}
+    generator = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", generator.normal(0, 0.2, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_by_its_path(tmp_path):
+    pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
+    write_gguf(tmp_path / "tiny.gguf")
+    settings = experiment(language_model=str(tmp_path / "tiny.gguf"))
+    model, processor = build(settings.model, settings.data.spec, None, 0)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
+    ids = processor.tokenizer(TEXTS[0], add_special_tokens=False, return_tensors="pt").input_ids
+    assert processor.tokenizer.decode(ids[0]) == TEXTS[0]
+    count = plain.config.vocab_size
+    torch.testing.assert_close(model.eval()(ids).logits[..., :count], plain(ids).logits, atol=1e-5, rtol=1e-4)
+    embeddings = model.get_input_embeddings().weight
+    assert model.lm_head.weight is embeddings and model.config.volume_token_id == len(embeddings) - 1 >= count
+    for new in embeddings[count:]:  # the placeholder, and what the tokenizer brought along
+        torch.testing.assert_close(new, plain.get_input_embeddings().weight.mean(0))
+    inputs = processor.encode([QUESTION], [TEXTS[0]])
+    assert model(**inputs, volumes=scans(1)).loss.isfinite()
 
 
 @pytest.mark.slow
