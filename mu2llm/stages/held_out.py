@@ -108,7 +108,9 @@ class _Task:
     measure: Measure
     settings: ValidationConfig
 
-    def __call__(self, checkpoint: ray.train.Checkpoint, step: int) -> dict[str, float]:
+    def __call__(self, checkpoint: ray.train.Checkpoint, **given: Any) -> dict[str, float]:
+        """`step` of the checkpoint → its metrics, with the score by which checkpoints are kept."""
+        step = int(given["step"])
         torch.set_num_threads(max(1, int(self.settings.cpus)))
         number = step // (self.settings.steps or 1)
         reports = self.settings.reports > 0 and number % self.settings.reports_every == 0

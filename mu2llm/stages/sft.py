@@ -2,9 +2,9 @@
 
 The instruction is in the backbone's chat format and the loss is on the answer alone. With `freeze_vision` and
 `cache_vision` each scan is encoded once, before training; every epoch then reads the features. With `thaw_vision`
-frozen vision is trained too after that share of the steps. With `alignment`
-the visual tokens are also held against the findings of the report, as the features were in the contrastive
-stage: a language model from scratch learns to read them only once there is something to read.
+frozen vision is trained too after that share of the steps. With `alignment` the visual tokens are also held against
+the findings of the report, as the features were in the contrastive stage: a language model from scratch learns to
+read them only once there is something to read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mu2llm import weights
 from mu2llm.cases import Shards
-from mu2llm.cases.shards import read_rows
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
 from mu2llm.evaluation.decoding import Decoding, write
@@ -33,7 +32,7 @@ from mu2llm.stages import runner
 from mu2llm.stages.held_out import HeldOut
 from mu2llm.stages.runner import LOSS
 from mu2llm.stages.texts import TextBank
-from mu2llm.stages.validation import PREFIX, Validation, score
+from mu2llm.stages.validation import PREFIX, Validation, scans, score
 
 COLUMNS = ["id", "report", "questions", "chunk_mask"]
 
@@ -59,7 +58,10 @@ def run(
         raise UserError(f"sft.validation.steps is given, but {shards.uri} has no rows in split validation")
     if settings.cached:
         if parent is None or init is None:
-            raise UserError("sft.cache_vision caches what a trained vision tower sees: name one with --init")
+            raise UserError(
+                "sft.cache_vision caches what a trained checkpoint's vision sees: name one with --init, or with "
+                "model.vision.weights set sft.cache_vision=false"
+            )
         features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker)
         job = job.model_copy(update={"features": features.uri})
     return runner.run(job, loop, progress, HeldOut(settings.validation, measure, export))
@@ -211,15 +213,6 @@ def measure(job: runner.Job, folder: str, reports: bool) -> dict[str, float]:
         scores = score(cases[: len(written)], written, job)
         metrics |= {f"{PREFIX}{name}": estimate.value for name, estimate in scores.items() if estimate}
     return metrics
-
-
-def scans(model: Any, shards: Shards, split: str, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vision features (b, T, n, E) and chunk mask (b, T) of rows of a split, from shards or their cached features."""
-    scan = "features" if "features" in shards.schema(split).names else "voxels"
-    read = read_rows(shards.files(split), shards.rows(split), ["chunk_mask", scan], rows)
-    given, mask = (torch.from_numpy(np.array(read[name])).to(model.device) for name in (scan, "chunk_mask"))
-    with torch.inference_mode():
-        return given.to(model.dtype) if scan == "features" else model.encode_vision(given, mask), mask
 
 
 def restore(job: runner.Job, folder: str) -> tuple[Any, Mu2Processor]:

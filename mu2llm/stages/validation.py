@@ -98,16 +98,19 @@ class Validation(TrainerCallback):
 
     def _batches(self, model: Mu2ForConditionalGeneration) -> Iterator[tuple[list[Case], Tensor, Tensor]]:
         """Cases, their vision features (b, T, n, E) and chunk mask (b, T)."""
-        split, size = self.watch.split, self.job.resolved.evaluation.batch_size
-        scan = "features" if "features" in self.shards.schema(split).names else "voxels"
+        size = self.job.resolved.evaluation.batch_size
         for start in range(0, len(self.cases), size):
             cases = self.cases[start : start + size]
-            numbers = np.arange(start, start + len(cases))
-            rows = read_rows(self.shards.files(split), self.shards.rows(split), ["chunk_mask", scan], numbers)
-            mask = torch.from_numpy(np.array(rows["chunk_mask"])).to(model.device)
-            given = torch.from_numpy(np.array(rows[scan])).to(model.device)
-            with torch.inference_mode():
-                yield cases, given.to(model.dtype) if scan == "features" else model.encode_vision(given, mask), mask
+            yield cases, *scans(model, self.shards, self.watch.split, np.arange(start, start + len(cases)))
+
+
+def scans(model: Any, shards: Shards, split: str, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Vision features (b, T, n, E) and chunk mask (b, T) of rows of a split, from shards or their cached features."""
+    scan = "features" if "features" in shards.schema(split).names else "voxels"
+    read = read_rows(shards.files(split), shards.rows(split), ["chunk_mask", scan], rows)
+    given, mask = (torch.from_numpy(np.array(read[name])).to(model.device) for name in (scan, "chunk_mask"))
+    with torch.inference_mode():
+        return given.to(model.dtype) if scan == "features" else model.encode_vision(given, mask), mask
 
 
 def write_reports(uri: str, cases: list[Case], texts: list[Text], question: str) -> None:

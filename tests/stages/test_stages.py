@@ -22,7 +22,7 @@ from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation.encode import load_encoder
 from mu2llm.model import Mu2ForContrastive, load
 from mu2llm.records import Checkpoint, Correction
-from mu2llm.stages import contrastive, dpo, preferences, sft
+from mu2llm.stages import contrastive, dpo, preferences, sft, validation
 
 pytestmark = pytest.mark.slow
 
@@ -169,7 +169,7 @@ def test_the_best_checkpoint_is_published(validated, shards):
     assert checkpoint.training.metrics["validation/step"] == best["step"]
     model, processor = load(checkpoint.uri)
     cases = Shards.open(shards).cases("validation")
-    features, mask = sft.scans(model, Shards.open(shards), "validation", np.arange(len(cases)))
+    features, mask = validation.scans(model, Shards.open(shards), "validation", np.arange(len(cases)))
     asked = [experiment().evaluation.question] * len(cases)
     inputs = processor.encode(asked, [case.report for case in cases])
     with torch.no_grad():
