@@ -79,6 +79,30 @@ def rescore(
 
 
 @app.command()
+def compare(
+    evaluations: Annotated[list[str], typer.Argument(metavar="EVALUATION EVALUATION…", help="Folders of `evaluate`.")],
+    out: Out,
+    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH or openai:MODEL@URL")] = None,
+    preset: Preset = "demo",
+    set_: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Evaluations of the same cases side by side, with paired differences of later ones to earlier; no model."""
+    if len(evaluations) < 2:
+        raise UserError("give two evaluations or more to compare")
+    experiment = config.load(preset, [*set_, *([f"judge.name={judge}"] if judge else [])])
+    from mu2llm.evaluation.evaluate import compare_saved
+    from mu2llm.evaluation.leaderboard import differences, rows, terminal
+
+    results = compare_saved(evaluations, out, experiment)
+    if as_json:
+        runs = {run: results.summary(run) for run in results.header.checkpoints}
+        show({"runs": runs, "differences": [each.model_dump() for each in results.differences]}, as_json)
+        return
+    Console().print(*terminal(rows(results)), differences(results))
+
+
+@app.command()
 def leaderboard(
     html: Annotated[Path | None, typer.Option(help="Write a page too.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown too.")] = None,

@@ -6,13 +6,14 @@ scored is read from these tables, so scores can be made anew without any model (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mu2llm import storage, tracking
+from mu2llm import config, storage, tracking
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment, JudgeConfig
 from mu2llm.errors import UserError
@@ -78,6 +79,57 @@ def rescore(out: str, experiment: Experiment) -> Results:
     judged = {(row["run"], row["case_id"]): Judgement.from_row(row) for row in judgements.to_pylist()}
     write_report(out, results, cases, predictions, judged, experiment.evaluation.pages)
     return results
+
+
+def compare_saved(evaluations: Sequence[str], out: str, experiment: Experiment) -> Results:
+    """Evaluations that are there already, put side by side in `out`: paired differences on the same cases, no model.
+
+    Runs of the same name are told apart by their folder. Raises UserError where the cases are not the same.
+    """
+    headers = [Header.open(each) for each in evaluations]
+    saved = [read_predictions(each) for each in evaluations]
+    cases = {case.id: case.report for case in saved[0][0]}
+    for folder, (others, _) in zip(evaluations, saved, strict=True):
+        if {case.id: case.report for case in others} != cases:
+            raise UserError(f"{folder} and {evaluations[0]} are of different cases; only the same can be paired")
+    names = _told_apart(evaluations, headers)
+    header = headers[0].model_copy(
+        update={
+            "identity": config.digest([each.identity for each in headers]),
+            "checkpoints": {
+                names[i, run]: each.checkpoints[run] for i, each in enumerate(headers) for run in each.checkpoints
+            },
+            "identities": {
+                names[i, run]: each.identities.get(run, "")
+                for i, each in enumerate(headers)
+                for run in each.checkpoints
+            },
+            "histories": {stage: losses for each in headers for stage, losses in each.histories.items()},
+        }
+    )
+    if Header.there(out) and Header.open(out).identity != header.identity:
+        raise UserError(f"{out} holds another evaluation; give another --out or delete it")
+    predictions = [p for p in saved[0][1] if p.run == PRIOR]
+    for i, (_, found) in enumerate(saved):
+        predictions += [p.model_copy(update={"run": names[i, p.run]}) for p in found if p.run != PRIOR]
+    _write_table(storage.join(out, "cases.parquet"), Case.table(saved[0][0]))
+    _write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
+    header.write(out)
+    return rescore(out, experiment)
+
+
+def _told_apart(evaluations: Sequence[str], headers: Sequence[Header]) -> dict[tuple[int, str], str]:
+    """(number of the evaluation, run) → a name that no other has."""
+    runs = Counter(run for header in headers for run in header.checkpoints)
+    folders = [storage.absolute(each).rstrip("/").rpartition("/")[2] for each in evaluations]
+    names = {
+        (i, run): run if runs[run] == 1 else f"{run} ({folders[i]})"
+        for i, header in enumerate(headers)
+        for run in header.checkpoints
+    }
+    if len(set(names.values())) < len(names):
+        raise UserError(f"two evaluations of the same name: {', '.join(evaluations)}; rename one folder")
+    return names
 
 
 def read_predictions(out: str) -> tuple[list[Case], list[Prediction]]:

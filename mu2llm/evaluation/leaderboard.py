@@ -174,6 +174,26 @@ def terminal(table: Sequence[Row]) -> list[Table]:
     return made
 
 
+def differences(results: Results) -> Table:
+    """Paired differences with their intervals; those that exclude zero stand out."""
+    names = [f"{each.ours} − {each.theirs}" for each in results.differences]
+    shown = Table(
+        "", *names, title="Paired differences, 95 % bootstrap intervals", title_justify="left", box=SIMPLE_HEAD
+    )
+    for metric, title in TITLES.items():
+        numbers = [each.metrics.get(metric) for each in results.differences]
+        if any(numbers):
+            shown.add_row(title, *(_signed(number) for number in numbers))
+    return shown
+
+
+def _signed(number: Estimate | None) -> Text:
+    if number is None:
+        return Text("–")
+    clear = number.low > 0 or number.high < 0
+    return Text(f"{number.value:+.3f} ({number.low:+.3f} … {number.high:+.3f})", style="bold" if clear else "dim")
+
+
 def _wrapping(number: Estimate | float | None) -> str:
     """A cell that a narrow terminal breaks at its spaces."""
     return cell(number).replace(" (", "\n").replace("–", " – ").rstrip(")") if number is not None else cell(number)

@@ -5,12 +5,14 @@ import json
 import pyarrow.parquet as pq
 import pytest
 from small_runs import case, least
+from typer.testing import CliRunner
 
 from mu2llm import storage
+from mu2llm.cli import app
 from mu2llm.errors import UserError
 from mu2llm.evaluation import assess as assess_module
 from mu2llm.evaluation import evaluate as evaluate_module
-from mu2llm.evaluation.evaluate import compare, evaluate, rescore
+from mu2llm.evaluation.evaluate import compare, compare_saved, evaluate, rescore
 from mu2llm.evaluation.predictions import Prediction
 from mu2llm.evaluation.results import Header, Results
 from mu2llm.records import Case
@@ -69,6 +71,37 @@ def save(out):
         prior="one of 3 training reports",
         histories={"sft": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]},
     ).write(out)
+
+
+def only(out, run, name):
+    """The saved evaluation of one run of `out`, below another name."""
+    header, (cases, predictions) = Header.open(str(out)), evaluate_module.read_predictions(str(out))
+    folder = str(out.parent / name)
+    kept = [p for p in predictions if p.run in (run, "prior")]
+    evaluate_module._write_table(storage.join(folder, "cases.parquet"), Case.table(cases))
+    evaluate_module._write_table(storage.join(folder, "predictions.parquet"), Prediction.table(kept))
+    header.model_copy(update={"checkpoints": {run: header.checkpoints[run]}, "identity": name}).write(folder)
+    return folder
+
+
+def test_evaluations_made_apart_are_paired_as_if_made_together(tmp_path, no_encoder):
+    save(str(tmp_path / "both"))
+    together = rescore(str(tmp_path / "both"), least())
+    sft, dpo = (only(tmp_path / "both", run, name) for run, name in (("sft", "first"), ("dpo", "second")))
+    apart = compare_saved([sft, dpo], str(tmp_path / "compared"), least())
+    assert apart.differences == together.differences and apart.runs == together.runs
+    told = CliRunner().invoke(app, ["compare", sft, dpo, "--out", str(tmp_path / "told")], catch_exceptions=False)
+    assert "dpo − sft" in told.stdout and "GREEN" in told.stdout
+    again = compare_saved([sft, only(tmp_path / "both", "sft", "third")], str(tmp_path / "same"), least())
+    assert list(again.header.checkpoints) == ["sft (first)", "sft (third)"]
+    [difference] = again.differences
+    assert difference.metrics["green"].value == 0
+    with pytest.raises(UserError, match="another evaluation"):
+        compare_saved([dpo, sft], str(tmp_path / "compared"), least())
+    fewer = Case.table([case(i) for i in range(3)])
+    evaluate_module._write_table(storage.join(dpo, "cases.parquet"), fewer)
+    with pytest.raises(UserError, match="different cases"):
+        compare_saved([sft, dpo], str(tmp_path / "other"), least())
 
 
 def test_rescore_needs_nothing_but_the_files(tmp_path, no_encoder):
