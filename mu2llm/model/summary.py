@@ -78,6 +78,7 @@ class Summary:
         for part, count in {**self.parameters, "all": sum(self.parameters.values())}.items():
             work = self.flops.get(part, sum(self.flops.values()))
             lines += [f"{part:<16}{count / 1e6:10.2f} M parameters{work / 1e9:12.1f} GFLOP a scan"]
+        lines += [""]
         for name, size in (
             ("weights (bf16)", self.weight_bytes),
             ("training (AdamW)", self.training_bytes),

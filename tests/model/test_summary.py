@@ -10,9 +10,14 @@ from mu2llm import config
 from mu2llm.model.summary import summarise
 
 
-def test_shapes_of_the_paper_are_the_published_ones():
+@pytest.fixture(scope="module")
+def paper():
     preset = config.load("paper")
-    shapes = dict(summarise(preset.model, preset.data.spec).steps)
+    return summarise(preset.model, preset.data.spec)
+
+
+def test_shapes_of_the_paper_are_the_published_ones(paper):
+    shapes = dict(paper.steps)
     assert shapes["volume"] == (1, 8, 3, 32, 256, 256)
     assert shapes["patches"][1] == 2048 and shapes["vision"][1] == 2049
     assert shapes["pooled"][1:3] == (8, 256)
@@ -20,9 +25,8 @@ def test_shapes_of_the_paper_are_the_published_ones():
     assert shapes["visual tokens"] == (1, 256, 2048)
 
 
-def test_parameters_of_the_paper_by_part():
-    preset = config.load("paper")
-    parameters = summarise(preset.model, preset.data.spec).parameters
+def test_parameters_of_the_paper_by_part(paper):
+    parameters = paper.parameters
     assert parameters["language model"] == pytest.approx(1.2358e9, rel=1e-3)  # Llama-3.2-1B's own count
     # 12 blocks of 4·768² + 2·768·3072 weights, and what is around them
     assert parameters["vision"] == pytest.approx(12 * (4 * 768**2 + 2 * 768 * 3072), rel=0.06)
