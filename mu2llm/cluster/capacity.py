@@ -40,12 +40,8 @@ GPUS = (
 
 def needs(experiment: Experiment, job: str) -> dict[str, float]:
     """CPUs and GPUs without which a job can never start: the most that any of its stages asks for at once."""
-    evaluation, sweep = experiment.evaluation, experiment.sweep
+    evaluation = experiment.evaluation
     generation = {"CPU": evaluation.cpus_per_actor, "GPU": evaluation.gpus_per_actor}
-    trial = {
-        "CPU": sweep.workers_per_trial * experiment.sft.cpus_per_worker,
-        "GPU": sweep.workers_per_trial * sweep.gpus_per_trial,
-    }
     by_job = {
         "ingest": {"CPU": 1.0, "GPU": 0.0},
         "contrastive": _workers(experiment.contrastive),
@@ -53,8 +49,8 @@ def needs(experiment: Experiment, job: str) -> dict[str, float]:
         "preferences": generation,
         "dpo": _workers(experiment.dpo),
         "evaluate": generation,
-        "sweep_tokenizer": trial,
-        "sweep_dpo": trial,
+        "sweep_tokenizer": _trial(experiment, experiment.sft),
+        "sweep_dpo": _trial(experiment, experiment.dpo),
     }
     whole = [by_job[stage] for stage in ("ingest", "contrastive", "sft", "preferences", "dpo", "evaluate")]
     by_job["pipeline"] = {name: max(each[name] for each in whole) for name in ("CPU", "GPU")}
@@ -66,6 +62,11 @@ def needs(experiment: Experiment, job: str) -> dict[str, float]:
 def _workers(settings: StageConfig) -> dict[str, float]:
     least = settings.workers if isinstance(settings.workers, int) else settings.workers[0]
     return {"CPU": least * settings.cpus_per_worker, "GPU": least * settings.gpus_per_worker}
+
+
+def _trial(experiment: Experiment, settings: StageConfig) -> dict[str, float]:
+    workers = max(experiment.sweep.workers_per_trial, 1)  # 0: the trial is its own worker
+    return {"CPU": workers * settings.cpus_per_worker, "GPU": experiment.sweep.gpus_per_trial}
 
 
 def lacks(need: Mapping[str, float], have: Mapping[str, float]) -> list[str]:

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 import typer
@@ -23,13 +24,21 @@ PROGRESS_EVERY_S = 2
 CLIENT = "MU2LLM_CLIENT"
 """In a job's environment: the versions of packages where it was submitted, as JSON."""
 
+_runs = ContextVar("runs", default=False)
+
+
+def _located(uri: str) -> str:
+    """A name in the registry becomes a URI where the job runs; where it is only checked, there is another registry."""
+    return tracking.locate(uri) if _runs.get() else uri
+
+
 Preset = Annotated[str, typer.Option("--preset", help="Name of a preset or path of a YAML file.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as dpo.beta=0.2.")]
 Out = Annotated[str, typer.Option("--out", help="Where to write: s3://, gs://, or a file system that all nodes share.")]
 Data = Annotated[str, typer.Option("--data", help="URI of the shards that `ingest` wrote; for dpo, of the pairs.")]
-From = Annotated[str | None, typer.Option("--init", parser=tracking.locate, help="Checkpoint to start from.")]
+From = Annotated[str | None, typer.Option("--init", parser=_located, help="Checkpoint to start from.")]
 CheckpointUri = Annotated[
-    str, typer.Option("--checkpoint", parser=tracking.locate, help="URI of a checkpoint; registry://mu2llm@champion.")
+    str, typer.Option("--checkpoint", parser=_located, help="URI of a checkpoint; registry://mu2llm@champion.")
 ]
 Manifest = Annotated[str, typer.Option("--manifest", help="URI of the table of cases.")]
 Volumes = Annotated[str, typer.Option("--volumes", help="Root of the manifest's relative paths.")]
@@ -102,6 +111,7 @@ def run(main: Callable[..., None]) -> None:
     """Reads the options from the command line and runs `main`; what goes wrong becomes one line and an exit code."""
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command()(main)
+    _runs.set(True)
     try:
         app(standalone_mode=False)
     except Exception as error:

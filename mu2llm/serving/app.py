@@ -1,6 +1,6 @@
 """The application: four deployments bound together, the same on one machine and from a Serve config on a cluster.
 
-`mu2llm serve` runs `application(settings)`; cluster/serve.yaml names `mu2llm.serving.app:build` with the same
+`mu2llm serve` runs `application(settings)`; cluster/base/serve.yaml names `mu2llm.serving.app:build` with the same
 settings as its arguments.
 """
 
@@ -96,7 +96,7 @@ def _deployment(
 
 
 def serve_config(settings: Settings, port: int = 8000) -> dict[str, Any]:
-    """The Serve config of the same application, checked by Ray's own schema: what cluster/serve.yaml holds."""
+    """The Serve config of the same application, checked by Ray's own schema: what cluster/base/serve.yaml holds."""
     checked = ServeDeploySchema(
         proxy_location="EveryNode",
         http_options={"host": "0.0.0.0", "port": port},
