@@ -22,7 +22,7 @@ from mu2llm.cases.shards import read_rows
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic
 from mu2llm.evaluation.decoding import Decoding, Text, write
 from mu2llm.evaluation.predictions import Prediction
-from mu2llm.evaluation.scoring import Texts, content, judged
+from mu2llm.evaluation.scoring import Texts, content
 from mu2llm.green import load_judge
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, load
 from mu2llm.records import Case, Estimate
@@ -136,9 +136,10 @@ def score(cases: list[Case], reports: list[str], job: runner.Job) -> dict[str, E
 
 
 def statistics(cases: list[Case], reports: list[str], judge: Any) -> dict[str, Statistic]:
-    """`METRICS` of reports before any interval."""
+    """`METRICS` of reports before any interval; one that cannot be judged counts as 0, so that none wins by such."""
     texts = Texts(tuple(cases), tuple(case.report for case in cases), tuple(reports))
-    return {"finding_f1": content(texts)["finding_f1"], "green": judged(judge.judge(texts.pairs))}
+    scores = [judgement.score if judgement.valid else 0.0 for judgement in judge.judge(texts.pairs)]
+    return {"finding_f1": content(texts)["finding_f1"], "green": Statistic.mean(scores)}
 
 
 @torch.inference_mode()

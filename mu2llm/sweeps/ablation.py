@@ -22,13 +22,14 @@ from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic
 from mu2llm.evaluation.last_layer import LastLayer
 from mu2llm.evaluation.published import TABLE_2
-from mu2llm.evaluation.scoring import Texts, content, embedded, judged
+from mu2llm.evaluation.scoring import Texts, embedded
 from mu2llm.evaluation.text_metrics import text_metrics
 from mu2llm.green import load_judge
 from mu2llm.records import Case, Checkpoint, Estimate
 from mu2llm.stages import dpo
 from mu2llm.stages.preferences import prefer, read_pairs
 from mu2llm.stages.runner import Watch, job
+from mu2llm.stages.validation import statistics
 from mu2llm.sweeps.ablation_page import write_page, write_plot
 from mu2llm.sweeps.final import pooled, read_reports
 from mu2llm.sweeps.results import across
@@ -221,8 +222,8 @@ def measure(ablation: Ablation, trials: Sequence[Trial], missing: dict[Key, str]
     settings = ablation.experiment.evaluation
     bootstrap = Bootstrap([case.patient for case in cases], settings.bootstrap, ablation.experiment.seed)
     groups: dict[tuple[str, float], dict[int, dict[str, Statistic]]] = {}
-    for (name, share, seed), statistics in found.items():
-        groups.setdefault((name, share), {})[seed] = statistics
+    for (name, share, seed), measured in found.items():
+        groups.setdefault((name, share), {})[seed] = measured
     if not groups:
         raise Failure(f"no variant could be trained, such as: {next(iter(missing.values()), 'none was started')}")
     baseline = groups.get(("baseline", 1.0), {})
@@ -253,7 +254,7 @@ def _statistics(ablation: Ablation, cases: list[Case], trials: Sequence[Trial]) 
     similar = embedded({str(key): each for key, each in texts.items()}, encoder) if texts else {}
     return {
         key: {
-            **{"finding_f1": content(each)["finding_f1"], "green": judged(judge.judge(each.pairs))},
+            **statistics(cases, list(each.candidates), judge),
             **{name: value for name, value in text_metrics(each.pairs).items() if name in METRICS},
             "bert_score": similar[str(key)],
         }
@@ -263,7 +264,7 @@ def _statistics(ablation: Ablation, cases: list[Case], trials: Sequence[Trial]) 
 
 def _over_seeds(seeds: dict[int, dict[str, Statistic]], metric: str, bootstrap: Bootstrap) -> Estimate | None:
     """The mean over the seeds with its t interval; of a single seed the interval over patients."""
-    estimates = [bootstrap.estimate(statistics[metric]) for statistics in seeds.values()]
+    estimates = [bootstrap.estimate(measured[metric]) for measured in seeds.values()]
     known = [estimate for estimate in estimates if estimate]
     return across([estimate.value for estimate in known]) if len(known) > 1 else known[0] if known else None
 

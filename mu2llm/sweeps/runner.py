@@ -118,7 +118,7 @@ def _tune(
 ) -> None:
     at_once = min(concurrency(getattr(plan.base, plan.stage), sweep), trials)
     _quieten()
-    with tempfile.TemporaryDirectory(prefix="mu2llm-tune-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mu2llm-tune-", ignore_cleanup_errors=True) as folder:
         tune.Tuner(
             tune.with_resources(_trainable(plan), _resources(plan, sweep)),
             param_space=param_space or {},
@@ -176,6 +176,7 @@ def _scheduler(plan: Plan, sweep: SweepConfig) -> TrialScheduler:
 def _quieten() -> None:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the command, not this search alone
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # an early report of a trial that went wrong has no numbers; recorded as it is
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
@@ -260,7 +261,7 @@ class _Proposals(OptunaSearch):
         return {"point": point.model_dump()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if "status" not in result:
+        if all(name in result for name in self.objective):
             super().on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
