@@ -24,6 +24,7 @@ _SIZE = re.compile(
     r"(?<![\d.])((?:\d+(?:[.,]\d+)?\s*(?:mm|cm)?\s*[x×*]\s*){0,2}\d+(?:[.,]\d+)?)\s*(mm|millimet\w+|cm|centimet\w+)\b"
 )
 _QUESTION = re.compile(r"[\w\s/-]{0,40}\?")
+_HEADING = re.compile(r"\s*:\s*(?:no|none|not|nil|without|normal|unremarkable|negative|absent|clear)\b")
 _RELATIVE = re.compile(r", which (?:is|are|was|were|has|have)\b[^,;]*,")
 _JOINT = re.compile(r"^\s*(?:,|and|or|/|&|with|,\s*and|as well as|accompanied by|-)?\s*$")
 _LINK = re.compile(r",|\band\b|\bor\b|(?<!compatible )(?<!consistent )\bwith\b|\bas well as\b|\baccompanied by\b")
@@ -87,7 +88,7 @@ def _in_clause(clause: str, sentence: str) -> Iterator[Mention]:
         if any(lexicon().cues[cue].search(before) for cue in ("unstated", "past")):
             continue
         status: Status = "present"
-        if any(start < hit.end and hit.start < end for start, end in denied):
+        if _HEADING.match(after) or any(start < hit.end and hit.start < end for start, end in denied):
             status = "absent"
         elif _left_open(after):
             status = "uncertain"

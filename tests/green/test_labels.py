@@ -82,6 +82,13 @@ def test_five_folds(shared):
         ("Kerley B lines.", {"Interlobular septal thickening"}),
         ("Pleural effusion: none. Pericardial effusion (-).", set()),
         ("Intraabdominal effusion.", set()),
+        ("Lymph nodes: No enlarged nodes observed.", set()),
+        ("Retroperitoneal lymph nodes. A node in the porta hepatis.", set()),
+        ("Emphysematous pyelitis of the left kidney. Postoperative scar in the lower abdomen.", set()),
+        ("High-density nodules in the gallbladder.", set()),
+        ("Multiple nodular shadows in both lungs.", {"Lung nodule"}),
+        ("Patchy shadow in the right lower lobe, consider exudation.", {"Lung opacity"}),
+        ("Left anterior descending coronary artery hardening.", {"Coronary artery wall calcification"}),
         ("", set()),
     ],
 )
