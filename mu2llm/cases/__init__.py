@@ -1,9 +1,20 @@
 """Many scans: manifests → case table → shards → streams. Ray Data lives here."""
 
-from mu2llm.cases.ingest import ingest
+from mu2llm.cases.ingest import OverBudget, ingest
 from mu2llm.cases.manifest import FORMATS, read_manifest
 from mu2llm.cases.shards import Shards, write_rows
 from mu2llm.cases.stream import Stream, dataset
 from mu2llm.cases.table import NOTES, CaseTable
 
-__all__ = ["FORMATS", "NOTES", "CaseTable", "Shards", "Stream", "dataset", "ingest", "read_manifest", "write_rows"]
+__all__ = [
+    "FORMATS",
+    "NOTES",
+    "CaseTable",
+    "OverBudget",
+    "Shards",
+    "Stream",
+    "dataset",
+    "ingest",
+    "read_manifest",
+    "write_rows",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from mu2llm.cases.rows import clean, read_folder, unused
+from mu2llm.cases.rows import clean, number, read_folder, unused
 from mu2llm.cases.table import CaseTable
 from mu2llm.cases.volumes import Volumes
 from mu2llm.config import DataConfig
@@ -30,11 +30,11 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
             continue
         counted = [name for name in rows[0] if COUNT.fullmatch(name)]
         table.note("unknown_columns", unused(rows, (NAME, *REPORTS, *counted)))
-        for number, row in enumerate(rows, 1):
+        for place, row in enumerate(rows, 1):
             if identity := row[NAME].strip():
                 scans.setdefault(identity, {}).update({name: value for name, value in row.items() if value})
             else:
-                table.note("invalid_row", [f"{uri} row {number}"])
+                table.note("invalid_row", [f"{uri} row {place}"])
     if not scans:
         raise UserError(f"manifest {manifest}: no AbdomenAtlas table with rows (column {NAME})")
     table.counts["rows"] = len(scans)
@@ -52,7 +52,8 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
 
 def _labels(row: dict[str, str]) -> dict[str, int] | None:
     counts = {match[1]: row[name] for name in row if (match := COUNT.fullmatch(name))}
-    return {name: int(float(count) > 0) for name, count in counts.items()} or None
+    numbers = {name: number(count) for name, count in counts.items()}
+    return {name: int(count > 0) for name, count in numbers.items() if count is not None} or None
 
 
 def _volume(identity: str, found: Volumes) -> str:

@@ -36,8 +36,12 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
     document = read_json(manifest)
     if not isinstance(document, dict) or not set(document) & set(SPLITS):
         raise UserError(f"manifest {manifest} is not AMOS-MM: expected a JSON object of {', '.join(SPLITS)}")
-    entries = [(split, entry) for name, split in SPLITS.items() for entry in document.get(name) or []]
-    table.counts["rows"] = len(entries)
+    listed = [(split, entry) for name, split in SPLITS.items() for entry in document.get(name) or []]
+    entries = [(split, entry) for split, entry in listed if isinstance(entry, dict)]
+    table.counts["rows"] = len(listed)
+    for split, entry in listed:
+        if not isinstance(entry, dict):
+            table.reject(manifest, "invalid_row", f"an entry of {split} is {entry!r:.40}, no object")
     table.note("unknown_columns", unused((entry for _, entry in entries), USED))
     texts = _linked(manifest, [entry.get("text") for _, entry in entries], found, table)
     questions = _linked(manifest, [entry.get("vqa") for _, entry in entries], found, table)
@@ -45,7 +49,10 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
         if not entry.get("image"):
             table.reject(manifest, "invalid_row", f"an entry of {split} has no image")
             continue
-        yield _case(split, entry, text, asked, found, table)
+        try:
+            yield _case(split, entry, text, asked, found, table)
+        except (AttributeError, TypeError, ValueError) as error:
+            table.reject(manifest, "invalid_row", f"{entry['image']}: {error}", stem(str(entry["image"])))
 
 
 def _case(split: Split, entry: dict[str, Any], text: Any, asked: Any, found: Volumes, table: CaseTable) -> Case:

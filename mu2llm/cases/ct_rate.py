@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from mu2llm import storage
-from mu2llm.cases.rows import compose, read_folder, unused
+from mu2llm.cases.rows import compose, number, read_folder, unused
 from mu2llm.cases.table import CaseTable
 from mu2llm.cases.volumes import Volumes
 from mu2llm.config import DataConfig
@@ -35,7 +35,8 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
         identity = name.removesuffix(".nii.gz")
         if name not in metadata:
             table.note("no_rescale", [identity])
-        if name not in labels:
+        present = _present(labels.get(name, {}))
+        if present is None:
             table.note("no_labels", [identity])
         yield Case(
             id=identity,
@@ -43,7 +44,7 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
             volume=_volume(name, found, table),
             report=compose(reports[name].get(FINDINGS), reports[name].get(IMPRESSION)),
             split=SPLITS.get(identity.split("_")[0]),
-            labels={key: int(float(value or 0)) for key, value in labels[name].items()} if name in labels else None,
+            labels=present,
             rescale=metadata.get(name),
             source="CT-RATE",
         )
@@ -65,8 +66,10 @@ def _tables(manifest: str, table: CaseTable) -> tuple[Rows, dict[str, tuple[floa
                 reports.update((row[NAME], row) for row in rows if row[NAME])
                 table.note("unknown_columns", unused(rows, (NAME, FINDINGS, IMPRESSION)))
         elif NAME in columns and SLOPE in columns:
-            pairs = ((row[NAME], row[SLOPE], row[INTERCEPT]) for row in rows)
-            metadata.update((name, (float(slope), float(shift))) for name, slope, shift in pairs if slope and shift)
+            for row in rows:
+                slope, intercept = number(row[SLOPE]), number(row.get(INTERCEPT))
+                if slope and intercept is not None:
+                    metadata[row[NAME]] = (slope, intercept)
             table.note("unknown_columns", unused(rows, (NAME, SLOPE, INTERCEPT)))
         elif NAME in columns and A_LABEL in columns:
             labels.update((row.pop(NAME), row) for row in rows)
@@ -75,6 +78,14 @@ def _tables(manifest: str, table: CaseTable) -> tuple[Rows, dict[str, tuple[floa
     if not reports:
         raise UserError(f"manifest {manifest}: no CT-RATE table of reports (columns {NAME} and {FINDINGS})")
     return reports, metadata, labels
+
+
+def _present(row: dict[str, str]) -> dict[str, int] | None:
+    """A row of labels as 0 and 1; None where there is none, or a cell is no number."""
+    values = {name: number(value or 0) for name, value in row.items()}
+    if not values or None in values.values():
+        return None
+    return {name: int(value) for name, value in values.items() if value is not None}
 
 
 def _one_each(reports: Rows, found: Volumes, table: CaseTable) -> list[str]:

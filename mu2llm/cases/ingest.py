@@ -43,6 +43,14 @@ READ_AHEAD = 2  # scans whose bytes are fetched while one is decoded
 Progress = Callable[[int, int], None]
 
 
+class OverBudget(Failure):
+    """More scans were rejected than the budget allows. All else is written; `result` is what `ingest` would give."""
+
+    def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.result = result or {}
+
+
 def schema(spec: PreprocessSpec) -> pa.Schema:
     """Columns of a shard: the case, the model's input, facts of the scan."""
     return pa.schema(
@@ -61,7 +69,8 @@ def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Progres
     """Writes the shards of a case table below `out`; run again, it goes on and does nothing twice.
 
     Gives `{cases, written, rejected: {reason: n}, seconds, bytes, splits: {name: n}}`. Over the rejection budget it
-    raises Failure after everything is written. Storage that fails is tried again and then a Failure, never a rejection.
+    raises OverBudget after everything is written. Storage that fails is tried again and then a Failure, never a
+    rejection.
     """
     started = time.monotonic()
     out, data = storage.absolute(out), experiment.data
@@ -264,7 +273,8 @@ def _check_budget(result: dict[str, Any], out: str, budget: float) -> None:
     rejected = sum(result["rejected"].values())
     if rejected > budget * result["cases"] or not result["written"]:
         reasons = ", ".join(f"{reason} {count}" for reason, count in result["rejected"].items())
-        raise Failure(
+        raise OverBudget(
             f"{rejected} of {result['cases']} scans were rejected ({reasons}), over data.rejection_budget {budget:g}; "
-            f"all else is written; see {storage.join(out, REJECTED)}"
+            f"all else is written; see {storage.join(out, REJECTED)}",
+            result,
         )

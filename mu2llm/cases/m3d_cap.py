@@ -7,6 +7,7 @@ name as NIfTI or DICOM folder beside them are taken instead.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from mu2llm.cases.rows import clean, read_json, read_texts, unused
 from mu2llm.cases.table import CaseTable
@@ -23,13 +24,10 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
     document = read_json(manifest)
     if not isinstance(document, dict) or not set(document) & set(SPLITS):
         raise UserError(f"manifest {manifest} is not M3D-Cap: expected a JSON object of {', '.join(SPLITS)}")
-    test = {entry.get("image") for entry in document.get("test") or []}
-    entries = [
-        (split, entry)
-        for name, split in SPLITS.items()
-        for entry in document.get(name) or []
-        if name != "test1k" or entry.get("image") not in test
-    ]
+    lists = {name: [_entry(entry) for entry in document.get(name) or []] for name in SPLITS}
+    test = {entry.get("image") for entry in lists["test"]}
+    lists["test1k"] = [entry for entry in lists["test1k"] if entry.get("image") not in test]
+    entries = [(split, entry) for name, split in SPLITS.items() for entry in lists[name]]
     table.note("unknown_columns", unused((entry for _, entry in entries), ("image", "text")))
     table.counts["rows"] = len(entries)
     reports = read_texts([found.beside(manifest, str(entry.get("text"))) for _, entry in entries], table)
@@ -47,3 +45,8 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
             split=split,
             source="M3D-Cap",
         )
+
+
+def _entry(value: Any) -> dict[str, Any]:
+    """An entry of a list; what is no object is one without an image."""
+    return value if isinstance(value, dict) else {}

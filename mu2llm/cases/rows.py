@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,15 @@ def read_folder(manifest: str, table: CaseTable) -> dict[str, list[dict[str, str
         uris = [storage.join(manifest, name) for name in names if name.lower().endswith(".csv")]
     tables = {uri: read_csv(uri, table) for uri in uris}
     return {uri: rows for uri, rows in tables.items() if rows}
+
+
+def number(text: Any) -> float | None:
+    """A cell as a finite number; None where it is none."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def clean(text: str | None) -> str:

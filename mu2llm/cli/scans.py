@@ -95,5 +95,11 @@ def ingest(
 
     with cluster.session(address), progress_bars() as bars:
         table = cases.read_manifest(manifest, format, volumes, experiment.data)
-        result = cases.ingest(table, out, experiment, lambda done, all_: bars("ingest", done, all_, {}))
+        over = None
+        try:
+            result = cases.ingest(table, out, experiment, lambda done, all_: bars("ingest", done, all_, {}))
+        except cases.OverBudget as error:
+            result, over = error.result, error
     show({**result, "notes": table.counts} if not as_json else result, as_json)
+    if over:
+        raise over

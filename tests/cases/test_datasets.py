@@ -75,6 +75,23 @@ def test_ct_rate_has_one_reconstruction_a_scan_its_split_and_its_rescale(ct_rate
     assert [name.rpartition("/")[2] for name in table.listed["unknown_files"]] == ["other.csv"]
 
 
+def test_ct_rate_cells_that_are_no_numbers_are_counted_and_cost_no_scan(ct_rate):
+    names = ["train_1_b_1", "train_2_a_1", "valid_1_a_1"]
+    broken = zip(names, ("-1024", "", "nan"), ("", "1", "1"), strict=True)
+    rows = [
+        {"VolumeName": f"{n}.nii.gz", "RescaleIntercept": i, "RescaleSlope": s, "ZSpacing": 1} for n, i, s in broken
+    ]
+    rows.append({"VolumeName": "train_1_a_2.nii.gz", "RescaleIntercept": "-8192", "RescaleSlope": "1.0", "ZSpacing": 1})
+    write_csv(ct_rate / "metadata" / "metadata.csv", rows)
+    labels = [{"VolumeName": "train_1_a_2.nii.gz", "Medical material": "?", "Emphysema": ""}]
+    labels.append({"VolumeName": "train_1_b_1.nii.gz", "Medical material": "1.0", "Emphysema": ""})
+    write_csv(ct_rate / "labels" / "labels.csv", labels)
+    table = cases.read_manifest(str(ct_rate), "ct-rate", str(ct_rate), DATA)
+    assert [c.rescale for c in table.cases] == [(1.0, -8192.0), None, None, None]
+    assert set(names) <= set(table.listed["no_rescale"])
+    assert [c.labels for c in table.cases[:2]] == [None, {"Medical material": 1, "Emphysema": 0}]
+
+
 def test_ct_rate_has_all_reconstructions_on_request(ct_rate):
     data = DATA.model_copy(update={"reconstructions": "all"})
     table = cases.read_manifest(str(ct_rate), "ct-rate", str(ct_rate), data)
@@ -129,6 +146,22 @@ def test_amos_has_findings_by_region_and_choices(tmp_path):
     assert table.listed["no_region"] == ["amos_0001 abdomen", "amos_0003 chest", "amos_0003 abdomen"]
 
 
+def test_entries_that_are_none_are_rejected_one_by_one(tmp_path):
+    good = amos_entry(1, chest="Clear.")
+    bad = [{**amos_entry(2, chest="Clear."), "spacing": [None, 1, 1]}, {**amos_entry(3), "labels": "none"}, "amos_0004"]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": [good, *bad]}))
+    for number in (1, 2, 3):
+        touch(tmp_path / "imagesVa" / f"amos_{number:04d}.nii.gz")
+    table = cases.read_manifest(str(tmp_path / "dataset.json"), "amos-mm", str(tmp_path), DATA)
+    assert [case.id for case in table.cases] == ["amos_0001"]
+    assert table.counts["invalid_row"] == 3 and {r.reason for r in table.rejections} == {"invalid_row"}
+    touch(tmp_path / "ct" / "1.nii.gz")
+    (tmp_path / "ct" / "1.txt").write_text("Clear.")
+    (tmp_path / "m3d.json").write_text(json.dumps({"train": [{"image": "ct/1.npy", "text": "ct/1.txt"}, "ct/2", None]}))
+    m3d = cases.read_manifest(str(tmp_path / "m3d.json"), "m3d-cap", str(tmp_path), DATA)
+    assert [case.report for case in m3d.cases] == ["Clear."] and m3d.counts["invalid_row"] == 2
+
+
 def test_amos_lists_with_another_machines_paths_are_found(tmp_path):
     entry = {"image": "/far/away/Processed/amos_1/amos_1.npy", "text": "/far/away/Processed/amos_1/text.json"}
     (tmp_path / "list.json").write_text(json.dumps({"train": [entry]}))
@@ -155,7 +188,7 @@ def test_abdomenatlas_takes_the_best_report_and_counts_lesions(tmp_path):
         },
         {
             "BDMAP ID": "BDMAP_3",
-            "number of liver lesion instances": "",
+            "number of liver lesion instances": "unknown",
             "narrative report": "",
             "fusion narrative report": "",
         },

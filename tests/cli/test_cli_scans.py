@@ -103,7 +103,8 @@ def test_ingest_says_what_the_contract_says_and_fails_over_its_budget(ray_cluste
     assert result["written"] == 8 == sum(result["splits"].values())
     (tmp_path / "volumes" / "case-003.nii.gz").write_bytes(b"")
     code, out, err = ingest(run, tmp_path, tmp_path / "out")
-    assert (code, out) == (1, "") and "1 of 8 scans were rejected (empty 1)" in err
+    assert code == 1 and "1 of 8 scans were rejected (empty 1)" in err
+    assert json.loads(out)["written"] == 7 and json.loads(out)["rejected"] == {"empty": 1}
     assert cases.Shards.open(str(tmp_path / "out")).count("train") > 0
     code, out, _ = ingest(run, tmp_path, tmp_path / "out", "--set", "data.rejection_budget=0.2")
     assert code == 0 and json.loads(out)["rejected"] == {"empty": 1}
