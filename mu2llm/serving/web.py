@@ -43,6 +43,7 @@ from mu2llm.serving.service import Made, Service, Upload
 logger = logging.getLogger("ray.serve")
 MAX_FILES = 5000  # of one upload: the files of a DICOM series
 MAX_FIELDS = 50
+_BEARER = HTTPBearer(auto_error=False, scheme_name="API key", description="mu2llm key make")
 
 _FORM = {
     "type": "object",
@@ -117,9 +118,7 @@ def application(service: Service, jobs: Jobs, doorkeeper: Doorkeeper, loopback: 
 
 def needs(scope: Scope) -> Any:
     """A route's dependency: an API key with the scope, where keys are on."""
-    bearer = HTTPBearer(auto_error=False, scheme_name="API key", description="mu2llm key make")
-
-    def check(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None) -> None:
+    def check(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)] = None) -> None:
         request.app.state.doorkeeper.check(given.credentials if given else None, scope)
 
     return Depends(check)

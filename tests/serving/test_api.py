@@ -1,0 +1,205 @@
+"""GREEN, corrections, jobs, keys, metrics and whatever schemathesis thinks of, over HTTP."""
+
+import asyncio
+import json
+import time
+
+import httpx
+import pytest
+import schemathesis
+from conftest import PATIENT, PATIENT_ID
+from hypothesis import HealthCheck, given, settings
+from small_writer import FIRST
+from test_reports import post, zipped
+
+from mu2llm.config import ServingConfig
+from mu2llm.records import Correction
+from mu2llm.serving import web
+from mu2llm.serving.jobs import Jobs
+from mu2llm.serving.keys import Doorkeeper, make_key
+from mu2llm.serving.service import Service
+
+REFERENCE = "There is a large left pleural effusion. There is a right lung nodule of 12 mm."
+
+
+@pytest.mark.slow
+def test_green_names_errors_and_their_sentences(client):
+    pairs = [{"reference": REFERENCE, "candidate": FIRST}, {"reference": "", "candidate": FIRST}]
+    answer = client.post("/v1/green", json={"pairs": pairs})
+    assert answer.status_code == 200, answer.text
+    first, second = answer.json()["results"]
+    assert first["valid"] and first["score"] == 0.5 and first["matched"] == 1
+    assert first["significant"] == [0, 1, 0, 0, 0, 0] and first["judge"].startswith("rules@")
+    said = first["sentences"]
+    assert any("nodule" in sentence for sentence in said["significant"]["b"])
+    assert len(said["matched"]) == 1 and set(said["significant"]) == set("abcdef")
+    assert not second["valid"] and second["score"] is None and second["why"]
+    assert answer.json()["n_invalid"] == 1 and answer.json()["mean"] == 0.5
+
+
+@pytest.mark.slow
+def test_too_many_pairs(client):
+    pairs = [{"reference": "a", "candidate": "b"}] * 257
+    assert client.post("/v1/green", json={"pairs": pairs}).status_code == 413
+    assert client.post("/v1/green", json={"pairs": []}).status_code == 422
+
+
+@pytest.mark.slow
+def test_a_correction_becomes_a_preference_that_can_be_read(client, phantom, places):
+    made = post(client, phantom).json()
+    edited = made["report"].replace("large", "small")
+    answer = client.post("/v1/corrections", json={"id": made["id"], "edited": edited})
+    assert answer.status_code == 201 and answer.json()["pair"]
+    stored = {each.id: each for each in Correction.read(str(places / "state" / "corrections"))}
+    kept = stored[answer.json()["id"]]
+    assert (kept.chosen, kept.rejected) == (edited, FIRST)
+    assert kept.scan_sha256 == made["scan"]["sha256"] and kept.question == made["question"]
+    assert open(kept.volume, "rb").read() == phantom  # noqa: SIM115
+    again = client.post("/v1/corrections", json={"id": made["id"], "edited": edited})
+    assert again.json()["id"] == kept.id
+    assert len(Correction.read(str(places / "state" / "corrections"))) == len(stored)
+
+
+@pytest.mark.slow
+def test_corrections_that_belong_nowhere(client, phantom):
+    made = post(client, phantom).json()
+
+    def correct(**body):
+        return client.post("/v1/corrections", json={"edited": "No finding.", **body})
+
+    assert correct(id="0" * 32).status_code == 404
+    assert correct(id="../../etc/passwd").status_code == 404
+    assert correct().status_code == 422
+    assert correct(id=made["id"], generated="Something else.").status_code == 409
+    assert correct(id=made["id"], scan_sha256="0" * 64).status_code == 409
+    assert correct(generated="A nodule.", scan_sha256="0" * 64).status_code == 201
+    assert client.post("/v1/corrections", json={"id": made["id"], "edited": FIRST}).json()["pair"] is False
+
+
+def wait_for(client, job, seconds=60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        told = client.get(f"/v1/jobs/{job}").json()
+        if told["status"] in ("done", "failed"):
+            return told
+        time.sleep(0.1)
+    raise TimeoutError(told)
+
+
+@pytest.mark.slow
+def test_jobs(client, phantom, dicom, places):
+    answer = client.post("/v1/jobs", files={"scan": ("a.nii.gz", phantom)}, data={"saliency": "true"})
+    assert answer.status_code == 202 and answer.json()["status"] == "queued"
+    assert answer.headers["location"] == f"/v1/jobs/{answer.json()['id']}"
+    bad = client.post("/v1/jobs", files={"scan": ("a.dcm", dicom[0])}).json()
+    done, failed = wait_for(client, answer.json()["id"]), wait_for(client, bad["id"])
+    assert done["status"] == "done" and done["report"]["report"] == FIRST and done["attempts"] == 1
+    assert done["report"]["saliency"]["sentences"]
+    assert failed["status"] == "failed" and failed["problem"]["code"] == "single_slice"
+    assert client.get("/v1/jobs/" + "0" * 32).status_code == 404
+    deadline = time.monotonic() + 5
+    while any((places / "state" / "uploads").rglob("0*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(path.is_file() for path in (places / "state" / "uploads").rglob("*"))
+
+
+@pytest.mark.slow
+def test_metrics_count_what_happened(client, phantom, dicom):
+    post(client, phantom)
+    post(client, dicom[0])
+    client.post("/v1/green", json={"pairs": [{"reference": REFERENCE, "candidate": FIRST}]})
+    text = client.get("/metrics").text
+    for line in (
+        'mu2llm_rejections_total{reason="single_slice"}',
+        'mu2llm_requests_total{path="/v1/reports",status="200"}',
+        *(f'mu2llm_step_seconds_count{{step="{step}"}}' for step in ("read", "queue", "encode", "write")),
+        *("mu2llm_batch_size_sum", "mu2llm_tokens_total", "mu2llm_green_score_count", "mu2llm_generator_queue"),
+        *("mu2llm_reports_in_progress", "mu2llm_tokens_per_second_count", "mu2llm_ready 1.0"),
+    ):
+        assert line in text, line
+
+
+@pytest.mark.slow
+def test_nothing_of_the_patient_is_told_or_kept(client, dicom, places):
+    answers = [post(client, zipped(dicom), name="series.zip"), post(client, dicom[0], name=f"{PATIENT}.dcm")]
+    answers.append(client.post("/v1/reports", json={"uri": f"s3://x/{PATIENT}.nii.gz"}))
+    told = "".join(answer.text + str(answer.headers) for answer in answers) + client.get("/metrics").text
+    for path in (places / "state").rglob("*.json*"):
+        told += path.read_text()
+    assert PATIENT not in told and PATIENT_ID not in told
+
+
+@pytest.mark.slow
+def test_errors_are_problems_without_traces(client):
+    answers = [
+        client.post("/v1/green", content=b"{", headers={"content-type": "application/json"}),
+        client.post("/v1/green", json={"pairs": "x", "secret": "value"}),
+        client.get("/v1/nothing/here"),
+        client.put("/v1/green", json={}),
+        client.post("/v1/reports", files={"other": b"x"}),
+        client.post("/v1/reports", content=b"--x", headers={"content-type": "multipart/form-data; boundary=x"}),
+        client.post("/v1/reports", content=b"", headers={"content-type": "multipart/form-data"}),
+        client.post("/v1/reports", files={"scan": ("a", b"")}),
+        client.post("/v1/reports", files={"scan": ("a\r\nX-Evil: 1", b"abc")}),
+        client.post("/v1/reports", json={"uri": "file:///etc/passwd"}),
+        client.post("/v1/reports", json={"uri": "s3://bucket/x", "temperature": -1}),
+    ]
+    for answer in answers:
+        assert 400 <= answer.status_code < 500, answer.text
+        assert answer.headers["content-type"] == "application/problem+json"
+        told = answer.json()
+        assert told["status"] == answer.status_code and told["code"] and told["detail"]
+        assert "Traceback" not in answer.text and ".py" not in answer.text and "x-evil" not in answer.headers
+    assert [answer.status_code for answer in answers[:4]] == [400, 422, 404, 405]
+
+
+@pytest.mark.slow
+def test_no_request_that_fits_the_description_breaks_it(service):
+    schema = schemathesis.openapi.from_url(f"{service}/openapi.json")
+    operations = [found.ok() for found in schema.get_all_operations()]
+    assert len(operations) > 10
+    for operation in operations:
+
+        @given(case=operation.as_strategy())
+        @settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        def check(case):
+            answer = case.call(timeout=60)
+            assert answer.status_code < 500, f"{case.method} {case.path}: {answer.text}"
+            if answer.status_code >= 400:
+                assert "application/problem+json" in str(answer.headers["content-type"])
+
+        check()
+
+
+def test_keys_open_what_their_scopes_say(tmp_path):
+    keys = {scope: make_key(str(tmp_path), scope, (scope,)) for scope in ("read", "score", "correct")}
+    service = Service(None, None, None, ServingConfig(state=str(tmp_path)))
+    app = web.application(service, Jobs(service), Doorkeeper(str(tmp_path), needed=True), loopback=False)
+
+    async def ask(method, path, key=None, **more):
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://service") as client:
+            return (await client.request(method, path, headers=headers, **more)).status_code
+
+    def status(*arguments, **more):
+        return asyncio.run(ask(*arguments, **more))
+
+    assert status("GET", "/v1/models") == 401
+    assert status("GET", "/v1/models", keys["read"]) == 200
+    assert status("GET", "/v1/models", keys["score"]) == 403
+    assert status("GET", "/v1/models?given=" + keys["read"]) == 401
+    assert status("GET", "/metrics") == 401
+    for path, body, wrong in (
+        ("/v1/green", {"pairs": []}, "read"),
+        ("/v1/corrections", {"edited": "x"}, "read"),
+        ("/v1/reports", {"uri": "s3://b/x"}, "score"),
+        ("/v1/jobs", {"uri": "s3://b/x"}, "score"),
+        ("/v1/chat/completions", {"messages": []}, "correct"),
+    ):
+        assert status("POST", path, json=body) == 401
+        assert status("POST", path, keys[wrong], json=body) == 403
+    for path in ("/healthz", "/docs", "/openapi.json", "/"):
+        assert status("GET", path) == 200
+    assert status("GET", "/readyz") == 503
+    assert status("POST", "/v1/reports", keys["read"], json={"uri": "s3://b/x"}) == 503
+    assert json.loads((tmp_path / "keys.json").read_text())["keys"][0]["sha256"] != keys["read"]
