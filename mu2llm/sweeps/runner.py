@@ -143,6 +143,8 @@ def _tune(
 
 def _trainable(plan: Plan) -> Callable[[dict[str, Any]], None]:
     def trial(config: dict[str, Any]) -> None:
+        # how long Tune waits for a stopped trial to let go of its process before it gives that to the next one
+        os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
         run(plan, Point.model_validate(config["point"]), tune.report)
 
     return trial
@@ -174,7 +176,6 @@ def _scheduler(plan: Plan, sweep: SweepConfig) -> TrialScheduler:
 
 
 def _quieten() -> None:
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the command, not this search alone
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -304,7 +305,7 @@ class _Recorder(Callback):
             self._record(trial, "done" if ended else "stopped", "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        error = trial.get_pickled_error() or trial.get_error() or "its process died"
+        error = trial.get_pickled_error() or trial.get_error() or RuntimeError("its process died")
         why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         memory = any(word in f"{why} {error}" for word in ("OutOfMemory", "out of memory"))
         self._record(trial, "infeasible" if memory else "failed", why)

@@ -57,6 +57,7 @@ class Plan(BaseModel):
     identity: str = Field(description="digest of data and configuration")
     store: str | None = None
     parent: tracking.StageRun | None = None
+    folder: str = Field(default_factory=os.getcwd, description="where the command runs: Tune moves its processes away")
 
     @property
     def base(self) -> Experiment:
@@ -132,6 +133,8 @@ def run(plan: Plan, point: Point, report: Callable[[dict[str, Any]], None]) -> N
     """
     if plan.store:
         os.environ.setdefault("MLFLOW_TRACKING_URI", plan.store)
+    if os.path.isdir(plan.folder):
+        os.chdir(plan.folder)
     started, measured = time.monotonic(), 0
     place = plan.place(point)
     told: dict[str, float] = {}
