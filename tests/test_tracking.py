@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 
 import pytest
 from typer.testing import CliRunner
@@ -116,6 +117,16 @@ def test_what_the_store_refuses_is_kept_aside_and_does_not_hold_up_the_rest(capl
 def test_a_disk_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
     tracking.StageRun(spool=str(tmp_path / "gone"), key="x").log({"loss": 1.0}, 0)
     assert "not recorded" in caplog.text
+
+
+def test_without_a_home_that_can_be_written_it_waits_among_temporary_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "no_folder").touch()
+    monkeypatch.setenv("MU2LLM_SPOOL", str(tmp_path / "no_folder" / "spool"))
+    run = tracked(steps=1)
+    assert run.spool.startswith(str(tmp_path))
+    tracking.end_stage(run, {})
+    assert [each.status for each in tracking.runs()] == ["FINISHED"]
 
 
 def test_passwords_of_a_store_are_neither_shown_nor_kept():

@@ -10,6 +10,7 @@ from mu2llm.tracking.reading import Ancestor, Run, differences, find, history, l
 from mu2llm.tracking.registry import (
     Alias,
     aliases,
+    checkpoints,
     locate,
     register,
     registered,
@@ -29,6 +30,7 @@ __all__ = [
     "Run",
     "StageRun",
     "aliases",
+    "checkpoints",
     "deliver",
     "differences",
     "end_stage",

@@ -83,6 +83,17 @@ def registered(alias: str = "champion") -> str:
     return version_tags(version)["checkpoint"]
 
 
+def checkpoints() -> set[str]:
+    """The URIs of all registered versions, whether or not an alias names them."""
+    client, found, token = reachable(), set(), None
+    while True:
+        page = client.search_model_versions(f"name = '{MODEL}'", page_token=token)
+        found |= {version.tags["checkpoint"] for version in page if "checkpoint" in version.tags}
+        token = page.token
+        if not token:
+            return found
+
+
 def _source(version: str) -> str:
     from mlflow.exceptions import MlflowException
 

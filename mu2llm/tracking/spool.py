@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,10 +28,18 @@ ENTRIES = 1000
 
 
 def folder(uri: str) -> Path:
-    """Where entries for a store wait: below `MU2LLM_SPOOL`, else the user's state folder."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    """Where entries for a store wait: below `MU2LLM_SPOOL`, else the user's state folder, else (containers often have
+    no home that can be written) the folder for temporary files."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     root = Path(os.environ.get("MU2LLM_SPOOL") or Path(state) / "mu2llm" / "spool")
+    if not _writable(root):
+        root = Path(tempfile.gettempdir()) / "mu2llm-spool"
     return root / hashlib.sha256(uri.encode()).hexdigest()[:12]
+
+
+def _writable(path: Path) -> bool:
+    there = next((each for each in (path, *path.parents) if each.exists()), Path("/"))
+    return not str(path).startswith("~") and there.is_dir() and os.access(there, os.W_OK)
 
 
 def new_key() -> str:
