@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -55,7 +56,8 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def server(empty_store, tmp_path, monkeypatch):
+    shutil.copy(empty_store, tmp_path / "server.db")
     monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 1.0)
     server = Server(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
