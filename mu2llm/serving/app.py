@@ -78,7 +78,7 @@ def _deployment(
         upscale_delay_s=10,
         downscale_delay_s=300,
     )
-    made = serve.deployment(kind).options(
+    return serve.deployment(
         autoscaling_config=scaling,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         max_ongoing_requests=replicas.at_once,
@@ -90,9 +90,7 @@ def _deployment(
         graceful_shutdown_timeout_s=serving.drain_seconds,
         logging_config=LoggingConfig(enable_access_log=False),
         **options,
-    )
-    assert isinstance(made, Deployment)
-    return made
+    )(kind)
 
 
 def serve_config(settings: Settings, port: int = 8000) -> dict[str, Any]:

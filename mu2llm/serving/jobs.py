@@ -11,6 +11,7 @@ import contextlib
 import logging
 import uuid
 from datetime import timedelta
+from functools import partial
 
 from mu2llm.serving.problems import Problem
 from mu2llm.serving.schemas import Job, ReportOptions
@@ -83,9 +84,9 @@ class Jobs:
             if open_ and stored.job.id not in self._running and now() - stored.beat > LOST:
                 task = asyncio.create_task(self._run(stored))
                 self._running[stored.job.id] = task
-                task.add_done_callback(lambda _, identity=stored.job.id: self._ended(identity))
+                task.add_done_callback(partial(self._ended, stored.job.id))
 
-    def _ended(self, identity: str) -> None:
+    def _ended(self, identity: str, _: asyncio.Task[None]) -> None:
         self._running.pop(identity, None)
         self._wake.set()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 MEDIA = "text/plain; version=0.0.4; charset=utf-8"
@@ -14,7 +16,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        at = {"registry": self.registry, "namespace": "mu2llm"}
+        at: dict[str, Any] = {"registry": self.registry, "namespace": "mu2llm"}
         self.requests = Counter("requests", "answers by path and status", ["path", "status"], **at)
         self.rejections = Counter("rejections", "scans refused, by reason code", ["reason"], **at)
         self.busy = Gauge("reports_in_progress", "report requests taken on and not answered yet", **at)

@@ -196,7 +196,8 @@ class Service:
     async def _pieces(self, work: Work, scan: Scan, told: int) -> AsyncIterator[str | Written | Unable]:
         """Pieces behind the first `told` characters, then the end; begun anew where a replica died."""
         for attempt in range(ATTEMPTS):
-            response, passed = self.generator.options(stream=True).stream.remote(_asked(work, scan)), 0
+            response: Any = self.generator.options(stream=True).stream.remote(_asked(work, scan))
+            passed = 0
             try:
                 while True:
                     async with _limit(work.deadline):

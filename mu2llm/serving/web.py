@@ -118,6 +118,7 @@ def application(service: Service, jobs: Jobs, doorkeeper: Doorkeeper, loopback: 
 
 def needs(scope: Scope) -> Any:
     """A route's dependency: an API key with the scope, where keys are on."""
+
     def check(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)] = None) -> None:
         request.app.state.doorkeeper.check(given.credentials if given else None, scope)
 

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.exceptions import RayActorError
 
 from mu2llm import config
 from mu2llm.evaluation.decoding import Decoding
 from mu2llm.serving import formats
 from mu2llm.serving.app import Settings, deployments, serve_config
 from mu2llm.serving.batching import Batcher, Row
+from mu2llm.serving.exchange import Status, Written
 from mu2llm.serving.problems import Problem
+from mu2llm.serving.schemas import ReportOptions
+from mu2llm.serving.service import Service, Upload, Work
 from mu2llm.serving.store import Store
 
 
@@ -153,3 +157,62 @@ def test_the_serve_config_is_of_the_same_application(preset):
 def test_a_deployment_of_gpus_scales_to_zero_where_it_may():
     scorer = deployments(Settings(tracking="x", serving=config.load("paper").serving))["GreenScorer"]
     assert scorer._deployment_config.autoscaling_config.min_replicas == 0
+
+
+class FakeGenerator:
+    """A handle whose first stream breaks after some pieces, as when its replica dies."""
+
+    def __init__(self, pieces, breaks_after):
+        self.pieces, self.breaks_after, self.asked = pieces, breaks_after, 0
+
+    def options(self, **_):
+        return self
+
+    @property
+    def stream(self):
+        return self
+
+    def remote(self, _):
+        self.asked += 1
+        return FakeStream(self.pieces, self.breaks_after if self.asked == 1 else None)
+
+
+class FakeStream:
+    def __init__(self, pieces, breaks_after):
+        self.left, self.breaks_after = iter(enumerate(pieces)), breaks_after
+
+    async def __anext__(self):
+        number, piece = next(self.left)
+        if number == self.breaks_after:
+            raise RayActorError
+        return piece
+
+    def cancel(self):
+        pass
+
+
+def test_a_stream_goes_on_where_a_dead_replica_left_it():
+    written = Written("one two three", "?", 3, True, {}, {}, 1, False, {}, "")
+    generator = FakeGenerator(["one ", "two ", "three", written], breaks_after=2)
+    service = Service(None, generator, None, config.ServingConfig())
+    work = Work(Upload((b"",)), ReportOptions(), False, float("inf"))
+
+    async def go():
+        return [piece async for piece in service._pieces(work, None, 0)]
+
+    pieces = asyncio.run(go())
+    assert "".join(pieces[:-1]) == "one two three" and pieces[-1] is written
+    assert generator.asked == 2
+
+
+def test_more_than_is_taken_on_is_refused_with_a_time_to_wait():
+    service = Service(None, None, None, config.ServingConfig(max_queued_requests=1, max_body_mb=1))
+    with pytest.raises(Problem) as told, service.admitted():
+        pass
+    assert told.value.status == 503
+    service.status = Status(True)
+    with service.admitted(), pytest.raises(Problem) as told, service.admitted():
+        pass
+    assert told.value.status == 429 and told.value.retry_after >= 1
+    with service.admitted():
+        pass

@@ -420,8 +420,11 @@ async function start(): Promise<void> {
     windowText = `W ${Math.round(high - low)} L ${Math.round((low + high) / 2)}`;
     showStrip();
   };
-  view.onOverlay = (shown) => {
+  view.onOverlay = (shown, flat) => {
     find("legend").hidden = !shown;
+    find("caveat").textContent = flat
+      ? "the whole scan counted almost alike"
+      : "this is no proof that the sentence is right";
   };
   view.onLocation = ({ mm: [x, y, z], value }) => {
     const axis = (v: number, plus: string, minus: string) => `${v >= 0 ? plus : minus} ${Math.abs(v).toFixed(0)}`;

@@ -26,8 +26,12 @@ export const VIEWS = {
 } satisfies Record<string, SLICE_TYPE>;
 export type ViewName = keyof typeof VIEWS;
 
-/** Below this share of the largest value the overlay fades, so that the anatomy stays visible. */
-const FADES_BELOW = 0.5;
+/** The share of the scan that the overlay leaves clear: it shows where a sentence depended on most. */
+const CLEAR_SHARE = 0.75;
+/** A field whose clear part reaches this share of the highest value is called flat. */
+const FLAT_FROM = 0.85;
+/** Clear at the low end, so that the overlay has no hard edge. */
+const COLOURS = { R: [200, 255, 255], G: [60, 130, 235], B: [0, 20, 60], A: [0, 130, 230], I: [0, 96, 255] };
 
 export interface Location {
   mm: [number, number, number];
@@ -41,13 +45,14 @@ export class View {
   private opacityOfOverlay = 0.6;
   onLocation: (location: Location) => void = () => {};
   onWindow: (low: number, high: number) => void = () => {};
-  onOverlay: (shown: boolean) => void = () => {};
+  /** `flat` says that the places shown hardly differ from the others. */
+  onOverlay: (shown: boolean, flat: boolean) => void = () => {};
 
   private constructor() {
     this.nv = new Niivue({
       backColor: [0, 0, 0, 1],
       crosshairColor: [0.56, 0.72, 0.85, 0.75],
-      crosshairWidth: 0.25,
+      crosshairWidth: 0.2,
       crosshairWidthUnit: "percent",
       crosshairGap: 12,
       fontColor: [0.75, 0.8, 0.85, 1],
@@ -85,6 +90,7 @@ export class View {
     };
     view.nv.onIntensityChange = (volume) => view.onWindow(volume.cal_min ?? 0, volume.cal_max ?? 0);
     await view.nv.attachToCanvas(canvas);
+    view.nv.addColormap("looked", COLOURS);
     // without it, the 3-D view of the lung window is a box: air is within that window
     await view.nv.setVolumeRenderIllumination(0.5);
     await view.nv.setGradientOpacity(0.7);
@@ -154,17 +160,17 @@ export class View {
     const shown = this.nv.volumes[1];
     if (nifti === null) {
       if (shown) this.repaint(shown, 0);
-      this.onOverlay(false);
+      this.onOverlay(false, false);
       return;
     }
-    const { image } = await this.overlay(nifti);
+    const { image, flat } = await this.overlay(nifti);
     if (this.wanted !== nifti || this.isEmpty) return; // another sentence came meanwhile
     if (this.nv.volumes.length === 1) this.nv.addVolume(image);
     // only the overlay's texture is made anew: uploading a whole scan at each hover would be felt
     this.nv.volumes[1] = image;
     this.nv.overlays = [image];
     this.repaint(image, this.opacityOfOverlay);
-    this.onOverlay(true);
+    this.onOverlay(true, flat);
   }
 
   setOpacity(opacity: number): void {
@@ -191,7 +197,7 @@ export class View {
     this.overlays.clear();
     const shown = this.nv.volumes[1];
     if (shown) this.nv.removeVolume(shown);
-    this.onOverlay(false);
+    this.onOverlay(false, false);
   }
 
   private overlay(base64: string): Promise<Overlay> {
@@ -213,6 +219,7 @@ export class View {
 interface Overlay {
   grid: Grid;
   image: NVImage;
+  flat: boolean;
 }
 
 async function loadOverlay(base64: string): Promise<Overlay> {
@@ -223,15 +230,16 @@ async function loadOverlay(base64: string): Promise<Overlay> {
   const { values, shape, affine } = finer(grid);
   const sizes = [0, 1, 2].map((i) => Math.hypot(...affine.slice(0, 3).map((row) => row[i] ?? 0)));
   const bytes = NVImage.createNiftiArray([...shape], sizes, affine.flat(), 2, values);
+  const clear = grid.values.toSorted()[Math.floor(CLEAR_SHARE * grid.values.length)] ?? 0;
+  const highest = Math.max(1, grid.values.reduce((a, b) => Math.max(a, b), 0));
   const image = await NVImage.loadFromFile({
     file: new File([bytes as Uint8Array<ArrayBuffer>], "saliency.nii"),
     name: "saliency.nii",
-    colormap: "warm",
-    cal_min: 255 * FADES_BELOW,
-    cal_max: 255,
+    colormap: "looked",
+    cal_min: Math.min(clear, highest - 1),
+    cal_max: highest,
   });
-  image.colormapType = 2; // translucent below cal_min: no hard edge (NiiVue does not export the enum)
-  return { grid, image };
+  return { grid, image, flat: clear >= FLAT_FROM * highest };
 }
 
 function range({ level, width }: Window): [number, number] {
