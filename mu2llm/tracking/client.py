@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from mu2llm.errors import Failure
 
@@ -57,10 +58,10 @@ def is_server(uri: str) -> bool:
 
 
 def answers(uri: str) -> bool:
-    """Whether a connection to the store's server can be made at all; a file needs none."""
-    if not is_server(uri):
-        return True
+    """Whether a connection to the store's server can be made at all; a file needs none, a proxy is left to MLflow."""
     parts = urlsplit(uri)
+    if not is_server(uri) or (parts.scheme in getproxies() and not proxy_bypass(parts.hostname or "")):
+        return True
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((parts.hostname or "", port), timeout=CONNECT_S).close()
