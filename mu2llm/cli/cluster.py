@@ -1,4 +1,4 @@
-"""Clusters: submit, jobs, doctor, capacity."""
+"""Clusters: submit, jobs, doctor, capacity; clean."""
 
 from __future__ import annotations
 
@@ -206,3 +206,33 @@ def capacity(
 
     table = capacities([config.load(preset) for preset in presets or ("paper", "llama3-1b", "qwen3-1.7b")])
     print(json.dumps([asdict(row) for row in table]) if as_json else markdown(table))
+
+
+@app.command()
+def clean(
+    root: Annotated[str, typer.Argument(help="Look below this URI.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
+    older_than: Annotated[float, typer.Option(help="Days; what was written to since then stays.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """List, and with --yes then remove, what no checkpoint and no registry entry refers to. Checkpoints always stay."""
+    from mu2llm import cleaning
+
+    found = cleaning.find(root, older_than)
+    size = sum(each.bytes for each in found)
+    table = Table("what", "kind", "MiB", "days", "why")
+    for each in found:
+        table.add_row(
+            each.uri.removeprefix(root).lstrip("/") or ".",
+            each.kind,
+            f"{each.bytes / 2**20:.1f}",
+            f"{each.age_days:.1f}",
+            each.why,
+        )
+    (console if as_json else Console()).print(table)
+    if yes:
+        cleaning.remove(found)
+    told = f"{len(found)} below {root}, {size / 2**20:.1f} MiB: {'removed' if yes else 'nothing removed; --yes does'}"
+    console.print(told, highlight=False)
+    if as_json:
+        print(json.dumps({"found": [each.model_dump() for each in found], "bytes": size, "removed": yes}))

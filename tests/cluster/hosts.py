@@ -18,9 +18,11 @@ import time
 from pathlib import Path
 
 import psutil
+import requests
 
-RAY = Path(sys.executable).parent / "ray"
-START_S = 90
+ROOT = Path(__file__).parents[2]
+RAY, COMMAND = (Path(sys.executable).parent / name for name in ("ray", "mu2llm"))
+START_S = 120
 
 
 def free_port() -> int:
@@ -119,6 +121,42 @@ class Hosts:
             time.sleep(0.2)
         raise AssertionError(f"the head did not start: {self.nodes[0].log.read_text()[-3000:]}")
 
+    def wait_for(self, count: int) -> None:
+        """Until so many nodes have joined."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        deadline, alive = time.monotonic() + START_S, 0
+        while time.monotonic() < deadline:
+            told = requests.get(f"{self.address}/api/v0/nodes", headers=headers, timeout=30).json()
+            rows = (told.get("data") or {}).get("result", {}).get("result", [])
+            alive = sum(node["state"] == "ALIVE" for node in rows)
+            if alive >= count:
+                return
+            time.sleep(0.5)
+        logs = "\n".join(node.log.read_text()[-1000:] for node in self.nodes)
+        raise AssertionError(f"{alive} of {count} nodes joined: {logs}")
+
     def __exit__(self, *_: object) -> None:
         for node in reversed(self.nodes):
             node.kill()
+
+
+def user(hosts: Hosts, **environment: str | None) -> dict[str, str]:
+    """The environment of a user's shell: the token, the address, and no Ray of its own."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": hosts.token, "RAY_API_SERVER_ADDRESS": hosts.address}
+    return {name: value for name, value in {**mine, **token, **environment}.items() if value is not None}
+
+
+def mu2llm(
+    hosts: Hosts, *arguments: object, timeout: float = 300, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    """`mu2llm …` as a user of that cluster runs it, in the checkout."""
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)],
+        env=user(hosts, **environment),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

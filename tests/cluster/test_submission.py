@@ -1,0 +1,130 @@
+"""Jobs on a real head with token authentication: sent, followed, stopped; what is wrong is told before work starts."""
+
+import json
+import signal
+import subprocess
+
+import pytest
+import requests
+from hosts import COMMAND, ROOT, mu2llm, user
+
+from mu2llm.ct import phantom
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """A folder of twelve phantoms with their manifest, which all nodes share: they are one machine."""
+    folder = tmp_path_factory.mktemp("scans")
+    phantom.write(str(folder), 12, 0)
+    return folder
+
+
+def ingest(scans, out):
+    return ["ingest", "--preset", "tiny", "--manifest", scans / "manifest.jsonl", "--volumes", scans, "--out", out]
+
+
+def test_a_job_is_sent_followed_and_listed(head, scans, tmp_path, secret):
+    done = mu2llm(head, "submit", *ingest(scans, tmp_path / "shards"), "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    assert told["status"] == "SUCCEEDED"
+    assert "ingest" in done.stderr and '"written": 12' in done.stderr
+    listed = json.loads(mu2llm(head, "jobs", "list", "--json").stdout)
+    entry = next(each for each in listed if each["id"] == told["job"])
+    assert (entry["name"], entry["status"]) == ("ingest", "SUCCEEDED")
+    logs = mu2llm(head, "jobs", "logs", told["job"], "--no-wait").stdout
+    assert "[ingest] 12/12" in logs
+    for text in (done.stdout, done.stderr, logs, json.dumps(listed), job_record(head, told["job"])):
+        assert head.token not in text and secret not in text
+
+
+def job_record(head, id):
+    """All that the cluster tells of a job: entrypoint, metadata, runtime environment."""
+
+    answer = requests.get(
+        f"{head.address}/api/jobs/{id}", headers={"Authorization": f"Bearer {head.token}"}, timeout=30
+    )
+    return answer.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        ([], {"RAY_AUTH_TOKEN": "wrong"}, "refused the token"),
+        ([], {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": None}, "asks for a token"),
+        (["--address", "http://127.0.0.1:9"], {}, "no Ray dashboard at http://127.0.0.1:9"),
+        (["--address", "127.0.0.1:6379"], {}, "jobs are sent over HTTP"),
+        (["--set", "sft.workers=64", "--set", "sft.batch_size=64"], {}, "64 CPU needed, the cluster has 2"),
+        (["--set", "sft.wrkers=1"], {}, "did you mean workers"),
+        (["--datta", "x"], {}, "--datta"),
+        (["--env", "HF_TOKEN=abc"], {}, "HF_TOKEN: a job's environment can be read"),
+        (["--set", "judge.name=openai:m@http://u:pw@host/v1"], {}, "the URL holds a password"),
+    ],
+)
+def test_the_users_mistakes_are_told_before_anything_is_sent(head, arguments, environment, says):
+    stage = ["sft", "--preset", "tiny", "--data", "s3://bucket/shards", "--out", "s3://bucket/sft"]
+    done = mu2llm(head, "submit", *stage, *arguments, **environment)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "pw@" not in done.stderr
+
+
+def test_what_only_the_cluster_can_know_ends_the_job_before_its_work(head, scans, tmp_path):
+    """A bucket without rights: named with its mend, the job ends with the code of a user's mistake."""
+    (tmp_path / "file").write_text("in the way")
+    done = mu2llm(head, "submit", *ingest(scans, tmp_path / "file" / "shards"))
+    assert done.returncode == 2
+    assert f"write {tmp_path}/file/shards" in done.stderr and "name a folder" in done.stderr
+
+
+def test_other_versions_of_ray_are_refused(head, monkeypatch):
+    import ray
+
+    from mu2llm.cluster import submission
+    from mu2llm.errors import UserError
+
+    for name, value in user(head).items():
+        monkeypatch.setenv(name, value)
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    submission.connect(head.address)
+    monkeypatch.setattr(ray, "__version__", "2.50.0")
+    with pytest.raises(UserError, match=r"runs Ray 2\.60\.0, this machine 2\.50\.0"):
+        submission.connect(head.address)
+
+
+def test_a_job_is_stopped_and_ctrl_c_leaves_one_running(head, scans, tmp_path):
+    command = [COMMAND, "submit", *map(str, ingest(scans, tmp_path / "stopped"))]
+    process = subprocess.Popen(
+        command, env=user(head), cwd=ROOT, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+    )
+    id = process.stderr.readline().split()[0]
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"job {id} runs on" in told
+    assert json.loads(mu2llm(head, "jobs", "stop", id, "--json").stdout)["status"] in ("STOPPED", "SUCCEEDED")
+    assert mu2llm(head, "jobs", "stop", "no-such-job").returncode == 2
+
+
+def test_doctor_tells_what_would_keep_a_job_from_working(head, tmp_path, secret):
+    done = mu2llm(
+        head,
+        *("doctor", "--address", head.address, "--preset", "tiny", "--json"),
+        *("--writes", tmp_path / "out", "--reads", tmp_path / "nothing"),
+    )
+    told = json.loads(done.stdout)
+    checks = {check["name"]: check for check in told["checks"]}
+    assert done.returncode == 1 and not told["ok"]
+    assert checks[f"read {tmp_path}/nothing"]["status"] == "fail"
+    assert "name a folder" in checks[f"read {tmp_path}/nothing"]["mend"]
+    assert " ms" in checks[f"write {tmp_path}/out"]["found"]
+    for name in ("packages", "ray", "resources", "nodes", "clock", "token", "tracking"):
+        assert checks[name]["status"] == "ok", checks[name]
+    assert not any(check["mend"] for check in told["checks"] if check["status"] == "ok")
+    assert secret not in done.stdout + done.stderr
