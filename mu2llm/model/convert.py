@@ -166,7 +166,8 @@ def _convert(directory: str, folder: Path, out: str) -> dict[str, Any]:
         renamed.setdefault("lm_head.weight", renamed["model.language_model.embed_tokens.weight"])
     report = differences(model, renamed)
     if report["missing"] or report["unused"]:
-        raise Failure(f"{directory} does not convert: missing {report['missing']}, unused {report['unused']}")
+        missing = sorted(set(published.names(config, model)) - set(tensors)) or report["missing"]
+        raise Failure(f"{directory} does not convert: missing {missing}, unused {report['unused']}")
     whole = Mu2ForConditionalGeneration.from_pretrained(None, config=config, state_dict=renamed, dtype=_dtype(renamed))
     if (folder / "generation_config.json").is_file():
         whole.generation_config = GenerationConfig.from_pretrained(folder)
@@ -240,11 +241,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _model_settings(published: dict[str, Any], tensors: Mapping[str, Tensor]) -> ModelConfig:
     """What the configuration says, and where its keys changed over time, what the weights are."""
-    tower, tokenizer = "model.vision_tower.vision_tower", "model.u2tokenizer"
-    mlp = tensors.get(f"{tower}.blocks.0.mlp.linear1.weight")
-    score = tensors.get(f"{tokenizer}.svt_module.token_selection.score_net.weight")
-    if mlp is None or score is None:
-        raise UserError(f"the weights have no {tower} or no {tokenizer}; is it a checkpoint of the published μ²LLM?")
+    tower = "model.vision_tower.vision_tower"
+    mlp = _needed(tensors, f"{tower}.blocks.0.mlp.linear1.weight")
+    score = _needed(tensors, "model.u2tokenizer.svt_module.token_selection.score_net.weight")
     names = "\n".join(tensors)
     attention = "rma" if "relative_bias" in names else "mha" if "in_proj_weight" in names else "rope"
     return ModelConfig.model_validate(
@@ -272,6 +271,13 @@ def _model_settings(published: dict[str, Any], tensors: Mapping[str, Tensor]) ->
     )
 
 
+def _needed(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """A tensor whose shape decides the model's sizes."""
+    if name not in tensors:
+        raise Failure(f"the checkpoint does not convert: missing {[name]}")
+    return tensors[name]
+
+
 def _spec(published: dict[str, Any]) -> Any:
     """The published preprocessing, at the checkpoint's image size."""
     sizes = sorted(published["image_size"])
@@ -287,5 +293,5 @@ def _text_config(published: dict[str, Any], tensors: Mapping[str, Tensor]) -> An
     own = {key: value for key, value in published.items() if not _OWN_KEYS.search(key)}
     own.pop("model_type")
     own.pop("architectures", None)
-    own["vocab_size"] = len(tensors["model.embed_tokens.weight"])
+    own["vocab_size"] = len(_needed(tensors, "model.embed_tokens.weight"))
     return AutoConfig.for_model(kind, **own)

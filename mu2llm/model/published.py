@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mu2llm.errors import Failure, UserError
+from mu2llm.model.configuration import Mu2Config, Mu2TokenizerConfig, Mu2VisionConfig
 
 Rules = list[tuple[str, str, list[tuple[str, str]]]]
 
@@ -127,6 +129,53 @@ def differences(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, list
     }
 
 
+def names(config: Mu2Config, model: nn.Module) -> Iterator[str]:
+    """What a published checkpoint of this configuration must hold, by the published code's names."""
+    for name in model.state_dict():
+        if name.startswith("model.language_model."):
+            yield name.replace("language_model.", "", 1)
+        elif name.startswith("model.projector."):
+            yield name.replace("projector.layers", "mm_projector.projector", 1)
+        elif name.startswith("lm_head.") and not config.tie_word_embeddings:
+            yield name
+    yield from (f"model.vision_tower.vision_tower.{name}" for name in _vision_names(config.vision))
+    yield from (f"model.u2tokenizer.{name}" for name in _tokenizer_names(config.tokenizer))
+
+
+def _vision_names(config: Mu2VisionConfig) -> Iterator[str]:
+    yield from ("cls_token", "patch_embedding.position_embeddings")
+    yield from _layer("patch_embedding.patch_embeddings.1", "norm")
+    for block in (f"blocks.{i}" for i in range(config.num_layers)):
+        yield f"{block}.attn.qkv.weight"
+        yield from _layer(*(f"{block}.{part}" for part in ("norm1", "norm2", "attn.out_proj")))
+        yield from _layer(*(f"{block}.mlp.{part}" for part in ("linear1", "linear2")))
+
+
+def _tokenizer_names(config: Mu2TokenizerConfig) -> Iterator[str]:
+    yield from ("query_tokens", "svt_module.token_selection.score_net.weight")
+    if config.pooling == "dynamic":
+        yield "svt_module.dynamic_pool.gate_fc.weight"
+    for i in range(config.num_layers):
+        own, tta = f"svt_module.attention_network.layers.{i}", f"tta_module.layers_vt.{i}"
+        for name in (f"{own}.spatial_attention", f"{own}.temporal_attention", f"{tta}.self_attention"):
+            if config.attention == "absolute":
+                yield from (f"{name}.in_proj_weight", f"{name}.in_proj_bias")
+                yield from _layer(f"{name}.out_proj")
+                continue
+            yield from _layer(*(f"{name}.{part}" for part in ("wq", "wk", "wv", "dense")))
+            if config.attention == "relative_1d":
+                yield f"{name}.relative_bias"
+        for name in (f"{tta}.visual_cross_attention", f"{tta}.text_cross_attention"):
+            yield from _layer(*(f"{name}.{part}" for part in ("wq", "wk", "wv", "dense")))
+        yield from _layer(*(f"{tta}.norm_{part}" for part in ("self", "cross_v", "cross_t")))
+    yield from _layer(*(f"tta_module.layer_linagg.linear_aggregator.{part}" for part in ("wq", "wk")))
+
+
+def _layer(*names: str) -> Iterator[str]:
+    for name in names:
+        yield from (f"{name}.weight", f"{name}.bias")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a folder or file of safetensors or torch's .bin; of the latter tensors only, no pickled code."""
     files = [path] if path.is_file() else sorted([*path.glob("*.safetensors")] or [*path.glob("*.bin")])
@@ -135,15 +184,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} has no *.safetensors and no *.bin")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        if file.suffix == ".safetensors":
-            tensors |= load_file(file)
-        else:
-            tensors |= _read_bin(file)
+        tensors |= _read_file(file)
     return tensors
 
 
-def _read_bin(file: Path) -> dict[str, Tensor]:
+def _read_file(file: Path) -> dict[str, Tensor]:
     try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
         return dict(torch.load(file, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise UserError(f"{file} holds pickled code, which is not run: it must be tensors alone") from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise Failure(f"{file} of {file.stat().st_size} bytes is damaged: {why[0]}; fetch it again") from error

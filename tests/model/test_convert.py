@@ -1,6 +1,7 @@
 """A small checkpoint in the published layout → ours: every key finds its place, and the numbers stay."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mu2llm.errors import Failure, UserError
 from mu2llm.model import convert, load, load_vision
+from mu2llm.model.published import names
 from mu2llm.records import Checkpoint
 from mu2llm.weights import train_tokenizer
 
@@ -181,9 +183,44 @@ def test_a_missing_or_unknown_key_is_named_and_nothing_is_written(published, tmp
     del weights["model.u2tokenizer.query_tokens"]
     weights["model.seg_projector.0.weight"] = torch.zeros(3)
     source = write(tmp_path / "published", settings, weights, words)
-    with pytest.raises(Failure, match=r"missing \['model.mu2_tokenizer.queries'\].*seg_projector"):
+    with pytest.raises(Failure, match=r"missing \['model.u2tokenizer.query_tokens'\].*seg_projector"):
         convert.convert_reference(source, str(tmp_path / "ours"))
     assert not (tmp_path / "ours").exists()
+
+
+def test_what_a_checkpoint_must_hold_is_known_by_its_published_names(published, tmp_path):
+    """All of it, but for the weights without effect: so what is missing is named as it was published."""
+    settings, _, weights, words = published
+    convert.convert_reference(write(tmp_path / "published", settings, weights, words), str(tmp_path / "ours"))
+    model, _ = load(str(tmp_path / "ours"))
+    effectless = re.compile(r"linear_aggregator\.(wv|dense)|(score_net|gate_fc)\.bias")
+    assert set(names(model.config, model)) == {name for name in weights if not effectless.search(name)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.u2tokenizer.svt_module.token_selection.score_net.weight",
+        "model.vision_tower.vision_tower.blocks.0.mlp.linear1.weight",
+    ],
+)
+def test_a_missing_key_that_decides_sizes_is_named_too(published, tmp_path, name):
+    settings, _, weights, words = published
+    del weights[name]
+    source = write(tmp_path / "published", settings, weights, words)
+    with pytest.raises(Failure, match=rf"missing \['{name}'\]"):
+        convert.convert_reference(source, str(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_a_damaged_file_is_named(published, tmp_path, binary):
+    settings, _, weights, words = published
+    source = write(tmp_path / "published", settings, weights, words, binary)
+    file = sorted((tmp_path / "published").glob("*-00002-of-*"))[0]
+    file.write_bytes(file.read_bytes()[:-100] if binary else b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(Failure, match=f"{file.name} of .* is damaged"):
+        convert.convert_reference(source, str(tmp_path / "ours"))
 
 
 def test_another_folder_is_refused(published, tmp_path):
