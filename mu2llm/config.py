@@ -342,6 +342,7 @@ class ServingConfig(Section):
     max_queued_requests: int = Field(64, ge=1, description="report requests taken on at once; above: 429")
     cached_scans: int = Field(64, ge=0, description="scans whose encoding a generator remembers")
     jobs_at_once: int = Field(2, ge=1)
+    job_seconds: float = Field(3600, gt=0, description="for one job")
     registry_seconds: float = Field(10, gt=0, description="how often a registry:// model is looked up")
     drain_seconds: float = Field(60, ge=0, description="that a replica gets to finish what it has begun")
     ingress: ReplicasConfig = ReplicasConfig(at_once=512, waiting=128)

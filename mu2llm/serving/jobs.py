@@ -43,9 +43,12 @@ class Jobs:
                 task.cancel()
 
     async def add(self, upload: Upload, options: ReportOptions) -> Job:
-        """Stores it; it is begun when there is room."""
+        """Stores it; it is begun when there is room. A 429 where too many wait."""
+        settings = self.service.settings
         if upload.uri is not None:
-            allowed(upload.uri, self.service.settings.allowed_uris)
+            allowed(upload.uri, settings.allowed_uris)
+        if len(await asyncio.to_thread(self.store.open_ids)) >= settings.max_queued_requests:
+            raise Problem(429, "busy", "too many jobs wait; try again later", 30)
         time = now().isoformat(timespec="milliseconds")
         job = Job(id=uuid.uuid4().hex, status="queued", created=time, updated=time)
         stored = StoredJob(
@@ -77,11 +80,10 @@ class Jobs:
         """Takes what is queued, and what others left, as far as there is room and a model."""
         if not self.service.status.ready:
             return
-        for stored in await asyncio.to_thread(self.store.jobs):
+        for stored in await asyncio.to_thread(self.store.open_jobs):
             if len(self._running) >= self.service.settings.jobs_at_once:
                 return
-            open_ = stored.job.status in ("queued", "running")
-            if open_ and stored.job.id not in self._running and now() - stored.beat > LOST:
+            if stored.job.id not in self._running and now() - stored.beat > LOST:
                 task = asyncio.create_task(self._run(stored))
                 self._running[stored.job.id] = task
                 task.add_done_callback(partial(self._ended, stored.job.id))
@@ -91,26 +93,39 @@ class Jobs:
         self._wake.set()
 
     async def _run(self, stored: StoredJob) -> None:
-        stored = await self._save(stored, status="running", attempts=stored.job.attempts + 1)
-        beating = asyncio.create_task(self._beat(stored))
-        try:
-            files = tuple(await asyncio.to_thread(self.store.upload, stored))
-            work = self.service.begin(Upload(files, stored.uri), stored.options)
-            made = await self.service.report(work)
-            result: dict[str, object] = {"status": "done", "report": made.report}
-        except Problem as problem:
-            again = problem.status in (429, 503) and stored.job.attempts < MAX_ATTEMPTS
-            result = {"status": "queued"} if again else {"status": "failed", "problem": problem.body()}
-        finally:
-            beating.cancel()
-        await self._save(stored, **result)
-        if result["status"] != "queued":
-            await asyncio.to_thread(self.store.drop_upload, stored)
+        if stored.job.status in ("queued", "running"):
+            stored = await self._save(stored, status="running", attempts=stored.job.attempts + 1)
+            result = await self._made(stored)
+            stored = await self._save(stored, **result)
+        if stored.job.status != "queued":
+            await asyncio.to_thread(self.store.close_job, stored)
 
-    async def _beat(self, stored: StoredJob) -> None:
-        while True:
-            await asyncio.sleep(BEAT_S)
-            await self._save(stored)
+    async def _made(self, stored: StoredJob) -> dict[str, object]:
+        """The report, or why there is none, as the job's new values; the beat goes on meanwhile."""
+        over = asyncio.Event()
+        beating = asyncio.create_task(self._beat(stored, over))
+        try:
+            if stored.job.attempts > MAX_ATTEMPTS:
+                raise Problem(500, "internal", f"it was begun {MAX_ATTEMPTS} times and never came to an end")
+            files = tuple(await asyncio.to_thread(self.store.upload, stored))
+            seconds = self.service.settings.job_seconds
+            work = self.service.begin(Upload(files, stored.uri), stored.options, seconds=seconds)
+            return {"status": "done", "report": (await self.service.report(work)).report}
+        except Problem as problem:
+            if problem.status in (429, 503) and stored.job.attempts < MAX_ATTEMPTS:
+                return {"status": "queued"}
+            return {"status": "failed", "problem": problem.body()}
+        finally:
+            over.set()
+            await beating  # a beat after the end would say that it still runs
+
+    async def _beat(self, stored: StoredJob, over: asyncio.Event) -> None:
+        while not over.is_set():
+            try:
+                async with asyncio.timeout(BEAT_S):
+                    await over.wait()
+            except TimeoutError:
+                await self._save(stored)
 
     async def _save(self, stored: StoredJob, **changes: object) -> StoredJob:
         job = stored.job.model_copy(update={**changes, "updated": now().isoformat(timespec="milliseconds")})

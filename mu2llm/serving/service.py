@@ -149,11 +149,13 @@ class Service:
 
     # ---- reports
 
-    def begin(self, upload: Upload, options: ReportOptions, references: bool = False) -> Work:
-        """A Problem where the URI is not allowed."""
+    def begin(
+        self, upload: Upload, options: ReportOptions, references: bool = False, seconds: float | None = None
+    ) -> Work:
+        """A Problem where the URI is not allowed. `seconds` instead of `serving.request_seconds`."""
         if upload.uri is not None:
             allowed(upload.uri, self.settings.allowed_uris)
-        return Work(upload, options, references, time.monotonic() + self.settings.request_seconds)
+        return Work(upload, options, references, time.monotonic() + (seconds or self.settings.request_seconds))
 
     async def report(self, work: Work) -> Made:
         """The whole report; a Problem where there is none."""

@@ -104,10 +104,11 @@ class Store:
     # ---- jobs
 
     def add_job(self, stored: StoredJob, files: list[bytes]) -> None:
-        """The upload first: a job that is listed is whole."""
+        """The upload and the job before its mark among the open ones: what is listed there is whole."""
         for number, data in enumerate(files):
             storage.write_bytes(self._upload(stored.job.id, number), data)
         self.save_job(stored)
+        storage.write_bytes(storage.join(self.state, "open", stored.job.id), b"")
 
     def save_job(self, stored: StoredJob) -> None:
         self._write(self._at("jobs", stored.job.id), stored)
@@ -116,18 +117,22 @@ class Store:
         """A 404 where there is none."""
         return StoredJob.model_validate(self._read("jobs", identity))
 
-    def jobs(self) -> list[StoredJob]:
-        """All of them, the oldest first."""
-        folder = storage.join(self.state, "jobs")
-        names = [info.base_name for info in storage.list_files(folder, recursive=False)]
-        found = [self.job(name.removesuffix(".json")) for name in names if name.endswith(".json")]
-        return sorted(found, key=lambda stored: stored.job.created)
+    def open_ids(self) -> list[str]:
+        """Of the jobs that are not finished."""
+        files = storage.list_files(storage.join(self.state, "open"), recursive=False)
+        return [info.base_name for info in files if _ID.fullmatch(info.base_name)]
+
+    def open_jobs(self) -> list[StoredJob]:
+        """Those that are not finished, the oldest first."""
+        return sorted((self.job(identity) for identity in self.open_ids()), key=lambda stored: stored.job.created)
 
     def upload(self, stored: StoredJob) -> list[bytes]:
         return [storage.read_bytes(self._upload(stored.job.id, number)) for number in range(stored.files)]
 
-    def drop_upload(self, stored: StoredJob) -> None:
+    def close_job(self, stored: StoredJob) -> None:
+        """It is finished and saved: its upload goes, and it is looked for no more."""
         storage.delete(storage.join(self.state, "uploads", stored.job.id))
+        storage.delete(storage.join(self.state, "open", stored.job.id))
 
     def _upload(self, identity: str, number: int) -> str:
         return storage.join(self.state, "uploads", identity, f"{number:05d}")

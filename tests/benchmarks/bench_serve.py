@@ -107,13 +107,13 @@ def closed_loop(url: str, scans: list[bytes], reports: int, tokens: int, clients
 def overload(url: str, scans: list[bytes], tokens: int, rate: float) -> list[tuple[int, float]]:
     """Requests at a rate, whether they are answered or not: status and seconds of each."""
     number = int(rate * OVERLOAD_S)
-    with httpx.Client(base_url=url, timeout=300, limits=httpx.Limits(max_connections=500)) as client:
-        with ThreadPoolExecutor(200) as pool:
-            started, futures = time.perf_counter(), []
-            for index in range(number):
-                time.sleep(max(0.0, started + index / rate - time.perf_counter()))
-                futures.append(pool.submit(post, client, scans[index % len(scans)], tokens))
-            return [future.result() for future in futures]
+    limits = httpx.Limits(max_connections=500)
+    with httpx.Client(base_url=url, timeout=300, limits=limits) as client, ThreadPoolExecutor(200) as pool:
+        started, futures = time.perf_counter(), []
+        for index in range(number):
+            time.sleep(max(0.0, started + index / rate - time.perf_counter()))
+            futures.append(pool.submit(post, client, scans[index % len(scans)], tokens))
+        return [future.result() for future in futures]
 
 
 def pings(url: str) -> list[float]:

@@ -15,10 +15,11 @@ from mu2llm.serving import formats
 from mu2llm.serving.app import Settings, deployments, serve_config
 from mu2llm.serving.batching import Batcher, Row
 from mu2llm.serving.exchange import Status, Written
+from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.problems import Problem
-from mu2llm.serving.schemas import ReportOptions
+from mu2llm.serving.schemas import Job, ReportOptions
 from mu2llm.serving.service import Service, Upload, Work
-from mu2llm.serving.store import Store
+from mu2llm.serving.store import Store, StoredJob, now
 
 
 @pytest.mark.parametrize(
@@ -216,3 +217,31 @@ def test_more_than_is_taken_on_is_refused_with_a_time_to_wait():
     assert told.value.status == 429 and told.value.retry_after >= 1
     with service.admitted():
         pass
+
+
+def stored_job(status, attempts):
+    made = now().isoformat()
+    job = Job(id="a" * 32, status=status, created=made, updated=made, attempts=attempts)
+    return StoredJob(job=job, options=ReportOptions(), files=1, beat=now())
+
+
+@pytest.mark.parametrize(("status", "attempts", "end"), [("running", 5, "failed"), ("done", 1, "done")])
+def test_a_job_that_never_ends_is_given_up_and_one_that_ended_is_closed(tmp_path, status, attempts, end):
+    service = Service(None, None, None, config.ServingConfig(state=str(tmp_path)))
+    service.store.add_job(stored_job(status, attempts), [b"scan"])
+    asyncio.run(Jobs(service)._run(service.store.open_jobs()[0]))
+    assert service.store.job("a" * 32).job.status == end
+    assert service.store.open_ids() == [] and not list((tmp_path / "uploads").rglob("0*"))
+
+
+def test_jobs_are_refused_when_too_many_wait(tmp_path):
+    service = Service(None, None, None, config.ServingConfig(state=str(tmp_path), max_queued_requests=1))
+    jobs = Jobs(service)
+
+    async def add():
+        return await jobs.add(Upload((b"scan",)), ReportOptions(stream=True))
+
+    assert service.store.job(asyncio.run(add()).id).options.stream is False
+    with pytest.raises(Problem) as told:
+        asyncio.run(add())
+    assert told.value.status == 429

@@ -73,7 +73,7 @@ def test_each_sentence_gets_what_it_depends_on():
     mask = torch.ones(1, 2, dtype=torch.bool)
     features = model.encode_vision(voxels, mask)
     maps = sentence_maps(model, processor, features, mask, QUESTION, FIRST)
-    assert [span.text for span, _ in maps][0] == "There is a large left pleural effusion."
+    assert maps[0][0].text == "There is a large left pleural effusion."
     expected = by_differences(model, processor, features, mask, maps[1][0])
     np.testing.assert_allclose(maps[1][1], expected, rtol=0.02)
 
