@@ -165,7 +165,8 @@ def save(model: Any, processor: Mu2Processor, folder: str) -> None:
 
 def align(model: Any, experiment: Experiment, reports: list[str]) -> TextBank:
     """Puts the head on the model that holds its visual tokens against findings; the findings' texts."""
-    texts = TextBank(weights.text_encoder(experiment.model.text_encoder), "finding", reports, experiment.seed)
+    encoder = weights.text_encoder(experiment.model.text_encoder, reports)
+    texts = TextBank(encoder, "finding", reports, experiment.seed)
     width = model.config.tokenizer_config.hidden_size
     model.alignment = TextConditionedPooling.fresh(width, texts.width)
     return texts

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from trl import DPOConfig, DPOTrainer
 
 from mu2llm import config
 from mu2llm.ct import phantom
+from mu2llm.memory import PeakMemory
 from mu2llm.model import build
 from mu2llm.records import PreferencePair
 from mu2llm.stages import dpo
@@ -93,21 +93,21 @@ def phantom_reports(count: int) -> list[str]:
 
 
 def measure(way: str, size: str, pairs: int, steps: int) -> dict[str, float]:
-    """Of the steps after a first one: seconds each, scans encoded a pair, loss; and the process's highest memory."""
+    """The best step's seconds, scans encoded a pair, and the process's highest memory during the steps."""
     trainer, batch, encoded = make(way, size, pairs)
     model = trainer.model.train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     seconds = []
-    for _ in range(steps + 1):
-        encoded.clear()
-        started = time.perf_counter()
-        loss = trainer.compute_loss(model, dict(batch))
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": min(seconds[1:]), "encodings": sum(encoded) / pairs, "gib": peak, "loss": float(loss)}
+    with PeakMemory(0.05) as memory:
+        for _ in range(steps + 1):
+            encoded.clear()
+            started = time.perf_counter()
+            loss = trainer.compute_loss(model, dict(batch))
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            seconds.append(time.perf_counter() - started)
+    return {"seconds": min(seconds[1:]), "encodings": sum(encoded) / pairs, "gib": memory.gib}
 
 
 def main() -> None:

@@ -1,0 +1,91 @@
+"""SFT's parts without workers: LoRA with all that is trained beside it, frozen vision, what is asked."""
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState
+
+from mu2llm import config
+from mu2llm.errors import UserError
+from mu2llm.model import add_lora, build, load, load_lora, merge_lora
+from mu2llm.stages import sft
+
+REPORTS = ["There is a large left pleural effusion.", "There is a cyst in the right kidney.", "No finding."]
+
+
+def experiment(*overrides):
+    return config.load("tiny", ["model.lora.r=4", "model.text_encoder=small", *overrides])
+
+
+def batch(processor, settings):
+    scans = torch.randint(0, 256, (2, *settings.data.spec.shape), dtype=torch.uint8, generator=torch.manual_seed(0))
+    mask = torch.ones(2, settings.data.spec.chunks, dtype=torch.bool)
+    return {"volumes": scans, "chunk_mask": mask, **processor.encode(["Write the report."] * 2, REPORTS[:2])}
+
+
+def with_lora(settings, thawing=False):
+    """As the stage makes it: (plain model, the model with adapters, processor)."""
+    model, processor = build(settings.model, settings.data.spec, REPORTS, seed=0)
+    if not thawing:
+        model.freeze_vision()
+    sft.align(model, settings, REPORTS)
+    return model, add_lora(model, settings.model.lora, ["alignment"]), processor
+
+
+def test_an_intermediate_checkpoint_with_lora_holds_all_that_is_trained(tmp_path):
+    settings = experiment()
+    _, model, processor = with_lora(settings)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    kinds = {kind for kind in ("lora", "projector", "mu2_tokenizer", "alignment") if any(kind in n for n in trained)}
+    assert kinds == {"lora", "projector", "mu2_tokenizer", "alignment"}
+    assert not any("vision" in name for name in trained)
+    inputs = batch(processor, settings)
+    model.train()(**inputs).loss.backward()
+    with torch.no_grad():
+        for p in trained.values():
+            p += 0.05 * torch.randn(p.shape, generator=torch.manual_seed(p.numel()))
+    model.eval().save_pretrained(tmp_path / "between")
+    again, _ = build(settings.model, settings.data.spec, REPORTS, seed=0)
+    sft.align(again, settings, REPORTS)
+    restored = load_lora(again, str(tmp_path / "between")).eval()
+    with torch.no_grad():
+        expected = model(**inputs)
+        torch.testing.assert_close(restored(**inputs).logits, expected.logits)
+        heads = [merge_lora(each).alignment.look.weight for each in (restored, model)]
+    torch.testing.assert_close(*heads)
+    sft.save(model, processor, str(tmp_path / "plain"))
+    plain, _ = load(str(tmp_path / "plain"))
+    assert not hasattr(plain, "alignment")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_vision_is_passed_over_until_it_thaws(lora):
+    settings = experiment()
+    whole, model, processor = with_lora(settings, thawing=True)
+    if not lora:
+        whole, processor = build(settings.model, settings.data.spec, REPORTS, seed=0)
+        model = whole
+    vision = [p for name, p in model.named_parameters() if "vision" in name and p.requires_grad]
+    optimiser = torch.optim.AdamW(vision, lr=0.1)
+    before = [p.detach().clone() for p in vision]
+    thaw, state, control = sft.Thaw(whole.model.vision, step=1), TrainerState(), TrainerControl()
+    thaw.on_train_begin(None, state, control)
+    for step in range(2):
+        state.global_step = step
+        thaw.on_step_begin(None, state, control)
+        model.train()(**batch(processor, settings)).loss.backward()
+        optimiser.step()
+        moved = any(not torch.equal(p, old) for p, old in zip(vision, before, strict=True))
+        assert moved == (step == 1)
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(UserError, match="thaw_vision needs freeze_vision"):
+        config.load("tiny", ["sft.freeze_vision=false", "sft.thaw_vision=0.5"])
+    with pytest.raises(UserError, match="go with one worker only"):
+        config.load("tiny", ["sft.workers=2", "sft.thaw_vision=0.5"])
+    with pytest.raises(UserError, match="1 loss_weights for 2 losses"):
+        config.load("tiny", ["dpo.loss=sigmoid+sft", "dpo.loss_weights=[1]"])
+    with pytest.raises(UserError, match=r"dpo\.beta: Input should be greater than 0, given -0\.1"):
+        config.load("tiny", ["dpo.beta=-0.1"])
