@@ -121,8 +121,6 @@ def ablation(
     as_json: Json = False,
 ) -> None:
     """The paper's ablation with seeds and intervals: baseline, +RPE, +DTS, +DMTP, all three, all three + DPO."""
-    if init is None:
-        raise UserError("--init: the ablation starts from a contrastive checkpoint; name it")
     given = {
         **{"workers_per_trial": workers_per_trial, "gpus_per_trial": gpus_per_trial},
         "max_concurrent": max_concurrent,
@@ -136,7 +134,7 @@ def ablation(
     planned = experiments.plan(data, init, out, experiment, seeds, _shares(fractions))
     if dry:
         needs = f"{len(planned.sft_points())} runs of sft, {seeds * len(planned.fractions)} of prefer and dpo"
-        dry_run(experiment, [data, init], [out], needs)
+        dry_run(experiment, [data, *([init] if init else [])], [out], needs)
     with cluster.session(address), progress_bars() as bars:
         found = experiments.run(data, init, out, experiment, seeds, planned.fractions, _named(bars))
     if as_json:

@@ -26,7 +26,7 @@ from mu2llm.evaluation.scoring import Texts, embedded
 from mu2llm.evaluation.text_metrics import text_metrics
 from mu2llm.green import load_judge
 from mu2llm.records import Case, Checkpoint, Estimate
-from mu2llm.stages import dpo
+from mu2llm.stages import contrastive, dpo
 from mu2llm.stages.preferences import prefer, read_pairs
 from mu2llm.stages.runner import Watch, job
 from mu2llm.stages.validation import statistics
@@ -36,7 +36,7 @@ from mu2llm.sweeps.results import across
 from mu2llm.sweeps.runner import concurrency, run_points
 from mu2llm.sweeps.space import Params, apply
 from mu2llm.sweeps.sweep import Show
-from mu2llm.sweeps.tokenizer import check_spec
+from mu2llm.sweeps.tokenizer import check_spec, share
 from mu2llm.sweeps.trial import Plan, Point, Trial
 
 BASELINE: Params = {
@@ -123,7 +123,7 @@ class Ablation:
 
 def run(
     data: str,
-    init: str,
+    init: str | None,
     out: str,
     experiment: Experiment,
     seeds: int = 3,
@@ -132,11 +132,15 @@ def run(
 ) -> dict[str, Any]:
     """Trains what is not trained yet and writes the table; what the command prints.
 
-    Raises UserError where nothing can start, Failure where no variant could be trained.
+    Without `init` it trains the contrastive checkpoint too, once for all variants. Raises UserError where nothing can
+    start, Failure where no variant could be trained.
     """
     ablation = plan(data, init, out, experiment, seeds, fractions)
     for stage in (experiment.sft, experiment.dpo):
         concurrency(stage, experiment.sweep)
+    if init is None:
+        contrastive.run(data, ablation.init, experiment, None, _follower("contrastive", show))
+    share(experiment, ablation.shards, ablation.init)
     trials = run_points(ablation.plan("sft"), ablation.sft_points(), experiment.sweep, _teller("sft", show))
     points, missing = _prefer(ablation, trials, show)
     trained = run_points(ablation.plan("dpo"), points, experiment.sweep, _teller("dpo", show)) if points else []
@@ -159,13 +163,18 @@ def run(
 
 
 def plan(
-    data: str, init: str, out: str, experiment: Experiment, seeds: int = 3, fractions: Sequence[float] = (1.0,)
+    data: str, init: str | None, out: str, experiment: Experiment, seeds: int = 3, fractions: Sequence[float] = (1.0,)
 ) -> Ablation:
     """What would be trained; a UserError where data, checkpoint and fractions do not fit together."""
-    shards, parent = Shards.open(data), Checkpoint.open(init)
-    if parent.lineage.stage != "contrastive":
-        raise UserError(f"{init} is of stage {parent.lineage.stage}; the ablation starts from a contrastive checkpoint")
-    check_spec(shards, parent, experiment)
+    shards = Shards.open(data)
+    if init:
+        parent = Checkpoint.open(init)
+        if parent.lineage.stage != "contrastive":
+            raise UserError(
+                f"{init} is of stage {parent.lineage.stage}; an ablation starts from a contrastive checkpoint"
+            )
+        check_spec(shards, parent, experiment)
+    init = init or storage.join(out, "contrastive")
     if not shards.count("test"):
         raise UserError(f"{shards.uri} has no rows in split test, on which the ablation is measured")
     wrong = [share for share in fractions if not 0 < share <= 1]
@@ -294,6 +303,14 @@ def _write_table(uri: str, cells: Sequence[Cell]) -> None:
     whole = [pa.field(name, pa.int64()) for name in ("seeds", "n")]
     with storage.staged(uri) as path:
         pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([*texts, *numbers, *whole])), path)
+
+
+def _follower(step: str, show: Show | None) -> Callable[[dict[str, float]], None]:
+    def told(numbers: dict[str, float]) -> None:
+        if show:
+            show(step, numbers.get("step", 0), numbers["total"], numbers)
+
+    return told
 
 
 def _teller(step: str, show: Show | None) -> Callable[[int, int, dict[str, float]], None]:

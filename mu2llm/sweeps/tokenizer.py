@@ -23,7 +23,7 @@ def sweep(
 ) -> dict[str, Any]:
     """Runs the sweep; what the command prints. Raises UserError before anything starts where it cannot work."""
     planned = plan(data, init, out, experiment)
-    return run(planned, lambda: share(planned), resume, show)
+    return run(planned, lambda: share(experiment, Shards.open(data), planned.init), resume, show)
 
 
 def plan(data: str, init: str, out: str, experiment: Experiment) -> Sweep:
@@ -53,11 +53,11 @@ def plan(data: str, init: str, out: str, experiment: Experiment) -> Sweep:
     )
 
 
-def share(sweep: Sweep) -> None:
-    """The features of all scans, for all trials."""
-    settings = sweep.experiment.sft
+def share(experiment: Experiment, shards: Shards, init: str) -> None:
+    """The features of all scans, for all trials that train SFT from this checkpoint."""
+    settings = experiment.sft
     if settings.freeze_vision and settings.cache_vision:
-        encode_scans(sweep.init, Shards.open(sweep.data), settings.cpus_per_worker, settings.gpus_per_worker)
+        encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker)
 
 
 def check_spec(shards: Shards, parent: Checkpoint, experiment: Experiment) -> None:
