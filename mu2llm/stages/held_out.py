@@ -89,6 +89,7 @@ class HeldOut:
                 self.export(job, str(folder), target)
                 storage.copy_folder(target, job.out)
             return int(entry["step"])
+        logger.warning("%s: no validated checkpoint is there, so the last one is published, not the best", job.out)
         return None
 
 
@@ -119,7 +120,7 @@ class _Task:
             with checkpoint.as_directory() as folder:
                 metrics = self.measure(self.job, folder, reports)
         except Exception as error:
-            # told at the end: a checkpoint that cannot be measured is no reason to end a training of days
+            # `followed` tells it: a checkpoint that cannot be measured is no reason to end a training of days
             storage.write_json(uri, {"step": step, "failed": f"{type(error).__name__}: {error}"})
             raise
         storage.write_json(uri, {"step": step, **metrics, "checkpoint": Path(checkpoint.path).name})
