@@ -1,4 +1,4 @@
-"""With `held_out` the one place that knows Ray Train: a stage's loop on workers, resumable, with its checkpoint published.
+"""Where Ray Train is known: a stage's loop on workers, resumable, with its checkpoint published.
 
 A stage calls `run` on the driver with a `Job`; each worker calls the stage's `loop(job)`, which builds the
 model and its HF `Trainer` and hands it to `train`. Everything a resume needs lies under `<out>.state/`;
