@@ -36,7 +36,8 @@ from mu2llm.sweeps.results import across
 from mu2llm.sweeps.runner import concurrency, run_points
 from mu2llm.sweeps.space import Params, apply
 from mu2llm.sweeps.sweep import Show
-from mu2llm.sweeps.tokenizer import check_spec, share
+from mu2llm.sweeps.tokenizer import check_spec
+from mu2llm.sweeps.tokenizer import share as encode_once
 from mu2llm.sweeps.trial import Plan, Point, Trial
 
 BASELINE: Params = {
@@ -140,7 +141,7 @@ def run(
         concurrency(stage, experiment.sweep)
     if init is None:
         contrastive.run(data, ablation.init, experiment, None, _follower("contrastive", show))
-    share(experiment, ablation.shards, ablation.init)
+    encode_once(experiment, ablation.shards, ablation.init)
     trials = run_points(ablation.plan("sft"), ablation.sft_points(), experiment.sweep, _teller("sft", show))
     points, missing = _prefer(ablation, trials, show)
     trained = run_points(ablation.plan("dpo"), points, experiment.sweep, _teller("dpo", show)) if points else []

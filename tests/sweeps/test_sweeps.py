@@ -109,6 +109,7 @@ def test_a_trial_on_train_workers_reports_the_same(ray_cluster, shards, vision, 
     for workers in (1, 0):
         given = least(*TOKENIZER, f"sweep.workers_per_trial={workers}", "data.fraction=0.5")
         sweep = tokenizer.plan(shards.uri, vision, str(tmp_path / str(workers)), given)
+        tokenizer.share(given, shards, vision)
         plan = plan_of(sweep, None, Watch(times=2))
         (trial,) = run_points(plan, [sweep.start], given.sweep)
         assert trial.status == "done", trial.why
