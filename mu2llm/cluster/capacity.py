@@ -81,12 +81,13 @@ def lacks(need: Mapping[str, float], have: Mapping[str, float]) -> list[str]:
 def training_gib(experiment: Experiment, stage: str, summary: Summary) -> float:
     """Memory of one worker of `sft` or `dpo`: parameters, gradients, moments, and what a batch's forward keeps.
 
-    Without sharding (`fsdp`) and without recomputation. DPO's pairs share their vision but keep two reports.
+    At most that much: with sharding (`fsdp`) or recomputation (`gradient_checkpointing`) it is less. DPO's pairs share
+    their vision but keep two reports.
     """
     settings: StageConfig = getattr(experiment, stage)
     workers = settings.workers if isinstance(settings.workers, int) else settings.workers[0]
     frozen = {
-        "language model": experiment.model.lora is not None,
+        "language model": experiment.model.lora is not None or getattr(settings, "freeze_language_model", False),
         "vision": settings.freeze_vision,
     }
     weights = sum(

@@ -169,7 +169,7 @@ def _gpu_memory(experiment: Experiment, job: str, nodes: Sequence[Node]) -> Iter
             name=f"gpu memory, {stage}",
             status="ok" if fits else "warn",
             found=f"about {need:.0f} GiB a worker computed, {name} has {has:.0f}",
-            mend="" if fits else f"a smaller {stage}.batch_size with {stage}.accumulation, model.lora, or a larger GPU",
+            mend="" if fits else f"{stage}.gradient_checkpointing, a smaller {stage}.batch_size, or a larger GPU",
         )
 
 

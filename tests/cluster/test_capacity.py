@@ -1,0 +1,58 @@
+"""What a job needs, what a cluster lacks, and the table of presets × GPUs in cluster/README.md."""
+
+from pathlib import Path
+
+import pytest
+
+from mu2llm import config
+from mu2llm.cluster import capacity
+from mu2llm.errors import UserError
+
+README = Path(__file__).parents[2] / "cluster" / "README.md"
+
+
+def test_a_pipeline_needs_the_most_that_a_stage_asks_for():
+    paper = config.load("paper")
+    assert capacity.needs(paper, "sft") == {"CPU": 32, "GPU": 4}
+    assert capacity.needs(paper, "pipeline") == {"CPU": 32, "GPU": 4}
+    assert capacity.needs(config.load("tiny"), "pipeline") == {"CPU": 1, "GPU": 0}
+
+
+def test_elastic_training_needs_its_least_workers():
+    elastic = config.load("paper", ["dpo.workers=[2, 4]"])
+    assert capacity.needs(elastic, "dpo") == {"CPU": 16, "GPU": 2}
+
+
+def test_what_is_lacking_is_said():
+    assert capacity.lacks({"CPU": 2, "GPU": 1}, {"CPU": 2}) == ["1 GPU needed, the cluster has 0"]
+    assert capacity.lacks({"CPU": 2, "GPU": 0}, {"CPU": 2}) == []
+
+
+def test_an_unknown_job_is_named():
+    with pytest.raises(UserError, match="'sfft' is not known"):
+        capacity.needs(config.load("tiny"), "sfft")
+
+
+@pytest.mark.slow
+def test_the_table_in_the_readme_is_what_the_command_prints():
+    """`mu2llm capacity` prints it; the numbers follow the model."""
+    table = capacity.capacities([config.load(preset) for preset in ("paper", "llama3-1b", "qwen3-1.7b")])
+    text = README.read_text()
+    assert text.partition("<!-- mu2llm capacity -->\n")[2].partition("\n<!-- end -->")[0] == capacity.markdown(table)
+    by = {(row.preset, row.gpu): row for row in table}
+    assert by["paper", "A100-80"].fits and not by["paper", "L4"].fits
+    # three times the peak, three times the cases
+    ratio = by["paper", "H100"].train / by["paper", "A100-80"].train
+    assert ratio == pytest.approx(989 / 312)
+
+
+@pytest.mark.slow
+def test_frozen_parts_need_no_moments():
+    small = config.load("demo")
+    summary = capacity.summary_of(small)
+    frozen = capacity.training_gib(small, "sft", summary)
+    trained = capacity.training_gib(config.load("demo", ["sft.freeze_vision=false"]), "sft", summary)
+    vision = summary.parameters["vision"]
+    assert trained - frozen == pytest.approx(vision * (capacity.TRAINED_BYTES - capacity.FROZEN_BYTES) / 2**30)
+    one = config.load("demo", ["sft.workers=2", "sft.batch_size=16"])
+    assert capacity.training_gib(one, "sft", summary) < frozen
