@@ -82,6 +82,7 @@ def _deployment(
         autoscaling_config=scaling,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         max_ongoing_requests=replicas.at_once,
+        max_surge_percent=100,  # an old replica serves until the one that replaces it is ready
         max_queued_requests=queue,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         health_check_period_s=5,

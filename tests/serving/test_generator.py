@@ -1,0 +1,117 @@
+"""`ReportGenerator` by itself: batches, remembered scans, another checkpoint while it writes."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from small_writer import FIRST, SECOND, experiment, write_checkpoint
+
+from mu2llm.config import ServingConfig
+from mu2llm.serving.decoder import Scan
+from mu2llm.serving.exchange import Asked, Unable, Written
+from mu2llm.serving.generator import ReportGenerator
+
+SPEC = experiment().data.spec
+
+
+def scan(seed=0, spec=SPEC):
+    voxels = np.random.default_rng(seed).integers(0, 256, spec.shape, dtype=np.uint8)
+    return Scan({}, voxels, np.ones(spec.chunks, bool), np.eye(4), spec.hash, f"scan-{seed}", 0.0)
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    return write_checkpoint(str(tmp_path_factory.mktemp("generator") / "second"), SECOND)
+
+
+def with_generator(checkpoint, tmp_path, use, **settings):
+    async def go():
+        serving = ServingConfig(registry_seconds=0.2, **settings)
+        generator = ReportGenerator(serving.model_dump(), f"sqlite:///{tmp_path}/tracking.db")
+        await generator.reconfigure({"checkpoint": checkpoint})
+        return await use(generator)
+
+    return asyncio.run(go())
+
+
+def test_requests_that_wait_are_one_batch_and_a_scan_is_encoded_once(checkpoint, tmp_path):
+    async def use(generator):
+        asked = [Asked(str(n), scan(n % 2)) for n in range(4)]
+        return await asyncio.gather(*[generator.write(each) for each in asked]), await generator.write(asked[0])
+
+    together, later = with_generator(checkpoint, tmp_path, use)
+    assert [written.text for written in together] == [FIRST] * 4
+    assert {written.batch for written in together} == {4}
+    assert not any(written.cached for written in together) and later.cached
+
+
+def test_streams_and_whole_reports_share_a_batch(checkpoint, tmp_path):
+    async def use(generator):
+        async def stream():
+            return [part async for part in generator.stream(Asked("a", scan(0)))]
+
+        return await asyncio.gather(stream(), generator.write(Asked("b", scan(1))))
+
+    parts, whole = with_generator(checkpoint, tmp_path, use)
+    assert "".join(parts[:-1]) == parts[-1].text == whole.text == FIRST
+    assert parts[-1].batch == 2
+
+
+def test_another_checkpoint_takes_over_between_two_batches(checkpoint, second, tmp_path):
+    async def use(generator):
+        texts = []
+        await generator.reconfigure({"checkpoint": second})
+        while SECOND not in texts:
+            written = await generator.write(Asked(str(len(texts)), scan(0)))
+            texts.append(written.text)
+            assert len(texts) < 2000
+        return texts
+
+    texts = with_generator(checkpoint, tmp_path, use)
+    assert texts[0] == FIRST and texts[-1] == SECOND
+    assert set(texts) == {FIRST, SECOND} and texts == sorted(texts, key=[FIRST, SECOND].index)
+
+
+def test_a_checkpoint_that_cannot_be_loaded_stops_nothing(checkpoint, tmp_path):
+    async def use(generator):
+        await generator.reconfigure({"checkpoint": str(tmp_path / "nothing")})
+        await asyncio.sleep(0.5)
+        return await generator.write(Asked("a", scan(0))), await generator.status()
+
+    written, status = with_generator(checkpoint, tmp_path, use)
+    assert written.text == FIRST and status.ready and status.warm_up_seconds > 0
+
+
+def test_without_a_checkpoint_it_is_not_ready_until_there_is_one(checkpoint, tmp_path):
+    late = tmp_path / "late"
+
+    async def use(generator):
+        before = await generator.status(), await generator.write(Asked("a", scan(0)))
+        late.symlink_to(checkpoint)
+        while not (await generator.status()).ready:
+            await asyncio.sleep(0.1)
+        return *before, await generator.write(Asked("a", scan(0)))
+
+    status, refused, written = with_generator(str(late), tmp_path, use)
+    assert not status.ready and "could not be loaded" in status.why and str(late) not in status.why
+    assert isinstance(refused, Unable) and refused.why == "not_ready" and isinstance(written, Written)
+
+
+def test_a_scan_of_another_spec_is_sent_back(checkpoint, tmp_path):
+    other = SPEC.model_copy(update={"fit": "isotropic"})
+
+    async def use(generator):
+        return await generator.write(Asked("a", scan(0, other)))
+
+    assert with_generator(checkpoint, tmp_path, use) == Unable("wrong_spec")
+
+
+def test_sentences_come_with_their_places(checkpoint, tmp_path):
+    async def use(generator):
+        return await generator.write(Asked("a", scan(0), saliency=True))
+
+    written = with_generator(checkpoint, tmp_path, use)
+    assert [FIRST[each["start"] : each["end"]] for each in written.sentences] == [
+        each["text"] for each in written.sentences
+    ]
+    assert written.seconds["saliency"] > 0
