@@ -1,0 +1,101 @@
+"""The checks, one by one, on what nodes and storage would say; tests/cluster/test_submission.py asks a real cluster."""
+
+import json
+
+import pytest
+
+from mu2llm import config
+from mu2llm.cluster import doctor, job
+from mu2llm.errors import UserError
+
+
+def node(**other):
+    told = doctor.look()
+    return doctor.Node(**{"name": "10.0.0.7", "skew_s": 0.0, **told, **other})
+
+
+def test_nodes_with_other_versions_are_named():
+    assert doctor._same_versions([node(), node()]).status == "ok"
+    older = {**doctor.look()["versions"], "torch": "2.1.0"}
+    check = doctor._same_versions([node(), node(versions=older), node(python="3.9.1")])
+    assert check.status == "fail"
+    assert "10.0.0.7 has torch 2.1.0" in check.found and "has Python 3.9.1" in check.found
+    assert "one image" in check.mend
+
+
+def test_a_node_that_does_not_answer_is_named():
+    silent = doctor.Node(name="10.0.0.9", python="", versions={}, skew_s=0, disk_gib=0, gpus=[])
+    assert "10.0.0.9 did not answer" in doctor._same_versions([silent]).found
+    assert doctor._disks([silent]).status == "warn"
+
+
+@pytest.mark.parametrize(("skew", "status"), [(0.4, "ok"), (30, "warn"), (900, "fail")])
+def test_clocks(skew, status):
+    check = doctor._clocks([node(), node(name="late", skew_s=skew)])
+    assert check.status == status
+    assert ("late" in check.mend) == (status != "ok")
+
+
+@pytest.mark.parametrize(("free", "status"), [(500, "ok"), (10, "warn"), (1, "fail")])
+def test_disks(free, status):
+    assert doctor._disks([node(disk_gib=800), node(disk_gib=free)]).status == status
+
+
+@pytest.mark.slow
+def test_gpu_memory_against_the_preset():
+    paper = config.load("paper")
+    small, large = ({"gpus": [("NVIDIA L4", 22.5)]}, {"gpus": [("NVIDIA H100", 79.6)]})
+    told = list(doctor._gpu_memory(paper, "pipeline", [node(**small), node(**large)]))
+    assert [check.name for check in told] == ["gpu memory, sft", "gpu memory, dpo"]
+    assert told[0].status == "warn" and "NVIDIA L4" in told[0].found and "batch_size" in told[0].mend
+    assert next(doctor._gpu_memory(paper, "sft", [node(**large)])).status == "ok"
+
+
+def test_packages_that_the_sent_code_does_not_find(monkeypatch):
+    assert doctor._packages().status == "ok"
+    monkeypatch.setattr(doctor, "requirements", lambda: ["numpy>=99", "no-such-package>=1"])
+    check = doctor._packages()
+    assert check.status == "fail"
+    assert "numpy" in check.found and "no-such-package missing, wanted >=1" in check.found
+    with pytest.raises(UserError, match="packages: numpy"):
+        doctor.refuse([check])
+
+
+def test_another_ray_at_the_client_is_refused_and_other_libraries_are_said(monkeypatch):
+    assert job._client_versions() == []
+    monkeypatch.setenv(job.CLIENT, json.dumps({**job.versions(), "transformers": "5.0.0"}))
+    assert [check.status for check in job._client_versions()] == ["warn"]
+    monkeypatch.setenv(job.CLIENT, json.dumps({**job.versions(), "ray": "2.50.0"}))
+    (check,) = job._client_versions()
+    assert check.status == "fail" and "ray 2.50.0 at the client" in check.found
+
+
+def test_storage_is_tried_and_left_as_it_was(tmp_path):
+    check = doctor.writable(str(tmp_path / "new"))
+    assert check.status == "ok"
+    assert [word for word in ("written", "read", "listed", "deleted") if word in check.found] == check.found.split()[
+        ::4
+    ]
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_right_that_is_missing_is_named_with_what_worked(tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert doctor.readable(str(tmp_path / "file")).status == "ok"
+    assert doctor.readable(str(tmp_path)).status == "ok"
+    missing = doctor.readable(str(tmp_path / "nothing"))
+    assert missing.status == "fail" and "there is nothing" in missing.found
+    assert doctor.writable(str(tmp_path / "file" / "below")).status == "fail"
+    assert doctor.writable("ftp://host/x").status == "fail"
+
+
+def test_a_store_that_goes_with_the_cluster_is_a_warning(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert doctor._tracking().status == "ok"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert "MLFLOW_TRACKING_URI" in doctor._tracking().mend
+
+
+def test_keys_of_a_store_are_not_told(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter2@host/mlflow")
+    assert "hunter2" not in str(doctor._tracking())
