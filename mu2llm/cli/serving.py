@@ -34,12 +34,15 @@ def serve(
     experiment = config.load(preset, set_)
     if dry:
         dry_run(experiment, [checkpoint], [experiment.serving.state], f"port {port} of {host}")
-    _check(checkpoint)
+    _check_checkpoint(checkpoint)
     from mu2llm import cluster
-    from mu2llm.serving.running import running, watch
+    from mu2llm.serving.running import check, running, watch
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Ctrl-C: what has begun is finished
-    with cluster.session(address), running(_settings(experiment, checkpoint, host), host, port) as url:
+    settings = _settings(experiment, checkpoint, host)
+    check(settings, host, port)
+    with cluster.session(address), running(settings, host, port) as url:
+        for each in (signal.SIGTERM, signal.SIGINT):  # behind Ray's own; what has begun is finished
+            signal.signal(each, lambda *_: sys.exit(0))
         console.print(f"{url}  (API: {url}/docs, ready when {url}/readyz says so; Ctrl-C ends it)", highlight=False)
         watch()
 
@@ -59,7 +62,7 @@ def serve_config(
     print(yaml.safe_dump(describe(settings, port=port), sort_keys=False), end="")
 
 
-def _check(checkpoint: str) -> None:
+def _check_checkpoint(checkpoint: str) -> None:
     """Says at once what the service would only say in its readiness."""
     from mu2llm.records import Checkpoint
 

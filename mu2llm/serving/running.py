@@ -21,18 +21,24 @@ from mu2llm.serving.keys import list_keys
 LOOK_S = 1.0
 
 
-@contextlib.contextmanager
-def running(settings: Settings, host: str, port: int) -> Iterator[str]:
-    """The service's address, as long as the block lasts; what it has begun is finished before it ends.
-
-    Raises UserError where the port is taken, or where keys are needed and there are none.
-    """
+def check(settings: Settings, host: str, port: int) -> None:
+    """Raises UserError where the port is taken, or where keys are needed and there are none."""
     if keys_needed(settings.serving, is_loopback(host)) and not list_keys(settings.serving.state):
         raise UserError(
             f"{host} can be reached from elsewhere, so API keys are on, and there are none under "
             f"{settings.serving.state}: make one by `mu2llm key make`"
         )
-    _check_free(host, port)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"{host}:{port} cannot be used: {error.strerror}; give another --host or --port") from None
+
+
+@contextlib.contextmanager
+def running(settings: Settings, host: str, port: int) -> Iterator[str]:
+    """The service's address, as long as the block lasts; what it has begun is finished before it ends."""
     serve.start(http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=120))
     deploy(settings)
     try:
@@ -59,12 +65,3 @@ def watch() -> None:
         if told.status == ApplicationStatus.DEPLOY_FAILED:
             first = (told.message.strip().splitlines() or ["no reason given"])[0]
             raise Failure(f"the service could not be deployed: {first}; its logs are in Ray's session folder")
-
-
-def _check_free(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(f"{host}:{port} cannot be used: {error.strerror}; give another --host or --port") from None

@@ -1,0 +1,105 @@
+"""The commands of the service: what they refuse, keys, the Serve config, and one real start and stop."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mu2llm.cli import app
+from mu2llm.errors import UserError
+
+sys.path.append(str(Path(__file__).parents[1] / "serving"))
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=True)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from small_writer import FIRST, write_checkpoint
+
+    return write_checkpoint(str(tmp_path_factory.mktemp("cli") / "first"), FIRST)
+
+
+def test_there_is_nothing_to_serve(tmp_path):
+    for arguments, words in (((), "mu2llm promote"), (("--checkpoint", tmp_path), "is not a checkpoint")):
+        result = run("serve", *arguments)
+        assert isinstance(result.exception, UserError) and words in str(result.exception)
+
+
+def test_what_keeps_it_from_starting(checkpoint):
+    result = run("serve", "--checkpoint", checkpoint, "--host", "0.0.0.0", "--port", free_port())
+    assert isinstance(result.exception, UserError) and "mu2llm key make" in str(result.exception)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = run("serve", "--checkpoint", checkpoint, "--port", taken.getsockname()[1])
+    assert isinstance(result.exception, UserError) and "give another --host or --port" in str(result.exception)
+
+
+def test_keys_are_made_listed_and_revoked():
+    made = json.loads(run("key", "make", "--name", "room", "--scope", "read", "--scope", "correct", "--json").stdout)
+    assert made["key"].startswith("mu2_")
+    listed = run("key", "list", "--json").stdout
+    (identity,) = json.loads(listed)
+    assert json.loads(listed)[identity]["scopes"] == ["read", "correct"]
+    assert made["key"].rpartition("_")[2] not in listed and "sha256" not in listed
+    run("key", "revoke", identity)
+    assert json.loads(run("key", "list", "--json").stdout) == {}
+    assert isinstance(run("key", "revoke", identity).exception, UserError)
+
+
+def test_the_serve_config_is_printed():
+    told = yaml.safe_load(run("serve-config", "--preset", "paper").stdout)
+    assert told["applications"][0]["import_path"] == "mu2llm.serving.app:build"
+
+
+@pytest.mark.slow
+def test_a_service_starts_answers_and_ends(checkpoint, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-c", "from mu2llm.cli import main; main()", "serve"]
+    service = subprocess.Popen(
+        [*command, "--checkpoint", checkpoint, "--port", str(port)],
+        cwd=tmp_path,
+        env={**os.environ, "RAY_ADDRESS": ""},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 150
+        while time.monotonic() < deadline and service.poll() is None:
+            try:
+                if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.3)
+        assert httpx.get(f"{url}/readyz", timeout=5).json()["model"]["checkpoint"] == "first"
+        assert httpx.get(url).status_code == 200
+    finally:
+        service.send_signal(signal.SIGTERM)
+        errors = service.communicate(timeout=120)[1]
+    assert service.returncode == 0, errors
+    assert f"{url}/docs" in errors.replace("\n", "")
