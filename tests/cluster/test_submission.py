@@ -38,15 +38,20 @@ def test_a_job_is_sent_followed_and_listed(head, scans, tmp_path, secret):
     assert "[ingest] 12/12" in logs
     for text in (done.stdout, done.stderr, logs, json.dumps(listed), job_record(head, told["job"])):
         assert head.token not in text and secret not in text
+    assert not files_with(tmp_path, head.token, secret)
+    assert not files_with(head.nodes[0].folder, head.token, secret)  # logs and packages of the session
 
 
 def job_record(head, id):
     """All that the cluster tells of a job: entrypoint, metadata, runtime environment."""
+    headers = {"Authorization": f"Bearer {head.token}"}
+    return requests.get(f"{head.address}/api/jobs/{id}", headers=headers, timeout=30).text
 
-    answer = requests.get(
-        f"{head.address}/api/jobs/{id}", headers={"Authorization": f"Bearer {head.token}"}, timeout=30
-    )
-    return answer.text
+
+def files_with(folder, *words):
+    """Files below a folder that hold one of the words."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [path for path in files if any(word.encode() in path.read_bytes() for word in words)]
 
 
 @pytest.mark.parametrize(
