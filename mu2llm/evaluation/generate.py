@@ -13,16 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from ray.exceptions import RayError
 
 from mu2llm import storage
 from mu2llm.cases import Shards
 from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation.predictions import Prediction, Request
-from mu2llm.evaluation.writer import Reader, Writer
+from mu2llm.evaluation.reading import Reader
+from mu2llm.evaluation.writer import Writer
 from mu2llm.records import Case, Checkpoint
 
+READING_TASKS = 2  # at once: more would start processes, not read faster than the actors write
 Progress = Callable[[int, int], None]
 """(cases done, cases in all)"""
 
@@ -105,7 +107,10 @@ def _written(
     batches = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
     batches.context.target_max_block_size = None  # a batch stays one block, however large
     batches.context.raise_original_map_exception = True
-    written = batches.map_batches(reader, batch_size=1, batch_format="numpy", num_cpus=0.25).map_batches(
+    scans = batches.map_batches(
+        reader, batch_size=1, batch_format="numpy", num_cpus=0.25, compute=TaskPoolStrategy(size=READING_TASKS)
+    )
+    written = scans.map_batches(
         Writer,
         fn_constructor_args=(request, {case.id: case.patient for case in cases}),
         batch_size=None,

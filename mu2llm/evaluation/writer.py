@@ -1,47 +1,20 @@
-"""What the tasks and the actors of `generate` do: rows of shards → scans with their questions → predictions."""
+"""What the actors of `generate` do: scans with their questions → predictions."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from mu2llm.cases import Shards
-from mu2llm.cases.shards import read_rows
 from mu2llm.evaluation.decoding import Text, write
 from mu2llm.evaluation.encode import vision_digest
 from mu2llm.evaluation.predictions import Prediction, Request, Variant
 from mu2llm.model import Mu2ForConditionalGeneration, load
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Reads batches of the ring: the batch's cases, and behind them the next one for its scan alone."""
-
-    files: list[str]
-    counts: list[int]
-    order: np.ndarray
-    batch_size: int
-    scan: str
-
-    @classmethod
-    def of(cls, request: Request, shards: Shards, order: np.ndarray) -> Reader:
-        """For shards with `voxels`, or for a table with their `features`."""
-        scan = "features" if "features" in shards.schema(request.split).names else "voxels"
-        return cls(shards.files(request.split), shards.rows(request.split), order, request.batch_size, scan)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        number = int(batch["batch"][0])
-        places = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.order)) + 1)
-        rows = self.order[places % len(self.order)]
-        columns = read_rows(self.files, self.counts, ["id", "questions", "chunk_mask", self.scan], rows)
-        return {**columns, "batch": np.full(len(rows), number)}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from mu2llm.cases.shards import read_rows
 from mu2llm.evaluation.decoding import Decoding
 from mu2llm.evaluation.generate import ring
 from mu2llm.evaluation.predictions import VARIANTS, Request
-from mu2llm.evaluation.writer import Reader, Writer
+from mu2llm.evaluation.reading import Reader
+from mu2llm.evaluation.writer import Writer
 from mu2llm.model import load
 
 QUESTION = "Write the radiology report of this CT scan."
@@ -52,7 +53,8 @@ def batched(request: Request, shards: Shards) -> int:
     """What a reader and an actor do, without Ray between them."""
     cases = shards.cases("test")
     order = ring([each.patient for each in cases], 0)
-    reader, writer = Reader.of(request, shards, order), Writer(request, {each.id: each.patient for each in cases})
+    reader = Reader.of(shards, request.split, order, request.batch_size)
+    writer = Writer(request, {each.id: each.patient for each in cases})
     numbers = range(-(-len(cases) // request.batch_size))
     return sum(writer(reader({"batch": np.array([number])})).num_rows for number in numbers)
 

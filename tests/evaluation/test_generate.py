@@ -12,7 +12,8 @@ from mu2llm.evaluation import writer as writer_module
 from mu2llm.evaluation.decoding import Decoding, _Sampling, write
 from mu2llm.evaluation.generate import generate, ring
 from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
-from mu2llm.evaluation.writer import Reader, Writer
+from mu2llm.evaluation.reading import Reader
+from mu2llm.evaluation.writer import Writer
 from mu2llm.model import load
 
 QUESTION = "Write the radiology report."
@@ -27,7 +28,8 @@ def here(asked, shards):
     """What the tasks and actors do, in this process."""
     cases = shards.cases(asked.split)
     order = ring([each.patient for each in cases], asked.decoding.seed)
-    reader, writer = Reader.of(asked, shards, order), Writer(asked, {each.id: each.patient for each in cases})
+    reader = Reader.of(shards, asked.split, order, asked.batch_size)
+    writer = Writer(asked, {each.id: each.patient for each in cases})
     numbers = range(-(-len(cases) // asked.batch_size))
     tables = [writer(reader({"batch": np.array([number])})) for number in numbers]
     return [Prediction.from_row(row) for table in tables for row in table.to_pylist()]
