@@ -52,7 +52,7 @@ def test_importance_finds_the_key_that_matters():
     space = Space({key: Space.load("tokenizer", given).domains[key] for key in KEYS})
     trials = []
     for i in range(24):
-        params = dict(zip(KEYS, ([16, 32, 64, 128][i % 4], [8, 16, 24][i % 3]), strict=True))
+        params = dict(zip(KEYS, ([8, 16, 32, 64][i % 4], [8, 16, 24][i % 3]), strict=True))
         point = Point(params=params, seed=0, data="", init="")
         trials.append(Trial(id=str(i), number=i, point=point, status="done", metrics={"green": i % 4 / 4}))
     shares = results.importance(trials, space, "green")
