@@ -2,8 +2,26 @@
 
 import { unzip, type Unzipped } from "fflate";
 
-/** The files of a drop, those of dropped folders included. */
-export async function droppedFiles(transfer: DataTransfer): Promise<File[]> {
+/** Calls `take` with the files of every drop on the page, and marks the page while something is over it. */
+export function onDrop(take: (files: Promise<File[]>) => void): void {
+  let depth = 0;
+  const mark = (by: number) => document.body.classList.toggle("dropping", (depth += by) > 0);
+  window.addEventListener("dragenter", () => mark(1));
+  window.addEventListener("dragleave", () => mark(-1));
+  window.addEventListener("dragover", (event) => event.preventDefault(), { capture: true });
+  window.addEventListener(
+    "drop",
+    (event) => {
+      event.preventDefault();
+      mark(-depth);
+      if (event.dataTransfer) take(droppedFiles(event.dataTransfer));
+    },
+    { capture: true },
+  );
+}
+
+/** Those of dropped folders included. */
+async function droppedFiles(transfer: DataTransfer): Promise<File[]> {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry()).filter((entry) => entry !== null);
   return entries.length ? (await Promise.all(entries.map(filesOf))).flat() : [...transfer.files];
 }

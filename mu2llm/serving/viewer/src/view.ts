@@ -108,10 +108,13 @@ export class View {
     this.nv.drawScene();
   }
 
-  /** Shows a NIfTI file; an Error says why it cannot be shown. */
-  async show(nifti: File, window: WindowName): Promise<void> {
-    const [low, high] = range(WINDOWS[window]);
-    const volume = await NVImage.loadFromFile({ file: nifti, name: nifti.name, cal_min: low, cal_max: high });
+  /** A NIfTI file as it can be shown; an Error says why it cannot. */
+  async load(nifti: File): Promise<NVImage> {
+    const [low, high] = range(WINDOWS.soft);
+    return NVImage.loadFromFile({ file: nifti, name: nifti.name, cal_min: low, cal_max: high });
+  }
+
+  show(volume: NVImage, window: WindowName): void {
     this.clear();
     this.nv.addVolume(volume);
     this.reset();
