@@ -26,7 +26,7 @@ $(VIEWER)/dist/index.html: $(filter-out %/dist %/node_modules,$(wildcard $(VIEWE
 
 # without it everything else works, and / of the service says how to get it
 viewer-if-npm:
-	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory viewer || \
+	@if command -v npm >/dev/null; then $(MAKE) -s --no-print-directory viewer || \
 	  echo 'The reading room is not built (see above): mend that and run make viewer; everything else works without it'; \
 	else echo 'npm is not installed: the reading room is not built; install Node 20.19 or later and run make viewer'; fi
 
