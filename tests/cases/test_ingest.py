@@ -1,6 +1,7 @@
 """Ingest on Ray Data: what is written, what is rejected and why, and that a run goes on where the last one was."""
 
 import json
+import os
 import shutil
 import time
 
@@ -217,3 +218,37 @@ def test_the_plan_depends_on_the_cases_alone(source):
     assert max(len(group) for group in small.values()) == 3
     other = data.model_copy(update={"accept": ("not_hu",)})
     assert not set(plan(table, other)) & set(groups)
+
+
+def test_what_was_replaced_is_planned_anew_and_nothing_else(tmp_path):
+    """A file of the same size, and one slice of a folder; what nobody touched keeps its shard."""
+    rows = scans.write(tmp_path, 40)
+    (tmp_path / "volumes" / "series").mkdir()
+    for number in range(3):
+        (tmp_path / "volumes" / "series" / f"IM{number}").write_bytes(bytes(100))
+    rows[1]["volume"] = "volumes/series"
+    scans.write_manifest(tmp_path / "manifest.jsonl", rows)
+    experiment = scans.experiment()
+
+    def planned():
+        return {
+            path: {case.id for case in group}
+            for path, group in plan(read(tmp_path, experiment), experiment.data).items()
+        }
+
+    before = planned()
+    assert planned() == before
+    for name, replaced in (("case-000", "case-000.nii.gz"), ("case-001", "series/IM1")):
+        path = tmp_path / "volumes" / replaced
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 10**9))
+        after = planned()
+        anew = [ids for path, ids in after.items() if path not in before]
+        assert (
+            len(anew) == 1
+            and name in anew[0]
+            and sorted(after.values(), key=sorted) == sorted(before.values(), key=sorted)
+        )
+        before = after
