@@ -1,10 +1,11 @@
 """The μ²Tokenizer at the paper's size against the published way of computing the same numbers.
 
-    python tests/benchmarks/bench_tokenizer.py [--threads 2] [--repeats 3]
+    python tests/benchmarks/bench_tokenizer.py [--threads 2] [--repeats 5]
 
 The baseline keeps every attention matrix, projects queries, keys and values one by one and loops over the
-selection heads; it runs on the very weights of our module, and both outputs are compared. Peak memory is the
-process's highest resident size above what it was before, each way in a process of its own.
+selection heads; it runs on the very weights of our module, and both outputs are compared. Seconds are the median
+step behind a first one: the loop's gigabytes are fetched from the system anew in every step but the first. Peak memory
+is the process's highest resident size above what it was before, each way in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import multiprocessing
 import os
 import resource
+import statistics
 import time
 
 import torch
@@ -115,7 +117,7 @@ def _timed(run) -> float:
 
 
 def measure(way: str, threads: int, repeats: int, connection) -> None:
-    """In a process of its own: seconds of forward and forward+backward (best of `repeats`), and peak MiB."""
+    """In a process of its own: seconds of forward and forward+backward (median of `repeats`), and peak MiB."""
     torch.set_num_threads(threads)
     module, visual, text = make()
 
@@ -128,9 +130,10 @@ def measure(way: str, threads: int, repeats: int, connection) -> None:
 
     with torch.no_grad():
         output = run(visual, text)
-        forward = min(_timed(lambda: run(visual, text)) for _ in range(repeats))
+        forward = statistics.median(_timed(lambda: run(visual, text)) for _ in range(repeats))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    both = min(_timed(backward) for _ in range(repeats))
+    backward()
+    both = statistics.median(_timed(backward) for _ in range(repeats))
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     checksum = output.flatten()[:: output.numel() // 64].tolist()
     connection.send({"forward": forward, "both": both, "peak": peak, "output": checksum, "rate": matmul_rate()})
@@ -139,7 +142,7 @@ def measure(way: str, threads: int, repeats: int, connection) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     results = {}
