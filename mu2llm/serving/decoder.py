@@ -11,13 +11,14 @@ import hashlib
 import io
 import logging
 import multiprocessing
+import os
 import resource
 import threading
 import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,11 @@ class Decoder:
         """The scan, or why there is none; within the time limit, whatever the file."""
         return await asyncio.to_thread(self._read, reading)
 
+    def start(self) -> None:
+        """Lets the process start and import meanwhile, so that the first scan need not wait for it."""
+        with self._lock:
+            self._running()
+
     def _read(self, reading: Reading) -> Scan | Refusal:
         with self._lock:
             _, connection = self._running()
@@ -162,9 +168,18 @@ def _serve(connection: Connection, memory: int, max_slices: int) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError):
         while True:
             connection.send(_answer(connection.recv(), max_slices))
+
+
+def _end_with_parent() -> None:
+    """However long a scan would still take."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _answer(reading: Reading, max_slices: int) -> Scan | Refusal:

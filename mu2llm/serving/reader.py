@@ -18,6 +18,7 @@ class VolumeReader:
         self.decoders = [
             Decoder(serving.reading_seconds, memory, serving.max_slices) for _ in range(serving.reader.at_once)
         ]
+        self.decoders[-1].start()
         self.free = asyncio.Semaphore(len(self.decoders))
 
     async def read(self, reading: Reading) -> Scan | Refusal:

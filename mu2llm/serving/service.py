@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from mu2llm.config import ServingConfig
+from mu2llm.errors import Failure
 from mu2llm.green import findings
 from mu2llm.records import Correction, Judgement, Rejection
 from mu2llm.serving.decoder import Reading, References, Refusal, Scan
@@ -42,6 +43,7 @@ from mu2llm.serving.store import Store, StoredReport, now
 from mu2llm.serving.uris import allowed
 
 logger = logging.getLogger("ray.serve")
+LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError)  # with a replica, not by what was asked
 ATTEMPTS = 8  # of a call whose replica died
 BACK_OFF_S = 0.2  # before the second attempt; doubled before each further one, up to 2 s
 LOOK_S = 0.5  # between two looks at the generator
@@ -115,7 +117,8 @@ class Service:
                 async with asyncio.timeout(LOOK_LIMIT_S):
                     self.status = await _await(self.generator.status.remote())
                 self._seen = time.monotonic()
-            except (TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError):
+            except Exception as error:  # whatever it is: a generator that does not answer is not ready
+                logger.info("the generator did not tell its status: %s", type(error).__name__)
                 if time.monotonic() - self._seen > GRACE_S:
                     self.status = Status(False, "the model is being loaded")
             self.metrics.ready.set(self.status.ready)
@@ -124,8 +127,10 @@ class Service:
 
     async def _forget(self) -> None:
         while True:
-            with contextlib.suppress(Exception):  # storage that fails now will be tried again
+            try:
                 await asyncio.to_thread(self.store.forget_old)
+            except (Failure, OSError) as error:
+                logger.warning("old reports were not deleted, which is tried again: %s", type(error).__name__)
             await asyncio.sleep(3600)
 
     @contextlib.contextmanager
@@ -212,11 +217,11 @@ class Service:
                     if new:
                         told += len(new)
                         yield new
-            except RayActorError:
+            except LOST:
                 await self._retry("generator", attempt)
             finally:
                 response.cancel()
-        raise not_ready("the generator is down")
+        raise _down("generator")
 
     async def _unable(self, why: Unable) -> None:
         """Raises for what another attempt would not mend; else learns what the model wants now."""
@@ -250,16 +255,15 @@ class Service:
     async def green(self, pairs: list[PairIn]) -> GreenAnswer:
         if len(pairs) > self.settings.max_pairs:
             raise Problem(413, "too_many_pairs", f"{len(pairs)} pairs; one request takes {self.settings.max_pairs}")
-        down = Problem(503, "scorer_down", "the GREEN scorer is not available; reports are not affected", 10)
         least = self.settings.scorer.least
         try:
             async with asyncio.timeout(SCORER_WAIT_S if least == 0 else max(SCORER_SILENT_S, len(pairs))):
                 texts = [(pair.reference, pair.candidate) for pair in pairs]
                 result = await self._call("scorer", self.scorer.score, texts)
-        except (TimeoutError, DeploymentUnavailableError):
-            raise down from None
+        except TimeoutError:
+            raise _down("scorer") from None
         if isinstance(result, str):
-            raise down
+            raise _down("scorer")
         return self._judged(result)
 
     def _judged(self, judgements: list[Judgement]) -> GreenAnswer:
@@ -326,16 +330,22 @@ class Service:
             try:
                 async with _limit(deadline):
                     return await _await(method.remote(*arguments))
-            except RayActorError:
+            except LOST:
                 await self._retry(deployment, attempt)
             except BackPressureError:
                 raise Problem(429, "busy", "the queue is full; try again in a moment", 2) from None
-        raise not_ready(f"the {deployment} is down")
+            except DeploymentUnavailableError:
+                raise _down(deployment) from None
+        raise _down(deployment)
 
     async def _retry(self, deployment: str, attempt: int) -> None:
         self.metrics.retries.labels(deployment).inc()
         logger.warning("a replica of the %s died; attempt %d", deployment, attempt + 2)
         await asyncio.sleep(min(2.0, BACK_OFF_S * 2**attempt))
+
+
+def _down(deployment: str) -> Problem:
+    return Problem(503, f"{deployment}_down", f"the {deployment} is not available; try again in a moment", 5)
 
 
 async def _await(response: Any) -> Any:

@@ -16,7 +16,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as ASGIScope
 
 import mu2llm
 from mu2llm.serving import chat, formats, metrics, pages, samples
@@ -148,7 +149,7 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
                 scan = await service.read(work)
                 parts = service.stream(work, scan)
                 first = _event("scan", scan.facts)
-                return StreamingResponse(_events(first, parts, held.pop_all()), media_type=formats.EVENTS)
+                return Stream(_events(first, parts), held.pop_all())
             made = await service.report(work)
         return formats.respond(kind, made)
 
@@ -177,7 +178,7 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
             if body.stream:
                 parts = service.stream(work, await service.read(work))
                 model = service.status.model.get("id", "")
-                return StreamingResponse(_chunks(work.id, model, parts, held.pop_all()), media_type=formats.EVENTS)
+                return Stream(_chunks(work.id, model, parts), held.pop_all())
             made = await service.report(work)
         return JSONResponse(chat.answer(made.report).model_dump(mode="json"))
 
@@ -218,35 +219,43 @@ async def _from_form(request: Request) -> tuple[Upload, ReportOptions]:
         return Upload(files=tuple([await file.read() for file in files])), options
 
 
-async def _events(first: bytes, parts: AsyncIterator[str | Made], held: contextlib.ExitStack) -> AsyncIterator[bytes]:
-    """The report as server-sent events; a Problem becomes the event `error`."""
-    with held:
-        yield first
-        try:
-            async for part in parts:
-                if isinstance(part, str):
-                    yield _event("token", {"text": part})
-                else:
-                    yield _event("report", part.report.model_dump(mode="json"))
-        except Problem as problem:
-            yield _event("error", problem.body())
+class Stream(StreamingResponse):
+    """Server-sent events; `held` is let go when they end or the client has left, begun or not."""
+
+    def __init__(self, events: AsyncIterator[bytes], held: contextlib.ExitStack) -> None:
+        super().__init__(events, media_type=formats.EVENTS)
+        self.held = held
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        with self.held:
+            await super().__call__(scope, receive, send)
 
 
-async def _chunks(
-    identity: str, model: str, parts: AsyncIterator[str | Made], held: contextlib.ExitStack
-) -> AsyncIterator[bytes]:
+async def _events(first: bytes, parts: AsyncIterator[str | Made]) -> AsyncIterator[bytes]:
+    """The report as events; a Problem becomes the event `error`."""
+    yield first
+    try:
+        async for part in parts:
+            if isinstance(part, str):
+                yield _event("token", {"text": part})
+            else:
+                yield _event("report", part.report.model_dump(mode="json"))
+    except Problem as problem:
+        yield _event("error", problem.body())
+
+
+async def _chunks(identity: str, model: str, parts: AsyncIterator[str | Made]) -> AsyncIterator[bytes]:
     """The same as OpenAI's clients want it."""
-    with held:
-        try:
-            async for part in parts:
-                if isinstance(part, str):
-                    told = chat.chunk(identity, model, part)
-                else:
-                    told = chat.chunk(identity, part.report.model.id, report=part.report)
-                yield _data(told)
-            yield b"data: [DONE]\n\n"
-        except Problem as problem:
-            yield _data(problem.body())
+    try:
+        async for part in parts:
+            if isinstance(part, str):
+                told = chat.chunk(identity, model, part)
+            else:
+                told = chat.chunk(identity, part.report.model.id, report=part.report)
+            yield _data(told)
+        yield b"data: [DONE]\n\n"
+    except Problem as problem:
+        yield _data(problem.body())
 
 
 def _event(name: str, value: Any) -> bytes:

@@ -41,7 +41,7 @@ def settings(checkpoint, places):
         allowed_uris=(f"file://{places}/allowed",),
         max_body_mb=64,
         max_queued_requests=16,
-        reading_seconds=20,
+        reading_seconds=60,
         registry_seconds=1,
         drain_seconds=10,
     )
