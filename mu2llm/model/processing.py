@@ -94,15 +94,16 @@ class Mu2Processor(ProcessorMixin):
         volumes: Any = None,
         images: Any = None,
         questions: str | Sequence[str] | None = None,
+        accept: Sequence[str] = (),
         **kwargs: Any,
     ) -> BatchFeature:
         """Model inputs for generation from scans and from questions, chats, or texts that hold one `<volume>`.
 
         `text` may be a prompt, a chat (a list of messages), or a list of either; `images` is another name for
-        `volumes`.
+        `volumes`; `accept` is as in `prepare`.
         """
         volumes = images if volumes is None else volumes
-        data: dict[str, Tensor] = {} if volumes is None else self.prepare(volumes)
+        data: dict[str, Tensor] = {} if volumes is None else self.prepare(volumes, accept)
         if questions is not None:
             data |= self.encode([questions] if isinstance(questions, str) else list(questions))
         elif text is not None:

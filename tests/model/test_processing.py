@@ -111,6 +111,7 @@ def test_what_is_no_ct_is_refused_or_accepted_on_request(processor):
         processor.prepare(mr)
     assert rejected.value.reason == "not_hu"
     assert processor.prepare(mr, accept=("not_hu",))["volumes"].shape == (1, *processor.spec.shape)
+    assert processor(questions=QUESTION, volumes=mr, accept=("not_hu",))["volumes"].shape[0] == 1
 
 
 @pytest.mark.parametrize("kind", ["volume", "image"])
