@@ -167,7 +167,8 @@ def _convert(directory: str, folder: Path, out: str) -> dict[str, Any]:
     report = differences(model, renamed)
     if report["missing"] or report["unused"]:
         missing = sorted(set(published.names(config, model)) - set(tensors)) or report["missing"]
-        raise Failure(f"{directory} does not convert: missing {missing}, unused {report['unused']}")
+        unused = published.sources(tensors, _whole_rules(), report["unused"])
+        raise Failure(f"{directory} does not convert: missing {missing}, unused {unused}")
     whole = Mu2ForConditionalGeneration.from_pretrained(None, config=config, state_dict=renamed, dtype=_dtype(renamed))
     if (folder / "generation_config.json").is_file():
         whole.generation_config = GenerationConfig.from_pretrained(folder)

@@ -116,6 +116,11 @@ def _target(name: str, rules: Rules) -> str:
     return name
 
 
+def sources(weights: Mapping[str, Tensor], rules: Rules, ours: list[str]) -> list[str]:
+    """The published names of weights that `rename` puts under any of our names."""
+    return sorted(name for name in weights if _target(name, rules).partition("#")[0] in ours)
+
+
 def differences(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
     """Names that the module lacks weights for (`missing`, wrong shapes too) and weights without a place (`unused`)."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
