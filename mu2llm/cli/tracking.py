@@ -50,7 +50,8 @@ def runs_list(
     if not found:
         console.print(f"{tracking.shown(tracking.store())} has no runs{f' of stage {stage}' if stage else ''}")
         return
-    table = Table("run", "stage", "status", "started", "seconds", "loss", "GREEN", "checkpoint", box=None)
+    table = Table("run", "stage", "status", "started", "seconds", "loss", "GREEN", box=None)
+    table.add_column("checkpoint", overflow="fold")
     for run in found:
         style = {"FAILED": "red", "KILLED": "red", "RUNNING": "cyan"}.get(run.status)
         numbers = [_number(run.metrics.get(name)) for name in ("loss", "green")]
