@@ -32,6 +32,10 @@ class GreenScorer:
         except (UserError, Failure, OSError) as error:
             return type(error).__name__
 
+    async def answers(self) -> bool:
+        """That there is a replica, however long its judge takes."""
+        return True
+
     async def identity(self) -> str:
         return (await self._judge()).identity
 

@@ -255,13 +255,14 @@ class Service:
     async def green(self, pairs: list[PairIn]) -> GreenAnswer:
         if len(pairs) > self.settings.max_pairs:
             raise Problem(413, "too_many_pairs", f"{len(pairs)} pairs; one request takes {self.settings.max_pairs}")
-        least = self.settings.scorer.least
         try:
-            async with asyncio.timeout(SCORER_WAIT_S if least == 0 else max(SCORER_SILENT_S, len(pairs))):
-                texts = [(pair.reference, pair.candidate) for pair in pairs]
-                result = await self._call("scorer", self.scorer.score, texts)
+            async with asyncio.timeout(SCORER_SILENT_S if self.settings.scorer.least else SCORER_WAIT_S):
+                await self._call("scorer", self.scorer.answers)
         except TimeoutError:
             raise _down("scorer") from None
+        texts = [(pair.reference, pair.candidate) for pair in pairs]
+        deadline = time.monotonic() + self.settings.request_seconds
+        result = await self._call("scorer", self.scorer.score, texts, deadline=deadline)
         if isinstance(result, str):
             raise _down("scorer")
         return self._judged(result)

@@ -127,7 +127,7 @@ def test_what_is_promoted_takes_over(service, phantom, settings, checkpoint, tmp
 
 
 def test_reports_go_on_while_the_scorer_is_down(client, phantom, settings):
-    down = JudgeConfig(name="openai:none@http://127.0.0.1:9/v1")
+    down = JudgeConfig(name="hf:/there/is/no/judge")
     body = {"pairs": [{"reference": REFERENCE, "candidate": FIRST}]}
     try:
         deploy(settings.model_copy(update={"judge": down}))
