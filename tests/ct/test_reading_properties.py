@@ -151,7 +151,7 @@ def test_mutated_nifti(changes, head):
     is_read_or_rejected(mutated(GZIPPED, changes, head))
 
 
-@MANY
+@settings(FEW, max_examples=120)  # each is three series
 @given(changes=edits, head=st.booleans(), which=st.integers(0, 3))
 def test_mutated_dicom(changes, head, which):
     is_read_or_rejected([mutated(data, changes, head) if n == which else data for n, data in enumerate(SLICES)])
