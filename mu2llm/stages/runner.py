@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import tempfile
 import threading
 import time
@@ -41,6 +42,7 @@ _NOT_OF_THE_RESULT: set[str] = {
 }
 _OF_THE_SCAN = ("volumes", "vision_features", "chunk_mask", "question_ids", "question_mask")
 LOSS = "validation/loss"
+LISTEN_S = 0.2  # between two looks of the controller at its workers: until it looks, the next report has to wait
 SCORE = "less_loss"  # −LOSS: where lower is better, Ray takes a checkpoint without any for the best
 FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, until the driver publishes it
 PROGRESS_FILE = "mu2llm_progress.json"  # in every intermediate checkpoint: what is cumulative over resumes
@@ -287,6 +289,7 @@ def _run_on_workers(
     held_out: HeldOut | None,
 ) -> None:
     settings = job.settings
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(LISTEN_S))
     filesystem, path = storage.resolve(job.state)
     score: dict[str, Any] = {"checkpoint_score_attribute": SCORE} if held_out else {}
 
