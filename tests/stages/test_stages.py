@@ -196,7 +196,7 @@ def test_a_notice_of_preemption_saves_a_checkpoint(validated):
 
 def test_a_killed_driver_goes_on_at_the_same_step(vision, shards, place):
     """`mu2llm train sft`, killed without a word when it has saved, and the same command again."""
-    longer, out = ["sft.epochs=40", "sft.save_steps=10"], str(place / "driver")
+    longer, out = ["sft.epochs=40", "sft.save_steps=10", "sft.log_steps=5"], str(place / "driver")
     command = [Path(sys.executable).parent / "mu2llm", "train", "sft", "--preset", "tiny", "--data", shards]
     command += ["--out", out, "--init", vision.uri, "--json", *(part for each in longer for part in ("--set", each))]
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
