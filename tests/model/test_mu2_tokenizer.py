@@ -84,12 +84,22 @@ def test_bfloat16_says_the_same_as_float32(module):
 
 
 @pytest.mark.slow
-def test_compiles_without_a_graph_break(module):
+@pytest.mark.parametrize(
+    ("kind", "training"),
+    [
+        *((kind, False) for i, kind in enumerate(KINDS) if i % 2 == i // 2 % 2),  # each attention, selections in turn
+        ({"standardise": True, "temperature_mode": "annealed"}, True),
+    ],
+)
+def test_compiles_without_a_graph_break(kind, training):
     torch._dynamo.reset()
-    compiled = torch.compile(module, backend="eager", fullgraph=True)
     chunk_mask, text_mask = torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)
     arguments = (visual(), text(), chunk_mask, text_mask)
-    torch.testing.assert_close(compiled(*arguments).tokens, module(*arguments).tokens)
+    plain, module = (tokenizer(**kind).train(training) for _ in range(2))
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments).tokens, plain(*arguments).tokens)
+    for name, buffer in module.named_buffers():
+        torch.testing.assert_close(buffer, plain.get_buffer(name))
 
 
 @pytest.mark.parametrize("kind", [{}, {"selection": "top_k", "pooling": "static"}, {"scales": (2, 3)}])
