@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import pyarrow.fs as pafs
 
 from mu2llm.errors import Failure, UserError
+from mu2llm.object_storage import S3Handler
 
 T = TypeVar("T")
 ATTEMPTS = 5
@@ -53,23 +54,23 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     raise UserError(f"{uri}: storage {scheme!r} is not known; give a local path, s3:// or gs://")
 
 
-def _s3() -> pafs.S3FileSystem:
+def _s3() -> pafs.PyFileSystem:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    strategy = pafs.AwsStandardS3RetryStrategy(max_attempts=SDK_ATTEMPTS)
     if not endpoint:
-        return pafs.S3FileSystem(
-            region=region, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=SDK_ATTEMPTS)
-        )
+        return pafs.PyFileSystem(S3Handler(pafs.S3FileSystem(region=region, retry_strategy=strategy), SDK_ATTEMPTS))
     # other servers than AWS's often refuse its newer trailing checksums (rclone answers 411)
     os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     scheme, _, host = endpoint.rpartition("://")
-    return pafs.S3FileSystem(
+    inner = pafs.S3FileSystem(
         endpoint_override=host,
         scheme=scheme or "https",
         region=region or "us-east-1",
         allow_bucket_creation=True,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=SDK_ATTEMPTS),
+        retry_strategy=strategy,
     )
+    return pafs.PyFileSystem(S3Handler(inner, SDK_ATTEMPTS))
 
 
 def join(uri: str, *parts: str) -> str:
@@ -239,12 +240,7 @@ def delete(uri: str) -> None:
         return
 
     def remove() -> None:
-        try:
-            filesystem.delete_dir(path) if kind == pafs.FileType.Directory else filesystem.delete_file(path)
-        except OSError:
-            # some servers (rclone) complain of folders that went with their last file
-            if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
-                raise
+        filesystem.delete_dir(path) if kind == pafs.FileType.Directory else filesystem.delete_file(path)
 
     retried(uri, remove)
 

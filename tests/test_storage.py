@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -40,6 +41,30 @@ def test_files_are_written_whole_listed_read_and_deleted(place):
     storage.delete(folder)
     storage.delete(folder)
     assert not storage.exists(storage.join(folder, "b.bin")) and storage.list_files(folder) == []
+
+
+def test_deleting_a_file_leaves_its_neighbours(place):
+    folder = storage.join(place, "neighbours", "deep")
+    for name in ("a", "b", "c"):
+        storage.write_bytes(storage.join(folder, name), name.encode())
+    storage.delete(storage.join(folder, "a"))
+    assert [info.base_name for info in storage.list_files(folder)] == ["b", "c"]
+    assert storage.read_bytes(storage.join(folder, "b")) == b"b"
+    storage.delete(folder)
+    storage.write_bytes(storage.join(folder, "a"), b"new")
+    assert [info.base_name for info in storage.list_files(storage.join(place, "neighbours"))] == ["a"]
+
+
+def test_the_filesystem_itself_deletes_so_too_also_when_it_has_travelled(place):
+    folder = storage.join(place, "travelled")
+    filesystem, path = storage.resolve(folder)
+    filesystem = pickle.loads(pickle.dumps(filesystem))
+    for name in ("old/a", "old/b", "new/a"):
+        storage.write_bytes(storage.join(folder, name), b"x")
+    filesystem.create_dir(f"{path}/more", recursive=True)
+    filesystem.delete_dir(f"{path}/old")
+    assert [info.path.removeprefix(path) for info in storage.list_files(folder)] == ["/new/a"]
+    assert filesystem == storage.resolve(folder)[0]
 
 
 def test_bytes_are_stored_as_they_are_whatever_the_name_says(place):

@@ -1,0 +1,124 @@
+"""S3 as a pyarrow filesystem that never writes folder markers.
+
+pyarrow puts an empty object `folder/` where it deletes or makes something below it. Servers that keep objects as
+files (rclone) take that for a file of the folder's name, and lose sight of what is in it. Objects need no folders:
+here none is made, and objects are deleted by boto3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.fs as pafs
+
+
+class S3Handler(pafs.FileSystemHandler):
+    """Hands on to pyarrow's `S3FileSystem` all but the making of folders and deleting. Paths are `bucket/key`."""
+
+    def __init__(self, inner: pafs.S3FileSystem, attempts: int) -> None:
+        self.inner, self.attempts = inner, attempts
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, S3Handler) and self.inner.equals(other.inner)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def get_type_name(self) -> str:
+        return "s3"
+
+    def normalize_path(self, path: str) -> str:
+        return str(self.inner.normalize_path(path))
+
+    def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
+        return list(self.inner.get_file_info(paths))
+
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        return list(self.inner.get_file_info(selector))
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        """Makes the bucket, where the path is one; below it there is nothing to make."""
+        if "/" not in path.strip("/"):
+            self.inner.create_dir(path, recursive=recursive)
+
+    def delete_file(self, path: str) -> None:
+        if self.inner.get_file_info(path).type == pafs.FileType.NotFound:
+            raise FileNotFoundError(path)
+        bucket, _, key = path.partition("/")
+        self._delete(bucket, [key])
+
+    def delete_dir(self, path: str) -> None:
+        bucket, _, key = path.strip("/").partition("/")
+        if not key:
+            raise OSError(f"{bucket} is a bucket: it is not deleted from here")
+        self._delete_below(bucket, f"{key}/")
+
+    def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
+        bucket, _, key = path.strip("/").partition("/")
+        self._delete_below(bucket, f"{key}/" if key else "")
+
+    def delete_root_dir_contents(self) -> None:
+        raise OSError("buckets are not deleted from here")
+
+    def move(self, src: str, dest: str) -> None:
+        self.inner.copy_file(src, dest)
+        self.delete_file(src)
+
+    def copy_file(self, src: str, dest: str) -> None:
+        self.inner.copy_file(src, dest)
+
+    def open_input_stream(self, path: str) -> Any:
+        return self.inner.open_input_stream(path, compression=None)
+
+    def open_input_file(self, path: str) -> Any:
+        return self.inner.open_input_file(path)
+
+    def open_output_stream(self, path: str, metadata: dict[str, str]) -> Any:
+        return self.inner.open_output_stream(path, compression=None, metadata=metadata)
+
+    def open_append_stream(self, path: str, metadata: dict[str, str]) -> Any:
+        return self.inner.open_append_stream(path, compression=None, metadata=metadata)
+
+    def _delete_below(self, bucket: str, prefix: str) -> None:
+        with _as_os_error():
+            pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+            for page in pages:
+                self._delete(bucket, [item["Key"] for item in page.get("Contents", [])])
+
+    def _delete(self, bucket: str, keys: list[str]) -> None:
+        if not keys:
+            return
+        with _as_os_error():
+            answer = self._client().delete_objects(
+                Bucket=bucket, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
+            )
+        if failed := answer.get("Errors"):
+            raise OSError(f"{bucket}/{failed[0]['Key']} was not deleted: {failed[0].get('Message')}")
+
+    def _client(self) -> Any:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        return _client(endpoint, self.inner.region, os.environ.get("AWS_ACCESS_KEY_ID"), self.attempts)
+
+
+@functools.lru_cache(maxsize=8)
+def _client(endpoint: str | None, region: str, key: str | None, attempts: int) -> Any:
+    """`key` is here for the cache alone: a new embedded server on an old port has new keys."""
+    import boto3  # half a second: only where something is deleted
+    from botocore.config import Config
+
+    style = {"addressing_style": "path"} if endpoint else {}
+    retries: Any = {"total_max_attempts": attempts, "mode": "standard"}
+    return boto3.client("s3", endpoint_url=endpoint, region_name=region, config=Config(s3=style, retries=retries))
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        raise OSError(str(error)) from error
