@@ -21,6 +21,7 @@ const opacity = find<HTMLInputElement>("opacity");
 const fileInput = find<HTMLInputElement>("file");
 const question = find<HTMLInputElement>("question");
 const region = find<HTMLInputElement>("region");
+const samples = find<HTMLSelectElement>("samples");
 const controls = new Controls();
 const tabs = new Tabs();
 const report = new ReportPane();
@@ -35,22 +36,23 @@ let looking = false;
 
 // ---- the scan ----
 
-async function open(files: File[], reference = ""): Promise<void> {
+async function open(files: File[], sample?: api.Sample): Promise<void> {
   if (!files.length || !leavesEdits()) return;
   scan = files;
   find("write").toggleAttribute("disabled", false);
   find("drop").hidden = true;
-  compare.load(reference);
+  compare.load(sample?.reference ?? "");
+  samples.value = sample?.name ?? "";
   await Promise.all([showPicture(files), write()]);
 }
 
 let sampleWanted = "";
 
-async function openSample({ id, reference }: api.Sample): Promise<void> {
-  sampleWanted = id;
+async function openSample(sample: api.Sample): Promise<void> {
+  sampleWanted = sample.id;
   try {
-    const file = await api.sample(id);
-    if (id === sampleWanted) await open([file], reference);
+    const file = await api.sample(sample.id);
+    if (sample.id === sampleWanted) await open([file], sample);
   } catch (error) {
     showProblem(error);
   }
@@ -188,15 +190,14 @@ async function watchService(): Promise<void> {
 
 async function listSamples(): Promise<void> {
   const found = await api.samples();
-  const select = find<HTMLSelectElement>("samples");
   for (const sample of found) {
-    select.append(make("option", { title: sample.description }, sample.name));
+    samples.append(make("option", { title: sample.description }, sample.name));
     const button = make("button", {}, make("b", {}, sample.name), make("span", {}, sample.description));
     button.addEventListener("click", () => void openSample(sample));
     find("sample-list").append(button);
   }
-  select.addEventListener("change", () => {
-    const sample = found[select.selectedIndex - 1];
+  samples.addEventListener("change", () => {
+    const sample = found[samples.selectedIndex - 1];
     if (sample) void openSample(sample);
   });
   find("sample-list").prepend(make("p", { class: "quiet" }, "or read a sample"));
@@ -223,7 +224,7 @@ function listen(): void {
     event.preventDefault();
     if (leavesEdits()) void write();
   });
-  onDrop((files) => void files.then(open, showProblem));
+  onDrop((files) => void files.then((dropped) => open(dropped), showProblem));
   window.addEventListener("beforeunload", (event) => edit.isUnsaved && event.preventDefault());
   tabs.onShow = (tab) => {
     if (tab === "edit") edit.focus();

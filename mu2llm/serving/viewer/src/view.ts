@@ -182,15 +182,11 @@ export class View {
     if (shown && this.wanted) this.repaint(shown, opacity);
   }
 
-  /** Moves the crosshair to where a sentence's overlay is strongest. */
+  /** Moves the crosshair to where a sentence's overlay is strongest, if there is such a place. */
   async goToPeak(nifti: string): Promise<void> {
-    const { values, shape, affine } = (await this.overlay(nifti)).grid;
-    if (this.isEmpty) return;
-    const peak = values.indexOf(values.reduce((a, b) => Math.max(a, b), 0));
-    const [nx, ny] = shape;
-    const voxel = [peak % nx, Math.floor(peak / nx) % ny, Math.floor(peak / (nx * ny)), 1];
-    const mm = affine.slice(0, 3).map((row) => row.reduce((sum, a, i) => sum + a * (voxel[i] ?? 0), 0));
-    this.nv.scene.crosshairPos = this.nv.mm2frac([mm[0] ?? 0, mm[1] ?? 0, mm[2] ?? 0]);
+    const { grid, flat } = await this.overlay(nifti);
+    if (this.isEmpty || flat) return;
+    this.nv.scene.crosshairPos = this.nv.mm2frac(peak(grid));
     this.nv.createOnLocationChange();
     this.nv.drawScene();
   }
@@ -243,6 +239,19 @@ async function loadOverlay(base64: string): Promise<Overlay> {
     cal_max: highest,
   });
   return { grid, image, flat: clear >= FLAT_FROM * highest };
+}
+
+/** Of the highest voxels, the one nearest to their middle, in mm. */
+function peak({ values, shape: [nx, ny], affine }: Grid): [number, number, number] {
+  const highest = values.reduce((a, b) => Math.max(a, b), 0);
+  const places = [...values.keys()]
+    .filter((i) => values[i] === highest)
+    .map((i) => [i % nx, Math.floor(i / nx) % ny, Math.floor(i / (nx * ny))] as const);
+  const middle = [0, 1, 2].map((axis) => places.reduce((sum, place) => sum + place[axis]!, 0) / places.length);
+  const distance = (place: readonly number[]) => Math.hypot(...place.map((at, axis) => at - middle[axis]!));
+  const [x, y, z] = places.reduce((a, b) => (distance(b) < distance(a) ? b : a));
+  const [right, anterior, superior] = affine.map((row) => row[0]! * x + row[1]! * y + row[2]! * z + row[3]!);
+  return [right!, anterior!, superior!];
 }
 
 function range({ level, width }: Window): [number, number] {
