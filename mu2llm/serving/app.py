@@ -24,6 +24,7 @@ from mu2llm.serving.scorer import GreenScorer
 NAME = "mu2llm"
 IMPORT_PATH = "mu2llm.serving.app:build"
 RETRY_AFTER_S = 2.0
+STATUS_CALLS = 16  # of the ingresses, beside the reports: a replica that is full still says that it is there
 
 
 class Settings(BaseModel):
@@ -61,7 +62,10 @@ def deployments(settings: Settings) -> dict[str, Deployment]:
         "Ingress": _deployment(Ingress, serving.ingress, serving, queue=serving.max_queued_requests),
         "VolumeReader": _deployment(VolumeReader, serving.reader, serving),
         "ReportGenerator": _deployment(
-            ReportGenerator, serving.generator, serving, user_config={"checkpoint": settings.checkpoint}
+            ReportGenerator,
+            serving.generator.model_copy(update={"at_once": serving.generator.at_once + STATUS_CALLS}),
+            serving,
+            user_config={"checkpoint": settings.checkpoint},
         ),
         "GreenScorer": _deployment(GreenScorer, serving.scorer, serving),
     }

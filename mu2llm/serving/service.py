@@ -248,7 +248,7 @@ class Service:
         metrics.rate.observe(written.tokens / max(written.seconds["write"], 1e-6))
         metrics.cached.inc(written.cached)
         self._pace = 0.8 * self._pace + 0.2 * min(ended - self._last_finished, 60.0)
-        self._last_finished = ended
+        self._last_finished = self._seen = ended
 
     # ---- GREEN and corrections
 
