@@ -159,7 +159,10 @@ def test_registry_names_are_resolved_where_a_checkpoint_is_named(tmp_path):
     made = checkpoint(tmp_path / "sft", "sft")
     with pytest.raises(UserError, match="no mu2llm@champion"):
         tracking.locate("registry://mu2llm@champion")
-    tracking.register(made, alias="champion")
+    run = tracked(steps=0)
+    tracking.end_stage(run, {})
+    tracking.register(made, tracking.id_of(run.key), "champion")
+    assert tracking.id_of("none") is None
     assert tracking.locate("registry://mu2llm@champion") == tracking.locate("registry://mu2llm/1") == made.uri
     assert tracking.locate("s3://b/c") == "s3://b/c"
     for wrong in ("registry://mu2llm", "registry://other@champion", "registry://mu2llm/7"):

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from mu2llm import tracking
 from mu2llm.cli import app
 from mu2llm.errors import Failure
+from mu2llm.records import Checkpoint, Lineage
 from mu2llm.tracking import sender
 from mu2llm.tracking.client import answers
 
@@ -118,6 +119,10 @@ def test_work_goes_on_while_the_server_is_down_and_everything_arrives_once_and_i
     for run in (runs["sft"], runs["dpo"]):
         assert tracking.history(run, "loss") == [(step, 1 / (step + 1)) for step in range(20)]
     assert tracking.waiting() == 0
+    lineage = Lineage(stage="sft", spec_hash="123")
+    checkpoint = Checkpoint(uri="/c/first", experiment={}, lineage=lineage)
+    assert tracking.register(checkpoint, alias="champion") == "1"  # a server takes no local path as it is
+    assert tracking.locate("registry://mu2llm@champion") == "/c/first"
     assert capfd.readouterr().out == ""  # MLflow would tell where runs can be viewed, in the midst of a command's JSON
 
 

@@ -59,7 +59,7 @@ def promote(checkpoint: str, alias: Alias = "champion", force: bool = False) -> 
     storage.write_bytes(storage.join(made.uri, CARD), card(made, rows).encode())
     replaced = tracking.version_of(alias)
     tags = {"replaced": replaced or "", "forced": "; ".join(reasons)}
-    version = tracking.register(made, alias=alias, tags=tags)
+    version = tracking.register(made, tracking.id_of(made.lineage.run), alias, tags)
     promotion = Promotion(
         alias=alias, version=version, checkpoint=tracking.place(made.uri), replaced=replaced, forced=bool(reasons)
     )

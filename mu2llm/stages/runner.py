@@ -266,8 +266,7 @@ def _run_here(
     """Without workers this process trains: for debuggers, and for sweeps, whose processes stay warm between trials."""
 
     def told(numbers: dict[str, float]) -> None:
-        tracked.log(numbers, step=int(numbers.get("step", 0)))
-        telemetry.trained(job.stage, tracked.key, {**numbers, "total": job.total_steps})
+        _observe(job, tracked, numbers)
         if progress:
             progress({**numbers, "total": job.total_steps})
 
@@ -390,8 +389,14 @@ class _Reporter(ray.train.UserCallback):
         numbers = {name: value for name, value in metrics[0].items() if isinstance(value, int | float)}
         with open(self.path, "a") as stream:
             stream.write(json.dumps(numbers) + "\n")
-        self.run.log(numbers, step=int(numbers.get("step", 0)))
-        telemetry.trained(self.job.stage, self.run.key, {**numbers, "total": self.job.total_steps})
+        _observe(self.job, self.run, numbers)
+
+
+def _observe(job: Job, run: tracking.StageRun, numbers: dict[str, float]) -> None:
+    """A report → the tracking store and operators; one that comes with a checkpoint only repeats the last."""
+    if "saved_step" not in numbers:
+        run.log(numbers, step=int(numbers.get("step", 0)))
+        telemetry.trained(job.stage, run.key, {**numbers, "total": job.total_steps})
 
 
 @contextlib.contextmanager

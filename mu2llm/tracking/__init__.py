@@ -6,7 +6,7 @@ is down neither stops nor slows anything: what it missed is sent by the next com
 
 from mu2llm.tracking.client import EXPERIMENT, MODEL, shown, store
 from mu2llm.tracking.environment import git_commit, versions
-from mu2llm.tracking.reading import Ancestor, Run, differences, find, history, lineage, place, runs, tags
+from mu2llm.tracking.reading import Ancestor, Run, differences, find, history, id_of, lineage, place, runs, tags
 from mu2llm.tracking.registry import (
     Alias,
     aliases,
@@ -37,6 +37,7 @@ __all__ = [
     "find",
     "git_commit",
     "history",
+    "id_of",
     "lineage",
     "locate",
     "place",

@@ -72,6 +72,12 @@ def find(name: str) -> Run:
     return found[0]
 
 
+def id_of(key: str) -> str | None:
+    """The id that the store gave to the run with a key; None where it has none."""
+    found = _search(f"tags.`{KEY}` = '{key}'", 1) if key else []
+    return found[0].id if found else None
+
+
 def _makers(checkpoint: str) -> list[Run]:
     """The runs that wrote a checkpoint, newest first."""
     quoted = checkpoint.replace("'", "\\'")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Literal
 
 from mu2llm import storage
 from mu2llm.errors import UserError
 from mu2llm.records import Checkpoint
-from mu2llm.tracking.client import MODEL, reachable, shown, store
+from mu2llm.tracking.client import MODEL, is_server, reachable, shown, store
 
 Alias = Literal["champion", "challenger"]
 SCHEME = "registry://"
@@ -41,13 +42,18 @@ def register(
     uri = storage.absolute(storage.lasting(checkpoint.uri))
     entry = client.create_model_version(
         MODEL,
-        source=uri if "://" in uri else f"file://{uri}",
+        source=uri if "://" in uri else _local(uri),
         run_id=run_id,
         tags={"checkpoint": uri, "spec": checkpoint.lineage.spec_hash, **(tags or {})},
     )
     if alias:
         client.set_registered_model_alias(MODEL, alias, entry.version)
     return str(entry.version)
+
+
+def _local(path: str) -> str:
+    """A local path as a version's source. A server takes no local files: it is told which machine has it."""
+    return f"mu2llm://{socket.gethostname()}{path}" if is_server(store()) else f"file://{path}"
 
 
 def version_of(alias: str) -> str | None:
