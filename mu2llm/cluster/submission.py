@@ -75,8 +75,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     _use_token()
     with told(address):
-        # RAY_ADDRESS would win over what is given here
-        with _without("RAY_ADDRESS"):
+        with _alone():
             client = JobSubmissionClient(address)
         version = client._do_request("GET", "/api/version").json()["ray_version"]
     if _minor(version) != _minor(ray.__version__):
@@ -117,13 +116,14 @@ def _use_token() -> None:
 
 
 @contextlib.contextmanager
-def _without(name: str) -> Iterator[None]:
-    value = os.environ.pop(name, None)
+def _alone() -> Iterator[None]:
+    """Without the variables that name a cluster: Ray's clients take them even over an address that is given."""
+    names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    values = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        if value is not None:
-            os.environ[name] = value
+        os.environ.update(values)
 
 
 def _minor(version: str) -> list[str]:
@@ -163,7 +163,7 @@ def options(folder: Path, name: str, arguments: Sequence[str]) -> dict[str, Any]
 def check_capacity(client: JobSubmissionClient, experiment: Experiment, name: str) -> None:
     """A UserError where the cluster is too small and cannot grow; the job asks again, with what it can grow to."""
     address = client.get_address()
-    with told(address):
+    with told(address), _alone():
         nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], detail=True)
     if not nodes or any(node.labels.get(NODE_GROUP) for node in nodes):
         return  # its nodes come and go by groups

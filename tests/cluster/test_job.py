@@ -1,6 +1,10 @@
 """What a job prints is what the client shows."""
 
-from mu2llm.cluster import job, submission
+import pytest
+import ray
+
+from mu2llm.cluster import job, session, submission
+from mu2llm.errors import UserError
 
 
 def followed(texts):
@@ -48,3 +52,22 @@ def test_a_log_that_begins_anew_is_not_shown_twice():
         reader.feed(text)
     reader.finish()
     assert lines == ["one", "two", "three"]
+
+
+def test_nothing_is_sent_with_a_secret(tmp_path):
+    """Both are refused before the client is asked for anything: there is none."""
+    for arguments, environment in ((["--set", "judge.name=openai:m@http://u:pw@h/v1"], []), ([], ["HF_TOKEN=pw"])):
+        with pytest.raises(UserError) as raised:
+            submission.submit(None, "sft", arguments, tmp_path, environment)
+        assert "pw" not in str(raised.value)
+
+
+def test_addresses_of_the_other_kind_are_told_apart(monkeypatch):
+    with pytest.raises(UserError, match="jobs are sent over HTTP"):
+        submission.connect("127.0.0.1:6379")
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="no cluster is named"):
+        submission.connect(None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match="use `mu2llm submit`"), session("http://head:8265"):
+        pass
