@@ -103,7 +103,8 @@ def _written(
     """Batch number and predictions, as the actors finish them."""
     if not numbers:
         return
-    reader = Reader.of(request, shards, shards.rows_of(request.split, [case.id for case in cases])[order])
+    rows = shards.rows_of(request.split, [case.id for case in cases])[order]
+    reader = Reader.of(shards, request.split, rows, request.batch_size)
     batches = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
     batches.context.target_max_block_size = None  # a batch stays one block, however large
     batches.context.raise_original_map_exception = True
