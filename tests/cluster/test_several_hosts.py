@@ -10,7 +10,7 @@ from hosts import Hosts, mu2llm
 from mu2llm.ct import phantom
 from mu2llm.records import Checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # three nodes on two cores, beside other tests
 STEPS, BATCH = 24, 4
 
 
