@@ -27,7 +27,7 @@ export const VIEWS = {
 export type ViewName = keyof typeof VIEWS;
 
 /** The share of the scan that the overlay leaves clear: it shows where a sentence depended on most. */
-const CLEAR_SHARE = 0.75;
+const CLEAR_SHARE = 0.9;
 /** A field whose clear part reaches this share of the highest value is called flat. */
 const FLAT_FROM = 0.85;
 /** Clear at the low end, so that the overlay has no hard edge. */
