@@ -242,7 +242,9 @@ class _Proposals(OptunaSearch):
         """Given points and interrupted ones that have no record yet wait at the head of the study's queue."""
         study: Any = self._ot_study
         interrupted = [
-            rounded(self.space.decode(t.params)) for t in study.get_trials(states=(TrialState.FAIL,)) if t.params
+            rounded(self.space.decode(t.params))
+            for t in study.get_trials(states=(TrialState.FAIL,))
+            if t.params.keys() == self.space.domains.keys()  # not one that was killed while it was proposed
         ]
         waiting = [
             rounded(self.space.decode(t.system_attrs["fixed_params"]))

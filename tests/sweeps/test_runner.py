@@ -59,6 +59,13 @@ def test_an_interrupted_proposal_is_made_again_and_a_recorded_one_is_not(tmp_pat
     assert len(again._ot_study.trials) == 3  # the finished one is not told twice
 
 
+def test_a_proposal_that_was_only_half_made_is_let_go(tmp_path):
+    study = proposals(tmp_path, points=[])._ot_study
+    study.ask()  # as a kill leaves it: begun, without values
+    again = proposals(tmp_path, points=[{"model.tokenizer.top_k": 16}])
+    assert again.suggest("trial-0")["point"]["params"] == {"model.tokenizer.top_k": 16}
+
+
 def test_a_study_that_is_gone_is_made_anew_from_the_records(tmp_path):
     before = [record(4, 0.1), record(8, 0.4, 1), record(16, None, 2)]
     study = proposals(tmp_path, before)._ot_study
