@@ -60,10 +60,13 @@ def test_an_interrupted_proposal_is_made_again_and_a_recorded_one_is_not(tmp_pat
 
 
 def test_a_proposal_that_was_only_half_made_is_let_go(tmp_path):
-    study = proposals(tmp_path, points=[])._ot_study
-    study.ask()  # as a kill leaves it: begun, without values
-    again = proposals(tmp_path, points=[{"model.tokenizer.top_k": 16}])
-    assert again.suggest("trial-0")["point"]["params"] == {"model.tokenizer.top_k": 16}
+    two = "sweep.space.model.tokenizer.queries={choice: [2, 4]}"
+    first = proposals(tmp_path, (), two, points=[])
+    key, distribution = next(iter(first.space.distributions().items()))
+    first._ot_study.ask().suggest_categorical(key, distribution.choices)  # as a kill leaves it: one value of two
+    sound = {"model.tokenizer.top_k": 16, "model.tokenizer.queries": 2}
+    again = proposals(tmp_path, (), two, points=[sound])
+    assert again.suggest("trial-0")["point"]["params"] == sound
 
 
 def test_a_study_that_is_gone_is_made_anew_from_the_records(tmp_path):
