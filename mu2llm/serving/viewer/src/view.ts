@@ -182,10 +182,10 @@ export class View {
     if (shown && this.wanted) this.repaint(shown, opacity);
   }
 
-  /** Moves the crosshair to where a sentence's overlay is strongest, if there is such a place. */
+  /** Moves the crosshair to where a sentence's overlay is strongest. */
   async goToPeak(nifti: string): Promise<void> {
-    const { grid, flat } = await this.overlay(nifti);
-    if (this.isEmpty || flat) return;
+    const { grid } = await this.overlay(nifti);
+    if (this.isEmpty) return;
     this.nv.scene.crosshairPos = this.nv.mm2frac(peak(grid));
     this.nv.createOnLocationChange();
     this.nv.drawScene();
