@@ -57,8 +57,8 @@ def submit(
         console.print(f"{client.get_address()}: {job} {' '.join(arguments)}; {len(sent)} files, {size / 2**20:.1f} MiB")
         return
     id = submission.submit(client, job, arguments, folder, env, driver_cpus)
-    console.print(f"{id} runs on {client.get_address()}", highlight=False)
     if not follow:
+        console.print(f"{id} runs on {client.get_address()}", highlight=False)
         _print({"job": id, "address": client.get_address(), "status": "PENDING"}, as_json)
         return
     details = _followed(client, id)
@@ -75,6 +75,7 @@ def _followed(client: JobSubmissionClient, id: str) -> JobDetails:
     from mu2llm.cluster import submission
 
     try:
+        console.print(f"{id} runs on {client.get_address()}", highlight=False)
         with progress_bars() as bars:
             return submission.follow(client, id, _echo, bars)
     except KeyboardInterrupt:
