@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import tempfile
@@ -35,6 +36,7 @@ from mu2llm.records import Checkpoint, Lineage, Training
 if TYPE_CHECKING:
     from mu2llm.stages.held_out import HeldOut
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[dict[str, float]], None]
 _NOT_OF_THE_RESULT: set[str] = {
     *("workers", "gpus_per_worker", "cpus_per_worker", "max_failures"),
@@ -44,6 +46,8 @@ _OF_THE_SCAN = ("volumes", "vision_features", "chunk_mask", "question_ids", "que
 LOSS = "validation/loss"
 LISTEN_S = 0.2  # between two looks of the controller at its workers: until it looks, the next report has to wait
 SCORE = "less_loss"  # −LOSS: where lower is better, Ray takes a checkpoint without any for the best
+SNAPSHOT_FILE = "train/checkpoint_manager_snapshot.json"  # Ray Train's, below the state
+KEPT_SNAPSHOT_FILE = "snapshot.json"  # in the state: the last whole one
 FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, until the driver publishes it
 PROGRESS_FILE = "mu2llm_progress.json"  # in every intermediate checkpoint: what is cumulative over resumes
 
@@ -320,6 +324,7 @@ def _run_on_workers(
             ),
             validation_config=held_out.tasks(job) if held_out else None,  # type: ignore[call-arg]
         )
+        _mend_snapshot(job)
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -370,6 +375,34 @@ def _drop_other_state(job: Job) -> None:
     storage.write_json(marker, {"identity": job.identity, "stage": job.stage})
 
 
+def _mend_snapshot(job: Job) -> None:
+    """Puts back Ray Train's list of checkpoints where a kill left half of it: Ray writes it in place."""
+    uri = storage.join(job.state, SNAPSHOT_FILE)
+    if not storage.exists(uri) or _is_json(storage.read_bytes(uri)):
+        return
+    kept = storage.join(job.state, KEPT_SNAPSHOT_FILE)
+    if storage.exists(kept):
+        storage.write_bytes(uri, storage.read_bytes(kept))
+    else:
+        logger.warning("%s: its list of checkpoints is broken; %s starts anew", job.state, job.stage)
+        storage.delete(storage.parent(uri))
+
+
+def _keep_snapshot(job: Job) -> None:
+    uri = storage.join(job.state, SNAPSHOT_FILE)
+    data = storage.read_bytes(uri) if storage.exists(uri) else b""
+    if _is_json(data):
+        storage.write_bytes(storage.join(job.state, KEPT_SNAPSHOT_FILE), data)
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except ValueError:
+        return False
+    return True
+
+
 def _cause(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None)
     last = str(next(iter(failures.values())) if failures else error).strip().splitlines()
@@ -390,6 +423,8 @@ class _Reporter(ray.train.UserCallback):
         with open(self.path, "a") as stream:
             stream.write(json.dumps(numbers) + "\n")
         _observe(self.job, self.run, numbers)
+        if checkpoint is not None:
+            _keep_snapshot(self.job)
 
 
 def _observe(job: Job, run: tracking.StageRun, numbers: dict[str, float]) -> None:

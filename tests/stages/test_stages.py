@@ -203,7 +203,7 @@ def test_a_killed_driver_goes_on_at_the_same_step(vision, shards, place):
     undisturbed = sft.run(shards, str(place / "undisturbed"), experiment("sft.workers=0", *longer), vision.uri)
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 250
-    while not storage.exists(f"{out}.state/train/checkpoint_manager_snapshot.json"):
+    while not storage.exists(f"{out}.state/snapshot.json"):
         assert first.poll() is None and time.monotonic() < deadline, first.stderr.read()
         time.sleep(0.05)
     first.kill()
