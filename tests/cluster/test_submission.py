@@ -1,10 +1,13 @@
 """Jobs on a real head with token authentication: sent, followed, stopped; what is wrong is told before work starts."""
 
 import json
+import re
 import signal
 import subprocess
+import sys
 
 import pytest
+import ray
 import requests
 from hosts import COMMAND, ROOT, mu2llm, user
 
@@ -79,22 +82,24 @@ def test_what_only_the_cluster_can_know_ends_the_job_before_its_work(head, scans
     assert f"write {tmp_path}/file/shards" in done.stderr and "name a folder" in done.stderr
 
 
-def test_other_versions_of_ray_are_refused(head, monkeypatch):
-    import ray
+OTHER_RAY = """
+import sys
+import ray
+from mu2llm.cluster import submission
+submission.connect(sys.argv[1])
+print("the same is let in")
+ray.__version__ = "2.50.0"
+submission.connect(sys.argv[1])
+"""
 
-    from mu2llm.cluster import submission
-    from mu2llm.errors import UserError
 
-    for name, value in user(head).items():
-        monkeypatch.setenv(name, value)
-    from ray._raylet import AuthenticationTokenLoader, Config
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
-    submission.connect(head.address)
-    monkeypatch.setattr(ray, "__version__", "2.50.0")
-    with pytest.raises(UserError, match=r"runs Ray 2\.60\.0, this machine 2\.50\.0"):
-        submission.connect(head.address)
+def test_other_versions_of_ray_are_refused(head):
+    """In a process of its own: the token of a cluster stays with the Ray that has read it."""
+    command = [sys.executable, "-c", OTHER_RAY, head.address]
+    done = subprocess.run(command, env=user(head), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "the same is let in" in done.stdout, done.stderr[-2000:]
+    told = rf"UserError: .*runs Ray {re.escape(ray.__version__)}, this machine 2\.50\.0"
+    assert re.search(told, done.stderr), done.stderr[-2000:]
 
 
 def test_a_job_is_stopped_and_ctrl_c_leaves_one_running(head, scans, tmp_path):
