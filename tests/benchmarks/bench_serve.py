@@ -25,7 +25,7 @@ from rich.table import Table
 
 sys.path.append(str(Path(__file__).parents[1] / "serving"))
 
-from conftest import free_port, wait_until_ready
+from small_service import free_port, wait_until_ready
 
 from mu2llm import config
 from mu2llm.cluster import session

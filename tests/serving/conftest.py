@@ -1,8 +1,6 @@
 """One service for all serving tests, over real HTTP, on the Ray that all tests share."""
 
-import socket
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -10,11 +8,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "ct"))  # its maker of DICOM series
 
+from small_service import PATIENT, PATIENT_ID, STUDY, free_port, wait_until_ready
 from small_writer import FIRST, write_checkpoint
 
 from mu2llm.config import ServingConfig
-
-PATIENT, PATIENT_ID, STUDY = "Mustermann^Erika", "ID-4711", "1.2.826.0.1.3680043.8.498.7"
 
 
 @pytest.fixture(scope="session")
@@ -82,21 +79,3 @@ def dicom():
         dataset.PatientName, dataset.PatientID = PATIENT, PATIENT_ID
         dataset.StudyInstanceUID = STUDY
     return [to_bytes(dataset) for dataset in series]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until_ready(url: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise TimeoutError(f"{url} was not ready within {seconds} s")

@@ -7,8 +7,8 @@ import time
 import httpx
 import pytest
 import schemathesis
-from conftest import PATIENT, PATIENT_ID
 from hypothesis import HealthCheck, given, settings
+from small_service import PATIENT, PATIENT_ID
 from small_writer import FIRST
 from test_reports import post, zipped
 

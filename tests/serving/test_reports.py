@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from conftest import PATIENT, PATIENT_ID, STUDY
+from small_service import PATIENT, PATIENT_ID, STUDY
 from small_writer import FIRST, QUESTION
 
 pytestmark = pytest.mark.slow

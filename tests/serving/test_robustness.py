@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import ray
-from conftest import wait_until_ready
+from small_service import wait_until_ready
 from small_writer import FIRST, SECOND, write_checkpoint
 from test_api import REFERENCE, wait_for
 

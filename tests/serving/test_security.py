@@ -10,7 +10,7 @@ import zipfile
 
 import httpx
 import pytest
-from conftest import PATIENT, PATIENT_ID
+from small_service import PATIENT, PATIENT_ID
 
 from mu2llm.errors import UserError
 from mu2llm.records import Rejection
