@@ -3,6 +3,7 @@
 import json
 import re
 import time
+import uuid
 from pathlib import Path
 
 import httpx
@@ -102,15 +103,15 @@ def test_a_shard_is_counted_by_result_and_reason(monkeypatch):
 
 @pytest.mark.slow
 def test_ray_exports_them_under_the_names_that_the_dashboards_use(ray_cluster):
-    numbers = dict.fromkeys(telemetry.TRAINING, 0.5)
-    telemetry.trained("sft", "run-1", numbers)
-    telemetry.ingested(2, [{"reason": "not_hu"}])
+    run, reason = f"run-{uuid.uuid4().hex}", f"reason-{uuid.uuid4().hex}"  # other tests' processes export theirs too
+    telemetry.trained("sft", run, dict.fromkeys(telemetry.TRAINING, 0.5))
+    telemetry.ingested(2, [{"reason": reason}])
     [node] = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    wanted = {name for name in exported() if name.startswith("ray_")}
+    wanted = {rf"\n{name}\{{" for name in exported() if name.startswith("ray_")}
+    wanted |= {rf'ray_mu2llm_train_step\{{[^}}]*run="{run}"[^}}]*stage="sft"[^}}]*\}} 0\.5\n'}
+    wanted |= {rf'ray_mu2llm_ingest_rejections_total\{{[^}}]*reason="{reason}"[^}}]*\}} 1(\.0)?\n'}
     deadline = time.monotonic() + 60
-    while missing := {name for name in wanted if f"\n{name}{{" not in (text := httpx.get(url).text)}:
+    while missing := {pattern for pattern in wanted if not re.search(pattern, httpx.get(url).text)}:
         assert time.monotonic() < deadline, f"not exported: {missing}"
         time.sleep(1)
-    assert re.search(r'ray_mu2llm_train_step\{[^}]*run="run-1"[^}]*stage="sft"[^}]*\} 0\.5', text)
-    assert re.search(r'ray_mu2llm_ingest_rejections_total\{[^}]*reason="not_hu"[^}]*\} 1', text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NoReturn
 
@@ -34,6 +35,7 @@ CheckpointUri = Annotated[
     ),
 ]
 Data = Annotated[str, typer.Option("--data", help="URI of the shards that `ingest` wrote.")]
+Bars = Callable[[str, float, float, dict[str, float]], None]
 
 
 def show(value: Any, as_json: bool) -> None:
@@ -55,7 +57,7 @@ def dry_run(experiment: config.Experiment, reads: list[str], writes: list[str], 
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[str, float, float, dict[str, float]], None]]:
+def progress_bars() -> Iterator[Bars]:
     """A bar with time left for each step that reports itself as (step, done, of how many, numbers)."""
     columns = ("[bold]{task.description:<12}", "{task.fields[numbers]}")
     bars = Progress(
@@ -78,3 +80,17 @@ def progress_bars() -> Iterator[Callable[[str, float, float, dict[str, float]], 
 
     with bars:
         yield show
+
+
+@contextlib.contextmanager
+def work_on_ray(address: str | None) -> Iterator[Bars]:
+    """The cluster at `address`, joined, and progress bars."""
+    from mu2llm import cluster
+
+    with result_alone_on_stdout(), cluster.session(address), progress_bars() as bars:
+        yield bars
+
+
+def result_alone_on_stdout() -> contextlib.AbstractContextManager[Any]:
+    """While work is done nothing gets to stdout: Ray prints there what its raylets say."""
+    return contextlib.redirect_stdout(sys.stderr)

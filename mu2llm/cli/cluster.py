@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mu2llm import config
-from mu2llm.cli.app import DryRun, Json, Preset, Set, app, console, progress_bars
+from mu2llm.cli.app import DryRun, Json, Preset, Set, app, console, progress_bars, result_alone_on_stdout
 from mu2llm.errors import Failure
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def doctor(
     if address and address.startswith("http"):
         checks = _examined_there(address, preset, set_, job, reads, writes, folder)
     else:
-        with cluster.session(address):
+        with result_alone_on_stdout(), cluster.session(address):
             checks = examine(experiment, job, reads, writes)
     if as_json:
         failed = any(check.status == "fail" for check in checks)

@@ -25,6 +25,7 @@ from mu2llm.cli.app import (
     dry_run,
     progress_bars,
     show,
+    work_on_ray,
 )
 from mu2llm.errors import UserError
 
@@ -46,10 +47,9 @@ def evaluate(
     experiment = config.load(preset, [*set_, *([f"judge.name={judge}"] if judge else [])])
     if dry:
         dry_run(experiment, [checkpoint, data], [out], f"judge {experiment.judge.name}")
-    from mu2llm import cluster
     from mu2llm.evaluation import evaluate as evaluation
 
-    with cluster.session(address), progress_bars() as bars:
+    with work_on_ray(address) as bars:
         result = evaluation.evaluate(
             checkpoint, data, out, experiment, split, lambda done, all_: bars("evaluate", done, all_, {})
         )

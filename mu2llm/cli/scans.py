@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mu2llm import config, storage
-from mu2llm.cli.app import Address, DryRun, Json, Out, Preset, Set, app, dry_run, progress_bars, show
+from mu2llm.cli.app import Address, DryRun, Json, Out, Preset, Set, app, dry_run, progress_bars, show, work_on_ray
 
 
 @app.command()
@@ -91,9 +91,9 @@ def ingest(
     experiment = config.load(preset, set_)
     if dry:
         dry_run(experiment, [manifest, volumes], [out], f"spec {experiment.data.spec.name}; memory of one shard a core")
-    from mu2llm import cases, cluster
+    from mu2llm import cases
 
-    with cluster.session(address), progress_bars() as bars:
+    with work_on_ray(address) as bars:
         table = cases.read_manifest(manifest, format, volumes, experiment.data)
         over = None
         try:

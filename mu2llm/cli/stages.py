@@ -18,8 +18,8 @@ from mu2llm.cli.app import (
     Set,
     app,
     dry_run,
-    progress_bars,
     show,
+    work_on_ray,
 )
 
 train_app = typer.Typer(no_args_is_help=True, help="One stage of training.")
@@ -34,10 +34,8 @@ def _train(
 ) -> None:
     from importlib import import_module
 
-    from mu2llm import cluster
-
     module = import_module(f"mu2llm.stages.{stage}")
-    with cluster.session(address), progress_bars() as bars:
+    with work_on_ray(address) as bars:
         checkpoint = module.run(
             data, out, experiment, init, lambda numbers: bars(stage, numbers.get("step", 0), numbers["total"], numbers)
         )
@@ -100,10 +98,9 @@ def prefer(
     if dry:
         reads = [checkpoint, data, *([corrections] if corrections else [])]
         dry_run(experiment, reads, [out], f"judge {experiment.judge.name}")
-    from mu2llm import cluster
     from mu2llm.stages import preferences
 
-    with cluster.session(address), progress_bars() as bars:
+    with work_on_ray(address) as bars:
         result = preferences.prefer(
             checkpoint,
             data,

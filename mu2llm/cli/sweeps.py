@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from mu2llm import config
-from mu2llm.cli.app import Address, Data, DryRun, Json, Out, Preset, Set, app, dry_run, progress_bars, show
+from mu2llm.cli.app import Address, Data, DryRun, Json, Out, Preset, Set, app, dry_run, show, work_on_ray
 from mu2llm.cli.stages import Init
 from mu2llm.errors import UserError
 
@@ -64,7 +64,6 @@ def _run(
 ) -> None:
     from importlib import import_module
 
-    from mu2llm import cluster
     from mu2llm.sweeps.sweep import plan_text
 
     if kind == "tokenizer" and init is None:
@@ -73,7 +72,7 @@ def _run(
     planned = module.plan(data, init, out, experiment)
     if dry:
         dry_run(experiment, [data, planned.init], [out], plan_text(planned))
-    with cluster.session(address), progress_bars() as bars:
+    with work_on_ray(address) as bars:
         found = module.sweep(data, init, out, experiment, resume, _named(bars))
     if as_json:
         show(found, as_json)
@@ -127,7 +126,6 @@ def ablation(
     }
     overrides = [f"sweep.{name}={value}" for name, value in given.items() if value is not None]
     experiment = config.load(preset, [*set_, *overrides])
-    from mu2llm import cluster
     from mu2llm.sweeps import ablation as experiments
     from mu2llm.sweeps.ablation_page import terminal
 
@@ -135,7 +133,7 @@ def ablation(
     if dry:
         needs = f"{len(planned.sft_points())} runs of sft, {seeds * len(planned.fractions)} of prefer and dpo"
         dry_run(experiment, [data, *([init] if init else [])], [out], needs)
-    with cluster.session(address), progress_bars() as bars:
+    with work_on_ray(address) as bars:
         found = experiments.run(data, init, out, experiment, seeds, planned.fractions, _named(bars))
     if as_json:
         show(found, as_json)

@@ -10,7 +10,20 @@ import typer
 from rich.console import Console
 
 from mu2llm import config
-from mu2llm.cli.app import Address, DryRun, Json, Out, Preset, Set, app, console, dry_run, progress_bars
+from mu2llm.cli.app import (
+    Address,
+    DryRun,
+    Json,
+    Out,
+    Preset,
+    Set,
+    app,
+    console,
+    dry_run,
+    progress_bars,
+    result_alone_on_stdout,
+    work_on_ray,
+)
 
 
 @app.command()
@@ -33,7 +46,7 @@ def demo(
     if fresh:
         pipeline.clear(out)
     started = time.monotonic()
-    with progress_bars() as bars:
+    with result_alone_on_stdout(), progress_bars() as bars:
         summary = pipeline.demo(experiment, out, scan, bars)
     if as_json:
         print(json.dumps(summary, default=str))
@@ -64,11 +77,10 @@ def pipeline(
     experiment = config.load(preset, set_)
     if dry:
         dry_run(experiment, [manifest, volumes, *scan], [out], f"what {experiment.name}.yaml says in its first lines")
-    from mu2llm import cluster
     from mu2llm import pipeline as way
 
     source = way.Source(manifest, volumes, format)
-    with cluster.session(address), progress_bars() as bars:
+    with work_on_ray(address) as bars:
         summary = way.run(experiment, out, source, bars, scan, fresh)
     if as_json:
         print(json.dumps(summary, default=str))

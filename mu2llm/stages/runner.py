@@ -428,7 +428,7 @@ class _Reporter(ray.train.UserCallback):
 
 
 def _observe(job: Job, run: tracking.StageRun, numbers: dict[str, float]) -> None:
-    """A report → the tracking store and operators; one that comes with a checkpoint only repeats the last."""
+    """A report → the tracking store and operators; one that comes with a checkpoint is not measured."""
     if "saved_step" not in numbers:
         run.log(numbers, step=int(numbers.get("step", 0)))
         telemetry.trained(job.stage, run.key, {**numbers, "total": job.total_steps})
@@ -742,7 +742,6 @@ class _Reports(TrainerCallback):
     def __init__(self, job: Job, before: Resume, stream: Stream) -> None:
         self.job, self.before, self.stream = job, before, stream
         self.started = time.monotonic()
-        self.logged: dict[str, float] = {}
         self.saved_on_preemption = False
         self.save_seconds = 0.0
 
@@ -756,13 +755,13 @@ class _Reports(TrainerCallback):
         }
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        self.logged = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        logged = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         progress = self.progress(state.global_step)
         steps = max(1, state.global_step - self.before.step)
         elapsed = time.monotonic() - self.started
         _here.get().report(
             {
-                **self.logged,
+                **logged,
                 **progress,
                 "samples_per_second": steps * self.job.settings.batch_size * self.job.settings.accumulation / elapsed,
                 "workers": _here.get().world,
@@ -788,6 +787,6 @@ class _Reports(TrainerCallback):
         if state.is_world_process_zero:
             (folder / PROGRESS_FILE).write_text(json.dumps(self.progress(state.global_step)))
         started, step = time.monotonic(), state.global_step
-        metrics = {**self.logged, **self.progress(step), "saved_step": step}
+        metrics = {**self.progress(step), "saved_step": step}
         _here.get().report(metrics, folder, validate=step if self._validated(step) else None)
         self.save_seconds += time.monotonic() - started

@@ -103,7 +103,6 @@ def test_a_dpo_sweep_that_is_killed_goes_on(ray_cluster, pairs, written, shards,
     assert not list(Path(pairs).glob("reference/*"))
 
 
-@pytest.mark.xfail(strict=False, reason="open: on Train workers the last step is reported twice")
 def test_a_trial_on_train_workers_reports_the_same(ray_cluster, shards, vision, least, tmp_path):
     """The thin driver and the trial that trains by itself give the same numbers."""
     metrics = []
