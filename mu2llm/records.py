@@ -87,6 +87,10 @@ class Case(Record):
     rescale: tuple[float, float] | None = Field(
         None, description="slope and intercept from a metadata table, for volumes whose header lacks them"
     )
+    series: str | None = Field(
+        None,
+        description="DICOM series among those at `volume`, by instance UID or description; None: the largest axial",
+    )
     source: str = ""
 
     arrow_schema = pa.schema(
@@ -100,6 +104,7 @@ class Case(Record):
             _json("findings"),
             _json("labels"),
             _json("rescale"),
+            pa.field("series", pa.string()),
             pa.field("source", pa.string()),
         ]
     )

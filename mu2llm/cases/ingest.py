@@ -209,7 +209,9 @@ def fetch(uri: str, folder: Path) -> Path:
 def _row(case: Case, source: Path, spec: PreprocessSpec, accept: tuple[str, ...]) -> dict[str, Any]:
     """The row of a shard; Rejection where the scan cannot be used, a Failure that names it for what is our fault."""
     try:
-        volume = storage.retried(case.volume, lambda: ct.read(source, rescale=case.rescale, accept=accept))
+        volume = storage.retried(
+            case.volume, lambda: ct.read(source, series=case.series, rescale=case.rescale, accept=accept)
+        )
         model_input = ct.prepare(ct.admit(volume, accept), spec)
     except (Rejection, Failure, UserError):
         raise

@@ -1,8 +1,8 @@
 """Manifests → case table: our own (JSON lines, CSV, Parquet) and those of the public data sets.
 
 Our own has one row a case: `id`, `patient` (default: the id), `volume` (relative to `--volumes`, or a URI),
-`report`, and optionally `split`, `questions`, `findings`, `labels`, `rescale`, `source`. In CSV and Parquet the
-nested ones are JSON text.
+`report`, and optionally `split`, `questions`, `findings`, `labels`, `rescale`, `series`, `source`. In CSV and Parquet
+the nested ones are JSON text.
 """
 
 from __future__ import annotations

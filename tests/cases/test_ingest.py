@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import small_scans as scans
+from ct_scans import slices, to_bytes
 
 from mu2llm import cases, ct, storage
 from mu2llm.cases.ingest import group_table, plan, write_shard
@@ -172,6 +173,27 @@ def test_shards_of_another_spec_are_not_overwritten(whole, source, tmp_path):
 def test_an_unknown_code_to_accept_is_a_user_error(ray_cluster, source, tmp_path):
     with pytest.raises(UserError, match="no_such_code"):
         run(source, tmp_path / "out", accept=("no_such_code",))
+
+
+def test_series_that_share_a_folder_are_told_apart(tmp_path):
+    (tmp_path / "study").mkdir()
+    for number, name in enumerate(("1.2.3.10", "1.2.3.20")):
+        for index, one in enumerate(slices(scans.body(number), SeriesInstanceUID=name)):
+            (tmp_path / "study" / f"{number}-{index}.dcm").write_bytes(to_bytes(one))
+    named = {"a": "1.2.3.10", "b": "1.2.3.20", "c": "1.2.3.30"}
+    rows = [{"id": id, "volume": "study", "report": "r", "series": name} for id, name in named.items()]
+    scans.write_manifest(tmp_path / "manifest.jsonl", rows)
+    experiment = scans.experiment(split={"train": 1, "validation": 0, "test": 0})
+    ((path, group),) = plan(read(tmp_path, experiment), experiment.data).items()
+    write_shard(group_table(path, group), str(tmp_path / "out"), experiment.data.spec, ())
+    written = {row["id"]: row for row in pq.read_table(tmp_path / "out" / path).to_pylist()}
+    assert set(written) == {"a", "b"}
+    for id, seed in {"a": 0, "b": 1}.items():
+        expected = ct.prepare(ct.read([to_bytes(one) for one in slices(scans.body(seed))]), experiment.data.spec)
+        assert written[id]["series"] == named[id]
+        assert bytes(np.array(written[id]["voxels"])) == bytes(expected.voxels)
+    (rejected,) = read_summary(str(tmp_path / "out" / path))["rejected"]
+    assert (rejected["case_id"], rejected["reason"]) == ("c", "no_series")
 
 
 def test_storage_that_fails_is_a_failure_not_a_rejection(source, tmp_path, monkeypatch):

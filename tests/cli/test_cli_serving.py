@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import pytest
@@ -16,8 +15,6 @@ from typer.testing import CliRunner
 
 from mu2llm.cli import app
 from mu2llm.errors import UserError
-
-sys.path.append(str(Path(__file__).parents[1] / "serving"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,7 @@
 """One service for all serving tests, over real HTTP, on the Ray that all tests share."""
 
-import sys
-from pathlib import Path
-
 import httpx
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "ct"))  # its maker of DICOM series
-
 from small_service import PATIENT, PATIENT_ID, STUDY, free_port, wait_until_ready
 from small_writer import FIRST, write_checkpoint
 

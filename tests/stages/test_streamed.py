@@ -1,18 +1,13 @@
 """What the stages' trainers log beside the loss, and what they keep in memory, without Ray."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from small_models import QUESTION, TEXTS, make, scans
 from transformers import TrainingArguments
 
 from mu2llm.config import LoraSettings
 from mu2llm.model import add_lora
 from mu2llm.stages.sft import SftTrainer
-
-sys.path.append(str(Path(__file__).parents[1] / "model"))
-from small_models import QUESTION, TEXTS, make, scans
 
 
 def train(model, processor, folder, **arguments):
