@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from ray.data import TaskPoolStrategy
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from mu2llm.cases import tensors
 from mu2llm.cases.shards import Shards, read_rows
@@ -27,6 +28,7 @@ MAX_TASKS = 4096
 READING_TASKS = 2  # at once, of one stream
 READING_CPUS = 0.0  # that Ray counts for each: training workers may hold all there are, and reading mostly waits
 TEXT_BYTES = 1024
+REST_S = 0.02  # of Ray Data's scheduler after each of its turns
 ALIKE_BATCHES = 32  # of one window, within which rows of alike lengths come together
 
 
@@ -160,6 +162,14 @@ class Reader:
             yield {**self.source.read(items), "row": positions, "item": items}
 
 
+class Rest(ExecutionCallback):
+    """Ray Data's scheduler is a thread of the consuming process. When the readers are ahead it turns without a pause
+    and holds the interpreter lock: it took half the time of a small training step."""
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(REST_S)
+
+
 def blocks(source: Source, order: Order, share: Share, num_cpus: float) -> ray.data.Dataset:
     """The rows of a share in order, in small blocks, with `row` (position in the order) and `item`."""
     block_rows = max(1, BLOCK_BYTES // source.row_bytes)
@@ -172,6 +182,7 @@ def blocks(source: Source, order: Order, share: Share, num_cpus: float) -> ray.d
     # from_items makes its blocks here; from_arrow asks a task for them, which waits for ever where no CPU is free.
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     dataset.context.execution_options.preserve_order = True
+    dataset.context.custom_execution_callback_classes = [Rest]
     dataset.context.target_max_block_size = int(0.9 * block_bytes)  # so that each step of a task gives a block
     return dataset.map_batches(
         Reader(source, order, share, block_rows),

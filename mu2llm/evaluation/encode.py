@@ -95,9 +95,10 @@ def load_encoder(uri: str) -> Encoder:
 
 
 def vision_digest(encoder: Encoder) -> str:
-    """Sixteen hex digits over the vision encoder's weights and running statistics."""
+    """Sixteen hex digits over the vision encoder's weights, running statistics and what else decides its features."""
     vision = encoder.vision if isinstance(encoder, Mu2ForContrastive) else encoder.model.vision
-    digest = hashlib.sha256()
+    settings = encoder.config.vision
+    digest = hashlib.sha256(f"pooling {settings.pooling} heads {settings.num_heads}".encode())
     for name, tensor in sorted(vision.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().contiguous().numpy().tobytes())

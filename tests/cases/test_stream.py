@@ -1,6 +1,7 @@
 """The global order and its shares by arithmetic alone, then streams of shards on Ray Data."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -101,6 +102,16 @@ def test_a_stream_gives_the_rows_of_its_order(shards):
     np.testing.assert_array_equal(np.concatenate([batch["x"] for batch in got]), shards.truth[items])
     assert list(itertools.chain(*(batch["id"] for batch in got))) == [f"case-{item:03d}" for item in items]
     assert got[0]["x"].flags.writeable and batches.wait_seconds > 0
+
+
+def test_reading_ahead_leaves_the_interpreter_to_who_consumes(shards):
+    """Ray Data's scheduler turned in the training process without a pause whenever the readers were ahead."""
+    batches = iter(stream(shards, rows=20_000_000))
+    next(batches)
+    time.sleep(5)  # until they are
+    before = time.process_time()
+    time.sleep(3)
+    assert time.process_time() - before < 1.5
 
 
 def test_it_goes_on_at_any_row_on_another_number_of_workers(shards):
