@@ -129,12 +129,12 @@ class ReportGenerator:
     async def _load(self) -> None:
         async with self._loading:
             try:
-                uri = await asyncio.to_thread(resolve, self.source)
+                uri = await asyncio.to_thread(tracking.locate, self.source)
                 if self.loaded is not None and self.loaded.uri == uri:
                     return
                 new = await asyncio.to_thread(Loaded, uri, self.device, self.settings.cached_scans)
                 seconds = await asyncio.to_thread(new.warm_up)
-            except (UserError, Failure, LookupError, OSError, ValueError, RuntimeError) as error:
+            except (UserError, Failure, OSError, ValueError, RuntimeError) as error:
                 # an older checkpoint goes on writing; without one, readiness says why
                 logger.error("checkpoint %s was not loaded: %s", self.source, error)
                 self.why = f"the checkpoint could not be loaded ({type(error).__name__})"
@@ -310,8 +310,3 @@ def _question(asked: Asked, loaded: Loaded) -> str:
     if asked.question:
         return asked.question
     return REGION.format(asked.region) if asked.region else loaded.question
-
-
-def resolve(source: str) -> str:
-    """The checkpoint that a URI or registry://mu2llm@ALIAS names; a LookupError where the registry has none."""
-    return tracking.registered(source.removeprefix(REGISTRY)) if source.startswith(REGISTRY) else source
