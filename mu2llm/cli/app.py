@@ -34,6 +34,9 @@ CheckpointUri = Annotated[
         "--checkpoint", parser=tracking.locate, metavar="URI", help="A checkpoint; registry://mu2llm@champion."
     ),
 ]
+Manifest = Annotated[str, typer.Option(help="The table of cases.")]
+Volumes = Annotated[str, typer.Option(help="Root of the manifest's relative paths.")]
+Format = Annotated[str, typer.Option(help="jsonl, csv, parquet, ct-rate, amos-mm, abdomenatlas3 or m3d-cap")]
 Data = Annotated[str, typer.Option("--data", help="URI of the shards that `ingest` wrote.")]
 Bars = Callable[[str, float, float, dict[str, float]], None]
 

@@ -12,7 +12,22 @@ from rich.console import Console
 from rich.markup import escape
 
 from mu2llm import config, storage
-from mu2llm.cli.app import Address, DryRun, Json, Out, Preset, Set, app, dry_run, progress_bars, show, work_on_ray
+from mu2llm.cli.app import (
+    Address,
+    DryRun,
+    Format,
+    Json,
+    Manifest,
+    Out,
+    Preset,
+    Set,
+    Volumes,
+    app,
+    dry_run,
+    progress_bars,
+    show,
+    work_on_ray,
+)
 
 
 @app.command()
@@ -75,12 +90,10 @@ def _pictures(paths: list[str], folder: str) -> list[str]:
 
 @app.command()
 def ingest(
-    manifest: Annotated[str, typer.Option(help="The table of cases.")],
-    volumes: Annotated[str, typer.Option(help="Root of the manifest's relative paths.")],
+    manifest: Manifest,
+    volumes: Volumes,
     out: Out,
-    format: Annotated[
-        str, typer.Option(help="jsonl, csv, parquet, ct-rate, amos-mm, abdomenatlas3 or m3d-cap")
-    ] = "jsonl",
+    format: Format = "jsonl",
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
     address: Address = None,

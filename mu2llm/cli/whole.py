@@ -13,10 +13,13 @@ from mu2llm import config
 from mu2llm.cli.app import (
     Address,
     DryRun,
+    Format,
     Json,
+    Manifest,
     Out,
     Preset,
     Set,
+    Volumes,
     app,
     console,
     dry_run,
@@ -25,12 +28,15 @@ from mu2llm.cli.app import (
     work_on_ray,
 )
 
+Scans = Annotated[list[str], typer.Option("--scan", help="A scan to report at the end; repeatable.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
+
 
 @app.command()
 def demo(
     out: Annotated[str, typer.Option("--out", help="A local folder.")] = "mu2llm-demo",
-    scan: Annotated[list[str], typer.Option("--scan", help="A scan to report at the end; repeatable.")] = [],  # noqa: B006
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    scan: Scans = [],  # noqa: B006
+    fresh: Fresh = False,
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
     dry: DryRun = False,
@@ -59,14 +65,12 @@ def demo(
 
 @app.command()
 def pipeline(
-    manifest: Annotated[str, typer.Option(help="The table of cases.")],
-    volumes: Annotated[str, typer.Option(help="Root of the manifest's relative paths.")],
+    manifest: Manifest,
+    volumes: Volumes,
     out: Out,
-    format: Annotated[
-        str, typer.Option(help="jsonl, csv, parquet, ct-rate, amos-mm, abdomenatlas3 or m3d-cap")
-    ] = "jsonl",
-    scan: Annotated[list[str], typer.Option("--scan", help="A scan to report at the end; repeatable.")] = [],  # noqa: B006
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    format: Format = "jsonl",
+    scan: Scans = [],  # noqa: B006
+    fresh: Fresh = False,
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
     address: Address = None,
