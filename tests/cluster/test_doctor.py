@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mu2llm import config
+from mu2llm import config, storage
 from mu2llm.cluster import doctor, job
 from mu2llm.errors import UserError
 
@@ -87,6 +87,19 @@ def test_a_right_that_is_missing_is_named_with_what_worked(tmp_path):
     assert missing.status == "fail" and "there is nothing" in missing.found
     assert doctor.writable(str(tmp_path / "file" / "below")).status == "fail"
     assert doctor.writable("ftp://host/x").status == "fail"
+
+
+def test_a_bucket_without_rights_is_named_with_the_mend(tmp_path, monkeypatch):
+    (tmp_path / "s3" / "bucket").mkdir(parents=True)
+    with storage.embedded_s3(tmp_path / "s3"):
+        assert doctor.writable("s3://bucket/runs").status == "ok"
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-servers-secret")
+        for check in (doctor.writable("s3://bucket/runs"), doctor.readable("s3://bucket")):
+            assert check.status == "fail" and "AWS_* keys" in check.mend
+            assert "not-the-servers-secret" not in str(check)
+    assert not (tmp_path / "s3" / "bucket" / "runs").exists() or not list(
+        (tmp_path / "s3" / "bucket" / "runs").iterdir()
+    )
 
 
 def test_a_store_that_goes_with_the_cluster_is_a_warning(monkeypatch):
