@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mu2llm import green
-from mu2llm.evaluation import clinical, text_metrics
+from mu2llm.evaluation import clinical
 from mu2llm.evaluation.bootstrap import Statistic
 from mu2llm.evaluation.clinical import Tally
-from mu2llm.evaluation.text_metrics import TokenEncoder
 from mu2llm.records import Case, Finding, Judgement
+
+if TYPE_CHECKING:
+    from mu2llm.evaluation.text_metrics import TokenEncoder
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def content(texts: Texts) -> dict[str, Statistic]:
 
 def embedded(runs: Mapping[str, Texts], encoder: TokenEncoder) -> dict[str, Statistic]:
     """bert_score of every run on the same cases; a reference is encoded once for all of them."""
+    from mu2llm.evaluation import text_metrics  # nltk takes a second, which training workers need not wait for
+
     by_case = [pair for pairs in zip(*(texts.pairs for texts in runs.values()), strict=True) for pair in pairs]
     scores = text_metrics.bert_score(by_case, encoder)
     return {run: Statistic.mean(scores[i :: len(runs)]) for i, run in enumerate(runs)}
