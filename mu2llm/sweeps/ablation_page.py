@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from mu2llm import storage
-from mu2llm.evaluation.report.charts import INK, RUNS, STYLE, as_svg
+from mu2llm.evaluation.report.charts import INK, RUNS, STYLE, as_png, as_svg
 from mu2llm.evaluation.report.page import source
 from mu2llm.evaluation.results import TITLES
 from mu2llm.sweeps.page import environment
@@ -20,8 +20,6 @@ from mu2llm.sweeps.results import cell as number
 
 if TYPE_CHECKING:
     from mu2llm.sweeps.ablation import Cell
-
-PICTURE = {**STYLE, "figure.facecolor": "white", "axes.facecolor": "white", "text.color": "#1c2326"}
 
 
 def write_page(out: str, cells: Sequence[Cell], found: dict[str, Any]) -> None:
@@ -39,8 +37,8 @@ def write_page(out: str, cells: Sequence[Cell], found: dict[str, Any]) -> None:
 
 def write_plot(out: str, cells: Sequence[Cell]) -> None:
     """Writes ablation.png."""
-    with rc_context(PICTURE), storage.staged(storage.join(out, "ablation.png")) as path:
-        _bars(cells).savefig(path, format="png", dpi=110)
+    with rc_context(STYLE):
+        storage.write_bytes(storage.join(out, "ablation.png"), as_png(_bars(cells)))
 
 
 def _bars(cells: Sequence[Cell]) -> Figure:

@@ -43,6 +43,26 @@ def history(trials: Sequence[Trial], name: str) -> str:
         return as_svg(figure, f"{TITLES[name]} of every trial")
 
 
+def ranking(rows: Sequence[Row], name: str) -> Figure:
+    """The points that came to their end, best first, at most twenty: value and 95 % interval."""
+    known = [(row, estimate) for row in rows if row.status == "done" and (estimate := row.estimate(name))][:20]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 0.8 + 0.26 * len(known)), layout="constrained")
+        axes = figure.subplots()
+        for place, (_, estimate) in enumerate(known):
+            axes.plot([estimate.low, estimate.high], [place, place], color=OTHER, linewidth=1.6)
+            axes.plot([estimate.value], [place], color=BEST, marker="o", markersize=5)
+        axes.set_yticks(range(len(known)), [_named(row) for row, _ in known])
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.set_xlabel(f"{TITLES[name]}, 95 % interval")
+    return figure
+
+
+def _named(row: Row) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row.params.items()) or "the default"
+
+
 def importance(shares: Mapping[str, Mapping[str, float]]) -> str:
     """Bars: how much each key matters, a panel an objective."""
     shares = {name: each for name, each in shares.items() if each}

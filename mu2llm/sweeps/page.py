@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mu2llm import storage
+from mu2llm.evaluation.report.charts import as_png, as_svg
 from mu2llm.evaluation.report.page import source
 from mu2llm.stages.validation import METRICS
 from mu2llm.sweeps import charts, results
@@ -19,14 +20,15 @@ from mu2llm.sweeps.trial import Trial
 if TYPE_CHECKING:
     from mu2llm.sweeps.sweep import Sweep
 
-PAGE = "sweep.html"
+PAGE, PICTURE = "sweep.html", "sweep.png"
 
 
 def write_page(
     sweep: Sweep, trials: Sequence[Trial], rows: Sequence[results.Row], found: dict[str, Any], final: Final | None
 ) -> str:
-    """Writes the page into the sweep's `out` and gives its URI."""
+    """Writes the page into the sweep's `out` and gives its URI; beside it the points as a picture."""
     objective = sweep.experiment.sweep.objective
+    storage.write_bytes(storage.join(sweep.out, PICTURE), as_png(charts.ranking(rows, objective[0])))
     html = (
         environment()
         .get_template("sweep.html")
@@ -54,6 +56,7 @@ def _charts(
     assert best
     curve = next((name for name in objective if name in METRICS), METRICS[0])
     return {
+        "All points": as_svg(charts.ranking(rows, objective[0]), f"{results.TITLES[objective[0]]} of every point"),
         "Optimisation history": charts.history(trials, objective[0]),
         "What mattered": charts.importance(found["importance"]),
         "Parallel coordinates": charts.parallel(rows, sweep.space, objective[0]),

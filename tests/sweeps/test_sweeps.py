@@ -75,6 +75,7 @@ def test_a_tokenizer_sweep_that_is_killed_goes_on(ray_cluster, shards, vision, p
     table = pq.read_table(f"{out}/leaderboard.parquet")
     assert table.num_rows == 3
     page = Path(out, "sweep.html").read_text()
+    assert Path(out, "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert all(title in page for title in ("Optimisation history", "Learning curves", "Winner and default"))
     assert "http" not in page.replace("http://www.w3.org", "")
     assert found["final"]["seeds"] == [100, 101]

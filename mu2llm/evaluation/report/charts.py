@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import is_color_like, to_hex
 from matplotlib.figure import Figure
 
 from mu2llm.evaluation.results import TITLES, Results
@@ -19,6 +20,11 @@ from mu2llm.records import Estimate
 INK, FAINT = "#010203", "#040506"
 RUNS = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006")
 _VARIABLES = {INK: "var(--ink)", FAINT: "var(--line)", **{c: f"var(--run-{i})" for i, c in enumerate(RUNS)}}
+# the page's light colours, for pictures that stand alone
+_PAPER = {
+    **{INK: "#1c2326", FAINT: "#dde2e3"},
+    **dict(zip(RUNS, ("#2a78a8", "#c8641b", "#8a949a", "#6b4fa0", "#3f8f5b", "#b0457b"), strict=True)),
+}
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mu2llm",
@@ -158,6 +164,18 @@ def _finish(axes: Axes) -> None:
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.grid(False, axis="y")
     axes.tick_params(length=0)
+
+
+def as_png(figure: Figure) -> bytes:
+    """The figure as a picture on white, in the colours of the light page."""
+    for artist in figure.findobj():
+        for part in ("color", "facecolor", "edgecolor", "markeredgecolor", "markerfacecolor"):
+            given = getattr(artist, f"get_{part}", lambda: None)()
+            if given is not None and is_color_like(given) and (painted := _PAPER.get(to_hex(given))):
+                getattr(artist, f"set_{part}")(painted)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110, facecolor="white")
+    return stream.getvalue()
 
 
 def as_svg(figure: Figure, title: str) -> str:
