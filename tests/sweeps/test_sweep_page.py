@@ -65,9 +65,10 @@ def test_a_page_needs_nothing_beside_it_and_says_all(sweep, final):
     found = _summary(sweep, trials, rows, results.winner(rows, objective), final, 2)
     uri = write_page(sweep, trials, rows, found, final)
     page = Path(uri).read_text()
-    titles = ("Optimisation history", "What mattered", "Parallel coordinates", "Pareto front", "Learning curves")
+    titles = ("All points", "Optimisation history", "What mattered", "Parallel coordinates", "Pareto front")
+    titles += ("Learning curves",)
     assert all(f"<h2>{title}</h2>" in page for title in titles)
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     assert not re.search(r'(src|href)="?(https?:|/)', page)
     assert "&lt;b&gt;here" in page
     assert "mu2llm train sft --data D --init C" in page
