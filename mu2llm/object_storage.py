@@ -111,7 +111,8 @@ def _client(endpoint: str | None, region: str, key: str | None, attempts: int) -
 
     style = {"addressing_style": "path"} if endpoint else {}
     retries: Any = {"total_max_attempts": attempts, "mode": "standard"}
-    return boto3.client("s3", endpoint_url=endpoint, region_name=region, config=Config(s3=style, retries=retries))
+    session = boto3.session.Session()  # the default one keeps the keys that it was first used with
+    return session.client("s3", endpoint_url=endpoint, region_name=region, config=Config(s3=style, retries=retries))
 
 
 @contextlib.contextmanager

@@ -219,3 +219,12 @@ def test_google_storage_that_does_not_answer_is_not_waited_for_in_silence(monkey
     monkeypatch.setattr(storage.pafs, "GcsFileSystem", lambda **options: made.append(options))
     assert storage.resolve("gs://bucket/scan.nii.gz")[1] == "bucket/scan.nii.gz"
     assert made[0]["retry_time_limit"].total_seconds() <= 30
+
+
+def test_a_new_server_has_new_keys(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name / "bucket").mkdir(parents=True)
+        with storage.embedded_s3(tmp_path / name):
+            storage.write_bytes("s3://bucket/deep/a", b"a")
+            storage.delete("s3://bucket/deep/a")
+            assert not storage.exists("s3://bucket/deep/a")
