@@ -14,7 +14,7 @@ from mu2llm.cluster import job
 def main(
     data: job.Data,
     out: job.Out,
-    init: job.From = None,
+    init: job.OptionalInit = None,
     preset: job.Preset = "demo",
     set_: job.Set = [],  # noqa: B006
 ) -> None:

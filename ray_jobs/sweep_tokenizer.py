@@ -18,7 +18,7 @@ from mu2llm.cluster import job
 def main(
     data: job.Data,
     out: job.Out,
-    init: job.Start,
+    init: job.Init,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that lies in --out.")] = False,
     preset: job.Preset = "sweep",
     set_: job.Set = [],  # noqa: B006

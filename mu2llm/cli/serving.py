@@ -79,10 +79,10 @@ def _settings(experiment: config.Experiment, checkpoint: str, host: str) -> Any:
     from mu2llm.serving.app import Settings
     from mu2llm.serving.guard import is_loopback
 
-    serving = experiment.serving
+    serving, store = experiment.serving, tracking.store()
     return Settings(
         checkpoint=checkpoint if checkpoint.startswith("registry://") else storage.absolute(checkpoint),
-        tracking=tracking.store(),
+        tracking=store if store == tracking.shown(store) else None,  # a password stays in the environment
         loopback=is_loopback(host),
         serving=serving.model_copy(update={"state": storage.absolute(serving.state)}),
         judge=experiment.judge,

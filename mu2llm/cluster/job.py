@@ -36,8 +36,8 @@ Preset = Annotated[str, typer.Option("--preset", help="Name of a preset or path 
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as dpo.beta=0.2.")]
 Out = Annotated[str, typer.Option("--out", help="Where to write: s3://, gs://, or a file system that all nodes share.")]
 Data = Annotated[str, typer.Option("--data", help="URI of the shards that `ingest` wrote; for dpo, of the pairs.")]
-Start = Annotated[str, typer.Option("--init", parser=_located, help="Checkpoint to start from.")]
-From = Annotated[str | None, typer.Option("--init", parser=_located, help="Checkpoint to start from.")]
+Init = Annotated[str, typer.Option("--init", parser=_located, help="Checkpoint to start from.")]
+OptionalInit = Annotated[str | None, typer.Option("--init", parser=_located, help="Checkpoint to start from.")]
 CheckpointUri = Annotated[
     str, typer.Option("--checkpoint", parser=_located, help="URI of a checkpoint; registry://mu2llm@champion.")
 ]

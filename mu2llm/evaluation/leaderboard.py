@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mu2llm import tracking
 from mu2llm.evaluation import published
-from mu2llm.evaluation.report.page import source
+from mu2llm.evaluation.report.charts import source
 from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.records import Estimate
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
@@ -31,7 +31,7 @@ class Settings(BaseModel):
     """All that the application needs, as plain values that travel."""
 
     checkpoint: str = "registry://mu2llm@champion"
-    tracking: str
+    tracking: str | None = Field(None, description="URI of the tracking store; None: what each node's environment says")
     loopback: bool = False
     serving: ServingConfig = ServingConfig()
     judge: JudgeConfig = JudgeConfig()

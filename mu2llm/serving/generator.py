@@ -94,11 +94,13 @@ class ReportGenerator:
     """Scans and questions → reports. Its `user_config` is `{"checkpoint": URI or registry://mu2llm@ALIAS}`.
 
     The first checkpoint is loaded before the replica counts as running; another one is loaded beside it, and takes
-    over between two batches, so that nothing is dropped.
+    over between two batches, so that nothing is dropped. Without `tracking_store` the registry is the one that
+    MLFLOW_TRACKING_URI names where the replica runs.
     """
 
-    def __init__(self, settings: dict[str, Any], tracking_store: str) -> None:
-        os.environ["MLFLOW_TRACKING_URI"] = tracking_store
+    def __init__(self, settings: dict[str, Any], tracking_store: str | None) -> None:
+        if tracking_store:
+            os.environ["MLFLOW_TRACKING_URI"] = tracking_store
         self.settings = ServingConfig.model_validate(settings)
         torch.set_num_threads(max(1, int(self.settings.generator.cpus)))
         self.device = "cuda" if self.settings.generator.gpus else "cpu"

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from mu2llm import storage
-from mu2llm.evaluation.report.charts import INK, RUNS, STYLE, as_png, as_svg
-from mu2llm.evaluation.report.page import source
+from mu2llm.evaluation.report.charts import INK, RUNS, STYLE, as_png, as_svg, source
 from mu2llm.evaluation.results import TITLES
 from mu2llm.sweeps.page import environment
 from mu2llm.sweeps.results import cell as number

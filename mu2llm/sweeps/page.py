@@ -10,8 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mu2llm import storage
-from mu2llm.evaluation.report.charts import as_png, as_svg
-from mu2llm.evaluation.report.page import source
+from mu2llm.evaluation.report.charts import as_png, as_svg, source
 from mu2llm.stages.validation import METRICS
 from mu2llm.sweeps import charts, results
 from mu2llm.sweeps.final import Final
@@ -28,7 +27,10 @@ def write_page(
 ) -> str:
     """Writes the page into the sweep's `out` and gives its URI; beside it the points as a picture."""
     objective = sweep.experiment.sweep.objective
-    storage.write_bytes(storage.join(sweep.out, PICTURE), as_png(charts.ranking(rows, objective[0])))
+    points = charts.ranking(rows, objective[0])
+    shown = {"Finished points": as_svg(points, f"{results.TITLES[objective[0]]} of every finished point")}
+    storage.write_bytes(storage.join(sweep.out, PICTURE), as_png(points))
+    shown |= _charts(sweep, trials, rows, found)
     html = (
         environment()
         .get_template("sweep.html")
@@ -40,7 +42,7 @@ def write_page(
             keys=list(sweep.space.domains),
             best=results.front(rows, objective),
             final=final,
-            charts={name: Markup(svg) for name, svg in _charts(sweep, trials, rows, found).items() if svg},
+            charts={name: Markup(svg) for name, svg in shown.items() if svg},
             style=Markup(source("page.css")),
         )
     )
@@ -56,7 +58,6 @@ def _charts(
     assert best
     curve = next((name for name in objective if name in METRICS), METRICS[0])
     return {
-        "All points": as_svg(charts.ranking(rows, objective[0]), f"{results.TITLES[objective[0]]} of every point"),
         "Optimisation history": charts.history(trials, objective[0]),
         "What mattered": charts.importance(found["importance"]),
         "Parallel coordinates": charts.parallel(rows, sweep.space, objective[0]),

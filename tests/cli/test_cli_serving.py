@@ -6,11 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import httpx
 import pytest
 import yaml
+from small_service import free_port, wait_until_ready
 from typer.testing import CliRunner
 
 from mu2llm.cli import app
@@ -25,12 +25,6 @@ def somewhere(tmp_path, monkeypatch):
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=True)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +67,14 @@ def test_the_serve_config_is_printed():
     assert told["applications"][0]["import_path"] == "mu2llm.serving.app:build"
 
 
+def test_a_tracking_servers_password_stays_out_of_the_serve_config(monkeypatch):
+    for store, written in (("http://mlflow:5000", True), ("http://reader:hunter2@mlflow:5000", False)):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+        told = run("serve-config", "--preset", "paper").stdout
+        assert (store in told) == written
+        assert "hunter2" not in told
+
+
 @pytest.mark.slow
 def test_a_service_starts_answers_and_ends(checkpoint, tmp_path):
     port = free_port()
@@ -85,14 +87,8 @@ def test_a_service_starts_answers_and_ends(checkpoint, tmp_path):
         text=True,
     )
     try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 150
-        while time.monotonic() < deadline and service.poll() is None:
-            try:
-                if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.3)
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url)
         assert httpx.get(f"{url}/readyz", timeout=5).json()["model"]["checkpoint"] == "first"
         assert httpx.get(url).status_code == 200
     finally:

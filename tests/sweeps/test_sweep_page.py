@@ -65,7 +65,7 @@ def test_a_page_needs_nothing_beside_it_and_says_all(sweep, final):
     found = _summary(sweep, trials, rows, results.winner(rows, objective), final, 2)
     uri = write_page(sweep, trials, rows, found, final)
     page = Path(uri).read_text()
-    titles = ("All points", "Optimisation history", "What mattered", "Parallel coordinates", "Pareto front")
+    titles = ("Finished points", "Optimisation history", "What mattered", "Parallel coordinates", "Pareto front")
     titles += ("Learning curves",)
     assert all(f"<h2>{title}</h2>" in page for title in titles)
     assert page.count("<svg") == 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,7 @@ from mu2llm.records import Estimate
 # colours that matplotlib writes → what the page makes of them
 INK, FAINT = "#010203", "#040506"
 RUNS = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006")
-_VARIABLES = {INK: "var(--ink)", FAINT: "var(--line)", **{c: f"var(--run-{i})" for i, c in enumerate(RUNS)}}
-# the page's light colours, for pictures that stand alone
-_PAPER = {
-    **{INK: "#1c2326", FAINT: "#dde2e3"},
-    **dict(zip(RUNS, ("#2a78a8", "#c8641b", "#8a949a", "#6b4fa0", "#3f8f5b", "#b0457b"), strict=True)),
-}
+_VARIABLES = {INK: "--ink", FAINT: "--line", **{c: f"--run-{i}" for i, c in enumerate(RUNS)}}
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mu2llm",
@@ -166,12 +162,19 @@ def _finish(axes: Axes) -> None:
     axes.tick_params(length=0)
 
 
+def source(name: str) -> str:
+    """A file of this folder."""
+    return (files("mu2llm.evaluation.report") / name).read_text(encoding="utf-8")
+
+
 def as_png(figure: Figure) -> bytes:
-    """The figure as a picture on white, in the colours of the light page."""
+    """The figure as a picture on white, in the colours of the light page, which come first in its style."""
+    style = source("page.css")
+    light = {colour: re.findall(rf"{name}: (#\w+);", style)[0] for colour, name in _VARIABLES.items()}
     for artist in figure.findobj():
         for part in ("color", "facecolor", "edgecolor", "markeredgecolor", "markerfacecolor"):
             given = getattr(artist, f"get_{part}", lambda: None)()
-            if given is not None and is_color_like(given) and (painted := _PAPER.get(to_hex(given))):
+            if given is not None and is_color_like(given) and (painted := light.get(to_hex(given))):
                 getattr(artist, f"set_{part}")(painted)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110, facecolor="white")
@@ -189,5 +192,5 @@ def as_svg(figure: Figure, title: str) -> str:
     )
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
+        svg = svg.replace(colour, f"var({variable})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,6 +14,7 @@ from mu2llm.cases import Shards
 from mu2llm.cases.shards import read_rows
 from mu2llm.evaluation.predictions import Prediction
 from mu2llm.evaluation.report import charts, scans
+from mu2llm.evaluation.report.charts import source
 from mu2llm.evaluation.report.marks import SHORT, Piece, Sentence, Verdict, changes, mark, verdicts
 from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.records import ERROR_CATEGORIES, Case, Estimate, Judgement
@@ -143,8 +143,3 @@ def _charts(results: Results) -> dict[str, str]:
         "green": charts.green_distribution(results),
         "losses": charts.losses(results.header.histories),
     }
-
-
-def source(name: str) -> str:
-    """A file of this folder."""
-    return (files("mu2llm.evaluation.report") / name).read_text(encoding="utf-8")
