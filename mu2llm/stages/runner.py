@@ -566,6 +566,7 @@ class Streamed:
 
     batches: Batches
     first_scan: dict[str, torch.Tensor]
+    epochs_a_step: float = 0.0
 
     def get_train_dataloader(self) -> Any:
         return self.batches
@@ -583,6 +584,7 @@ class Streamed:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """With the loss also how spread the visual tokens' selection is over the last batch's first scan."""
+        self.state.epoch = self.state.global_step * self.epochs_a_step  # type: ignore[attr-defined]  # HF: of max_steps
         model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
         if "loss" in logs and hasattr(model, "selection_metrics") and not self.args.fsdp:  # type: ignore[attr-defined]
             logs |= model.selection_metrics(**self._prepare_inputs(self.first_scan))  # type: ignore[attr-defined]
@@ -662,6 +664,7 @@ def train(trainer: Trainer, job: Job, resume: Resume, finish: Callable[[str], di
     """
     reports = _Reports(job, resume, trainer.batches.stream)  # type: ignore[attr-defined]  # a Streamed one
     trainer.add_callback(reports)
+    trainer.epochs_a_step = job.settings.batch_size * job.settings.accumulation / job.rows  # type: ignore[attr-defined]
     rank = _here.get().rank
     try:
         trainer.train(resume_from_checkpoint=resume.folder)

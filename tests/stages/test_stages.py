@@ -277,6 +277,7 @@ def test_dpo_prefers_what_was_chosen(pairs, place):
     assert last["kl"] != first["kl"]
     assert first["lengths/chosen"] > 0 and first["lengths/rejected"] > 0
     assert 0 <= last["rewards/accuracies"] <= 1
+    assert 5 < last["epoch"] <= 6
 
 
 @pytest.mark.parametrize(
