@@ -61,6 +61,9 @@ def language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     place, options = _locate(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
+        if "gguf_file" in options and hasattr(model.config, "quantization_config"):
+            # its weights are plain numbers now; marked as quantised, a saved copy would not be trained on
+            del model.config.quantization_config
         return model, AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"language model {name!r}: {_first_line(error)}") from error

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_models import QUESTION, TEXTS, experiment, scans
 from transformers import AutoModelForCausalLM, GPT2Config, PhiConfig, Qwen3Config
+from transformers.trainer_utils import validate_quantization_for_training
 
 from mu2llm import weights
 from mu2llm.config import LoraSettings
@@ -214,6 +215,9 @@ def test_a_gguf_by_its_path(tmp_path):
         torch.testing.assert_close(new, plain.get_input_embeddings().weight.mean(0))
     inputs = processor.encode([QUESTION], [TEXTS[0]])
     assert model(**inputs, volumes=scans(1)).loss.isfinite()
+    model.save_pretrained(tmp_path / "saved")
+    saved = Mu2ForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    validate_quantization_for_training(saved)  # refuses what is marked as a quantised model
 
 
 @pytest.mark.slow
