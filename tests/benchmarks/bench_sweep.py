@@ -48,7 +48,7 @@ def main() -> None:
             out = storage.join(given.out, name.partition(",")[0].replace(" + ", "-"))
             dpo.sweep(given.data, given.init, out, experiment, resume=storage.exists(storage.join(out, "sweep.json")))
             found[name] = Trial.read_all(out)
-    Console().print(table(found))
+    Console(width=140).print(table(found))
 
 
 def table(found: dict[str, list[Trial]]) -> Table:
