@@ -66,6 +66,7 @@ class Pipeline:
         self.identity = config.digest([self.identity, name, decides])
         path = storage.join(self.out, "steps", f"{name}.json")
         marker = storage.join(self.out, "steps", f"{name}.started")
+        made = storage.exists(path) or storage.exists(marker)
         if storage.exists(path):
             found = Step.model_validate(storage.read_json(path))
             if found.identity == self.identity:
@@ -74,7 +75,7 @@ class Pipeline:
             storage.delete(path)
         if not storage.exists(marker) or storage.read_bytes(marker).decode() != self.identity:
             for output in outputs:  # of another configuration; what an interrupted run left of this one is kept
-                storage.delete(output)
+                _remove(output, made)
             storage.write_bytes(marker, self.identity.encode())
         started = time.monotonic()
         result = work()
@@ -88,6 +89,24 @@ class Pipeline:
 
     def training(self, name: str) -> Callable[[dict[str, float]], None]:
         return lambda numbers: self.show(name, numbers.get("step", 0), numbers["total"], numbers)
+
+
+def _remove(output: str, made: bool) -> None:
+    """Deletes what a step made; an alias of the registry does not go over to what takes its place."""
+    if not storage.exists(output):
+        return
+    if not made:
+        raise UserError(f"{output} is there already and no pipeline made it: give another --out, or delete it yourself")
+    _release(output)
+    storage.delete(output)
+
+
+def _release(checkpoint: str) -> None:
+    """Takes the registry's aliases from a checkpoint that goes."""
+    if storage.exists(storage.join(checkpoint, Checkpoint.FILE)):
+        gone = storage.absolute(storage.lasting(checkpoint))
+        for alias in [alias for alias, uri in tracking.aliases().items() if uri == gone]:
+            tracking.drop_alias(alias)
 
 
 def demo(experiment: Experiment, out: str, scans: list[str], show: Show) -> dict[str, Any]:
@@ -147,6 +166,7 @@ def _ingest(pipeline: Pipeline, source: Source, shards: str) -> dict[str, Any]:
     data = pipeline.experiment.data
 
     def work() -> dict[str, Any]:
+        storage.delete(storage.join(shards, "features"))
         table = read_manifest(source.manifest, source.format, source.volumes, data)
         return ingest(table, shards, pipeline.experiment, pipeline.progress("ingest"))
 
@@ -154,7 +174,7 @@ def _ingest(pipeline: Pipeline, source: Source, shards: str) -> dict[str, Any]:
     settings = data.model_dump(mode="json", exclude={"phantom", "fraction"})
     # shards of the same spec are gone on with, when the manifest has grown; those of another are in the way
     same = storage.exists(storage.join(shards, INDEX)) and Shards.open(shards).spec.hash == data.spec.hash
-    outputs = [storage.join(shards, "features")] if same else [shards]
+    outputs = [] if same else [shards]
     return pipeline.step("ingest", [*decides, settings], work, outputs)
 
 
@@ -289,6 +309,10 @@ def check_out(out: str) -> None:
 
 def clear(out: str) -> None:
     """Removes what the pipeline made below `out`: what `--fresh` does. Other files there are left alone."""
+    if not storage.exists(storage.join(out, "steps")):
+        return
+    for stage in ("contrastive", "sft", "dpo"):
+        _release(storage.join(out, "checkpoints", stage))
     for name in ("s3", "shards", "steps", "checkpoints", "preferences", "evaluation", "summary.json", "report.html"):
         storage.delete(storage.join(out, name))
 

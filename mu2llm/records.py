@@ -272,8 +272,9 @@ class PreferencePair(Record):
 class Correction(Record):
     """A radiologist's version (`chosen`) of a report that the service wrote (`rejected`): a preference pair to be.
 
-    One JSON line in storage. Its scan is known by `scan_sha256`, as `CTVolume.sha256`, and by `volume`, the URI
-    from which it was read or under which the service kept it; None where it was uploaded and not kept.
+    One JSON line in storage. Its scan is known by `scan_sha256`, as `CTVolume.sha256`, by `input_key`, what the model
+    saw of it (`mu2llm.ct.input_key`, by the spec `spec_hash`), and by `volume`, the URI from which it was read or
+    under which the service kept it; None where it was uploaded and not kept.
     """
 
     id: str
@@ -285,6 +286,7 @@ class Correction(Record):
     rejected: str
     checkpoint: str = ""
     spec_hash: str = ""
+    input_key: str = ""
     time: str = Field(description="ISO 8601, UTC")
 
     arrow_schema = pa.schema(
@@ -292,7 +294,7 @@ class Correction(Record):
             pa.field(name, pa.string())
             for name in (
                 *("id", "report_id", "scan_sha256", "volume", "question", "chosen", "rejected"),
-                *("checkpoint", "spec_hash", "time"),
+                *("checkpoint", "spec_hash", "input_key", "time"),
             )
         ]
     )

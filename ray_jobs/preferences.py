@@ -6,6 +6,10 @@ r"""Candidates → judgements → preference pairs (Ray Data).
         --checkpoint s3://BUCKET/sft --data s3://BUCKET/shards --out s3://BUCKET/preferences
 """
 
+from typing import Annotated
+
+import typer
+
 from mu2llm.cluster import job
 
 
@@ -13,13 +17,16 @@ def main(
     checkpoint: job.CheckpointUri,
     data: job.Data,
     out: job.Out,
+    corrections: Annotated[str | None, typer.Option(help="URI of radiologists' corrections, pairs too.")] = None,
     preset: job.Preset = "demo",
     set_: job.Set = [],  # noqa: B006
 ) -> None:
     from mu2llm.stages.preferences import prefer
 
-    with job.started("preferences", preset, set_, reads=[checkpoint, data], writes=[out]) as (experiment, lines):
-        job.show(prefer(checkpoint, data, out, experiment, progress=lines.counting("preferences")))
+    reads = [checkpoint, data, corrections]
+    with job.started("preferences", preset, set_, reads=reads, writes=[out]) as (experiment, lines):
+        progress = lines.counting("preferences")
+        job.show(prefer(checkpoint, data, out, experiment, progress=progress, corrections=corrections))
 
 
 if __name__ == "__main__":

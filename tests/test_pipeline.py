@@ -10,8 +10,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mu2llm import storage
-from mu2llm.records import Checkpoint
+from mu2llm import config, pipeline, storage, tracking
+from mu2llm.errors import UserError
+from mu2llm.records import Checkpoint, Lineage
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +38,40 @@ def finished(tmp_path_factory):
     broken = folder / "broken.nii.gz"
     broken.write_bytes(b"\x1f\x8b\x08 not a scan")
     return folder, demo(folder, "--scan", scan, "--scan", broken)
+
+
+def test_what_no_pipeline_made_is_not_deleted(tmp_path):
+    """Shards ingested by hand into the --out of a pipeline of another spec were gone."""
+    theirs = tmp_path / "shards" / "train.parquet"
+    theirs.parent.mkdir()
+    theirs.write_text("terabytes")
+    steps = pipeline.Pipeline(str(tmp_path), config.load("tiny"), lambda *_: None)
+    with pytest.raises(UserError, match="no pipeline made it"):
+        steps.step("ingest", 1, dict, [str(theirs.parent)])
+    pipeline.clear(str(tmp_path))
+    assert theirs.read_text() == "terabytes"
+
+
+def test_an_alias_does_not_go_over_to_the_checkpoint_that_takes_the_place(tmp_path, monkeypatch):
+    """A champion's folder was trained into again, and the registry then named a model that no audit had passed."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mu2llm.db")
+    out, made = str(tmp_path / "out"), str(tmp_path / "out" / "checkpoints" / "dpo")
+
+    def train():
+        lineage = Lineage(stage="dpo", spec_hash="x", identity="a")
+        checkpoint = Checkpoint(uri=made, experiment={}, lineage=lineage)
+        storage.write_json(storage.join(made, Checkpoint.FILE), checkpoint.model_dump(mode="json"))
+        return {}
+
+    def step(decides):
+        pipeline.Pipeline(out, config.load("tiny"), lambda *_: None).step("dpo", decides, train, [made])
+
+    step(1)
+    tracking.register(Checkpoint.open(made), alias="champion")
+    step(1)
+    assert tracking.aliases() == {"champion": made}
+    step(2)
+    assert tracking.aliases() == {}
 
 
 def test_the_summary_has_what_checks_read(finished):

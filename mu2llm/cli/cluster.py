@@ -34,7 +34,7 @@ def submit(
     context: typer.Context,
     job: Annotated[str, typer.Argument(help="A file of ray_jobs, such as sft. Its own options follow.")],
     address: Cluster = None,
-    preset: Preset = "demo",
+    preset: Annotated[str | None, typer.Option("--preset", help="A preset's name or file; default: the job's.")] = None,
     set_: Set = [],  # noqa: B006
     follow: Annotated[bool, typer.Option("--follow/--no-wait", help="Show the log until the job ends.")] = True,
     env: Annotated[list[str], typer.Option("--env", metavar="NAME=VALUE", help="Of the job; no secrets.")] = [],  # noqa: B006
@@ -46,6 +46,7 @@ def submit(
     """Run a job on a cluster: sends this checkout's code, starts ray_jobs/JOB.py there and follows its log."""
     from mu2llm.cluster import package, submission
 
+    preset = preset or ("sweep" if job.startswith("sweep") else "demo")
     experiment = config.load(preset, set_)
     arguments = ["--preset", preset, *(part for each in set_ for part in ("--set", each)), *context.args]
     submission.options(folder, job, arguments)

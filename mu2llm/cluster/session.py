@@ -51,6 +51,7 @@ def session(address: str | None = None, cpus: int | None = None) -> Iterator[Non
             ) from error
     else:
         ray.init(
+            address="local",  # also where another Ray runs on this machine
             num_cpus=max(cpus or os.cpu_count() or 1, 4),
             include_dashboard=False,
             object_store_memory=1024**3,

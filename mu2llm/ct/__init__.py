@@ -3,7 +3,7 @@
 from mu2llm.ct.augment import augment
 from mu2llm.ct.codes import REASONS, WARNINGS
 from mu2llm.ct.inspection import describe, inspect, three_planes
-from mu2llm.ct.preprocess import SPECS, ModelInput, prepare
+from mu2llm.ct.preprocess import SPECS, ModelInput, input_key, prepare
 from mu2llm.ct.reading import read
 from mu2llm.ct.volume import CTVolume, admit
 from mu2llm.records import PreprocessSpec, Rejection
@@ -19,6 +19,7 @@ __all__ = [
     "admit",
     "augment",
     "describe",
+    "input_key",
     "inspect",
     "prepare",
     "read",

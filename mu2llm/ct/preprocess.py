@@ -5,6 +5,7 @@ One separable resampling from stored voxels to the model's grid; nothing of full
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from dataclasses import dataclass
 
@@ -63,6 +64,11 @@ class ModelInput:
     chunk_mask: np.ndarray
     affine: np.ndarray
     spec_hash: str
+
+
+def input_key(voxels: np.ndarray, chunk_mask: np.ndarray) -> str:
+    """A name for what the model sees of a scan: the same wherever the same scan is prepared by the same spec."""
+    return hashlib.blake2b(voxels.tobytes() + chunk_mask.tobytes(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ class Row(Generic[T]):
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     arrived: float = field(default_factory=time.monotonic)
     left: bool = False
+    answered: bool = False
+    told: str = ""
 
     def __post_init__(self) -> None:
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
@@ -31,10 +33,12 @@ class Row(Generic[T]):
 
     def tell(self, piece: str) -> None:
         """A piece of the text was written; from the writing thread."""
+        self.told += piece
         self.loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     def finish(self, result: Any) -> None:
         """The answer, or the exception to raise; from the writing thread."""
+        self.answered = True
         self.loop.call_soon_threadsafe(self._finish, result)
 
     def _finish(self, result: Any) -> None:
@@ -110,5 +114,6 @@ class Batcher(Generic[T]):
             if len(rows) == 1:
                 rows[0].finish(error)
                 return
-            for row in rows:  # one that cannot be written fails alone
-                self._run([row])
+            for row in rows:  # one that cannot be written fails alone; what is over is not written again
+                if not row.left and not row.answered:
+                    self._run([row])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import io
 import logging
 import multiprocessing
@@ -81,14 +80,13 @@ def read(reading: Reading, max_slices: int) -> Scan:
     told = ct.describe(volume)
     facts = {**{name: told[name] for name in ("sha256", "shape", "spacing", "orientation", "warnings")}}
     voxels = np.ascontiguousarray(prepared.voxels)
-    key = hashlib.blake2b(voxels.tobytes() + prepared.chunk_mask.tobytes(), digest_size=16).hexdigest()
     return Scan(
         facts={**facts, "format": volume.format},
         voxels=voxels,
         chunk_mask=prepared.chunk_mask,
         affine=prepared.affine,
         spec_hash=reading.spec.hash,
-        key=key,
+        key=ct.input_key(voxels, prepared.chunk_mask),
         seconds=time.monotonic() - started,
         references=_references(reading, volume.series) if volume.format == sources.DICOM else None,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mu2llm import tracking
 from mu2llm.config import ServingConfig
-from mu2llm.errors import Failure, UserError
+from mu2llm.errors import UserError
 from mu2llm.evaluation.decoding import Decoding, Text, read_text, write
 from mu2llm.model import load
 from mu2llm.records import Checkpoint
@@ -106,6 +106,7 @@ class ReportGenerator:
         self.device = "cuda" if self.settings.generator.gpus else "cpu"
         self.source, self.why = "", "no checkpoint was loaded yet"
         self.loaded: Loaded | None = None
+        self.failed = False  # to load what is asked for
         self.warm_up_seconds: float | None = None
         self.batcher: Batcher[Asked] = Batcher(self._run, self.settings.max_batch_size, self.settings.batch_wait_s)
         self._loading = asyncio.Lock()
@@ -125,7 +126,7 @@ class ReportGenerator:
         """Looks the model up in the registry from time to time; tries again what could not be loaded."""
         while True:
             await asyncio.sleep(self.settings.registry_seconds)
-            if self.source.startswith(REGISTRY) or self.loaded is None:
+            if self.source.startswith(REGISTRY) or self.loaded is None or self.failed:
                 await self._load()
 
     async def _load(self) -> None:
@@ -133,15 +134,17 @@ class ReportGenerator:
             try:
                 uri = await asyncio.to_thread(tracking.locate, self.source)
                 if self.loaded is not None and self.loaded.uri == uri:
+                    self.failed = False
                     return
                 new = await asyncio.to_thread(Loaded, uri, self.device, self.settings.cached_scans)
                 seconds = await asyncio.to_thread(new.warm_up)
-            except (UserError, Failure, OSError, ValueError, RuntimeError) as error:
-                # an older checkpoint goes on writing; without one, readiness says why
+            except Exception as error:  # of storage, tracking server or model: this task must not end with it
+                # an older checkpoint goes on writing; without one, readiness says why; it is tried again
                 logger.error("checkpoint %s was not loaded: %s", self.source, error)
+                self.failed = True
                 self.why = f"the checkpoint could not be loaded ({type(error).__name__})"
                 return
-            self.loaded, self.warm_up_seconds = new, seconds
+            self.loaded, self.warm_up_seconds, self.failed = new, seconds, False
             logger.info("writes with %s, warmed up in %.2f s", uri, seconds)
 
     async def check_health(self) -> None:
@@ -230,7 +233,6 @@ class _Batch:
         self.encoded = time.monotonic()
         self.end = loaded.processor.tokenizer.eos_token_id
         self.ids: list[list[int]] = [[] for _ in rows]
-        self.told = [""] * len(rows)
         self.over: set[int] = set()
 
     def step(self, tokens: list[int]) -> None:
@@ -251,9 +253,9 @@ class _Batch:
     def _tell(self, index: int) -> None:
         text = read_text(self.ids[index], self.loaded.processor).text
         # a character of several bytes may not be whole yet
-        if not text.endswith("\ufffd") and text.startswith(self.told[index]) and text != self.told[index]:
-            self.rows[index].tell(text[len(self.told[index]) :])
-            self.told[index] = text
+        told = self.rows[index].told  # also by an earlier batch that failed
+        if not text.endswith("\ufffd") and text.startswith(told) and text != told:
+            self.rows[index].tell(text[len(told) :])
 
     def finish(self, row: Row[Asked], text: Text, features: Tensor | None = None) -> None:
         """The answer of a row; with `features`, and where it is asked for, where each sentence comes from."""

@@ -10,11 +10,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mu2llm.serving.problems import Problem
 
+TEXTS = ("/v1/green", "/v1/corrections")  # whose bodies hold nothing but texts
+MAX_TEXTS = 8 * 2**20
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval' blob:; "
     "worker-src 'self' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -39,13 +41,14 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started, read = False, 0
+        most = min(self.max_body, MAX_TEXTS) if scope["path"] in TEXTS else self.max_body
 
         async def counted() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self.max_body:
-                raise self._too_large()
+            if read > most:
+                raise _too_large(most)
             return message
 
         async def hardened(message: Message) -> None:
@@ -59,14 +62,14 @@ class Guard:
             await send(message)
 
         try:
-            self._check(Headers(scope=scope), scope["method"])
+            self._check(Headers(scope=scope), scope["method"], most)
             await self.app(scope, counted, hardened)
         except Problem as problem:
             if started:
                 raise
             await problem.response()(scope, receive, hardened)
 
-    def _check(self, headers: Headers, method: str) -> None:
+    def _check(self, headers: Headers, method: str, most: int) -> None:
         host = _name(headers.get("host", ""))
         if self.hosts is not None and host not in self.hosts:
             raise Problem(403, "host", "this address is not answered; see serving.hosts")
@@ -76,11 +79,12 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdigit():
             raise Problem(400, "bad_request", "Content-Length is not a number")
-        if int(length) > self.max_body:
-            raise self._too_large()
+        if int(length) > most:
+            raise _too_large(most)
 
-    def _too_large(self) -> Problem:
-        return Problem(413, "too_large", f"the request has more than {self.max_body} bytes (serving.max_body_mb)")
+
+def _too_large(most: int) -> Problem:
+    return Problem(413, "too_large", f"the request has more than {most} bytes (serving.max_body_mb; texts {MAX_TEXTS})")
 
 
 def is_loopback(host: str) -> bool:

@@ -29,6 +29,7 @@ class Metrics:
         self.green = Histogram("green_score", "valid GREEN scores given", buckets=_TENTHS, **at)
         self.invalid = Counter("green_invalid", "invalid judgements", **at)
         self.retries = Counter("retries", "calls done again because a replica died", ["deployment"], **at)
+        self.unsaved = Counter("reports_unsaved", "reports given whose record could not be stored", **at)
         self.corrections = Counter("corrections", "corrections stored", **at)
         self.ready = Gauge("ready", "1 when reports can be written", **at)
 

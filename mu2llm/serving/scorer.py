@@ -29,7 +29,7 @@ class GreenScorer:
         try:
             judge = await self._judge()
             return await asyncio.to_thread(judge.judge, pairs)
-        except (UserError, Failure, OSError) as error:
+        except (UserError, Failure, OSError, RuntimeError) as error:  # RuntimeError: a GPU without room
             return type(error).__name__
 
     async def answers(self) -> bool:

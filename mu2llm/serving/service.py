@@ -234,8 +234,12 @@ class Service:
     async def _made(self, work: Work, scan: Scan, written: Written) -> Made:
         report = _report(work, scan, written)
         files = list(work.upload.files)
-        volume = work.upload.uri or (await asyncio.to_thread(self.store.keep_scan, files) if files else None)
-        await asyncio.to_thread(self.store.save_report, report, volume, written.checkpoint)
+        try:
+            volume = work.upload.uri or (await asyncio.to_thread(self.store.keep_scan, files) if files else None)
+            await asyncio.to_thread(self.store.save_report, report, volume, written.checkpoint, scan.key)
+        except (Failure, OSError) as error:  # the report is worth more than its record: it can be corrected by its text
+            self.metrics.unsaved.inc()
+            logger.error("a report was given but could not be saved: %s", type(error).__name__)
         self._count(report, written)
         return Made(report, scan.references)
 
@@ -295,6 +299,7 @@ class Service:
             rejected=stored.text,
             checkpoint=stored.checkpoint,
             spec_hash=stored.spec_hash,
+            input_key=stored.input_key,
             time=now().isoformat(timespec="seconds"),
         )
         await asyncio.to_thread(self.store.save_correction, correction)

@@ -26,6 +26,7 @@ class StoredReport(BaseModel):
     volume: str | None
     checkpoint: str
     spec_hash: str
+    input_key: str = ""
     made: datetime
 
 
@@ -52,7 +53,7 @@ class Store:
 
     # ---- reports and corrections
 
-    def save_report(self, report: Report, volume: str | None, checkpoint: str) -> None:
+    def save_report(self, report: Report, volume: str | None, checkpoint: str, input_key: str) -> None:
         stored = StoredReport(
             id=report.id,
             text=report.report,
@@ -61,6 +62,7 @@ class Store:
             volume=volume,
             checkpoint=checkpoint,
             spec_hash=report.spec.hash,
+            input_key=input_key,
             made=now(),
         )
         self._write(self._at("reports", report.id), stored)

@@ -8,18 +8,19 @@ a language model has judged is not asked again. Radiologists' corrections are pa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from mu2llm import config, storage
-from mu2llm.cases import Shards
+from mu2llm.cases import Shards, dataset
 from mu2llm.config import Experiment
+from mu2llm.ct import input_key
 from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation.decoding import Decoding
 from mu2llm.evaluation.encode import encode_scans
@@ -81,7 +82,7 @@ def prefer(
     judge = judge or load_judge(experiment.judge.model_copy(update={"cache": kept_under}))
     corrected = Correction.read(corrections) if corrections else []
     settings = experiment.preferences
-    decides = [settings.model_dump(mode="json"), judge.identity, experiment.seed]
+    decides = [settings.model_dump(mode="json"), judge.identity, experiment.seed, experiment.evaluation.question]
     decides += [] if experiment.data.fraction == 1 else [experiment.data.fraction]
     decides += [correction.row() for correction in corrected]
     identity = config.digest([origin.lineage.identity, shards.checksum, *decides])
@@ -90,7 +91,7 @@ def prefer(
         if there.identity != identity:
             raise UserError(f"{out} holds pairs made otherwise; name another --out or delete it")
         return there
-    human, unused = correction_pairs(corrected, shards.cases(settings.split))
+    human, unused = correction_pairs(corrected, case_of_scan(corrected, shards, settings.split))
     if corrected and not human:
         raise UserError(f"{corrections}: none of {len(corrected)} corrections makes a pair: {_listed(unused)}")
     request = _request(checkpoint, shards, experiment)
@@ -130,19 +131,39 @@ def prefer(
     return result
 
 
+def case_of_scan(corrections: Sequence[Correction], shards: Shards, split: str) -> dict[str, str]:
+    """Correction → case of the split: by the scan's URI, else (an upload, a copy) by what the model saw of it."""
+    by_volume = {storage.absolute(case.volume): case.id for case in shards.cases(split)}
+    volumes = {each.id: storage.absolute(each.volume) for each in corrections if each.volume}
+    found = {id: by_volume[volume] for id, volume in volumes.items() if volume in by_volume}
+    left = [each for each in corrections if each.id not in found and each.spec_hash == shards.spec.hash]
+    if any(each.input_key for each in left):
+        by_key = input_keys(shards, split)
+        found |= {each.id: by_key[each.input_key] for each in left if each.input_key in by_key}
+    return found
+
+
+def input_keys(shards: Shards, split: str) -> dict[str, str]:
+    """What the model sees of each scan of a split, by its key → the case. Reads all voxels, on Ray Data."""
+
+    def keys(batch: dict[str, Any]) -> dict[str, Any]:
+        scans = zip(batch["voxels"], batch["chunk_mask"], strict=True)
+        return {"id": batch["id"], "key": [input_key(*scan) for scan in scans]}
+
+    rows = dataset(shards, split, ["id", "voxels", "chunk_mask"]).map_batches(keys, batch_size=8)
+    return {row["key"]: row["id"] for row in rows.iter_rows()}
+
+
 def correction_pairs(
-    corrections: Sequence[Correction], cases: Sequence[Case]
+    corrections: Sequence[Correction], case_of: Mapping[str, str]
 ) -> tuple[list[PreferencePair], Counter[str]]:
     """What was corrected in reports of the cases' scans, the edited report preferred, and why others are no pairs."""
-    by_volume = {storage.absolute(case.volume): case.id for case in cases}
     pairs: list[PreferencePair] = []
     unused: Counter[str] = Counter()
     for correction in corrections:
-        case_id = by_volume.get(storage.absolute(correction.volume)) if correction.volume else None
+        case_id = case_of.get(correction.id)
         chosen, rejected = (" ".join(text.split()) for text in (correction.chosen, correction.rejected))
-        if correction.volume is None:
-            unused["correction_of_a_scan_that_was_not_kept"] += 1
-        elif case_id is None:
+        if case_id is None:
             unused["correction_of_a_scan_not_in_the_split"] += 1
         elif chosen == rejected or not chosen or not rejected:
             unused["correction_without_a_change"] += 1

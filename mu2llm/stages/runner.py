@@ -154,7 +154,7 @@ def job(
         raise UserError(f"{shards.uri} has no rows in split train; ingest more scans or change data.split")
     origin = Checkpoint.open(parent) if parent else None
     if origin:
-        _check_parent(origin, experiment)
+        check_parent(origin, experiment)
     values = {
         "stage": stage,
         "experiment": experiment.model_dump(mode="json"),
@@ -170,7 +170,7 @@ def job(
     return Job(**{**values, **more})
 
 
-def _check_parent(parent: Checkpoint, experiment: Experiment) -> None:
+def check_parent(parent: Checkpoint, experiment: Experiment) -> None:
     """A UserError where a checkpoint to start from has another spec or other sizes than the experiment."""
     if parent.lineage.spec_hash != experiment.data.spec.hash:
         raise UserError(
@@ -773,8 +773,6 @@ class _Reports(TrainerCallback):
                 "seconds_left": elapsed / steps * (state.max_steps - state.global_step),
             }
         )
-        if not self.saved_on_preemption and _here.get().preempted():
-            control.should_save = self.saved_on_preemption = True
 
     def _validated(self, step: int) -> bool:
         every = self.job.validation.steps if self.job.validation else None
@@ -783,6 +781,8 @@ class _Reports(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._validated(state.global_step):
             control.should_save = True
+        if not self.saved_on_preemption and _here.get().preempted():
+            control.should_save = self.saved_on_preemption = True
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

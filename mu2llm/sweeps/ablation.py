@@ -26,7 +26,7 @@ from mu2llm.evaluation.scoring import Texts, embedded
 from mu2llm.evaluation.text_metrics import text_metrics
 from mu2llm.green import load_judge
 from mu2llm.records import Case, Checkpoint, Estimate
-from mu2llm.stages import contrastive, dpo
+from mu2llm.stages import contrastive, dpo, runner
 from mu2llm.stages.preferences import prefer, read_pairs
 from mu2llm.stages.runner import Watch, job
 from mu2llm.stages.validation import statistics
@@ -175,6 +175,7 @@ def plan(
                 f"{init} is of stage {parent.lineage.stage}; an ablation starts from a contrastive checkpoint"
             )
         check_spec(shards, parent, experiment)
+        runner.check_parent(parent, experiment)
     init = init or storage.join(out, "contrastive")
     if not shards.count("test"):
         raise UserError(f"{shards.uri} has no rows in split test, on which the ablation is measured")

@@ -35,6 +35,7 @@ def plan(data: str, init: str | None, out: str, experiment: Experiment) -> Sweep
     init = init or preferences.checkpoint
     shards, parent = Shards.open(preferences.shards), Checkpoint.open(init)
     check_spec(shards, parent, experiment)
+    runner.check_parent(parent, experiment)
     check_cases(shards, experiment)
     dpo.check(preferences, shards, read_pairs(data), init)
     space = Space.load("dpo", experiment)

@@ -29,8 +29,7 @@ def superset(preferences: str, out: str, settings: PreferencesConfig) -> str:
 def derived(preferences: str, out: str, settings: PreferencesConfig) -> str:
     """The pairs by `settings` below `out`, made unless they are there; a UserError where there are none."""
     origin = Preferences.open(preferences)
-    name = f"margin{settings.margin:g}-most{settings.pairs_per_case}"
-    uri = storage.join(out, name)
+    uri = place(out, settings)
     identity = config.digest([origin.identity, settings.margin, settings.pairs_per_case])
     if storage.exists(storage.join(uri, Preferences.FILE)) and Preferences.open(uri).identity == identity:
         return uri
@@ -38,6 +37,7 @@ def derived(preferences: str, out: str, settings: PreferencesConfig) -> str:
     pairs: list[PreferencePair] = []
     for _, group in groupby(judged, key=lambda item: item[0].case_id):
         pairs += make_pairs(prompt, list(group), settings)[0]
+    pairs += [pair for pair in read_pairs(preferences) if pair.origin == "human"]  # corrections, of no margin
     if not pairs:
         raise UserError(f"preferences.margin {settings.margin:g} leaves no pair of {preferences}")
     _write(storage.join(uri, "pairs.parquet"), PreferencePair.table(pairs))
@@ -45,6 +45,11 @@ def derived(preferences: str, out: str, settings: PreferencesConfig) -> str:
     changed = {"identity": identity, "pairs": len(pairs), "cases_with_pairs": cases, "dropped": {}}
     storage.write_json(storage.join(uri, Preferences.FILE), origin.model_copy(update=changed).model_dump(mode="json"))
     return uri
+
+
+def place(out: str, settings: PreferencesConfig) -> str:
+    """Where below `out` the pairs by these settings are."""
+    return storage.join(out, f"margin{settings.margin:g}-most{settings.pairs_per_case}")
 
 
 def take_reference(whole: str, part: str) -> None:

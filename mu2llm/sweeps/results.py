@@ -179,6 +179,7 @@ def command(stage: str, point: Mapping[str, Any], params: Params, experiment: Ex
     """The command that trains this again: the preset, what the sweep's own configuration changed of it, the params."""
     changed = dict(_differences(base.model_dump(mode="json"), experiment.model_dump(mode="json")))
     settings = {key: value for key, value in {**changed, **params}.items() if not key.startswith(("sweep.", "name"))}
+    settings = {key: value for key, value in settings.items() if stage != "dpo" or not key.startswith("preferences.")}
     sets = " ".join(f"--set {_quoted(key, value)}" for key, value in settings.items())
     return (
         f"mu2llm train {stage} --data {point['data']} --init {point['init']} --out winner --preset {experiment.name}"

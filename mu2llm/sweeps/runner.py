@@ -34,8 +34,7 @@ from mu2llm.sweeps.trial import DIRECTIONS, Plan, Point, Trial, known, run
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """(trials that ended, of how many, the last one's metrics)"""
-DRIVER_CPUS = 0.01
-STUDY = "sweep"
+DRIVER = {"memory": 1.0}  # of a trial whose workers do the work: a share of a CPU would be missing to these
 
 
 def concurrency(settings: StageConfig, sweep: SweepConfig) -> int:
@@ -74,7 +73,7 @@ def search(plan: Plan, space: Space, start: Point, sweep: SweepConfig, progress:
     if left <= 0:
         return before
     study_storage = database(plan.out, sweep)
-    proposals = _Proposals(space, start, sweep, study_storage, before, points)
+    proposals = _Proposals(space, start, sweep, study_storage, before, points, f"{plan.stage}-{plan.identity}")
     _tune(plan, sweep, proposals, left, len(before), progress)
     return Trial.read_all(plan.out)
 
@@ -153,7 +152,7 @@ def _trainable(plan: Plan) -> Callable[[dict[str, Any]], None]:
 def _resources(plan: Plan, sweep: SweepConfig) -> dict[str, float]:
     """Of the trial's own process: next to nothing where workers do the work."""
     if sweep.workers_per_trial:
-        return {"CPU": DRIVER_CPUS}
+        return DRIVER
     settings: StageConfig = getattr(plan.base, plan.stage)
     gpus = {"GPU": sweep.gpus_per_trial} if sweep.gpus_per_trial else {}
     return {"CPU": settings.cpus_per_worker, **gpus}
@@ -196,6 +195,7 @@ class _Proposals(OptunaSearch):
         database: optuna.storages.BaseStorage,
         before: Sequence[Trial],
         points: Sequence[Params],
+        study: str,
     ) -> None:
         self.space, self.start = space, start
         self.made = Counter(canonical(trial.point.params) for trial in before)
@@ -210,7 +210,7 @@ class _Proposals(OptunaSearch):
             mode=directions if several else directions[0],
             points_to_evaluate=None,
             sampler=samplers.get(sweep.search, optuna.samplers.RandomSampler)(seed=seed),
-            study_name=STUDY,
+            study_name=study,
             storage=database,
         )
         self._catch_up(before)

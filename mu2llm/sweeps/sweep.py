@@ -14,11 +14,11 @@ from mu2llm import config, storage, tracking
 from mu2llm.config import Experiment
 from mu2llm.errors import Failure, UserError
 from mu2llm.stages.runner import Watch
-from mu2llm.sweeps import results
+from mu2llm.sweeps import pairs, results
 from mu2llm.sweeps.final import Final, compare
 from mu2llm.sweeps.page import write_page
 from mu2llm.sweeps.runner import concurrency, search
-from mu2llm.sweeps.space import Space
+from mu2llm.sweeps.space import Space, apply
 from mu2llm.sweeps.trial import DIRECTIONS, Plan, Point, Trial
 
 FILE, RESULTS = "sweep.json", "results.json"
@@ -75,12 +75,30 @@ def run(sweep: Sweep, prepare: Callable[[], None], resume: bool, show: Show | No
             tracking.end_stage(tracked, {}, "FAILED")
             why = next((trial.why for trial in trials if trial.why), "none was measured")
             raise Failure(f"none of {len(trials)} trials came to its end: {results.statuses(trials)}, such as: {why}")
-        final = compare(plan, best, sweep, _teller("final", show)) if settings.final_seeds else None
+        results.write_parquet(sweep.out, trials)
+        found = _write(sweep, trials, rows, best, None, at_once)  # kept, whatever becomes of the final trainings
+        if settings.final_seeds:
+            try:
+                final = compare(plan, best, sweep, _teller("final", show))
+            except Failure:
+                tracking.end_stage(tracked, {}, "FAILED")
+                raise
+            found = _write(sweep, trials, rows, best, final, at_once)
+    tracking.end_stage(tracked, {"leaderboard": storage.lasting(storage.join(sweep.out, results.LEADERBOARD))})
+    return found
+
+
+def _write(
+    sweep: Sweep,
+    trials: list[Trial],
+    rows: list[results.Row],
+    best: results.Row,
+    final: Final | None,
+    at_once: int,
+) -> dict[str, Any]:
     found = _summary(sweep, trials, rows, best, final, at_once)
-    results.write_parquet(sweep.out, trials)
     write_page(sweep, trials, rows, found, final)
     storage.write_json(storage.join(sweep.out, RESULTS), found)
-    tracking.end_stage(tracked, {"leaderboard": storage.lasting(storage.join(sweep.out, results.LEADERBOARD))})
     return found
 
 
@@ -170,11 +188,18 @@ def _summary(
         },
         "final": final.model_dump() if final else None,
         "command": results.command(
-            sweep.stage, {"data": sweep.data, "init": sweep.init}, best.params, sweep.experiment, base
+            sweep.stage, {"data": _data(sweep, best), "init": sweep.init}, best.params, sweep.experiment, base
         ),
         "leaderboard": storage.join(sweep.out, results.LEADERBOARD),
         "page": storage.join(sweep.out, "sweep.html"),
     }
+
+
+def _data(sweep: Sweep, best: results.Row) -> str:
+    """What the best was trained on: its own pairs, where the search was over these too."""
+    if not set(pairs.KEYS) & set(best.params):
+        return sweep.data
+    return pairs.place(storage.join(sweep.out, "pairs"), apply(sweep.experiment, best.params).preferences)
 
 
 def _told(row: results.Row, objective: Sequence[str]) -> dict[str, Any]:

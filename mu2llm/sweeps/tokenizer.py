@@ -14,6 +14,7 @@ from mu2llm.config import Experiment
 from mu2llm.errors import UserError
 from mu2llm.evaluation.encode import encode_scans
 from mu2llm.records import Checkpoint
+from mu2llm.stages import runner
 from mu2llm.sweeps.space import Space
 from mu2llm.sweeps.sweep import Show, Sweep, run
 
@@ -37,6 +38,7 @@ def plan(data: str, init: str, out: str, experiment: Experiment) -> Sweep:
     if "kl" in experiment.sweep.objective:
         raise UserError("sweep.objective kl is a distance to a reference: it is for mu2llm sweep dpo")
     check_spec(shards, parent, experiment)
+    runner.check_parent(parent, experiment)
     check_cases(shards, experiment)
     space = Space.load("tokenizer", experiment)
     checksum = config.digest([shards.checksum, parent.lineage.identity])

@@ -79,7 +79,8 @@ class Plan(BaseModel):
         over = {
             f"{self.stage}.workers": workers,
             f"{self.stage}.gpus_per_worker": sweep.gpus_per_trial / max(workers, 1),
-            f"{self.stage}.max_failures": 0,  # Tune tries a lost trial again
+            # of its Train workers; Tune tries again a trial whose own process is lost
+            f"{self.stage}.max_failures": sweep.max_failures if workers else 0,
             f"{self.stage}.save_steps": settings.save_steps if workers else 10**9,
         }
         return apply(base, {**over, **point.params, "seed": point.seed})

@@ -76,6 +76,10 @@ def set_alias(alias: str, version: str) -> None:
     reachable().set_registered_model_alias(MODEL, alias, version)
 
 
+def drop_alias(alias: str) -> None:
+    reachable().delete_registered_model_alias(MODEL, alias)
+
+
 def aliases() -> dict[str, str]:
     """Alias → URI of the checkpoint that it names, for those that somebody has."""
     return {alias: registered(alias) for alias in ("champion", "challenger") if version_of(alias)}

@@ -115,3 +115,25 @@ def test_sentences_come_with_their_places(checkpoint, tmp_path):
         each["text"] for each in written.sentences
     ]
     assert written.seconds["saliency"] > 0
+
+
+def test_a_registry_that_failed_once_is_asked_again(checkpoint, tmp_path, monkeypatch):
+    """An error of the tracking server ended the task that follows the registry, unseen until a restart."""
+    answers = iter([ConnectionAbortedError("a hiccup"), Exception("MLflow's own kind of error")])
+
+    def locate(uri):
+        error = next(answers, None)
+        if error:
+            raise error
+        return checkpoint
+
+    monkeypatch.setattr("mu2llm.tracking.locate", locate)
+
+    async def use(generator):
+        before = await generator.status()
+        deadline = asyncio.get_running_loop().time() + 20
+        while not (await generator.status()).ready and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.1)
+        return before.ready, (await generator.status()).ready
+
+    assert with_generator("registry://mu2llm@champion", tmp_path, use) == (False, True)

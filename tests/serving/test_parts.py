@@ -82,6 +82,29 @@ def test_one_that_cannot_be_written_fails_alone():
     assert good == other == "good" and isinstance(bad, RuntimeError)
 
 
+def test_a_batch_that_fails_is_not_told_twice_nor_written_again_where_it_was_over():
+    """A streaming client once got the text from its start a second time, within one answer."""
+    seen = []
+
+    def run(rows):
+        seen.append([row.asked for row in rows])
+        for row in rows:
+            if not row.told:
+                row.tell("text")
+        if len(rows) > 1:
+            rows[0].finish("over")
+            raise RuntimeError("no")
+        rows[0].finish("good")
+
+    async def go():
+        batcher = Batcher(run, 4, 0.05)
+        rows = [batcher.add(Row(asked, Decoding(5), streamed=True)) for asked in "ab"]
+        return [("".join([piece async for piece in row.pieces()]), await row.done) for row in rows]
+
+    assert asyncio.run(go()) == [("text", "over"), ("text", "good")]
+    assert seen == [["a", "b"], ["b"]]
+
+
 def test_who_leaves_while_waiting_is_not_written():
     seen, go_on = [], threading.Event()
 

@@ -136,6 +136,19 @@ def test_pages_of_others_can_neither_read_nor_write():
     assert ask(headers={"host": "evil.example"}, hosts=None).status_code == 200
     assert ask(headers={"origin": "https://evil.example"}).status_code == 403
     assert ask(headers={"origin": "http://localhost:8000"}).status_code == 200
+    # with no-referrer a browser sends the plain page's own form with Origin: null
+    assert ask().headers["referrer-policy"] == "same-origin"
+
+
+def test_what_is_text_alone_has_a_smaller_limit():
+    guard = Guard(_echo, 1024**3, None, lambda path, status: None)
+
+    async def go(path):
+        transport = httpx.ASGITransport(app=guard)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
+            return (await client.post(path, content=b"x" * (9 * 2**20))).status_code
+
+    assert [asyncio.run(go(path)) for path in ("/v1/green", "/v1/corrections", "/v1/reports")] == [413, 413, 200]
 
 
 def test_no_message_of_a_rejection_that_may_hold_names_is_told():

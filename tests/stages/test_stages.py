@@ -22,6 +22,7 @@ from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation.encode import load_encoder
 from mu2llm.model import Mu2ForContrastive, load
 from mu2llm.records import Checkpoint, Correction
+from mu2llm.serving import decoder
 from mu2llm.stages import contrastive, dpo, preferences, sft, validation
 
 pytestmark = pytest.mark.slow
@@ -404,8 +405,20 @@ def test_corrections_are_pairs_of_their_own(written, shards, place):
     assert sum(made.dropped.values()) == 3
     dpo.check(made, Shards.open(shards), [pair], written.uri)
     file.write_text(given[2].model_dump_json())
-    with pytest.raises(UserError, match="none of 1 corrections makes a pair: 1 correction of a scan that was not kept"):
+    with pytest.raises(UserError, match="none of 1 corrections makes a pair: 1 correction of a scan not in the split"):
         preferences.prefer(written.uri, shards, str(place / "none"), alone, corrections=str(file))
+
+
+def test_a_correction_of_an_uploaded_scan_finds_its_case(shards):
+    """The page uploads, so there is no URI: what the model saw of the scan tells which case it is."""
+    opened = Shards.open(shards)
+    case = opened.cases("train")[3]
+    scan = decoder.read(decoder.Reading([storage.read_bytes(case.volume)], opened.spec), max_slices=2500)
+    given = {"scan_sha256": "0" * 64, "question": "?", "chosen": "a", "rejected": "b", "time": "2026-01-01T00:00:00Z"}
+    given |= {"input_key": scan.key}
+    same = Correction(id="same", spec_hash=opened.spec.hash, **given)
+    other = Correction(id="other", spec_hash="of another spec", **given)
+    assert preferences.case_of_scan([same, other], opened, "train") == {"same": case.id}
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_cases(vision, shards, place):

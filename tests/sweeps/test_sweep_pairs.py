@@ -6,6 +6,7 @@ import pytest
 
 from mu2llm import storage
 from mu2llm.errors import UserError
+from mu2llm.records import PreferencePair
 from mu2llm.stages.dpo import read_reference
 from mu2llm.stages.preferences import Preferences, read_pairs
 from mu2llm.sweeps import pairs as derived_pairs
@@ -27,6 +28,16 @@ def test_every_setting_takes_its_part_of_one_reference(pairs, least, tmp_path):
     chosen = read_reference(storage.join(part, "reference", "parent.parquet"))[:, 0]
     assert [every[int(row)] for row in chosen] == own
     assert Preferences.open(part).identity != Preferences.open(pairs).identity
+
+
+def test_corrections_are_in_the_pairs_of_every_margin(pairs, least, tmp_path):
+    place = storage.join(str(tmp_path), "with")
+    storage.copy_folder(pairs, place)
+    human = {"chosen_score": None, "rejected_score": None, "judge": "human", "origin": "human"}
+    corrected = read_pairs(pairs)[0].model_copy(update={"chosen": "There is a nodule.", **human})
+    derived_pairs._write(storage.join(place, "pairs.parquet"), PreferencePair.table([*read_pairs(pairs), corrected]))
+    part = derived_pairs.derived(place, str(tmp_path), least().preferences.model_copy(update={"margin": 0.6}))
+    assert [pair for pair in read_pairs(part) if pair.origin == "human"] == [corrected]
 
 
 def test_a_margin_that_leaves_nothing_says_so(pairs, least, tmp_path):

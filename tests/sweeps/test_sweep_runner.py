@@ -21,7 +21,7 @@ def proposals(out, before=(), *overrides, points=None):
     space = Space.load("tokenizer", given)
     database = runner.database(str(out), given.sweep)
     first = space.known_good(given) if points is None else points
-    return runner._Proposals(space, START, given.sweep, database, before, first)
+    return runner._Proposals(space, START, given.sweep, database, before, first, "sft-a")
 
 
 def record(top_k, green, number=0, seed=5):
