@@ -72,6 +72,7 @@ class Pipeline:
             if found.identity == self.identity:
                 self.done[name] = found
                 return found.result
+            storage.write_bytes(marker, b"")  # outputs are there, and of another configuration
             storage.delete(path)
         if not storage.exists(marker) or storage.read_bytes(marker).decode() != self.identity:
             for output in outputs:  # of another configuration; what an interrupted run left of this one is kept

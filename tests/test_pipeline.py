@@ -52,6 +52,28 @@ def test_what_no_pipeline_made_is_not_deleted(tmp_path):
     assert theirs.read_text() == "terabytes"
 
 
+def test_a_step_that_was_killed_while_it_made_room_goes_on(tmp_path, monkeypatch):
+    out, made = str(tmp_path / "out"), str(tmp_path / "out" / "made")
+
+    def step(decides):
+        steps = pipeline.Pipeline(out, config.load("tiny"), lambda *_: None)
+        return steps.step("work", decides, lambda: storage.write_json(made, decides) or {"made": decides}, [made])
+
+    step(1)
+    delete = storage.delete
+
+    def killed(uri):
+        if uri == made:
+            raise KeyboardInterrupt
+        delete(uri)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            step(2)
+    assert step(2) == {"made": 2} and storage.read_json(made) == 2
+
+
 def test_an_alias_does_not_go_over_to_the_checkpoint_that_takes_the_place(tmp_path, monkeypatch):
     """A champion's folder was trained into again, and the registry then named a model that no audit had passed."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mu2llm.db")
