@@ -75,31 +75,26 @@ def run(sweep: Sweep, prepare: Callable[[], None], resume: bool, show: Show | No
             tracking.end_stage(tracked, {}, "FAILED")
             why = next((trial.why for trial in trials if trial.why), "none was measured")
             raise Failure(f"none of {len(trials)} trials came to its end: {results.statuses(trials)}, such as: {why}")
-        results.write_parquet(sweep.out, trials)
-        found = _write(sweep, trials, rows, best, None, at_once)  # kept, whatever becomes of the final trainings
+        found = _summary(sweep, trials, rows, best, None, at_once)
+        _write(sweep, trials, rows, found, None)  # kept, whatever becomes of the final trainings
         if settings.final_seeds:
             try:
                 final = compare(plan, best, sweep, _teller("final", show))
             except Failure:
                 tracking.end_stage(tracked, {}, "FAILED")
                 raise
-            found = _write(sweep, trials, rows, best, final, at_once)
+            found = _summary(sweep, trials, rows, best, final, at_once)
+            _write(sweep, trials, rows, found, final)
     tracking.end_stage(tracked, {"leaderboard": storage.lasting(storage.join(sweep.out, results.LEADERBOARD))})
     return found
 
 
 def _write(
-    sweep: Sweep,
-    trials: list[Trial],
-    rows: list[results.Row],
-    best: results.Row,
-    final: Final | None,
-    at_once: int,
-) -> dict[str, Any]:
-    found = _summary(sweep, trials, rows, best, final, at_once)
+    sweep: Sweep, trials: Sequence[Trial], rows: Sequence[results.Row], found: dict[str, Any], final: Final | None
+) -> None:
+    results.write_parquet(sweep.out, trials)
     write_page(sweep, trials, rows, found, final)
     storage.write_json(storage.join(sweep.out, RESULTS), found)
-    return found
 
 
 def plan_of(sweep: Sweep, tracked: tracking.StageRun | None, watch: Watch | None = None, out: str = "") -> Plan:
