@@ -201,12 +201,17 @@ class SftConfig(StageConfig):
     alignment: float = Field(
         0, ge=0, description="weight of the loss that holds the visual tokens against the report's findings"
     )
+    alignment_first: float = Field(
+        0, ge=0, lt=1, description="share of the steps, at the start, that train by the alignment alone: cheap ones"
+    )
     report_share: float = Field(0.8, ge=0, le=1, description="share of reports; the rest are the case's questions")
 
     @model_validator(mode="after")
     def _thaws_what_is_frozen(self) -> Self:
         if self.thaw_vision is not None and (not self.freeze_vision or self.fsdp):
             raise ValueError("thaw_vision needs freeze_vision, and does not go with fsdp")
+        if self.alignment_first and not self.alignment:
+            raise ValueError("alignment_first needs alignment above 0: it is all that those steps learn by")
         if self.thaw_vision is not None and self.alignment and self.workers not in (0, 1):
             raise ValueError("thaw_vision and alignment together go with one worker only")
         return self
@@ -338,7 +343,6 @@ class ServingConfig(Section):
     request_seconds: float = Field(300, gt=0, description="for one whole report; longer ones are jobs")
     max_pairs: int = Field(256, ge=1, description="pairs of one /v1/green request")
     max_batch_size: int = Field(8, ge=1, description="scans and questions that are written at a time")
-    batch_wait_s: float = Field(0.02, ge=0, description="how long the first of a batch waits for others")
     max_queued_requests: int = Field(64, ge=1, description="report requests taken on at once; above: 429")
     cached_scans: int = Field(64, ge=0, description="scans whose encoding a generator remembers")
     jobs_at_once: int = Field(2, ge=1)

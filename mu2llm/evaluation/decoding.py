@@ -5,13 +5,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor
 
@@ -40,18 +38,6 @@ class Text:
     finished: bool
 
 
-class Watch(Protocol):
-    """Follows a batch while it is written, from the thread that writes it."""
-
-    def step(self, tokens: list[int]) -> None:
-        """The next token of each row; padding where a row has come to its end."""
-        ...
-
-    def stopped(self) -> list[bool]:
-        """For each row, whether no more of it is wanted."""
-        ...
-
-
 @torch.inference_mode()
 def write(
     model: Mu2ForConditionalGeneration,
@@ -61,11 +47,10 @@ def write(
     questions: Sequence[str],
     keys: Sequence[str],
     decoding: Decoding,
-    watch: Watch | None = None,
 ) -> list[list[Text]]:
     """vision_features (R, T, n, E) and chunk_mask (R, T) with a question each → `decoding.samples` texts each.
 
-    `keys` (R,), such as the cases' ids, decide with seed and number what is drawn. `watch` sees each step.
+    `keys` (R,), such as the cases' ids, decide with seed and number what is drawn.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in processor.encode(questions).items()}
     asked = {name: inputs[name] for name in ("question_ids", "question_mask")}
@@ -77,7 +62,7 @@ def write(
     )
     processors = LogitsProcessorList()
     if decoding.temperature:
-        uniform = torch.tensor(np.concatenate([_draws(key, decoding) for key in keys])).to(model.device)
+        uniform = torch.tensor(np.concatenate([draws(key, decoding) for key in keys])).to(model.device)
         processors.append(_Sampling(uniform, ids.shape[1], decoding))
     tokenizer = processor.tokenizer
     written = model.generate(
@@ -94,39 +79,9 @@ def write(
         temperature=None,
         top_p=None,
         top_k=None,
-        **_watched(watch),
     )
     texts = [read_text(row.tolist(), processor) for row in written[:, ids.shape[1] :].cpu()]
     return [texts[start : start + decoding.samples] for start in range(0, len(texts), decoding.samples)]
-
-
-def _watched(watch: Watch | None) -> dict[str, Any]:
-    if watch is None:
-        return {}
-    return {"streamer": _Steps(watch), "stopping_criteria": StoppingCriteriaList([_Stopping(watch)])}
-
-
-class _Steps(BaseStreamer):
-    """Tells a watch of each step; what transformers puts first is the prompt."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch, self.begun = watch, False
-
-    def put(self, value: Tensor) -> None:
-        if self.begun:
-            self.watch.step(value.flatten().tolist())
-        self.begun = True
-
-    def end(self) -> None:
-        pass
-
-
-class _Stopping(StoppingCriteria):
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        return torch.tensor(self.watch.stopped(), device=input_ids.device)
 
 
 def read_text(ids: list[int], processor: Mu2Processor) -> Text:
@@ -137,24 +92,29 @@ def read_text(ids: list[int], processor: Mu2Processor) -> Text:
     return Text(processor.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), finished)
 
 
-def _draws(key: str, decoding: Decoding) -> np.ndarray:
+def draws(key: str, decoding: Decoding) -> np.ndarray:
     """(samples, max_new_tokens) uniform numbers that depend on nothing but seed, key and sample."""
     seeds = ([decoding.seed, zlib.crc32(key.encode()), sample] for sample in range(decoding.samples))
     return np.stack([np.random.default_rng(seed).random(decoding.max_new_tokens) for seed in seeds])
 
 
+def nucleus(scores: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
+    """Scores (R, vocabulary) and uniform numbers (R, 1) → ids (R, 1), drawn from the fewest tokens that hold top_p."""
+    probability, order = (scores.double() / decoding.temperature).softmax(-1).sort(dim=-1, descending=True)
+    below = probability.cumsum(-1) - probability
+    size = (below < decoding.top_p).sum(-1, keepdim=True)
+    mass = (below + probability).gather(-1, size - 1)
+    place = ((below <= uniform * mass).sum(-1, keepdim=True) - 1).clamp(min=0)
+    return order.gather(-1, torch.minimum(place, size - 1))
+
+
 class _Sampling(LogitsProcessor):
-    """Nucleus sampling by given uniform numbers (rows, steps): leaves one token to choose from."""
+    """Leaves the one token that is drawn by given uniform numbers (rows, steps)."""
 
     def __init__(self, uniform: Tensor, prompt_length: int, decoding: Decoding) -> None:
         self.uniform, self.prompt_length, self.decoding = uniform, prompt_length, decoding
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        probability, order = (scores.double() / self.decoding.temperature).softmax(-1).sort(dim=-1, descending=True)
-        below = probability.cumsum(-1) - probability
-        nucleus = (below < self.decoding.top_p).sum(-1, keepdim=True)  # the fewest tokens that hold top_p
-        mass = (below + probability).gather(-1, nucleus - 1)
-        draw = self.uniform[:, input_ids.shape[1] - self.prompt_length, None] * mass
-        place = ((below <= draw).sum(-1, keepdim=True) - 1).clamp(min=0)
-        place = torch.minimum(place, nucleus - 1)
-        return torch.full_like(scores, float("-inf")).scatter(-1, order.gather(-1, place), 0.0)
+        uniform = self.uniform[:, input_ids.shape[1] - self.prompt_length, None]
+        drawn = nucleus(scores, uniform, self.decoding)
+        return torch.full_like(scores, float("-inf")).scatter(-1, drawn, 0.0)

@@ -137,9 +137,9 @@ class Mu2Model(Mu2PreTrainedModel):
         **kwargs: Any,
     ) -> Mu2ModelOutput:
         """B scans may serve k·B sequences: each scan's tokens then serve k neighbouring rows, or with `tile_scans`
-        rows i, B + i, 2B + i … (DPO: all chosen before all rejected). `selection` is of the scans, not the rows."""
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        rows i, B + i, 2B + i … (DPO: all chosen before all rejected). `selection` is of the scans, not the rows.
+
+        Without input_ids and inputs_embeds the scans' visual tokens are all that is made."""
         if visual_tokens is None and (volumes is not None or vision_features is not None):
             visual_tokens = self.encode_volumes(
                 volumes, chunk_mask, question_ids, question_mask, vision_features, return_selection
@@ -150,6 +150,10 @@ class Mu2Model(Mu2PreTrainedModel):
             raise UserError(
                 "return_selection needs a scan: give volumes, or vision_features, or what encode_volumes gave"
             )
+        if input_ids is None and inputs_embeds is None:
+            return Mu2ModelOutput(visual_tokens=tokens, selection=selection)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         if tokens is not None:
             if input_ids is None:
                 raise UserError("visual tokens need input_ids to find their placeholders; inputs_embeds has none")
@@ -262,6 +266,8 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
+        if outputs.last_hidden_state is None:
+            return Mu2CausalLMOutput(visual_tokens=outputs.visual_tokens, selection=outputs.selection)
         last = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, last])
         loss = None

@@ -1,11 +1,12 @@
-"""Requests → batches: those that wait are written together, each is told of its tokens, and any may leave."""
+"""Requests on their way to the writing thread: who waits, who is told of pieces of the text, who has left."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -59,61 +60,37 @@ class Row(Generic[T]):
                 yield text
 
 
-class Batcher(Generic[T]):
-    """Takes rows and hands them, up to `size` of the same decoding at a time, to `run` in one thread of its own."""
+class Waiting(Generic[T]):
+    """Rows to be written, in the order of their arrival: added in the event loop, taken by the writing thread."""
 
-    def __init__(self, run: Callable[[list[Row[T]]], None], size: int, wait: float) -> None:
-        self.run, self.size, self.wait = run, size, wait
-        self.waiting: deque[Row[T]] = deque()
+    def __init__(self) -> None:
+        self._rows: deque[Row[T]] = deque()
+        self._lock = threading.Lock()
         self._arrival = asyncio.Event()
-        self._loop: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def add(self, row: Row[T]) -> Row[T]:
-        if self._loop is None:
-            self._loop = asyncio.create_task(self._work())
-        self.waiting.append(row)
+        with self._lock:
+            self._rows.append(row)
         self._arrival.set()
         return row
+
+    async def arrival(self) -> None:
+        """Returns when somebody waits."""
+        while not self._rows:
+            self._arrival.clear()
+            await self._arrival.wait()
+
+    def take(self, most: int) -> list[Row[T]]:
+        """The first that wait, at most so many."""
+        with self._lock:
+            return [self._rows.popleft() for _ in range(min(most, len(self._rows)))]
 
     def leave(self, row: Row[T]) -> None:
         """The client is gone: a waiting row goes, a running one is written no further."""
         row.left = True
-        if row in self.waiting:
-            self.waiting.remove(row)
-
-    @property
-    def broken(self) -> bool:
-        return self._loop is not None and self._loop.done()
-
-    async def _work(self) -> None:
-        while True:
-            await self._arrival.wait()
-            deadline = time.monotonic() + self.wait
-            while len(self.waiting) < self.size and (left := deadline - time.monotonic()) > 0:
-                await asyncio.sleep(min(left, 0.005))
-            rows = self._take()
-            if not self.waiting:
-                self._arrival.clear()
-            if rows:
-                await asyncio.to_thread(self._run, rows)
-
-    def _take(self) -> list[Row[T]]:
-        """The first that waits and those that can be written with it, in the order of their arrival."""
-        if not self.waiting:
-            return []
-        decoding = self.waiting[0].decoding
-        rows = [row for row in self.waiting if row.decoding == decoding][: self.size]
-        for row in rows:
-            self.waiting.remove(row)
-        return rows
-
-    def _run(self, rows: list[Row[T]]) -> None:
-        try:
-            self.run(list(rows))
-        except Exception as error:
-            if len(rows) == 1:
-                rows[0].finish(error)
-                return
-            for row in rows:  # one that cannot be written fails alone; what is over is not written again
-                if not row.left and not row.answered:
-                    self._run([row])
+        with self._lock:
+            if row in self._rows:
+                self._rows.remove(row)

@@ -1,4 +1,4 @@
-"""`ReportGenerator`: holds the checkpoint, writes reports in batches, follows the registry."""
+"""`ReportGenerator`: holds the checkpoint, writes reports together, follows the registry."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ from torch import Tensor
 from mu2llm import tracking
 from mu2llm.config import ServingConfig
 from mu2llm.errors import UserError
-from mu2llm.evaluation.decoding import Decoding, Text, read_text, write
+from mu2llm.evaluation.decoding import Decoding, read_text
 from mu2llm.model import load
 from mu2llm.records import Checkpoint
-from mu2llm.serving.batching import Batcher, Row
+from mu2llm.serving.batching import Row, Waiting
 from mu2llm.serving.decoder import Scan
 from mu2llm.serving.exchange import Asked, Status, Unable, Written
 from mu2llm.serving.saliency import overlay, sentence_maps
+from mu2llm.serving.writing import Line, Writing
 
 logger = logging.getLogger("ray.serve")
 REGISTRY = f"registry://{tracking.MODEL}@"
@@ -75,27 +77,23 @@ class Loaded:
         """A short report of an empty scan; the seconds it took."""
         started = time.monotonic()
         voxels = torch.zeros(1, *self.spec.shape, dtype=torch.uint8 if self.spec.dtype == "uint8" else torch.float32)
-        mask = torch.ones(1, self.spec.chunks, dtype=torch.bool)
+        mask = torch.ones(1, self.spec.chunks, dtype=torch.bool, device=self.model.device)
         with torch.inference_mode():
-            features = self.model.encode_vision(voxels.to(self.model.device), mask.to(self.model.device))
-        write(
-            self.model,
-            self.processor,
-            features,
-            mask.to(self.model.device),
-            [self.question],
-            ["warm-up"],
-            Decoding(WARM_UP_TOKENS),
-        )
+            features = self.model.encode_vision(voxels.to(self.model.device), mask)
+        writing = Writing(self.model, self.processor)
+        writing.join(features, mask, [Line(self.question, "warm-up", Decoding(WARM_UP_TOKENS))])
+        for _ in range(WARM_UP_TOKENS - 1):
+            writing.step()
         return time.monotonic() - started
 
 
 class ReportGenerator:
     """Scans and questions → reports. Its `user_config` is `{"checkpoint": URI or registry://mu2llm@ALIAS}`.
 
-    The first checkpoint is loaded before the replica counts as running; another one is loaded beside it, and takes
-    over between two batches, so that nothing is dropped. Without `tracking_store` the registry is the one that
-    MLFLOW_TRACKING_URI names where the replica runs.
+    Reports are written together, up to `max_batch_size` at a time: who comes joins those that are being written, and
+    who is done or has left makes room. The first checkpoint is loaded before the replica counts as running; another
+    one is loaded beside it, and takes over when what the old one has begun is written: nothing is dropped. Without
+    `tracking_store` the registry is the one that MLFLOW_TRACKING_URI names where the replica runs.
     """
 
     def __init__(self, settings: dict[str, Any], tracking_store: str | None) -> None:
@@ -108,7 +106,9 @@ class ReportGenerator:
         self.loaded: Loaded | None = None
         self.failed = False  # to load what is asked for
         self.warm_up_seconds: float | None = None
-        self.batcher: Batcher[Asked] = Batcher(self._run, self.settings.max_batch_size, self.settings.batch_wait_s)
+        self.waiting: Waiting[Asked] = Waiting()
+        self.broken = False  # its device: only a new process can write again
+        self._writer: asyncio.Task[None] | None = None
         self._loading = asyncio.Lock()
         self._follower: asyncio.Task[None] | None = None
 
@@ -148,15 +148,16 @@ class ReportGenerator:
             logger.info("writes with %s, warmed up in %.2f s", uri, seconds)
 
     async def check_health(self) -> None:
-        if self.batcher.broken:
+        if self._writer is not None and self._writer.done():
             raise RuntimeError("the writing loop has ended")
+        if self.broken:
+            raise RuntimeError("the device has failed")
 
     async def status(self) -> Status:
         loaded = self.loaded
-        if loaded is None:
+        if loaded is None or self.broken:
             return Status(False, self.why)
-        waiting = len(self.batcher.waiting)
-        return Status(True, "", loaded.facts, loaded.spec, loaded.question, waiting, self.warm_up_seconds)
+        return Status(True, "", loaded.facts, loaded.spec, loaded.question, len(self.waiting), self.warm_up_seconds)
 
     async def write(self, asked: Asked) -> Written | Unable:
         """The whole report."""
@@ -167,7 +168,7 @@ class ReportGenerator:
             result: Written | Unable = await row.done
             return result
         finally:
-            self.batcher.leave(row)
+            self.waiting.leave(row)
 
     async def stream(self, asked: Asked) -> AsyncIterator[str | Written | Unable]:
         """Pieces of the text as they are written, then the whole report."""
@@ -180,11 +181,11 @@ class ReportGenerator:
                 yield piece
             yield await row.done
         finally:
-            self.batcher.leave(row)
+            self.waiting.leave(row)
 
     def _admit(self, asked: Asked, streamed: bool = False) -> Row[Asked] | Unable:
         loaded = self.loaded
-        if loaded is None:
+        if loaded is None or self.broken:
             return Unable("not_ready", self.why)
         if asked.scan.spec_hash != loaded.spec.hash:
             return Unable("wrong_spec")
@@ -197,89 +198,134 @@ class ReportGenerator:
         if length < 1:
             return Unable("too_long", "the question leaves no room for an answer")
         decoding = Decoding(length, 1, asked.temperature, asked.top_p, asked.seed)
-        return self.batcher.add(Row(asked, decoding, streamed))
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._work())
+        return self.waiting.add(Row(asked, decoding, streamed))
 
-    def _run(self, rows: list[Row[Asked]]) -> None:
-        """Writes one batch, in the batcher's thread."""
-        loaded, started = self.loaded, time.monotonic()
-        assert loaded is not None
-        for row in [row for row in rows if row.asked.scan.spec_hash != loaded.spec.hash]:
+    async def _work(self) -> None:
+        while True:
+            await self.waiting.arrival()
+            await asyncio.to_thread(self._write)
+
+    def _write(self) -> None:
+        """Writes what waits, in a thread, until nobody waits."""
+        while len(self.waiting):
+            assert self.loaded is not None
+            group = _Group(self.loaded)
+            try:
+                self._together(group)
+            except Exception as error:
+                self._alone(group.taken, error)
+
+    def _together(self, group: _Group) -> None:
+        """Until the group is empty; others join it, as long as it is of the checkpoint that is to write."""
+        while True:
+            if self.loaded is group.loaded and group.open:
+                group.join(self.waiting.take(self.settings.max_batch_size - len(group)))
+            if not len(group):
+                return
+            group.step()
+
+    def _alone(self, rows: list[Row[Asked]], error: Exception) -> None:
+        """One that cannot be written fails alone; what is over is not written again."""
+        logger.warning("writing %d reports together failed (%s); each by itself now", len(rows), type(error).__name__)
+        for row in [row for row in rows if not row.answered and not row.left]:
+            assert self.loaded is not None
+            group = _Group(self.loaded)
+            try:
+                group.join([row])
+                while len(group):
+                    group.step()
+            except Exception as failed:
+                if isinstance(failed, torch.AcceleratorError):
+                    self.broken, self.why = True, "its device failed, and another replica takes over"
+                row.finish(Unable("not_ready", self.why) if self.broken else failed)
+
+
+class _Group:
+    """Rows that are written together: tells them of their text, lets go of those that are over."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.writing = Writing(loaded.model, loaded.processor)
+        self.taken: list[Row[Asked]] = []
+        self._rows: dict[Line, _Place] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def open(self) -> bool:
+        return self.writing.open
+
+    def join(self, rows: list[Row[Asked]]) -> None:
+        """Encodes the rows' scans and writes their first tokens; who comes from another preprocessing is sent back."""
+        self.taken = [row for row in self.taken if not row.answered] + rows
+        started = time.monotonic()
+        for row in [row for row in rows if row.asked.scan.spec_hash != self.loaded.spec.hash]:
             row.finish(Unable("wrong_spec"))  # the model was swapped while it waited
-            rows.remove(row)
+        rows = [row for row in rows if not row.answered]
         if not rows:
             return
-        cached = [loaded.knows(row.asked.scan.key) for row in rows]
-        features = loaded.features({row.asked.scan.key: row.asked.scan for row in rows})
-        batch = _Batch(loaded, rows, cached, started)
-        texts = write(
-            loaded.model,
-            loaded.processor,
-            torch.stack([features[row.asked.scan.key] for row in rows]),
-            _mask(rows, loaded),
-            [_question(row.asked, loaded) for row in rows],
-            [row.asked.scan.key for row in rows],
-            rows[0].decoding,
-            batch,
-        )
-        for row, text in zip(rows, texts, strict=True):
-            batch.finish(row, text[0], features[row.asked.scan.key])
+        cached = [self.loaded.knows(row.asked.scan.key) for row in rows]
+        features = self.loaded.features({row.asked.scan.key: row.asked.scan for row in rows})
+        encoded = time.monotonic()
+        lines = [Line(_question(row.asked, self.loaded), row.asked.scan.key, row.decoding) for row in rows]
+        given = [features[row.asked.scan.key] for row in rows]
+        for row, line, known, each in zip(rows, lines, cached, given, strict=True):
+            self._rows[line] = _Place(row, each, known, started, encoded)
+        for place in self._rows.values():
+            place.together = max(place.together, len(self._rows))
+        self.writing.join(torch.stack(given), _mask(rows, self.loaded), lines)
+        self._follow(lines)
 
+    def step(self) -> None:
+        self.writing.step()
+        self._follow(self.writing.lines)
 
-class _Batch:
-    """Follows a batch while it is written: tells the rows of their text, lets go of those that came to their end."""
+    def _follow(self, lines: list[Line]) -> None:
+        """What follows from a further token of each line."""
+        gone = set()
+        for line in lines:
+            row = self._rows[line].row
+            over = line.ids[-1] == self.loaded.processor.tokenizer.eos_token_id
+            if row.streamed and not row.left:
+                self._tell(row, line)
+            if row.left or over or len(line.ids) == line.decoding.max_new_tokens:
+                gone.add(line)
+        for line in gone:
+            place = self._rows.pop(line)
+            if not place.row.left:
+                self._finish(place, line)
+        self.writing.leave(gone)
 
-    def __init__(self, loaded: Loaded, rows: list[Row[Asked]], cached: list[bool], started: float) -> None:
-        self.loaded, self.rows, self.cached, self.started = loaded, rows, cached, started
-        self.encoded = time.monotonic()
-        self.end = loaded.processor.tokenizer.eos_token_id
-        self.ids: list[list[int]] = [[] for _ in rows]
-        self.over: set[int] = set()
+    def _tell(self, row: Row[Asked], line: Line) -> None:
+        text = read_text(line.ids, self.loaded.processor).text
+        # a character of several bytes may not be whole yet; what was told before a failure is not told again
+        if not text.endswith("\ufffd") and text.startswith(row.told) and text != row.told:
+            row.tell(text[len(row.told) :])
 
-    def step(self, tokens: list[int]) -> None:
-        for index, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
-            if index in self.over:
-                continue
-            self.ids[index].append(token)
-            if row.streamed:
-                self._tell(index)
-            if token == self.end:
-                self.over.add(index)
-                if not row.asked.saliency:
-                    self.finish(row, read_text(self.ids[index], self.loaded.processor))
-
-    def stopped(self) -> list[bool]:
-        return [row.left for row in self.rows]
-
-    def _tell(self, index: int) -> None:
-        text = read_text(self.ids[index], self.loaded.processor).text
-        # a character of several bytes may not be whole yet
-        told = self.rows[index].told  # also by an earlier batch that failed
-        if not text.endswith("\ufffd") and text.startswith(told) and text != told:
-            self.rows[index].tell(text[len(told) :])
-
-    def finish(self, row: Row[Asked], text: Text, features: Tensor | None = None) -> None:
-        """The answer of a row; with `features`, and where it is asked for, where each sentence comes from."""
-        written = time.monotonic()
-        maps = None
-        if row.asked.saliency and features is not None and not row.left:
-            maps = self._maps(row, text.text, features)
+    def _finish(self, place: _Place, line: Line) -> None:
+        """The answer of a row, where it is asked for with where each sentence comes from."""
+        loaded, row, written = self.loaded, place.row, time.monotonic()
+        text = read_text(line.ids, loaded.processor)
+        maps = self._maps(row, text.text, place.features) if row.asked.saliency else None
         seconds = {
-            "queue": self.started - row.arrived,
-            "encode": self.encoded - self.started,
-            "write": written - self.encoded,
+            "queue": place.started - row.arrived,
+            "encode": place.encoded - place.started,
+            "write": written - place.encoded,
             "saliency": time.monotonic() - written,
         }
-        loaded = self.loaded
         row.finish(
             Written(
                 text=text.text,
-                question=_question(row.asked, loaded),
+                question=line.question,
                 tokens=text.tokens,
                 finished=text.finished,
                 model=loaded.facts,
                 spec={"name": loaded.spec.name, "hash": loaded.spec.hash},
-                batch=len(self.rows),
-                cached=self.cached[self.rows.index(row)],
+                batch=place.together,
+                cached=place.cached,
                 seconds=seconds,
                 checkpoint=loaded.uri,
                 sentences=maps,
@@ -304,6 +350,18 @@ class _Batch:
             }
             for span, weights in found
         ]
+
+
+@dataclass
+class _Place:
+    """A row in a group; `together` is the most rows that it was written with, itself among them."""
+
+    row: Row[Asked]
+    features: Tensor
+    cached: bool
+    started: float
+    encoded: float
+    together: int = 0
 
 
 def _mask(rows: list[Row[Asked]], loaded: Loaded) -> Tensor:

@@ -3,8 +3,9 @@
 The instruction is in the backbone's chat format and the loss is on the answer alone. With `freeze_vision` and
 `cache_vision` each scan is encoded once, before training; every epoch then reads the features. With `thaw_vision`
 frozen vision is trained too after that share of the steps. With `alignment` the visual tokens are also held against
-the findings of the report, as the features were in the contrastive stage: a language model from scratch learns to
-read them only once there is something to read.
+the findings of the report, as the features were in the contrastive stage: a language model learns to read them only
+once there is something to read. With `alignment_first` that is all that the first share of the steps does: they leave
+the language model out, whose steps are what costs where it is large.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from mu2llm.stages.texts import TextBank
 from mu2llm.stages.validation import PREFIX, Validation, scans, score
 
 COLUMNS = ["id", "report", "questions", "chunk_mask"]
+OF_THE_TEXT = ("input_ids", "attention_mask", "labels")
 
 
 def run(
@@ -93,10 +95,12 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
         lengths=[len(report) for report in reports] if settings.group_by_length else None,
     )
     with tempfile.TemporaryDirectory() as folder:
-        # what is frozen at first has no gradient then
-        unused = {"ddp_find_unused_parameters": settings.thaw_vision is not None}
+        alone = int(settings.alignment_first * job.total_steps)
+        # what is frozen or left out at first has no gradient then
+        unused = {"ddp_find_unused_parameters": settings.thaw_vision is not None or alone > 0}
         trainer = SftTrainer(model=model, args=TrainingArguments(**runner.arguments(job, folder, **unused)))
-        trainer.batches, trainer.alignment, trainer.processor = batches, settings.alignment, processor
+        trainer.batches, trainer.processor = batches, processor
+        trainer.alignment, trainer.alone = settings.alignment, alone
         if settings.thaw_vision is not None:
             trainer.add_callback(Thaw(whole.model.vision, int(settings.thaw_vision * job.total_steps)))
         if job.watch:
@@ -117,9 +121,13 @@ def training_cases(job: runner.Job, shards: Shards) -> tuple[list[str], list[str
 
 
 class SftTrainer(runner.Streamed, Trainer):
-    """The model's own loss, averaged over the answer tokens of all workers, and that of the alignment."""
+    """The model's own loss, averaged over the answer tokens of all workers, and that of the alignment.
+
+    In the first `alone` steps that of the alignment is all there is, and the language model has no part in them.
+    """
 
     alignment: float
+    alone: int
     processor: Mu2Processor
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -130,13 +138,21 @@ class SftTrainer(runner.Streamed, Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         texts, targets = inputs.pop("text_embeddings", None), inputs.pop("targets", None)
+        if self.state.global_step < self.alone:
+            output = model(**{name: value for name, value in inputs.items() if name not in OF_THE_TEXT})
+            loss = self._apart(model, output.visual_tokens, texts, targets)
+            return (loss, output) if return_outputs else loss
         loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
         if texts is not None:
-            head, tokens = self.accelerator.unwrap_model(model).alignment, output.visual_tokens
-            logits = head(texts, head.scan(tokens[:, None]), torch.ones_like(tokens[..., 0], dtype=torch.bool))
-            apart = functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
-            loss = loss + self.alignment * apart / self.args.gradient_accumulation_steps
+            loss = loss + self._apart(model, output.visual_tokens, texts, targets)
         return (loss, output) if return_outputs else loss
+
+    def _apart(self, model: Any, tokens: torch.Tensor, texts: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """How badly the visual tokens (B, n, E) tell which findings their reports have."""
+        head = self.accelerator.unwrap_model(model).alignment
+        logits = head(texts, head.scan(tokens[:, None]), torch.ones_like(tokens[..., 0], dtype=torch.bool))
+        loss = functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
+        return self.alignment * loss / self.args.gradient_accumulation_steps
 
 
 class Thaw(TrainerCallback):

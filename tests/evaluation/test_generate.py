@@ -9,7 +9,7 @@ from small_runs import case, write_checkpoint, write_shards
 
 from mu2llm.errors import UserError
 from mu2llm.evaluation import writer as writer_module
-from mu2llm.evaluation.decoding import Decoding, _Sampling, write
+from mu2llm.evaluation.decoding import Decoding, nucleus, write
 from mu2llm.evaluation.generate import generate, ring
 from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
 from mu2llm.evaluation.reading import Reader
@@ -119,11 +119,11 @@ def test_sampling_follows_the_nucleus():
     scores = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     draws = torch.linspace(0, 0.9999, 2000, dtype=torch.float64)[:, None]
     decoding = Decoding(temperature=1.0, top_p=0.9)
-    chosen = _Sampling(draws, 0, decoding)(torch.zeros(2000, 0), scores.expand(2000, -1)).argmax(-1)
+    chosen = nucleus(scores.expand(2000, -1), draws, decoding)[:, 0]
     shares = torch.bincount(chosen, minlength=4) / 2000
     expected = torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95
     assert torch.allclose(shares, expected, atol=2e-3)
-    cold = _Sampling(draws, 0, Decoding(temperature=0.01))(torch.zeros(2000, 0), scores.expand(2000, -1)).argmax(-1)
+    cold = nucleus(scores.expand(2000, -1), draws, Decoding(temperature=0.01))
     assert (cold == 0).all()
 
 

@@ -4,12 +4,14 @@ import asyncio
 
 import numpy as np
 import pytest
+import torch
 from small_writer import FIRST, SECOND, experiment, write_checkpoint
 
 from mu2llm.config import ServingConfig
 from mu2llm.serving.decoder import Scan
 from mu2llm.serving.exchange import Asked, Unable, Written
-from mu2llm.serving.generator import ReportGenerator
+from mu2llm.serving.generator import Loaded, ReportGenerator
+from mu2llm.serving.writing import Writing
 
 SPEC = experiment().data.spec
 
@@ -57,19 +59,89 @@ def test_streams_and_whole_reports_share_a_batch(checkpoint, tmp_path):
     assert parts[-1].batch == 2
 
 
-def test_another_checkpoint_takes_over_between_two_batches(checkpoint, second, tmp_path):
+def test_who_comes_later_joins_those_that_are_being_written(checkpoint, tmp_path):
+    """Batches were closed: the second waited for the first one's end."""
+
+    async def use(generator):
+        first = asyncio.create_task(generator.write(Asked("a", scan(0))))
+        stream = generator.stream(Asked("b", scan(1), temperature=0.01, seed=3))
+        pieces = [await anext(stream)]  # the batch is on its way
+        late = await generator.write(Asked("c", scan(2), max_new_tokens=3))
+        pieces += [piece async for piece in stream]
+        return await first, pieces, late
+
+    first, pieces, late = with_generator(checkpoint, tmp_path, use)
+    assert first.text == "".join(pieces[:-1]) == pieces[-1].text == FIRST
+    assert late.batch == 3 and late.tokens == 3 and FIRST.startswith(late.text) and not late.finished
+
+
+def test_who_leaves_makes_room(checkpoint, tmp_path):
+    async def use(generator):
+        left = generator.stream(Asked("a", scan(0)))
+        await anext(left)
+        waits = asyncio.create_task(generator.write(Asked("b", scan(1))))
+        await left.aclose()
+        return await waits, len(generator.waiting)
+
+    written, waiting = with_generator(checkpoint, tmp_path, use, max_batch_size=1)
+    assert (written.text, written.batch, waiting) == (FIRST, 1, 0)
+
+
+def test_one_that_cannot_be_written_fails_alone(checkpoint, tmp_path, monkeypatch):
+    """The others are written by themselves, and a client that was told a piece of its text is not told it again."""
+    features = Loaded.features
+
+    def broken(self, scans):
+        if "scan-9" in scans:
+            raise RuntimeError("no")
+        return features(self, scans)
+
+    monkeypatch.setattr(Loaded, "features", broken)
+
+    async def use(generator):
+        stream = generator.stream(Asked("a", scan(0)))
+        pieces = [await anext(stream)]
+        bad = asyncio.create_task(generator.write(Asked("b", scan(9))))
+        pieces += [piece async for piece in stream]
+        with pytest.raises(RuntimeError, match="no"):
+            await bad
+        await generator.check_health()
+        return pieces
+
+    pieces = with_generator(checkpoint, tmp_path, use)
+    assert "".join(pieces[:-1]) == pieces[-1].text == FIRST
+
+
+def test_a_device_that_failed_ends_the_replica(checkpoint, tmp_path, monkeypatch):
+    """It stayed healthy, and failed every report from then on."""
+
+    def failed(*_):
+        raise torch.AcceleratorError("an illegal memory access", 700)
+
+    async def use(generator):
+        monkeypatch.setattr(Writing, "step", failed)
+        written = await generator.write(Asked("a", scan(0)))
+        with pytest.raises(RuntimeError, match="device"):
+            await generator.check_health()
+        return written, await generator.write(Asked("b", scan(0))), await generator.status()
+
+    written, later, status = with_generator(checkpoint, tmp_path, use)
+    assert isinstance(written, Unable) and written == later and written.why == "not_ready"
+    assert not status.ready and "device" in status.why
+
+
+def test_another_checkpoint_takes_over_between_two_reports(checkpoint, second, tmp_path):
     async def use(generator):
         texts = []
         await generator.reconfigure({"checkpoint": second})
         while SECOND not in texts:
-            written = await generator.write(Asked(str(len(texts)), scan(0)))
-            texts.append(written.text)
+            several = [generator.write(Asked(str(n), scan(n))) for n in range(3)]
+            texts += [written.text for written in await asyncio.gather(*several)]
             assert len(texts) < 2000
         return texts
 
     texts = with_generator(checkpoint, tmp_path, use)
-    assert texts[0] == FIRST and texts[-1] == SECOND
-    assert set(texts) == {FIRST, SECOND} and texts == sorted(texts, key=[FIRST, SECOND].index)
+    assert texts[0] == FIRST and texts[-1] == SECOND and set(texts) == {FIRST, SECOND}
 
 
 def test_a_checkpoint_that_cannot_be_loaded_stops_nothing(checkpoint, tmp_path):

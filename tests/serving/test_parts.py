@@ -1,7 +1,6 @@
 """The parts that need neither Ray nor HTTP: batches, media types, stored things, the Serve config."""
 
 import asyncio
-import threading
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from mu2llm import config
 from mu2llm.evaluation.decoding import Decoding
 from mu2llm.serving import formats
 from mu2llm.serving.app import Settings, deployments, serve_config
-from mu2llm.serving.batching import Batcher, Row
+from mu2llm.serving.batching import Row, Waiting
 from mu2llm.serving.exchange import Status, Written
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.problems import Problem
@@ -47,83 +46,29 @@ def test_sections_of_a_report():
     assert formats.sections("A nodule.") == ("A nodule.", "")
 
 
-def batches(run, rows, size=4, wait=0.05):
-    """Adds the rows to a batcher and gives their results."""
-
+def test_rows_are_taken_in_the_order_of_their_arrival_and_who_leaves_is_not():
     async def go():
-        batcher = Batcher(run, size, wait)
-        made = [batcher.add(Row(asked, Decoding(5, seed=seed))) for asked, seed in rows]
-        return await asyncio.gather(*[row.done for row in made], return_exceptions=True)
+        waiting = Waiting()
+        rows = [waiting.add(Row(name, Decoding(5))) for name in "abcd"]
+        waiting.leave(rows[1])
+        await asyncio.wait_for(waiting.arrival(), 5)
+        first, second = waiting.take(2), waiting.take(9)
+        return [[row.asked for row in taken] for taken in (first, second, waiting.take(1))], rows[1].left
 
-    return asyncio.run(go())
-
-
-def test_what_waits_is_written_together_by_its_decoding():
-    seen = []
-
-    def run(rows):
-        seen.append([row.asked for row in rows])
-        for row in rows:
-            row.finish(row.asked.upper())
-
-    results = batches(run, [("a", 0), ("b", 1), ("c", 0), ("d", 0), ("e", 0), ("f", 0)])
-    assert results == list("ABCDEF")
-    assert seen == [["a", "c", "d", "e"], ["b"], ["f"]]
+    assert asyncio.run(go()) == ([["a", "c"], ["d"], []], True)
 
 
-def test_one_that_cannot_be_written_fails_alone():
-    def run(rows):
-        if any(row.asked == "bad" for row in rows):
-            raise RuntimeError("no")
-        for row in rows:
-            row.finish("good")
-
-    good, bad, other = batches(run, [("x", 0), ("bad", 0), ("y", 0)])
-    assert good == other == "good" and isinstance(bad, RuntimeError)
-
-
-def test_a_batch_that_fails_is_not_told_twice_nor_written_again_where_it_was_over():
-    """A streaming client once got the text from its start a second time, within one answer."""
-    seen = []
-
-    def run(rows):
-        seen.append([row.asked for row in rows])
-        for row in rows:
-            if not row.told:
-                row.tell("text")
-        if len(rows) > 1:
-            rows[0].finish("over")
-            raise RuntimeError("no")
-        rows[0].finish("good")
-
+def test_nobody_waits_in_vain():
     async def go():
-        batcher = Batcher(run, 4, 0.05)
-        rows = [batcher.add(Row(asked, Decoding(5), streamed=True)) for asked in "ab"]
-        return [("".join([piece async for piece in row.pieces()]), await row.done) for row in rows]
+        waiting = Waiting()
+        arrival = asyncio.create_task(waiting.arrival())
+        await asyncio.sleep(0.01)
+        early = arrival.done()
+        waiting.add(Row("a", Decoding(5)))
+        await asyncio.wait_for(arrival, 5)
+        return early
 
-    assert asyncio.run(go()) == [("text", "over"), ("text", "good")]
-    assert seen == [["a", "b"], ["b"]]
-
-
-def test_who_leaves_while_waiting_is_not_written():
-    seen, go_on = [], threading.Event()
-
-    def run(rows):
-        seen.extend(row.asked for row in rows)
-        go_on.wait(5)
-        for row in rows:
-            row.finish("")
-
-    async def go():
-        batcher = Batcher(run, 1, 0)
-        first, second, third = (batcher.add(Row(name, Decoding(5))) for name in "abc")
-        await asyncio.sleep(0.1)
-        batcher.leave(second)
-        go_on.set()
-        await asyncio.gather(first.done, third.done)
-
-    asyncio.run(go())
-    assert seen == ["a", "c"]
+    assert not asyncio.run(go())
 
 
 def test_pieces_of_a_text_come_while_it_is_written():
