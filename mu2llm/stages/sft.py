@@ -126,8 +126,8 @@ class SftTrainer(runner.Streamed, Trainer):
     In the first `alone` steps that of the alignment is all there is, and the language model has no part in them.
     """
 
-    alignment: float
-    alone: int
+    alignment: float = 0
+    alone: int = 0
     processor: Mu2Processor
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mu2llm import config
 from mu2llm.errors import UserError
@@ -80,11 +80,47 @@ def test_vision_is_passed_over_until_it_thaws(lora):
         assert moved == (step == 1)
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_language_model_has_no_part_in_the_first_steps(lora, tmp_path):
+    settings = experiment()
+    whole, model, processor = with_lora(settings)
+    if not lora:
+        whole, processor = build(settings.model, settings.data.spec, REPORTS, seed=0)
+        sft.align(whole, settings, REPORTS)
+        model = whole
+    given = batch(processor, settings) | {"case_ids": ["a", "b"]}
+    given |= {"text_embeddings": 0.1 * torch.randn(3, whole.alignment.look.in_features), "targets": torch.eye(3)[:, :2]}
+    lookups = []
+    whole.lm_head.register_forward_hook(lambda *_: lookups.append(trainer.state.global_step))
+    arguments = {"max_steps": 4, "logging_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    arguments |= {"remove_unused_columns": False, "disable_tqdm": True, "learning_rate": 0.0001}
+    trainer = sft.SftTrainer(model=model, args=TrainingArguments(str(tmp_path), **arguments))
+    trainer.batches, trainer.alignment, trainer.alone = [dict(given) for _ in range(4)], 2.0, 2
+    language = [p for name, p in model.named_parameters() if "language_model.layers" in name and p.requires_grad]
+    before = [p.detach().clone() for p in language]
+    changed = []
+    trainer.add_callback(Changes(language, before, changed))
+    trainer.train()
+    assert lookups == [2, 3] and changed == [False, False, True, True]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[1] < losses[0] < losses[2]  # from then on with that of the text
+
+
+class Changes(TrainerCallback):
+    def __init__(self, parameters, before, seen):
+        self.parameters, self.before, self.seen = parameters, before, seen
+
+    def on_step_end(self, *_, **__):
+        self.seen.append(any(not torch.equal(*each) for each in zip(self.parameters, self.before, strict=True)))
+
+
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(UserError, match="thaw_vision needs freeze_vision"):
         config.load("tiny", ["sft.freeze_vision=false", "sft.thaw_vision=0.5"])
     with pytest.raises(UserError, match="go with one worker only"):
         config.load("tiny", ["sft.workers=2", "sft.thaw_vision=0.5"])
+    with pytest.raises(UserError, match="alignment_first needs alignment"):
+        config.load("tiny", ["sft.alignment=0", "sft.alignment_first=0.5"])
     with pytest.raises(UserError, match="1 loss_weights for 2 losses"):
         config.load("tiny", ["dpo.loss=sigmoid+sft", "dpo.loss_weights=[1]"])
     with pytest.raises(UserError, match=r"dpo\.beta: Input should be greater than 0, given -0\.1"):

@@ -16,7 +16,7 @@ def train(model, processor, folder, **arguments):
     settings = {"max_steps": 2, "logging_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no"}
     settings |= {"remove_unused_columns": False, "disable_tqdm": True, "per_device_train_batch_size": 2}
     trainer = SftTrainer(model=model, args=TrainingArguments(str(folder), **{**settings, **arguments}))
-    trainer.batches, trainer.alignment = [dict(batch), dict(batch)], 0
+    trainer.batches = [dict(batch), dict(batch)]
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
