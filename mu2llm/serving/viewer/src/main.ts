@@ -179,11 +179,8 @@ async function watchService(): Promise<void> {
   for (;;) {
     const state = await api.readiness().catch(() => null);
     pill.dataset.state = state ? (state.ready ? "ready" : "waiting") : "gone";
-    if (state?.ready) {
-      pill.textContent = `ready: ${state.model?.id ?? ""}`;
-      return;
-    }
-    pill.textContent = state ? `not ready: ${state.why}` : "the service does not answer";
+    if (state?.ready) pill.textContent = `ready: ${state.model?.id ?? ""}`;
+    else pill.textContent = state ? `not ready: ${state.why}` : "the service does not answer";
     await new Promise((resolve) => setTimeout(resolve, SERVICE_POLL_MS));
   }
 }
