@@ -20,7 +20,7 @@ class Metrics:
         self.requests = Counter("requests", "answers by path and status", ["path", "status"], **at)
         self.rejections = Counter("rejections", "scans refused, by reason code", ["reason"], **at)
         self.busy = Gauge("reports_in_progress", "report requests taken on and not answered yet", **at)
-        self.waiting = Gauge("generator_queue", "requests that wait for a batch in a generator", **at)
+        self.waiting = Gauge("generator_queue", "requests that wait for room in a generator", **at)
         self.seconds = Histogram("step_seconds", "seconds by step of a report", ["step"], buckets=_SECONDS, **at)
         self.batch = Histogram("batch_size", "reports that were written together", buckets=(1, 2, 4, 8, 16, 32), **at)
         self.tokens = Counter("tokens", "tokens written", **at)
