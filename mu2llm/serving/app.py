@@ -59,7 +59,7 @@ def deployments(settings: Settings) -> dict[str, Deployment]:
     """By name, with their resources, limits and autoscaling."""
     serving = settings.serving
     return {
-        "Ingress": _deployment(Ingress, serving.ingress, serving, queue=serving.max_queued_requests),
+        "Ingress": _deployment(Ingress, serving.ingress, serving, queue=serving.ingress.at_once),
         "VolumeReader": _deployment(VolumeReader, serving.reader, serving),
         "ReportGenerator": _deployment(
             ReportGenerator,
@@ -68,7 +68,7 @@ def deployments(settings: Settings) -> dict[str, Deployment]:
             user_config={"checkpoint": settings.checkpoint},
         ),
         "GreenScorer": _deployment(
-            GreenScorer, _beside_status(serving.scorer), serving, queue=serving.max_queued_requests
+            GreenScorer, _beside_status(serving.scorer), serving, queue=serving.scorer.at_once * serving.scorer.most
         ),
     }
 

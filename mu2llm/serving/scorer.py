@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
-
-from ray.serve.handle import DeploymentHandle
 
 from mu2llm.config import JudgeConfig
 from mu2llm.errors import Failure, UserError
@@ -71,21 +69,3 @@ class GreenScorer:
         if self.judge is None:
             self.judge = load_judge(self.config)
         return self.judge
-
-
-class ServedJudge:
-    """The scorer of a running service as a judge of `mu2llm.green`, for `prefer` and `evaluate` on its cluster.
-
-    `handle` is `serve.get_deployment_handle("GreenScorer", APPLICATION)`.
-    """
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self.handle = handle
-        self.identity: str = handle.identity.remote().result()
-
-    def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
-        """Raises Failure where the scorer cannot judge."""
-        result = self.handle.score.remote(list(pairs)).result()
-        if isinstance(result, str):
-            raise Failure(f"the service's scorer cannot judge: {result}; see its log")
-        return list(result)
