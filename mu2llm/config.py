@@ -264,7 +264,7 @@ class DpoConfig(StageConfig):
 
 
 class JudgeConfig(Section):
-    name: str = Field("rules", description="rules, hf:NAME_OR_PATH, or openai:MODEL@URL")
+    name: str = Field("rules", description="rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS")
     batch_size: int = 8
     max_new_tokens: int = 1024
     truncate_words: int | None = Field(None, description="the published cut at 300 words; None judges by section")

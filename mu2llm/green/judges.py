@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -51,8 +52,22 @@ def load_judge(config: JudgeConfig) -> Judge:
     from mu2llm.green.cache import CachedJudge
     from mu2llm.green.prompted import PromptedJudge
 
-    judge = PromptedJudge(_writer(config), _prompt(config.prompt), config.truncate_words)
+    if foreign := re.fullmatch(r"python:([\w.]+):(\w+)", config.name):
+        judge = _foreign(foreign[1], foreign[2], config)
+    else:
+        judge = PromptedJudge(_writer(config), _prompt(config.prompt), config.truncate_words)
     return CachedJudge(judge, config.cache) if config.cache else judge
+
+
+def _foreign(module: str, name: str, config: JudgeConfig) -> Judge:
+    """A judge that is no part of this room: a class that is made of the configuration."""
+    try:
+        made: Judge = getattr(importlib.import_module(module), name)(config)
+        return made
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"judge {config.name}: {error}; give python:MODULE:CLASS of one that can be imported"
+        ) from error
 
 
 def _writer(config: JudgeConfig) -> Writer:
@@ -66,7 +81,9 @@ def _writer(config: JudgeConfig) -> Writer:
         return EndpointWriter(
             remote[1], remote[2], config.max_new_tokens, config.concurrency, config.requests_per_minute
         )
-    raise UserError(f"judge {config.name!r} is not known; give rules, hf:NAME_OR_PATH or openai:MODEL@URL")
+    raise UserError(
+        f"judge {config.name!r} is not known; give rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS"
+    )
 
 
 def _prompt(uri: str | None) -> Prompt:

@@ -24,7 +24,7 @@ from mu2llm.serving.scorer import GreenScorer
 NAME = "mu2llm"
 IMPORT_PATH = "mu2llm.serving.app:build"
 RETRY_AFTER_S = 2.0
-STATUS_CALLS = 16  # of the ingresses, beside the reports: a replica that is full still says that it is there
+STATUS_CALLS = 16  # of the ingresses, beside the work: a replica that is full still says that it is there
 
 
 class Settings(BaseModel):
@@ -49,7 +49,7 @@ def application(settings: Settings) -> Application:
     return made["Ingress"].bind(
         made["VolumeReader"].bind(serving),
         made["ReportGenerator"].bind(serving, settings.tracking),
-        made["GreenScorer"].bind(settings.judge.model_dump(mode="json")),
+        made["GreenScorer"].bind(settings.judge.model_dump(mode="json"), settings.serving.scorer.at_once),
         serving,
         settings.loopback,
     )
@@ -59,16 +59,22 @@ def deployments(settings: Settings) -> dict[str, Deployment]:
     """By name, with their resources, limits and autoscaling."""
     serving = settings.serving
     return {
-        "Ingress": _deployment(Ingress, serving.ingress, serving, queue=serving.max_queued_requests),
+        "Ingress": _deployment(Ingress, serving.ingress, serving, queue=serving.ingress.at_once),
         "VolumeReader": _deployment(VolumeReader, serving.reader, serving),
         "ReportGenerator": _deployment(
             ReportGenerator,
-            serving.generator.model_copy(update={"at_once": serving.generator.at_once + STATUS_CALLS}),
+            _beside_status(serving.generator),
             serving,
             user_config={"checkpoint": settings.checkpoint},
         ),
-        "GreenScorer": _deployment(GreenScorer, serving.scorer, serving),
+        "GreenScorer": _deployment(
+            GreenScorer, _beside_status(serving.scorer), serving, queue=serving.scorer.at_once * serving.scorer.most
+        ),
     }
+
+
+def _beside_status(replicas: ReplicasConfig) -> ReplicasConfig:
+    return replicas.model_copy(update={"at_once": replicas.at_once + STATUS_CALLS})
 
 
 def _deployment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Annotated, Any, Literal
 
@@ -10,9 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from mu2llm.serving.problems import Problem
 from mu2llm.serving.schemas import Report, ReportOptions
 from mu2llm.serving.service import Upload
-from mu2llm.serving.uris import data_url
+from mu2llm.serving.uris import data_url, decoded
 
 Reason = Literal["stop", "length"]
+LONG = 2**16  # bytes of a data URL above which it is no JSON parser's work
+MOST = 10_000  # data URLs that are looked at
+_FIELD = re.compile(rb'"(?:url|file_data)"\s*:\s*$')
 
 
 class Loose(BaseModel):
@@ -85,13 +89,46 @@ class ChatRequest(Loose):
             seed=self.seed or 0,
         )
 
-    def upload(self, most: int) -> Upload:
-        """The scan; a 422 where the messages have none."""
+    def scan(self) -> str:
+        """Its URL; a 422 where the messages have none."""
         scans = [scan for message in self.messages for scan in message.scans]
         if not scans:
             raise Problem(422, "no_scan", "no message has a scan: send it as image_url, a data or an s3 URL")
-        data = data_url(scans[-1], most)
-        return Upload(uri=scans[-1]) if data is None else Upload(files=(data,))
+        return scans[-1]
+
+
+def parse(body: bytearray) -> tuple[ChatRequest, Upload]:
+    """The request and its scan.
+
+    Long data URLs are cut out first and decoded piece by piece: a parser of JSON would hold the interpreter, and with
+    it every other request, for seconds.
+    """
+    rest, cut = _cut(body)
+    request = ChatRequest.model_validate_json(rest)
+    url = request.scan()
+    if url in cut:
+        return request, Upload(files=(decoded(cut[url]),))
+    data = data_url(url)
+    return request, Upload(uri=url) if data is None else Upload(files=(data,))
+
+
+def _cut(body: bytearray) -> tuple[bytes, dict[str, memoryview]]:
+    """The JSON with names in place of its long data URLs, and what they are the names of (JSON's escapes and all)."""
+    view = memoryview(body)
+    cut: dict[str, memoryview] = {}
+    kept: list[bytes | memoryview] = []
+    begin = at = 0
+    for _ in range(MOST):
+        quote = body.find(b'"data:', at)
+        if quote < 0:
+            break
+        at = max(quote + 1, body.find(b'"', quote + 1))
+        if at - quote > LONG and _FIELD.search(body[max(0, quote - 64) : quote]):
+            name = f"cut:{len(cut)}"
+            cut[name] = view[quote + 1 : at]
+            kept += [view[begin : quote + 1], name.encode()]
+            begin = at
+    return b"".join([*kept, view[begin:]]), cut
 
 
 class ChatMessage(BaseModel):

@@ -21,9 +21,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
+import pyarrow.fs as pafs
 import pydicom
 
-from mu2llm import ct
+from mu2llm import ct, storage
 from mu2llm.ct import sources
 from mu2llm.records import PreprocessSpec, Rejection
 
@@ -93,21 +94,30 @@ def read(reading: Reading, max_slices: int) -> Scan:
 
 
 def _references(reading: Reading, series: str) -> References | None:
-    """The instances of the series that was read, by their headers, where they are asked for and at hand."""
-    if not reading.references or isinstance(reading.source, str):
+    """The instances of the series that was read, by their headers, where they are asked for."""
+    if not reading.references:
         return None
-    first = reading.source[0]
-    zipped = len(reading.source) == 1 and sources.kind_of(first[:1024]) == sources.ZIP
-    parts = sources.zip_parts(first, "") if zipped else [sources.Part("", partial(bytes, d)) for d in reading.source]
     tags = ["StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID", "Rows"]
     found, study = [], ""
-    for part in parts:
+    for part in _parts(reading.source):
         with contextlib.suppress(Exception):  # what is no DICOM was left aside when the scan was read
             header = pydicom.dcmread(io.BytesIO(part.load()), stop_before_pixels=True, specific_tags=tags, force=True)
             if str(header.get("SeriesInstanceUID", "")) == series and header.get("Rows"):
-                study = str(header.get("StudyInstanceUID", ""))
                 found.append((str(header.SOPClassUID), str(header.SOPInstanceUID)))
-    return References(study, series, tuple(found))
+                study = str(header.get("StudyInstanceUID", ""))
+    return References(study, series, tuple(found)) if found else None
+
+
+def _parts(source: list[bytes] | str) -> list[sources.Part]:
+    """The files of a DICOM series: as they were sent, of a folder, or of a zip."""
+    if isinstance(source, str):
+        filesystem, found = sources.info(source)
+        if found.type == pafs.FileType.Directory:
+            return sources.folder_parts(filesystem, found.path, source)
+        source = [storage.read_bytes(source)]
+    if len(source) == 1 and sources.kind_of(source[0][:1024]) == sources.ZIP:
+        return sources.zip_parts(source[0], "")
+    return [sources.Part("", partial(bytes, data)) for data in source]
 
 
 class Decoder:

@@ -57,7 +57,7 @@ def _number(text: str) -> float:
 
 
 def respond(kind: str, made: Made) -> Response:
-    """406 for an SR where the scan was no DICOM upload."""
+    """The report in one of the formats; an SR needs the scan's `references`."""
     report = made.report
     if kind == TEXT:
         return Response(report.report + "\n", media_type="text/plain; charset=utf-8", headers=_by_id(report))
@@ -110,8 +110,7 @@ def structured_report(made: Made) -> bytes:
 
     Patient and study attributes of type 2 are empty: the archive that it is sent to knows them by the study's UID.
     """
-    if made.references is None:
-        raise Problem(406, "not_dicom", "an SR belongs to DICOM images: send the DICOM series itself, or accept JSON")
+    assert made.references is not None
     import pydicom
     from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
     from pydicom.uid import BasicTextSRStorage, ExplicitVRLittleEndian, generate_uid

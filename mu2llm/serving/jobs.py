@@ -10,9 +10,11 @@ import asyncio
 import contextlib
 import logging
 import uuid
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from functools import partial
 
+from mu2llm.serving.admission import Body
 from mu2llm.serving.problems import Problem
 from mu2llm.serving.schemas import Job, ReportOptions
 from mu2llm.serving.service import Service, Upload
@@ -30,6 +32,7 @@ class Jobs:
     def __init__(self, service: Service) -> None:
         self.service, self.store = service, service.store
         self.owner = uuid.uuid4().hex
+        self._arriving = 0
         self._wake = asyncio.Event()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.Task[None] | None = None
@@ -42,13 +45,23 @@ class Jobs:
             if task:
                 task.cancel()
 
+    @contextlib.asynccontextmanager
+    async def admitted(self, size: int) -> AsyncIterator[Body]:
+        """Answers 429 before an upload of `size` bytes is read, where too many jobs wait or are on their way."""
+        with self.service.bodies.holding(size) as body:
+            self._arriving += 1
+            try:
+                waiting = len(await asyncio.to_thread(self.store.open_ids))
+                if waiting + self._arriving > self.service.settings.max_queued_requests:
+                    raise Problem(429, "busy", "too many jobs wait; try again later", 30)
+                yield body
+            finally:
+                self._arriving -= 1
+
     async def add(self, upload: Upload, options: ReportOptions) -> Job:
-        """Stores it; it is begun when there is room. A 429 where too many wait."""
-        settings = self.service.settings
+        """Stores it; it is begun when there is room."""
         if upload.uri is not None:
-            allowed(upload.uri, settings.allowed_uris)
-        if len(await asyncio.to_thread(self.store.open_ids)) >= settings.max_queued_requests:
-            raise Problem(429, "busy", "too many jobs wait; try again later", 30)
+            allowed(upload.uri, self.service.settings.allowed_uris)
         time = now().isoformat(timespec="milliseconds")
         job = Job(id=uuid.uuid4().hex, status="queued", created=time, updated=time)
         stored = StoredJob(

@@ -5,8 +5,10 @@ A key is `mu2_<id>_<secret>`; the secret has 256 random bits, so a plain hash of
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import logging
 import secrets
 import time
 from datetime import UTC, datetime
@@ -15,13 +17,16 @@ from typing import Literal
 from pydantic import BaseModel
 
 from mu2llm import storage
-from mu2llm.errors import UserError
+from mu2llm.errors import Failure, UserError
 from mu2llm.serving.problems import Problem
 
+logger = logging.getLogger("ray.serve")
 Scope = Literal["read", "score", "correct"]
 SCOPES: tuple[Scope, ...] = ("read", "score", "correct")
 FILE = "keys.json"
 REFRESH_S = 5.0  # until a new or revoked key is noticed
+WAIT_S = 2.0  # of a request, for keys that are being read
+KEPT_S = 600.0  # for which the last keys hold while none can be read
 
 
 class Key(BaseModel):
@@ -39,8 +44,15 @@ class _File(BaseModel):
 
 
 def list_keys(state: str) -> tuple[Key, ...]:
+    """A Failure where they cannot be read."""
     uri = storage.join(state, FILE)
-    return _File.model_validate(storage.read_json(uri)).keys if storage.exists(uri) else ()
+    try:
+        return _File.model_validate(storage.read_json(uri)).keys if storage.exists(uri) else ()
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise Failure(
+            f"{uri}: the API keys cannot be read: {why}; restore the file, or delete it and make keys anew"
+        ) from error
 
 
 def make_key(state: str, name: str, scopes: tuple[str, ...]) -> str:
@@ -74,27 +86,49 @@ def _hash(secret: str) -> str:
 
 
 class Doorkeeper:
-    """Says whether a request may pass; reads the keys anew every few seconds."""
+    """Says whether a request may pass; reads the keys anew every few seconds.
+
+    While they cannot be read the last ones hold, for `KEPT_S`; without any nobody passes.
+    """
 
     def __init__(self, state: str, needed: bool) -> None:
         self.state, self.needed = state, needed
         self._keys: dict[str, Key] = {}
-        self._read_at = float("-inf")
+        self._read_at = self._tried_at = float("-inf")
+        self._reading: asyncio.Task[None] | None = None
 
-    def check(self, given: str | None, scope: Scope) -> None:
-        """Raises 401 without a valid key, 403 where the key lacks the scope."""
+    async def check(self, given: str | None, scope: Scope) -> None:
+        """Raises 401 without a valid key, 403 where the key lacks the scope, 503 where the keys cannot be read."""
         if not self.needed:
             return
+        await self._refresh()
+        if time.monotonic() - self._read_at > KEPT_S:
+            raise Problem(503, "keys", "the API keys cannot be read now; try again in a moment", REFRESH_S)
         key = self._find(given or "")
         if key is None:
             raise Problem(401, "no_key", "send a valid API key as Authorization: Bearer KEY (mu2llm key make)")
         if scope not in key.scopes:
             raise Problem(403, "scope", f"this key has not the scope {scope!r}; ask for one that has")
 
+    async def _refresh(self) -> None:
+        """Waits for storage, but not long: one that hangs must not hold up every request."""
+        if self._reading is None:
+            if time.monotonic() - self._tried_at < REFRESH_S:
+                return
+            self._tried_at = time.monotonic()
+            self._reading = asyncio.create_task(self._read())
+        await asyncio.wait([self._reading], timeout=max(0.0, self._tried_at + WAIT_S - time.monotonic()))
+
+    async def _read(self) -> None:
+        try:
+            keys = await asyncio.to_thread(list_keys, self.state)
+            self._keys, self._read_at = {key.id: key for key in keys}, time.monotonic()
+        except (Failure, UserError) as error:
+            logger.error("%s", error)
+        finally:
+            self._tried_at, self._reading = time.monotonic(), None
+
     def _find(self, given: str) -> Key | None:
-        if time.monotonic() - self._read_at > REFRESH_S:
-            self._keys = {key.id: key for key in list_keys(self.state)}
-            self._read_at = time.monotonic()
         prefix, _, rest = given.partition("_")
         identity, _, secret = rest.partition("_")
         key = self._keys.get(identity) if prefix == "mu2" else None

@@ -3,62 +3,69 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
-
-from ray.serve.handle import DeploymentHandle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from mu2llm.config import JudgeConfig
 from mu2llm.errors import Failure, UserError
 from mu2llm.green import Judge, load_judge
 from mu2llm.records import Judgement
 
+T = TypeVar("T")
 Pair = tuple[str, str]
 
 
+@dataclass(frozen=True)
+class Unjudged:
+    """Why there are no judgements: too many requests wait (`busy`), or the judge cannot be had (`down`)."""
+
+    why: Literal["busy", "down"]
+    detail: str = ""
+
+
 class GreenScorer:
-    """Loads its judge when it is first asked, so that a judge that cannot be had stops nothing else."""
+    """Loads its judge when it is first asked, so that a judge that cannot be had stops nothing else.
 
-    def __init__(self, judge: dict[str, Any]) -> None:
-        self.config = JudgeConfig.model_validate(judge)
+    `at_once` requests are taken on, one is judged at a time: what a judge does at once lies within it. Those beyond
+    are refused here, so that whoever asks whether there is a replica finds one that answers.
+    """
+
+    def __init__(self, judge: dict[str, Any], at_once: int) -> None:
+        self.config, self.at_once = JudgeConfig.model_validate(judge), at_once
         self.judge: Judge | None = None
-        self._loading = asyncio.Lock()
+        self.waiting = 0
+        self._thread = ThreadPoolExecutor(1)
 
-    async def score(self, pairs: list[Pair]) -> list[Judgement] | str:
-        """Judgements in the order of the pairs, or why there can be none."""
+    async def score(self, pairs: list[Pair]) -> list[Judgement] | Unjudged:
+        """Judgements in the order of the pairs, or why there are none."""
+        if self.waiting >= self.at_once:
+            return Unjudged("busy")
+        self.waiting += 1
         try:
-            judge = await self._judge()
-            return await asyncio.to_thread(judge.judge, pairs)
+            return await self._in_turn(lambda: self._loaded().judge(pairs))
         except (UserError, Failure, OSError, RuntimeError) as error:  # RuntimeError: a GPU without room
-            return type(error).__name__
+            return Unjudged("down", type(error).__name__)
+        finally:
+            self.waiting -= 1
 
     async def answers(self) -> bool:
         """That there is a replica, however long its judge takes."""
         return True
 
-    async def identity(self) -> str:
-        return (await self._judge()).identity
+    async def identity(self) -> str | Unjudged:
+        """The judge's, or why it cannot be had."""
+        try:
+            return await self._in_turn(lambda: self._loaded().identity)
+        except (UserError, Failure, OSError, RuntimeError) as error:
+            return Unjudged("down", type(error).__name__)
 
-    async def _judge(self) -> Judge:
-        async with self._loading:
-            if self.judge is None:
-                self.judge = await asyncio.to_thread(load_judge, self.config)
+    async def _in_turn(self, action: Callable[[], T]) -> T:
+        """In the judge's own thread, after those that came before; whoever leaves while waiting is not judged."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, action)
+
+    def _loaded(self) -> Judge:
+        if self.judge is None:
+            self.judge = load_judge(self.config)
         return self.judge
-
-
-class ServedJudge:
-    """The scorer of a running service as a judge of `mu2llm.green`, for `prefer` and `evaluate` on its cluster.
-
-    `handle` is `serve.get_deployment_handle("GreenScorer", APPLICATION)`.
-    """
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self.handle = handle
-        self.identity: str = handle.identity.remote().result()
-
-    def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
-        """Raises Failure where the scorer cannot judge."""
-        result = self.handle.score.remote(list(pairs)).result()
-        if isinstance(result, str):
-            raise Failure(f"the service's scorer cannot judge: {result}; see its log")
-        return list(result)

@@ -19,7 +19,8 @@ from ray.serve.handle import DeploymentHandle
 from mu2llm.config import ServingConfig
 from mu2llm.errors import Failure
 from mu2llm.green import findings
-from mu2llm.records import Correction, Judgement, Rejection
+from mu2llm.records import Correction, Judgement, PreprocessSpec, Rejection
+from mu2llm.serving.admission import Bodies, Body
 from mu2llm.serving.decoder import Reading, References, Refusal, Scan
 from mu2llm.serving.exchange import Asked, Status, Unable, Written
 from mu2llm.serving.metrics import Metrics
@@ -39,6 +40,7 @@ from mu2llm.serving.schemas import (
     ScanFacts,
     SpecFacts,
 )
+from mu2llm.serving.scorer import Unjudged
 from mu2llm.serving.store import Store, StoredReport, now
 from mu2llm.serving.uris import allowed
 
@@ -48,7 +50,7 @@ ATTEMPTS = 8  # of a call whose replica died
 BACK_OFF_S = 0.2  # before the second attempt; doubled before each further one, up to 2 s
 LOOK_S = 0.5  # between two looks at the generator
 LOOK_LIMIT_S = 2.0  # for one of them
-GRACE_S = 30.0  # for which a generator that was ready may be silent (a replica is being replaced)
+GRACE_S = 30.0  # for which a generator that was ready may be silent or not ready (a replica is being replaced)
 SCORER_WAIT_S = 60.0  # scaled to zero, it needs time to come up
 SCORER_SILENT_S = 5.0
 
@@ -59,6 +61,10 @@ class Upload:
 
     files: tuple[bytes, ...] = ()
     uri: str | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(len(data) for data in self.files)
 
     @property
     def source(self) -> list[bytes] | str:
@@ -95,8 +101,10 @@ class Service:
         self.store = Store(settings.state, settings.keep_scans, settings.keep_reports_days)
         self.metrics = Metrics()
         self.status = Status(False, "the model is being loaded")
+        self._spec: PreprocessSpec | None = None  # the last that is known, for those who were let in
         self._seen = float("-inf")
-        self._busy = self._bytes = 0
+        self.bodies = Bodies(2 * settings.max_body_mb * 2**20)
+        self._busy = 0
         self._pace = 1.0  # seconds between two finished reports, smoothed
         self._last_finished = 0.0
         self._tasks: list[asyncio.Task[None]] = []
@@ -115,15 +123,20 @@ class Service:
         while True:
             try:
                 async with asyncio.timeout(LOOK_LIMIT_S):
-                    self.status = await _await(self.generator.status.remote())
-                self._seen = time.monotonic()
+                    self._learn(await _await(self.generator.status.remote()))
             except Exception as error:  # whatever it is: a generator that does not answer is not ready
                 logger.info("the generator did not tell its status: %s", type(error).__name__)
-                if time.monotonic() - self._seen > GRACE_S:
-                    self.status = Status(False, "the model is being loaded")
+                self._learn(Status(False, "the model is being loaded"))
             self.metrics.ready.set(self.status.ready)
             self.metrics.waiting.set(self.status.waiting)
             await asyncio.sleep(LOOK_S)
+
+    def _learn(self, told: Status) -> None:
+        """What one replica says: that it is not ready says nothing of others that were a moment ago."""
+        if told.ready:
+            self.status, self._spec, self._seen = told, told.spec, time.monotonic()
+        elif time.monotonic() - self._seen > GRACE_S:
+            self.status = told
 
     async def _forget(self) -> None:
         while True:
@@ -134,23 +147,21 @@ class Service:
             await asyncio.sleep(3600)
 
     @contextlib.contextmanager
-    def admitted(self, size: int = 0) -> Iterator[None]:
+    def admitted(self, size: int = 0) -> Iterator[Body]:
         """Takes a report request on, or answers 429 or 503 at once; `size` is its body's in bytes."""
         if not self.status.ready:
             raise not_ready(self.status.why)
-        most = 2 * self.settings.max_body_mb * 2**20
-        if self._busy >= self.settings.max_queued_requests or (self._bytes and self._bytes + size > most):
+        if self._busy >= self.settings.max_queued_requests:
             wait = min(60.0, max(1.0, self._busy * self._pace / 2))
             raise Problem(429, "busy", f"{self._busy} reports are being made; try again in {wait:.0f} s", wait)
-        self._busy += 1
-        self._bytes += size
-        self.metrics.busy.set(self._busy)
-        try:
-            yield
-        finally:
-            self._busy -= 1
-            self._bytes -= size
+        with self.bodies.holding(size) as body:
+            self._busy += 1
             self.metrics.busy.set(self._busy)
+            try:
+                yield body
+            finally:
+                self._busy -= 1
+                self.metrics.busy.set(self._busy)
 
     # ---- reports
 
@@ -164,37 +175,40 @@ class Service:
 
     async def report(self, work: Work) -> Made:
         """The whole report; a Problem where there is none."""
-        for _ in range(ATTEMPTS):
-            scan = await self.read(work)
+        scan = await self.read(work)
+        for attempt in range(ATTEMPTS):
             done = await self._call("generator", self.generator.write, _asked(work, scan), deadline=work.deadline)
             if isinstance(done, Written):
                 return await self._made(work, scan, done)
-            await self._unable(done)
+            scan = await self._again(work, scan, done, attempt)
         raise not_ready("the model is being swapped")
 
     async def read(self, work: Work) -> Scan:
         """The scan as the model wants it; a Problem where it cannot be used."""
-        if self.status.spec is None:
+        if self._spec is None:
             raise not_ready(self.status.why)
-        reading = Reading(work.upload.source, self.status.spec, work.options.accept, work.references)
+        reading = Reading(work.upload.source, self._spec, work.options.accept, work.references)
         result = await self._call("reader", self.reader.read, reading, deadline=work.deadline)
         if isinstance(result, Refusal):
             self.metrics.rejections.labels(result.reason).inc()
             raise _refused(result, self.settings)
         assert isinstance(result, Scan)
+        if work.references and result.references is None:
+            raise Problem(
+                406, "not_dicom", "an SR belongs to DICOM images: send the DICOM series itself, or accept JSON"
+            )
         return result
 
     async def stream(self, work: Work, scan: Scan) -> AsyncIterator[str | Made]:
         """The text piece by piece as it is written, and last the report."""
         told = 0
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             async for piece in self._pieces(work, scan, told):
                 if isinstance(piece, Written):
                     yield await self._made(work, scan, piece)
                     return
                 if isinstance(piece, Unable):
-                    await self._unable(piece)
-                    scan = await self.read(work)
+                    scan = await self._again(work, scan, piece, attempt)
                 else:
                     told += len(piece)
                     yield piece
@@ -221,15 +235,19 @@ class Service:
                 await self._retry("generator", attempt)
             finally:
                 response.cancel()
-        raise _down("generator")
+        raise _lost("generator")
 
-    async def _unable(self, why: Unable) -> None:
-        """Raises for what another attempt would not mend; else learns what the model wants now."""
+    async def _again(self, work: Work, scan: Scan, why: Unable, attempt: int) -> Scan:
+        """The scan for another attempt, as the model wants it now; raises for what no attempt would mend."""
         if why.why == "too_long":
             raise Problem(422, "too_long", "the question is too long for the model, or spells out its special tokens")
-        if why.why == "not_ready":
-            raise not_ready(why.detail)
-        self.status = await self._call("generator", self.generator.status)
+        if why.why == "not_ready":  # another replica may be
+            if attempt + 1 == ATTEMPTS:
+                raise not_ready(why.detail)
+            await _back_off(attempt)
+            return scan
+        self._learn(await self._call("generator", self.generator.status))
+        return await self.read(work)
 
     async def _made(self, work: Work, scan: Scan, written: Written) -> Made:
         report = _report(work, scan, written)
@@ -267,9 +285,11 @@ class Service:
         texts = [(pair.reference, pair.candidate) for pair in pairs]
         deadline = time.monotonic() + self.settings.request_seconds
         result = await self._call("scorer", self.scorer.score, texts, deadline=deadline)
-        if isinstance(result, str):
-            raise _down("scorer")
-        return self._judged(result)
+        if not isinstance(result, Unjudged):
+            return self._judged(result)
+        if result.why == "busy":
+            raise Problem(429, "busy", "too many pairs wait to be judged; try again in a moment", SCORER_SILENT_S)
+        raise _down("scorer")
 
     def _judged(self, judgements: list[Judgement]) -> GreenAnswer:
         scores = [judgement.score for judgement in judgements if judgement.score is not None]
@@ -342,16 +362,24 @@ class Service:
                 raise Problem(429, "busy", "the queue is full; try again in a moment", 2) from None
             except DeploymentUnavailableError:
                 raise _down(deployment) from None
-        raise _down(deployment)
+        raise _lost(deployment)
 
     async def _retry(self, deployment: str, attempt: int) -> None:
         self.metrics.retries.labels(deployment).inc()
         logger.warning("a replica of the %s died; attempt %d", deployment, attempt + 2)
-        await asyncio.sleep(min(2.0, BACK_OFF_S * 2**attempt))
+        await _back_off(attempt)
+
+
+async def _back_off(attempt: int) -> None:
+    await asyncio.sleep(min(2.0, BACK_OFF_S * 2**attempt))
 
 
 def _down(deployment: str) -> Problem:
     return Problem(503, f"{deployment}_down", f"the {deployment} is not available; try again in a moment", 5)
+
+
+def _lost(deployment: str) -> Problem:
+    return Problem(503, "lost", f"{ATTEMPTS} replicas of the {deployment} died over this; its log says why", 10)
 
 
 async def _await(response: Any) -> Any:
@@ -371,7 +399,9 @@ async def _limit(deadline: float) -> AsyncIterator[None]:
         async with asyncio.timeout(None if left == float("inf") else left):
             yield
     except TimeoutError:
-        raise Problem(503, "timeout", "not done in time (serving.request_seconds); send it to /v1/jobs", 10) from None
+        raise Problem(
+            503, "timeout", "not done in time (serving.request_seconds); send less, or a scan to /v1/jobs", 10
+        ) from None
 
 
 def _asked(work: Work, scan: Scan) -> Asked:

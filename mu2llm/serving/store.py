@@ -13,6 +13,7 @@ from mu2llm.records import Correction
 from mu2llm.serving.problems import Problem
 from mu2llm.serving.schemas import Job, Report, ReportOptions
 
+ORPHANED = timedelta(hours=1)  # since the last file of an upload without a job was stored
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -93,15 +94,27 @@ class Store:
         return uri
 
     def forget_old(self) -> int:
-        """Deletes reports and finished jobs that are older than `serving.keep_reports_days`; how many."""
-        gone = 0
+        """Deletes reports and finished jobs older than `serving.keep_reports_days`, uploads of no job; how many."""
+        unfinished = set(self.open_ids())
+        gone = [orphan for orphan in self._orphans() if orphan.rsplit("/", 1)[-1] not in unfinished]
         for kind in ("reports", "jobs"):
             folder = storage.join(self.state, kind)
             for info in storage.list_files(folder, recursive=False):
-                if info.base_name.endswith(".json") and info.mtime and now() - info.mtime > self.keep:
-                    storage.delete(storage.join(folder, info.base_name))
-                    gone += 1
-        return gone
+                identity, _, suffix = info.base_name.partition(".")
+                old = info.mtime and now() - info.mtime > self.keep
+                if suffix == "json" and old and identity not in unfinished:
+                    gone.append(storage.join(folder, info.base_name))
+        for uri in gone:
+            storage.delete(uri)
+        return len(gone)
+
+    def _orphans(self) -> list[str]:
+        """Folders of uploads that have been lying for a while: without an open job, what stored them has died."""
+        folder, newest = storage.join(self.state, "uploads"), dict[str, datetime]()
+        for info in storage.list_files(folder):
+            identity = info.path.rsplit("/", 2)[-2]
+            newest[identity] = max(info.mtime or now(), newest.get(identity, info.mtime or now()))
+        return [storage.join(folder, identity) for identity, time in newest.items() if now() - time > ORPHANED]
 
     # ---- jobs
 

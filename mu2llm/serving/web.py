@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
 import traceback
-from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Send
@@ -42,6 +44,7 @@ from mu2llm.serving.schemas import (
 from mu2llm.serving.service import Made, Service, Upload
 
 logger = logging.getLogger("ray.serve")
+T = TypeVar("T")
 MAX_FILES = 5000  # of one upload: the files of a DICOM series
 MAX_FIELDS = 50
 _BEARER = HTTPBearer(auto_error=False, scheme_name="API key", description="mu2llm key make")
@@ -66,15 +69,16 @@ _FORM = {
         "accept": {"type": "array", "items": {"enum": ["not_hu", "unknown_orientation"]}},
     },
 }
-_SCAN_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {"schema": _FORM},
-            "application/json": {"schema": {"$ref": "#/components/schemas/ReportRequest"}},
-        },
-    }
-}
+_REF = "#/components/schemas/{model}"
+
+
+def _body(model: type[BaseModel], **others: Any) -> dict[str, Any]:
+    """A route's body in the description. FastAPI would read it before it asks for the key: the routes do it."""
+    content = {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}, **others}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+_SCAN_BODY = _body(ReportRequest, **{"multipart/form-data": {"schema": _FORM}})
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -82,8 +86,8 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": "Problem", "content": {MEDIA: schema}} for status in statuses}
 
 
-_ALWAYS = (400, 401, 403, 413, 422)
-_REPORT_PROBLEMS = _problems(*_ALWAYS, 404, 406, 415, 429, 503)
+_ALWAYS = (400, 401, 403, 413, 415, 422, 429, 503)  # of routes that take a body
+_REPORT_PROBLEMS = _problems(*_ALWAYS, 404, 406)
 
 
 def application(service: Service, jobs: Jobs, doorkeeper: Doorkeeper, loopback: bool) -> ASGIApp:
@@ -120,8 +124,10 @@ def application(service: Service, jobs: Jobs, doorkeeper: Doorkeeper, loopback: 
 def needs(scope: Scope) -> Any:
     """A route's dependency: an API key with the scope, where keys are on."""
 
-    def check(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)] = None) -> None:
-        request.app.state.doorkeeper.check(given.credentials if given else None, scope)
+    async def check(
+        request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)] = None
+    ) -> None:
+        await request.app.state.doorkeeper.check(given.credentials if given else None, scope)
 
     return Depends(check)
 
@@ -142,40 +148,48 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
         """A draft report of a scan: as JSON, text, FHIR DiagnosticReport or DICOM SR by the Accept header."""
         kind = formats.choose(request.headers.get("accept", "*/*"))
         with contextlib.ExitStack() as held:
-            held.enter_context(service.admitted(_length(request)))
-            upload, options = await _asked(request, service)
-            work = service.begin(upload, options, references=kind == formats.DICOM)
-            if options.stream or kind == formats.EVENTS:
+            body = held.enter_context(service.admitted(_length(request, service)))
+            upload, options = await _asked(request)
+            service.bodies.settle(body, upload.size)
+            streamed = options.stream or kind == formats.EVENTS
+            work = service.begin(upload, options, references=kind == formats.DICOM and not streamed)
+            if streamed:
                 scan = await service.read(work)
                 parts = service.stream(work, scan)
                 first = _event("scan", scan.facts)
                 return Stream(_events(first, parts), held.pop_all())
             made = await service.report(work)
-        return formats.respond(kind, made)
+        return await asyncio.to_thread(formats.respond, kind, made)
 
-    @router.post(
-        "/jobs", status_code=202, response_model=Job, openapi_extra=_SCAN_BODY, responses=_problems(*_ALWAYS, 429, 503)
-    )
+    @router.post("/jobs", status_code=202, response_model=Job, openapi_extra=_SCAN_BODY, responses=_problems(*_ALWAYS))
     async def make_job(request: Request, response: Response) -> Job:
         """The same in the background: for large scans and slow models. It survives a restart of the service."""
-        upload, options = await _asked(request, service)
-        job = await jobs.add(upload, options)
+        async with jobs.admitted(_length(request, service)) as body:
+            upload, options = await _asked(request)
+            service.bodies.settle(body, upload.size)
+            job = await jobs.add(upload, options)
         response.headers["Location"] = f"/v1/jobs/{job.id}"
         return job
 
-    @router.get("/jobs/{job_id}", responses=_problems(401, 403, 404, 422))
+    @router.get("/jobs/{job_id}", responses=_problems(401, 403, 404, 422, 503))
     async def get_job(job_id: str) -> Job:
         """Where a job stands, and its report when it is done."""
         return await jobs.get(job_id)
 
-    @router.post("/chat/completions", response_model=chat.ChatAnswer, responses=_REPORT_PROBLEMS)
-    async def chat_completions(body: chat.ChatRequest, request: Request) -> Response:
+    @router.post(
+        "/chat/completions",
+        response_model=chat.ChatAnswer,
+        openapi_extra=_body(chat.ChatRequest),
+        responses=_REPORT_PROBLEMS,
+    )
+    async def chat_completions(request: Request) -> Response:
         """OpenAI-compatible: the scan as image_url (a data URL, or an s3 URL in an allowed place)."""
         with contextlib.ExitStack() as held:
-            held.enter_context(service.admitted(_length(request)))
-            upload = body.upload(service.settings.max_body_mb * 2**20)
-            work = service.begin(upload, body.options())
-            if body.stream:
+            body = held.enter_context(service.admitted(_length(request, service)))
+            asked, upload = await _json(request, chat.parse)
+            service.bodies.settle(body, upload.size)
+            work = service.begin(upload, asked.options())
+            if asked.stream:
                 parts = service.stream(work, await service.read(work))
                 model = service.status.model.get("id", "")
                 return Stream(_chunks(work.id, model, parts), held.pop_all())
@@ -185,22 +199,36 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
     return router
 
 
-def _length(request: Request) -> int:
+def _length(request: Request, service: Service) -> int:
+    """Of the body, as it is announced; in pieces (chunked) it is whatever `Guard` lets through."""
+    if "transfer-encoding" in request.headers:
+        return service.settings.max_body_mb * 2**20
     return int(request.headers.get("content-length", "0"))
 
 
-async def _asked(request: Request, service: Service) -> tuple[Upload, ReportOptions]:
+async def _asked(request: Request) -> tuple[Upload, ReportOptions]:
     """The scan and what is asked about it, from a form or from JSON."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
+    if _media(request) == "multipart/form-data":
         return await _from_form(request)
-    if kind != "application/json":
-        raise Problem(415, "unsupported_media", "send multipart/form-data with the field scan, or JSON with uri")
+    asked = await _json(request, ReportRequest.model_validate_json, "multipart/form-data with the field scan, or JSON")
+    return Upload(uri=asked.uri), ReportOptions(**asked.model_dump(exclude={"uri"}))
+
+
+def _media(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _json(request: Request, parse: Callable[[bytearray], T], wanted: str = "JSON") -> T:
+    """What `parse` makes of the body, beside the event loop: bodies may be large."""
+    if _media(request) != "application/json":
+        raise Problem(415, "unsupported_media", f"send {wanted}, and say so by Content-Type")
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
     try:
-        asked = ReportRequest.model_validate_json(await request.body())
+        return await asyncio.to_thread(parse, body)
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_input=False)) from None
-    return Upload(uri=asked.uri), ReportOptions(**asked.model_dump(exclude={"uri"}))
 
 
 async def _from_form(request: Request) -> tuple[Upload, ReportOptions]:
@@ -272,29 +300,40 @@ def _data(value: Any) -> bytes:
 def _rest(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1")
 
-    @router.post("/green", tags=["green"], dependencies=[needs("score")], responses=_problems(*_ALWAYS, 429, 503))
-    async def green(body: GreenRequest) -> GreenAnswer:
+    @router.post(
+        "/green",
+        tags=["green"],
+        dependencies=[needs("score")],
+        openapi_extra=_body(GreenRequest),
+        responses=_problems(*_ALWAYS),
+    )
+    async def green(request: Request) -> GreenAnswer:
         """GREEN of candidate reports against references."""
-        return await service.green(body.pairs)
+        with service.bodies.holding(_length(request, service)):
+            asked = await _json(request, GreenRequest.model_validate_json)
+        return await service.green(asked.pairs)
 
     @router.post(
         "/corrections",
         tags=["corrections"],
         status_code=201,
         dependencies=[needs("correct")],
+        openapi_extra=_body(CorrectionIn),
         responses=_problems(*_ALWAYS, 404, 409),
     )
-    async def correct(body: CorrectionIn) -> CorrectionOut:
+    async def correct(request: Request) -> CorrectionOut:
         """A radiologist's version of a generated report: kept as a preference pair for `mu2llm prefer`."""
-        return await service.correct(body)
+        with service.bodies.holding(_length(request, service)):
+            given = await _json(request, CorrectionIn.model_validate_json)
+        return await service.correct(given)
 
-    @router.get("/models", tags=["models"], dependencies=[needs("read")], responses=_problems(401, 403))
+    @router.get("/models", tags=["models"], dependencies=[needs("read")], responses=_problems(401, 403, 503))
     async def models() -> ModelsAnswer:
         """The checkpoint that writes now, in OpenAI's form."""
         facts = service.status.model
         return ModelsAnswer(data=[{"object": "model", "owned_by": "mu2llm", "created": 0, **facts}] if facts else [])
 
-    @router.get("/samples", tags=["samples"], dependencies=[needs("read")], responses=_problems(401, 403))
+    @router.get("/samples", tags=["samples"], dependencies=[needs("read")], responses=_problems(401, 403, 503))
     def sample_list() -> list[Sample]:
         """Scans to try: procedural phantoms."""
         return samples.samples()
@@ -304,7 +343,7 @@ def _rest(service: Service) -> APIRouter:
         tags=["samples"],
         dependencies=[needs("read")],
         response_class=Response,
-        responses={200: {"content": {"application/gzip": {}}}, **_problems(401, 403, 404, 422)},
+        responses={200: {"content": {"application/gzip": {}}}, **_problems(401, 403, 404, 422, 503)},
     )
     def sample(sample_id: str) -> Response:
         """One of them, as .nii.gz."""
@@ -339,7 +378,7 @@ def _operations(service: Service) -> APIRouter:
         "/metrics",
         dependencies=[needs("read")],
         response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}, **_problems(401, 403)},
+        responses={200: {"content": {"text/plain": {}}}, **_problems(401, 403, 503)},
     )
     async def prometheus() -> Response:
         """For Prometheus."""
@@ -387,13 +426,9 @@ def _add_shared_schemas(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         schema = described()
-        shared = schema["components"]["schemas"]
-        for model in (ProblemDetail, ReportRequest):
-            shared.setdefault(model.__name__, _schema(model))
+        models = (ProblemDetail, ReportRequest, chat.ChatRequest, GreenRequest, CorrectionIn)
+        _, made = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
+        schema["components"]["schemas"] |= made["$defs"]
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _schema(model: type[BaseModel]) -> dict[str, Any]:
-    return model.model_json_schema(ref_template="#/components/schemas/{model}")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 
 import httpx
@@ -15,9 +16,12 @@ from test_reports import post, zipped
 from mu2llm.config import ServingConfig
 from mu2llm.records import Correction
 from mu2llm.serving import web
+from mu2llm.serving.exchange import Status
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper, make_key
-from mu2llm.serving.service import Service
+from mu2llm.serving.problems import Problem
+from mu2llm.serving.schemas import ReportOptions
+from mu2llm.serving.service import Service, Upload
 
 REFERENCE = "There is a large left pleural effusion. There is a right lung nodule of 12 mm."
 
@@ -203,3 +207,110 @@ def test_keys_open_what_their_scopes_say(tmp_path):
     assert status("GET", "/readyz") == 503
     assert status("POST", "/v1/reports", keys["read"], json={"uri": "s3://b/x"}) == 503
     assert json.loads((tmp_path / "keys.json").read_text())["keys"][0]["sha256"] != keys["read"]
+
+
+ROUTES = ("/v1/reports", "/v1/jobs", "/v1/chat/completions", "/v1/green", "/v1/corrections")
+
+
+def small(tmp_path, **values):
+    """A service without Ray, ready and with keys; the application, a key of every scope."""
+    key = make_key(str(tmp_path), "all", ("read", "score", "correct"))
+    service = Service(None, None, None, ServingConfig(state=str(tmp_path), **values))
+    service.status = Status(True)
+    door = Doorkeeper(str(tmp_path), needed=True)
+    return service, web.application(service, Jobs(service), door, loopback=False), {"authorization": f"Bearer {key}"}
+
+
+def unread(app, path, headers):
+    """The status of an answer that was given before the body was asked for."""
+    told = []
+
+    async def receive():
+        raise AssertionError("the body was read")
+
+    async def send(message):
+        told.append(message)
+
+    named = {"content-type": "application/json", **headers}.items()
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "query_string": b"",
+        "root_path": "",
+        "http_version": "1.1",
+    }
+    asyncio.run(app({**scope, "headers": [(n.encode(), v.encode()) for n, v in named]}, receive, send))
+    return told[0]["status"]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_body_is_not_read_before_the_key_is_known(tmp_path, path):
+    _, app, _ = small(tmp_path)
+    assert unread(app, path, {"content-length": "1000"}) == 401
+    assert unread(app, path, {"content-length": "1000", "authorization": "Bearer mu2_x_y"}) == 401
+
+
+@pytest.mark.parametrize("path", ROUTES[:3])
+def test_a_body_is_not_read_before_its_request_is_let_in(tmp_path, path):
+    service, app, key = small(tmp_path, max_queued_requests=1, max_body_mb=1)
+    with service.admitted(), service.bodies.holding(3 * 2**19):
+        assert unread(app, path, {"content-length": str(2**20), **key}) == 429
+        # in pieces: how much will come is not known
+        assert unread(app, path, {"transfer-encoding": "chunked", **key}) == 429
+
+
+def test_no_more_uploads_of_jobs_are_read_than_may_wait(tmp_path, phantom):
+    service, app, key = small(tmp_path, max_queued_requests=1)
+
+    async def go():
+        jobs = Jobs(service)
+        async with jobs.admitted(10):
+            with pytest.raises(Problem) as told:
+                async with jobs.admitted(10):
+                    pass
+            await jobs.add(Upload((b"scan",)), ReportOptions(stream=True))
+        return told.value
+
+    assert asyncio.run(go()).status == 429
+    assert unread(app, "/v1/jobs", {"content-length": "10", **key}) == 429
+    (waiting,) = service.store.open_jobs()
+    assert waiting.options.stream is False
+
+
+def test_what_has_come_is_what_counts(tmp_path):
+    service, _, _ = small(tmp_path, max_body_mb=1)
+    with service.admitted(2**20) as body:
+        service.bodies.settle(body, 10)
+        with service.bodies.holding(2 * 2**20 - 10), pytest.raises(Problem), service.bodies.holding(1):
+            pass
+    assert service.bodies.held == 0
+
+
+def test_bodies_are_parsed_beside_the_event_loop(tmp_path, monkeypatch):
+    _, app, key = small(tmp_path)
+    parsed_in = []
+
+    def parse(body):
+        parsed_in.append(threading.current_thread())
+        raise Problem(422, "no_scan", "none")
+
+    monkeypatch.setattr(web.chat, "parse", parse)
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://service") as client:
+            return await client.post("/v1/chat/completions", headers=key, json={})
+
+    assert asyncio.run(ask()).status_code == 422
+    assert parsed_in and parsed_in[0] is not threading.main_thread()
+
+
+def test_the_description_names_every_body(tmp_path):
+    _, app, _ = small(tmp_path)
+    told = app.app.openapi()
+    for path in ROUTES:
+        content = told["paths"][path]["post"]["requestBody"]["content"]
+        name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        assert told["components"]["schemas"][name]["properties"]
+        assert told["paths"][path]["post"]["security"] == [{"API key": []}]
+    assert "PairIn" in told["components"]["schemas"]

@@ -1,22 +1,27 @@
 """The parts that need neither Ray nor HTTP: batches, media types, stored things, the Serve config."""
 
 import asyncio
+import os
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from ray.exceptions import RayActorError
 
-from mu2llm import config
+from mu2llm import config, storage
 from mu2llm.evaluation.decoding import Decoding
 from mu2llm.serving import formats
 from mu2llm.serving.app import Settings, deployments, serve_config
 from mu2llm.serving.batching import Row, Waiting
-from mu2llm.serving.exchange import Status, Written
+from mu2llm.serving.decoder import Scan
+from mu2llm.serving.exchange import Status, Unable, Written
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.problems import Problem
-from mu2llm.serving.schemas import Job, ReportOptions
+from mu2llm.serving.schemas import Job, PairIn, ReportOptions
+from mu2llm.serving.scorer import GreenScorer, Unjudged
 from mu2llm.serving.service import Service, Upload, Work
 from mu2llm.serving.store import Store, StoredJob, now
 
@@ -202,14 +207,178 @@ def test_a_job_that_never_ends_is_given_up_and_one_that_ended_is_closed(tmp_path
     assert service.store.open_ids() == [] and not list((tmp_path / "uploads").rglob("0*"))
 
 
-def test_jobs_are_refused_when_too_many_wait(tmp_path):
-    service = Service(None, None, None, config.ServingConfig(state=str(tmp_path), max_queued_requests=1))
-    jobs = Jobs(service)
+def test_an_upload_whose_job_never_came_to_be_is_found_and_deleted(tmp_path, monkeypatch):
+    store, write = Store(str(tmp_path), None, 30), storage.write_bytes
 
-    async def add():
-        return await jobs.add(Upload((b"scan",)), ReportOptions(stream=True))
+    def breaks(uri, data):
+        if "/jobs/" in uri:
+            raise OSError("no space")
+        write(uri, data)
 
-    assert service.store.job(asyncio.run(add()).id).options.stream is False
+    whole = stored_job("queued", 0)
+    store.add_job(whole, [b"kept"])
+    half = whole.model_copy(update={"job": whole.job.model_copy(update={"id": "b" * 32})})
+    monkeypatch.setattr(storage, "write_bytes", breaks)
+    with pytest.raises(OSError, match="no space"):
+        store.add_job(half, [b"first", b"second"])
+    assert store.forget_old() == 0  # it may still be on its way
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (time.time() - 7200,) * 2)
+    assert store.forget_old() == 1
+    assert [path.read_bytes() for path in (tmp_path / "uploads").rglob("0*")] == [b"kept"]
+
+
+def test_a_job_that_waits_is_not_forgotten_however_old(tmp_path):
+    """Its mark among the open ones stayed, and no job was begun any more."""
+    store = Store(str(tmp_path), None, keep_days=0.001)
+    store.add_job(stored_job("queued", 0), [b"scan"])
+    os.utime(tmp_path / "jobs" / ("a" * 32 + ".json"), (time.time() - 7200,) * 2)
+    store.forget_old()
+    assert len(store.open_jobs()) == 1
+
+
+class Handle:
+    """A deployment's handle: each call of the one method that is asked for gives the next answer."""
+
+    def __init__(self, *answers):
+        self.left, self.asked = list(answers), 0
+
+    def __getattr__(self, method):
+        return self
+
+    def remote(self, *_):
+        self.asked += 1
+        future = asyncio.get_running_loop().create_future()
+        future.set_result(self.left.pop(0) if len(self.left) > 1 else self.left[0])
+        return future
+
+
+SCAN = Scan(
+    facts={
+        **{"sha256": "0" * 64, "shape": (1, 1, 1), "spacing": (1, 1, 1), "orientation": "RAS", "warnings": ()},
+        "format": "NIfTI",
+    },
+    voxels=np.zeros(1),
+    chunk_mask=np.ones(1),
+    affine=np.eye(4),
+    spec_hash="",
+    key="",
+    seconds=0,
+)
+MODEL = {"id": "m", "stage": "sft", "checkpoint": "c"}
+WRITTEN = Written("A nodule.", "?", 3, True, MODEL, {"name": "least", "hash": "0"}, 1, False, {"write": 1}, "")
+
+
+def known(tmp_path, generator, scan=SCAN):
+    """A service that knows what scans must look like."""
+    service = Service(Handle(scan), generator, None, config.ServingConfig(state=str(tmp_path)))
+    service._learn(Status(True, spec=config.load("tiny").data.spec))
+    return service
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_replica_that_is_not_ready_fails_no_request_that_another_can_serve(tmp_path, monkeypatch, streamed):
+    monkeypatch.setattr("mu2llm.serving.service.BACK_OFF_S", 0.0)
+    loading = Unable("not_ready", "the weights are being loaded")
+
+    async def go(generator):
+        service = known(tmp_path, generator)
+        work = service.begin(Upload((b"",)), ReportOptions())
+        if not streamed:
+            return (await service.report(work)).report.report
+        return [part async for part in service.stream(work, await service.read(work))][-1].report.report
+
+    ends = Handle(loading, loading, WRITTEN)
+    if streamed:
+        ends = Streams([loading], [loading], [WRITTEN])
+    assert asyncio.run(go(ends)) == "A nodule." and ends.asked == 3
     with pytest.raises(Problem) as told:
-        asyncio.run(add())
-    assert told.value.status == 429
+        asyncio.run(go(Streams(*[[loading]] * 20) if streamed else Handle(loading)))
+    assert (told.value.status, told.value.code) == (503, "not_ready")
+
+
+class Streams:
+    """A generator's handle whose streams bring these pieces, one stream after the other."""
+
+    def __init__(self, *streams):
+        self.left, self.asked = iter(streams), 0
+
+    def options(self, **_):
+        return self
+
+    @property
+    def stream(self):
+        return self
+
+    def remote(self, _):
+        self.asked += 1
+        return FakeStream(next(self.left), None)
+
+
+def test_a_replica_that_is_not_ready_says_nothing_of_the_others(tmp_path):
+    service = known(tmp_path, None)
+    service._learn(Status(False, "the weights are being loaded"))
+    with service.admitted():
+        pass
+    service._seen -= 60
+    service._learn(Status(False, "the weights are being loaded"))
+    with pytest.raises(Problem), service.admitted():
+        pass
+
+
+def test_a_structured_report_of_what_is_no_dicom_is_refused_before_anything_is_written(tmp_path):
+    writer = Handle(WRITTEN)
+    service = known(tmp_path, writer)
+
+    async def go():
+        await service.report(service.begin(Upload(uri=None, files=(b"",)), ReportOptions(), references=True))
+
+    with pytest.raises(Problem) as told:
+        asyncio.run(go())
+    assert told.value.status == 406 and writer.asked == 0
+
+
+class SlowJudge:
+    """Counts how many judge by it at a time."""
+
+    identity = "slow"
+
+    def __init__(self):
+        self.now, self.most, self.go_on = 0, 0, threading.Event()
+
+    def judge(self, pairs):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.go_on.wait(10)
+        self.now -= 1
+        return []
+
+
+def test_a_judge_is_asked_by_one_at_a_time_and_no_more_wait_than_may():
+    async def go():
+        scorer = GreenScorer({}, at_once=3)
+        scorer.judge = judge = SlowJudge()
+        asked = [asyncio.create_task(scorer.score([])) for _ in range(5)]
+        await asyncio.sleep(0.1)
+        assert await scorer.answers() and scorer.waiting == 3
+        judge.go_on.set()
+        return judge.most, await asyncio.gather(*asked)
+
+    most, ends = asyncio.run(go())
+    assert most == 1 and ends == [[], [], [], Unjudged("busy"), Unjudged("busy")]
+
+
+@pytest.mark.parametrize(("end", "status", "code"), [("busy", 429, "busy"), ("down", 503, "scorer_down")])
+def test_a_scorer_that_is_busy_is_not_down(end, status, code):
+    service = Service(None, None, Handle(True, Unjudged(end)), config.ServingConfig())
+    with pytest.raises(Problem) as told:
+        asyncio.run(service.green([PairIn(reference="a", candidate="b")]))
+    assert (told.value.status, told.value.code) == (status, code)
+    assert told.value.response().headers["retry-after"]
+
+
+def test_whoever_asks_for_its_status_finds_a_free_place_at_a_busy_replica():
+    made = deployments(Settings())
+    for name, at_once in (("ReportGenerator", 64), ("GreenScorer", 32)):
+        assert made[name]._deployment_config.max_ongoing_requests > at_once
+    assert made["GreenScorer"]._deployment_config.max_queued_requests > 0

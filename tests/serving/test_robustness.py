@@ -1,9 +1,11 @@
 """What the service withstands: dying replicas, another model, a scorer that is down, more clients than it can serve."""
 
+import json
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
@@ -14,50 +16,74 @@ from test_api import REFERENCE, wait_for
 
 from mu2llm import tracking
 from mu2llm.config import JudgeConfig
+from mu2llm.green import load_judge, write_answer
 from mu2llm.records import Checkpoint
 from mu2llm.serving.running import deploy
 
 pytestmark = pytest.mark.slow
-REFUSED = (429, 503)  # not accepted: to be sent again
+BUSY, DOWN = (429, "busy"), (503, "scorer_down")  # refused at admission: to be sent again
 
 
 class Load:
-    """Clients that post the scan over and over while the block lasts; `answers` are (status, report)."""
+    """Clients that ask over and over while the block lasts. `answers` are (status, what `told` reads in it or the
+    problem's code); `broken` counts what the ingress died over, which its proxy tells so or by a broken connection:
+    then a client asks again."""
 
-    def __init__(self, url, scan, clients=4):
-        self.url, self.scan, self.over = url, scan, threading.Event()
-        self.answers, self.pool = [], ThreadPoolExecutor(clients)
-        self.clients = clients
+    def __init__(self, ask, told, clients=4):
+        self.ask, self.told, self.clients = ask, told, clients
+        self.answers, self.broken, self.over, self.pool = [], 0, threading.Event(), ThreadPoolExecutor(clients)
 
     def __enter__(self):
-        self.running = [self.pool.submit(self.post) for _ in range(self.clients)]
+        self.running = [self.pool.submit(self.keep_asking) for _ in range(self.clients)]
         self.wait_for(self.clients)
         return self
 
-    def post(self):
-        with httpx.Client(base_url=self.url, timeout=120) as client:
-            while not self.over.is_set():
-                answer = client.post("/v1/reports", files={"scan": ("a.nii.gz", self.scan)})
-                told = answer.json() if answer.headers["content-type"].startswith("application/json") else {}
-                self.answers.append((answer.status_code, told.get("report", answer.text)))
-                if answer.status_code in REFUSED:
-                    time.sleep(0.2)
+    def keep_asking(self):
+        while not self.over.is_set():
+            try:
+                answer = self.ask()
+            except httpx.TransportError:
+                answer = None
+            if answer is None or (answer.status_code, answer.text) == (500, "Internal Server Error"):
+                self.broken += 1
+                continue
+            told = answer.json() if "json" in answer.headers["content-type"] else {"code": answer.text}
+            self.answers.append((answer.status_code, self.told(told) if answer.status_code == 200 else told["code"]))
+            if answer.status_code != 200:
+                time.sleep(0.2)
 
-    def wait_for(self, more, status=200, text=None, seconds=90):
-        """Until `more` further answers of a status (and text) have come."""
+    def wait_for(self, more, told=None, seconds=60):
+        """Until `more` further answers of status 200 (that tell this) have come."""
         start, deadline = len(self.answers), time.monotonic() + seconds
         while time.monotonic() < deadline:
-            new = [a for a in self.answers[start:] if a[0] == status and text in (None, a[1])]
-            if len(new) >= more:
+            if len([a for a in self.answers[start:] if a[0] == 200 and told in (None, a[1])]) >= more:
                 return
             time.sleep(0.05)
-        raise TimeoutError(Counter(status for status, _ in self.answers[start:]))
+        raise TimeoutError(Counter(self.answers[start:]))
 
     def __exit__(self, *_):
         self.over.set()
         for running in self.running:
             running.result(120)
         self.pool.shutdown()
+
+
+def reports(url, scan, clients=4):
+    def ask():
+        return httpx.post(f"{url}/v1/reports", files={"scan": ("a.nii.gz", scan)}, timeout=120)
+
+    return Load(ask, lambda told: told["report"], clients)
+
+
+PAIRS = {"pairs": [{"reference": REFERENCE, "candidate": FIRST}]}
+
+
+def scores(url, clients=4):
+    return Load(
+        lambda: httpx.post(f"{url}/v1/green", json=PAIRS, timeout=120),
+        lambda told: told["results"][0]["score"],
+        clients,
+    )
 
 
 def kill(deployment):
@@ -68,27 +94,28 @@ def kill(deployment):
 
 @pytest.mark.parametrize("deployment", ["VolumeReader", "ReportGenerator"])
 def test_a_replica_dies_under_load(service, phantom, deployment):
-    with Load(service, phantom) as load:
+    """Whoever was let in gets the report, and none is turned away: a replica is back before that is needed."""
+    with reports(service, phantom) as load:
         kill(deployment)
         load.wait_for(8)
-    assert {status for status, _ in load.answers} <= {200, *REFUSED}, load.answers
-    assert all(report == FIRST for status, report in load.answers if status == 200)
+    assert set(load.answers) == {(200, FIRST)} and not load.broken
 
 
-def test_the_scorer_dies(client, service):
-    kill("GreenScorer")
-    body = {"pairs": [{"reference": REFERENCE, "candidate": FIRST}]}
-    deadline, answer = time.monotonic() + 60, client.post("/v1/green", json=body)
-    while answer.status_code == 503 and time.monotonic() < deadline:
-        answer = client.post("/v1/green", json=body)
-    assert answer.status_code == 200 and answer.json()["results"][0]["score"] == 0.5
+def test_the_scorer_dies_under_load(service):
+    """Who asks while there is none hears so; who was let in gets the scores."""
+    with scores(service) as load:
+        kill("GreenScorer")
+        load.wait_for(8)
+    assert set(load.answers) <= {(200, 0.5), DOWN} and not load.broken, Counter(load.answers)
 
 
-def test_the_ingress_dies_and_jobs_outlive_it(client, service, phantom):
+def test_the_ingress_dies_under_load_and_jobs_outlive_it(client, service, phantom):
     """Connections of that replica break, as those of any server that dies; clients ask again."""
     jobs = [client.post("/v1/jobs", files={"scan": ("a.nii.gz", phantom)}).json()["id"] for _ in range(3)]
-    kill("Ingress")
-    time.sleep(1)
+    with reports(service, phantom) as load:
+        kill("Ingress")
+        load.wait_for(8)
+    assert set(load.answers) == {(200, FIRST)}, Counter(load.answers)
     wait_until_ready(service)
     for job in jobs:
         told = wait_for(client, job, 90)
@@ -100,11 +127,10 @@ def test_another_model_takes_over_without_a_pause(service, phantom, settings, tm
     folder = tmp_path_factory.mktemp("second")
     second = write_checkpoint(str(folder / "second"), SECOND, fit="isotropic")
     try:
-        with Load(service, phantom) as load:
+        with reports(service, phantom) as load:
             deploy(settings.model_copy(update={"checkpoint": second}))
-            load.wait_for(4, text=SECOND)
-        assert {status for status, _ in load.answers} == {200}
-        assert {report for _, report in load.answers} == {FIRST, SECOND}
+            load.wait_for(4, told=SECOND)
+        assert set(load.answers) == {(200, FIRST), (200, SECOND)} and not load.broken
     finally:
         deploy(settings)
         wait_for_text(service, phantom, FIRST)
@@ -115,12 +141,12 @@ def test_what_is_promoted_takes_over(service, phantom, settings, checkpoint, tmp
     second = write_checkpoint(str(tmp_path_factory.mktemp("promoted") / "second"), SECOND)
     tracking.register(Checkpoint.open(second), alias="champion")
     try:
-        with Load(service, phantom, clients=2) as load:
+        with reports(service, phantom, clients=2) as load:
             deploy(settings.model_copy(update={"checkpoint": "registry://mu2llm@champion"}))
-            load.wait_for(2, text=SECOND)
+            load.wait_for(2, told=SECOND)
             tracking.register(Checkpoint.open(checkpoint), alias="champion")
-            load.wait_for(2, text=FIRST)
-        assert {status for status, _ in load.answers} == {200}
+            load.wait_for(2, told=FIRST)
+        assert set(load.answers) == {(200, FIRST), (200, SECOND)} and not load.broken
     finally:
         deploy(settings)
         wait_for_text(service, phantom, FIRST)
@@ -128,19 +154,18 @@ def test_what_is_promoted_takes_over(service, phantom, settings, checkpoint, tmp
 
 def test_reports_go_on_while_the_scorer_is_down(client, phantom, settings):
     down = JudgeConfig(name="hf:/there/is/no/judge")
-    body = {"pairs": [{"reference": REFERENCE, "candidate": FIRST}]}
     try:
         deploy(settings.model_copy(update={"judge": down}))
-        deadline, answer = time.monotonic() + 60, client.post("/v1/green", json=body)
+        deadline, answer = time.monotonic() + 60, client.post("/v1/green", json=PAIRS)
         while answer.status_code == 200 and time.monotonic() < deadline:
-            answer = client.post("/v1/green", json=body)
+            answer = client.post("/v1/green", json=PAIRS)
         assert (answer.status_code, answer.json()["code"]) == (503, "scorer_down")
         assert int(answer.headers["retry-after"]) > 0
         assert client.post("/v1/reports", files={"scan": ("a.nii.gz", phantom)}).status_code == 200
     finally:
         deploy(settings)
         deadline = time.monotonic() + 60
-        while client.post("/v1/green", json=body).status_code != 200 and time.monotonic() < deadline:
+        while client.post("/v1/green", json=PAIRS).status_code != 200 and time.monotonic() < deadline:
             time.sleep(0.5)
 
 
@@ -172,3 +197,67 @@ def test_more_clients_than_it_can_serve(service, phantom, settings):
             assert int(answer.headers["retry-after"]) >= 1 and answer.json()["code"] == "busy"
         else:
             assert answer.json()["report"] == FIRST
+
+
+def test_more_pairs_than_the_scorer_takes_on(service, settings, slow_judge):
+    """It was said to be down when it was busy."""
+    others = settings.serving.scorer.at_once + 8
+    try:
+        deploy(settings.model_copy(update={"judge": JudgeConfig(name=f"openai:slow@{slow_judge}")}))
+        wait_for_judge(service, "openai:slow")
+        with ThreadPoolExecutor(others) as pool:
+            answers = list(
+                pool.map(lambda _: httpx.post(f"{service}/v1/green", json=PAIRS, timeout=120), range(others))
+            )
+        counts = Counter(answer.status_code for answer in answers)
+        assert set(counts) == {200, 429} and counts[200] >= settings.serving.scorer.at_once / 2, counts
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert refused.json()["code"] == "busy" and int(refused.headers["retry-after"]) >= 1
+    finally:
+        deploy(settings)
+        wait_for_judge(service, "rules@")
+
+
+@pytest.fixture
+def slow_judge():
+    """The URL of a language model behind OpenAI's API that takes its time and finds nothing wrong."""
+    text = write_answer(load_judge(JudgeConfig()).judge([(FIRST, FIRST)])[0])
+    answer = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            time.sleep(0.05)
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def wait_for_judge(url, name, seconds=60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        answer = httpx.post(f"{url}/v1/green", json=PAIRS, timeout=60)
+        if answer.status_code == 200 and answer.json()["results"][0]["judge"].startswith(name):
+            return
+        time.sleep(0.3)
+    raise TimeoutError(answer.text)
+
+
+def test_batch_jobs_judge_by_the_services_scorer(service):
+    judge = load_judge(JudgeConfig(name="python:mu2llm.serving.judge:ServedJudge"))
+    pairs = [(REFERENCE, FIRST), ("", FIRST)] * 40  # more than one call
+    rules = load_judge(JudgeConfig())
+    assert judge.identity == rules.identity and judge.judge(pairs) == rules.judge(pairs)

@@ -1,10 +1,12 @@
 """What a hostile client may not do; without a running service."""
 
 import asyncio
+import base64
 import gzip
 import io
 import json
 import os
+import threading
 import time
 import zipfile
 
@@ -14,7 +16,7 @@ from small_service import PATIENT, PATIENT_ID
 
 from mu2llm.errors import UserError
 from mu2llm.records import Rejection
-from mu2llm.serving import decoder
+from mu2llm.serving import chat, decoder, keys
 from mu2llm.serving.decoder import Decoder, Reading, Refusal, Scan
 from mu2llm.serving.guard import Guard, is_loopback
 from mu2llm.serving.keys import Doorkeeper, list_keys, make_key, revoke_key
@@ -59,13 +61,46 @@ def test_a_link_does_not_lead_out(tmp_path):
         allowed(f"file://{tmp_path}/in/link", (f"file://{tmp_path}/in",))
 
 
-def test_data_urls_have_a_limit_and_must_be_sound():
-    assert data_url("data:application/gzip;base64,QUJD", 10) == b"ABC"
-    assert data_url("s3://bucket/x", 10) is None
-    for url, status in (("data:;base64,QUJDQUJDQUJDQUJD", 413), ("data:;base64,????", 422), ("data:text/plain,x", 422)):
+def test_data_urls_must_be_sound():
+    assert data_url("data:application/gzip;base64,QUJD") == b"ABC"
+    assert data_url("s3://bucket/x") is None
+    for url in ("data:;base64,????", "data:;base64,QQ", "data:text/plain,x"):
         with pytest.raises(Problem) as told:
-            data_url(url, 10)
-        assert told.value.status == status
+            data_url(url)
+        assert told.value.status == 422
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+def test_a_long_data_url_is_no_work_for_a_json_parser(escaped):
+    """It held the interpreter, and with it all other requests, for seconds."""
+    scan = os.urandom(2**22)
+    told = json.dumps({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": _url(scan)}]}]})
+    body = bytearray((told.replace("/", "\\/") if escaped else told).encode())
+    rest, cut = chat._cut(body)
+    assert len(rest) < 200 and len(cut) == 1
+    request, upload = chat.parse(body)
+    assert upload.files == (scan,) and request.messages[0].role == "user"
+
+
+def _url(scan):
+    return {"url": "data:application/octet-stream;base64," + base64.b64encode(scan).decode()}
+
+
+def test_a_long_text_stays_a_text():
+    text = "data:text/plain;base64," + "A" * 2**17
+    content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": "s3://b/x"}}]
+    body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+    request, upload = chat.parse(bytearray(body))
+    assert request.messages[0].text == text and upload.uri == "s3://b/x"
+
+
+def passes(door, given, scope="read"):
+    """200, or the status of the Problem."""
+    try:
+        asyncio.run(door.check(given, scope))
+    except Problem as problem:
+        return problem.status
+    return 200
 
 
 def test_keys_are_stored_as_hashes_and_have_scopes(tmp_path):
@@ -73,22 +108,48 @@ def test_keys_are_stored_as_hashes_and_have_scopes(tmp_path):
     key = make_key(state, "reading room", ("read",))
     assert key.rpartition("_")[2] not in (tmp_path / "keys.json").read_text()
     door = Doorkeeper(state, needed=True)
-    door.check(key, "read")
-    for given, scope, status in (
-        (key, "score", 403),
-        (None, "read", 401),
-        (key + "x", "read", 401),
-        ("mu2_x_y", "read", 401),
-    ):
-        with pytest.raises(Problem) as told:
-            door.check(given, scope)
-        assert told.value.status == status
+    assert passes(door, key) == 200 and passes(door, key, "score") == 403
+    assert [passes(door, given) for given in (None, key + "x", "mu2_x_y")] == [401] * 3
     revoke_key(state, list_keys(state)[0].id)
-    with pytest.raises(Problem):
-        Doorkeeper(state, needed=True).check(key, "read")
-    Doorkeeper(state, needed=False).check(None, "read")
+    assert passes(Doorkeeper(state, needed=True), key) == 401
+    assert passes(Doorkeeper(state, needed=False), None) == 200
     with pytest.raises(UserError, match="there are read, score, correct"):
         make_key(state, "x", ("admin",))
+
+
+def test_keys_that_cannot_be_read_let_nobody_in_but_those_that_were_known(tmp_path, monkeypatch):
+    """Each request was a 500."""
+    monkeypatch.setattr(keys, "REFRESH_S", 0.0)
+    state = str(tmp_path)
+    key = make_key(state, "reading room", ("read",))
+    whole, door = (tmp_path / "keys.json").read_text(), Doorkeeper(state, needed=True)
+    assert passes(door, key) == 200
+    for broken in (whole[:-20], '{"keys": [{"id": "x"}]}', "[]"):
+        (tmp_path / "keys.json").write_text(broken)
+        assert passes(door, key) == 200 and passes(door, "mu2_x_y") == passes(door, None) == 401
+        assert passes(Doorkeeper(state, needed=True), key) == passes(Doorkeeper(state, needed=True), None) == 503
+    monkeypatch.setattr(keys, "KEPT_S", 0.0)
+    assert passes(door, key) == 503
+    (tmp_path / "keys.json").write_text(whole)
+    monkeypatch.setattr(keys, "KEPT_S", 600.0)
+    assert passes(door, key) == 200
+
+
+def test_storage_of_keys_that_hangs_holds_up_nobody_else(tmp_path, monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr(keys, "list_keys", lambda state: go_on.wait(20) and ())
+    monkeypatch.setattr(keys, "WAIT_S", 0.2)
+
+    async def go():
+        door = Doorkeeper(str(tmp_path), needed=True)
+        asked = [asyncio.create_task(door.check("mu2_x_y", "read")) for _ in range(3)]
+        await asyncio.sleep(0.01)  # the loop goes on
+        assert not any(task.done() for task in asked)
+        told = await asyncio.gather(*asked, return_exceptions=True)
+        go_on.set()
+        return [problem.code for problem in told]
+
+    assert asyncio.run(go()) == ["keys"] * 3
 
 
 def test_addresses_of_this_machine():
@@ -242,3 +303,18 @@ def test_nothing_of_the_patient_leaves_the_decoder(reader, spec, dicom, capfd):
     assert isinstance(scan, Scan) and len(scan.references.instances) == len(dicom)
     told = repr((scan.facts, scan.references)) + "".join(capfd.readouterr())
     assert PATIENT not in told and PATIENT_ID not in told
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_instances_of_a_scan_that_was_named_by_its_uri(spec, dicom, tmp_path, packed):
+    """They were known of uploads alone."""
+    (tmp_path / "series").mkdir()
+    for number, data in enumerate(dicom):
+        (tmp_path / "series" / f"{number}.dcm").write_bytes(data)
+    (tmp_path / "series.zip").write_bytes(archive(**{f"{n}.dcm": data for n, data in enumerate(dicom)}))
+    uri = f"file://{tmp_path}/series" + (".zip" if packed else "")
+    found = decoder.read(Reading(uri, spec, references=True), 200).references
+    sent = decoder.read(Reading(dicom, spec, references=True), 200).references
+    assert (found.study, found.series) == (sent.study, sent.series)
+    assert sorted(found.instances) == sorted(sent.instances) and len(found.instances) == len(dicom)
+    assert decoder.read(Reading(uri, spec), 200).references is None
