@@ -167,7 +167,9 @@ class StageConfig(Section):
         False, description="compute activations again in the backward pass: less memory, a third more time"
     )
     compile: bool = False
-    fsdp: str | None = None
+    fsdp: Literal["full_shard", "shard_grad_op"] | None = Field(
+        None, description="weights sharded over the workers; shard_grad_op keeps a layer's between forward and backward"
+    )
 
 
 class ContrastiveConfig(StageConfig):

@@ -25,7 +25,7 @@ from mu2llm.cases import Shards, dataset
 from mu2llm.config import DpoConfig, Experiment
 from mu2llm.errors import UserError
 from mu2llm.evaluation.encode import encode_scans
-from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, add_lora, load, merge_lora
+from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, add_lora, load, load_lora, merge_lora
 from mu2llm.records import Checkpoint, PreferencePair
 from mu2llm.stages import runner
 from mu2llm.stages.preferences import Preferences, read_pairs
@@ -54,7 +54,7 @@ def run(
     done = runner.finished(job)
     if done:
         return done
-    runner.check_resources(job.settings)
+    runner.check(job)
     return runner.run(prepared(job, shards, pairs), loop, progress)
 
 
@@ -108,7 +108,7 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Mu2DPOTrainer(
             model=model,
-            args=TrlDpoConfig(**runner.arguments(job, folder, **loss_arguments(settings))),
+            args=TrlDpoConfig(**runner.arguments(job, folder, model, **loss_arguments(settings))),
             train_dataset=datasets.Dataset.from_list([{"prompt": "", "chosen": "", "rejected": ""}]),
             data_collator=examples.collator,
             processing_class=processor.tokenizer,
@@ -117,12 +117,20 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
         if job.watch:
             trainer.add_callback(Validation(job, trainer, processor, shards))
 
-        def finish(target: str) -> dict[str, float]:
-            merge_lora(model).save_pretrained(target)
+        def finish(trained: Any, target: str) -> dict[str, float]:
+            merge_lora(trained).save_pretrained(target)
             processor.save_pretrained(target)
             return {}
 
-        runner.train(trainer, job, resume, finish)
+        runner.train(trainer, job, resume, finish, lambda saved: restore(job, saved))
+
+
+def restore(job: runner.Job, folder: str) -> Mu2ForConditionalGeneration:
+    """The model that HF's trainer saved, LoRA merged."""
+    if not job.resolved.model.lora:
+        return Mu2ForConditionalGeneration.from_pretrained(folder).eval()
+    assert job.parent
+    return merge_lora(load_lora(load(job.parent)[0], folder))
 
 
 def loss_arguments(settings: DpoConfig) -> dict[str, Any]:
@@ -146,6 +154,14 @@ class Mu2DPOTrainer(runner.Streamed, DPOTrainer):
     log reference − log policy over the reports; of reports that the reference sampled that is an estimate of
     KL(reference ‖ policy), in nats a report.
     """
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.is_fsdp_enabled = self.accelerator.is_fsdp2
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = False  # while trl is made: it would load a reference model, which nothing here needs
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

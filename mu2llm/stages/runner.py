@@ -12,10 +12,11 @@ import json
 import logging
 import math
 import os
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,8 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from pydantic import BaseModel, Field
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -223,7 +226,7 @@ def run(
     done = finished(job)
     if done:
         return done
-    check_resources(job.settings)
+    check(job)
     _drop_other_state(job)
     settings = job.settings
     tracked = _track(job)
@@ -335,19 +338,71 @@ def _run_on_workers(
             raise
 
 
-def check_resources(settings: StageConfig) -> None:
-    """A UserError where the least number of workers can never fit the cluster as it is."""
-    least, most = (settings.workers, settings.workers) if isinstance(settings.workers, int) else settings.workers
+def check(job: Job) -> None:
+    """A UserError where the job cannot be trained as it is asked for, or its workers can never fit the cluster."""
+    settings = job.settings
+    least, most = _range(settings)
     for workers in range(max(least, 1), most + 1):
         if settings.batch_size % workers:
             raise UserError(f"batch_size {settings.batch_size} is global: it does not divide among {workers} workers")
-    have = capacity()
-    for name, each in _resources(settings).items():
-        if least * each > have.get(name, 0):
-            raise UserError(
-                f"{least} workers of {each:g} {name} need {least * each:g}; the cluster has {have.get(name, 0):g}: "
-                "ask for fewer workers or join a larger cluster"
-            )
+    if settings.fsdp:
+        _check_sharding(job)
+    _check_room(settings)
+
+
+def _range(settings: StageConfig) -> tuple[int, int]:
+    """The least and the most workers."""
+    return (settings.workers, settings.workers) if isinstance(settings.workers, int) else settings.workers
+
+
+def _check_sharding(job: Job) -> None:
+    """What FSDP does not do: it shards no single numbers, and no rank alone can write reports."""
+    least, _ = _range(job.settings)
+    reasons = {
+        f"it shards over workers, and there may be {least}: ask for 2 or more": least < 2,
+        "the contrastive stage trains the vision encoder, which any GPU holds": job.stage == "contrastive",
+        "sft.alignment's head has a single number for a bias: set it to 0": getattr(job.settings, "alignment", 0) > 0,
+        "a learned temperature is a single number: set model.tokenizer.temperature_mode to fixed or annealed": (
+            job.resolved.model.tokenizer.temperature_mode == "learned"
+        ),
+        "sweeps have rank 0 write reports while it trains, which then holds a part of the model": bool(job.watch),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UserError(f"{job.stage}.fsdp={job.settings.fsdp}: {reason}, or unset {job.stage}.fsdp")
+
+
+def _check_room(settings: StageConfig) -> None:
+    """A UserError where the cluster will never have room for the least number of workers."""
+    need, (least, _) = _resources(settings), _range(settings)
+    fit = workers_that_fit(need)
+    if least > fit:
+        each = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
+        raise UserError(
+            f"{least} workers of {each}: the cluster's nodes hold {fit} of these; a worker is on one node: "
+            "ask for fewer workers, for less each, or join a larger cluster"
+        )
+
+
+def workers_that_fit(need: Mapping[str, float]) -> int:
+    """As many as the nodes hold, as the cluster is or, where it scales itself, as it can grow to."""
+    nodes = sum(_slots(node["Resources"], need) for node in ray.nodes() if node["Alive"])
+    grown = ray._private.state.state.get_cluster_config()
+    if grown is None:
+        return nodes
+    most = sum(_slots(group.resources, need) * int(_limit(group.max_count)) for group in grown.node_group_configs)
+    limits = {name: grown.max_resources[name] for name in need if name in grown.max_resources}
+    return max(nodes, min(most, _slots(limits, {name: need[name] for name in limits})))
+
+
+def _slots(have: Mapping[str, float], each: Mapping[str, float]) -> int:
+    """How often `each` goes into `have`."""
+    times = (math.floor(_limit(have.get(name, 0)) / amount + 1e-6) for name, amount in each.items() if amount)
+    return min(times, default=sys.maxsize)
+
+
+def _limit(number: float) -> float:
+    return sys.maxsize if number < 0 else number  # Ray's −1: none
 
 
 def capacity() -> dict[str, float]:
@@ -525,7 +580,7 @@ def _worker(settings: dict[str, Any]) -> None:
         storage.write_json(storage.join(job.state, "stopped.json"), {"why": str(error), "mistake": True})
 
 
-def arguments(job: Job, folder: str, **more: Any) -> dict[str, Any]:
+def arguments(job: Job, folder: str, model: Any, **more: Any) -> dict[str, Any]:
     """The HF training arguments that all stages share, as keywords for `TrainingArguments` or `DPOConfig`."""
     settings, world = job.settings, _here.get().world
     return {
@@ -552,9 +607,22 @@ def arguments(job: Job, folder: str, **more: Any) -> dict[str, Any]:
         "disable_tqdm": True,
         "activation_checkpointing": settings.gradient_checkpointing,  # named, as trl's own default is on
         "torch_compile": settings.compile,
-        "fsdp": settings.fsdp or "",
         "ddp_find_unused_parameters": False,
+        **(sharding(settings.fsdp, model) if settings.fsdp else {}),
         **more,
+    }
+
+
+def sharding(strategy: str, model: Any) -> dict[str, Any]:
+    """HF's arguments for FSDP: each layer's weights are gathered when it is reached, those of no layer at once."""
+    layers = {type(module).__name__ for module in model.modules()} & set(model._no_split_modules)
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "reshard_after_forward": strategy == "full_shard",
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP" if layers else "NO_WRAP",
+            "transformer_layer_cls_to_wrap": sorted(layers),
+        },
     }
 
 
@@ -567,6 +635,12 @@ class Streamed:
     batches: Batches
     first_scan: dict[str, torch.Tensor]
     epochs_a_step: float = 0.0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.args.fsdp and PartialState().distributed_type == DistributedType.MULTI_CPU:  # type: ignore[attr-defined]
+            # accelerate passes over FSDP there without a word; torch shards over gloo as it does over GPUs
+            PartialState().distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         return self.batches
@@ -656,11 +730,17 @@ class Batches:
         return map(self.collate, self.stream)
 
 
-def train(trainer: Trainer, job: Job, resume: Resume, finish: Callable[[str], dict[str, float]]) -> None:
+def train(
+    trainer: Trainer,
+    job: Job,
+    resume: Resume,
+    finish: Callable[[Any, str], dict[str, float]],
+    restore: Callable[[str], Any],
+) -> None:
     """Trains to the end, reporting and checkpointing on the way, and publishes the checkpoint.
 
-    `finish(folder)` writes the final `save_pretrained` folder and returns the stage's own metrics; only rank 0
-    calls it.
+    `finish(model, folder)` writes the final `save_pretrained` folder and returns the stage's own metrics; only rank 0
+    calls it. With FSDP no rank has the whole model: `restore` makes it of what HF's trainer saves.
     """
     reports = _Reports(job, resume, trainer.batches.stream)  # type: ignore[attr-defined]  # a Streamed one
     trainer.add_callback(reports)
@@ -672,9 +752,12 @@ def train(trainer: Trainer, job: Job, resume: Resume, finish: Callable[[str], di
         # not raised on: the same batch would fail again on every retry
         storage.write_json(storage.join(job.state, "stopped.json"), {"why": str(error), "case_ids": error.cases})
         return
-    if rank == 0:
-        with tempfile.TemporaryDirectory() as folder:
-            metrics = finish(folder)
+    with tempfile.TemporaryDirectory() as saved, tempfile.TemporaryDirectory() as folder:
+        if job.settings.fsdp:
+            trainer.save_model(saved)  # on every rank: each holds a part
+        if rank == 0:
+            model = restore(saved) if job.settings.fsdp else trainer.accelerator.unwrap_model(trainer.model)
+            metrics = finish(model, folder)
             progress = reports.progress(trainer.state.global_step)
             _finish(job, folder, progress, resume.step, history(trainer), metrics)
 

@@ -53,7 +53,7 @@ def run(
     if done:
         return done
     settings = experiment.sft
-    runner.check_resources(settings)
+    runner.check(job)
     if job.validation and not shards.count("validation"):
         raise UserError(f"sft.validation.steps is given, but {shards.uri} has no rows in split validation")
     if settings.cached:
@@ -95,18 +95,18 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # what is frozen at first has no gradient then
         unused = {"ddp_find_unused_parameters": settings.thaw_vision is not None}
-        trainer = SftTrainer(model=model, args=TrainingArguments(**runner.arguments(job, folder, **unused)))
+        trainer = SftTrainer(model=model, args=TrainingArguments(**runner.arguments(job, folder, model, **unused)))
         trainer.batches, trainer.alignment, trainer.processor = batches, settings.alignment, processor
         if settings.thaw_vision is not None:
             trainer.add_callback(Thaw(whole.model.vision, int(settings.thaw_vision * job.total_steps)))
         if job.watch:
             trainer.add_callback(Validation(job, trainer, processor, shards))
 
-        def finish(target: str) -> dict[str, float]:
-            save(model, processor, target)
+        def finish(trained: Any, target: str) -> dict[str, float]:
+            save(trained, processor, target)
             return {}
 
-        runner.train(trainer, job, resume, finish)
+        runner.train(trainer, job, resume, finish, lambda saved: restore(job, saved)[0])
 
 
 def training_cases(job: runner.Job, shards: Shards) -> tuple[list[str], list[str]]:
