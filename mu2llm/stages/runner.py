@@ -28,7 +28,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from pydantic import BaseModel, Field
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from mu2llm import config, storage, telemetry, tracking
 from mu2llm.cases import Shards, Stream
@@ -52,7 +52,9 @@ SCORE = "less_loss"  # −LOSS: where lower is better, Ray takes a checkpoint wi
 SNAPSHOT_FILE = "train/checkpoint_manager_snapshot.json"  # Ray Train's, below the state
 KEPT_SNAPSHOT_FILE = "snapshot.json"  # in the state: the last whole one
 FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, until the driver publishes it
-PROGRESS_FILE = "mu2llm_progress.json"  # in every intermediate checkpoint: what is cumulative over resumes
+# in every intermediate checkpoint: its description, by which a resume goes on. Not named as a whole checkpoint's is,
+# which others would take such a folder for: its weights may be an adapter's alone
+INTERMEDIATE_FILE = "mu2llm_intermediate.json"
 
 
 class Watch(BaseModel):
@@ -694,7 +696,8 @@ class Resume(BaseModel):
         folder = _here.get().checkpoint()
         if folder is None:
             return cls()
-        return cls(folder=folder, **json.loads((Path(folder) / PROGRESS_FILE).read_text()))
+        done = Training.model_validate(json.loads((Path(folder) / INTERMEDIATE_FILE).read_text())["training"])
+        return cls(folder=folder, step=done.steps, seconds=done.seconds, cases_seen=done.cases_seen)
 
 
 class Batches:
@@ -759,28 +762,26 @@ def train(
             model = restore(saved) if job.settings.fsdp else trainer.accelerator.unwrap_model(trainer.model)
             metrics = finish(model, folder)
             progress = reports.progress(trainer.state.global_step)
-            _finish(job, folder, progress, resume.step, history(trainer), metrics)
+            storage.copy_folder(folder, job.out)
+            # what describes it waits for `_publish`, on the driver, which makes the folder whole
+            described = description(job, progress, resume.step, trainer.state, metrics)
+            storage.write_json(storage.join(job.state, FINISHED_FILE), described.model_dump(mode="json"))
 
 
-def history(trainer: Trainer) -> list[dict[str, float]]:
+def history(state: TrainerState) -> list[dict[str, float]]:
     """The numbers that the trainer logged, a dict for each time, over all resumes."""
     return [
         {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
-        for entry in trainer.state.log_history
+        for entry in state.log_history
     ]
 
 
-def _finish(
-    job: Job,
-    folder: str,
-    progress: dict[str, Any],
-    resumed_from: int,
-    logged: list[dict[str, float]],
-    metrics: dict[str, float],
-) -> None:
-    """Uploads the weights; what describes them waits for `_publish`, on the driver, which makes the folder whole."""
-    storage.copy_folder(folder, job.out)
-    checkpoint = Checkpoint(
+def description(
+    job: Job, progress: dict[str, Any], resumed_from: int, state: TrainerState, metrics: dict[str, float]
+) -> Checkpoint:
+    """What a checkpoint says of itself, between and at the end of the training alike."""
+    logged = history(state)
+    return Checkpoint(
         uri=job.out,
         experiment=job.experiment,
         lineage=Lineage(
@@ -805,7 +806,6 @@ def _finish(
             history=[entry for entry in logged if "loss" in entry],
         ),
     )
-    storage.write_json(storage.join(job.state, FINISHED_FILE), checkpoint.model_dump(mode="json"))
 
 
 def _publish(job: Job, held_out: HeldOut | None) -> Checkpoint:
@@ -871,7 +871,8 @@ class _Reports(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         if state.is_world_process_zero:
-            (folder / PROGRESS_FILE).write_text(json.dumps(self.progress(state.global_step)))
+            described = description(self.job, self.progress(state.global_step), self.before.step, state, {})
+            (folder / INTERMEDIATE_FILE).write_text(json.dumps(described.model_dump(mode="json")))
         started, step = time.monotonic(), state.global_step
         metrics = {**self.progress(step), "saved_step": step}
         _here.get().report(metrics, folder, validate=step if self._validated(step) else None)

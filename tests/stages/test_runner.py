@@ -1,13 +1,16 @@
 """The runner's own bookkeeping, without Ray."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import ray
 from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+from transformers import TrainerState
 
-from mu2llm import config, storage
+from mu2llm import config, storage, tracking
 from mu2llm.errors import UserError
+from mu2llm.records import Checkpoint
 from mu2llm.stages import runner
 
 
@@ -36,6 +39,43 @@ def test_a_list_of_checkpoints_that_was_half_written_is_put_back(tmp_path, caplo
     runner._mend_snapshot(stage)
     assert not storage.exists(snapshot)
     assert "starts anew" in caplog.text
+
+
+class Saving(runner._Here):
+    """Where a worker stands that keeps the intermediate checkpoint it reports."""
+
+    folder = None
+
+    def report(self, metrics, folder=None, validate=None):
+        self.folder = str(folder)
+
+    def checkpoint(self):
+        return self.folder
+
+
+def test_every_intermediate_checkpoint_says_what_it_is_and_a_resume_goes_by_it(tmp_path):
+    stage = job(tmp_path).model_copy(
+        update={"data": "s3://b/shards", "data_checksum": "abc", "parent": "s3://b/vision", "git_commit": "c0ffee"}
+    )
+    before = runner.Resume(step=2, seconds=100, cases_seen=8)
+    state = TrainerState(global_step=5, is_world_process_zero=True, log_history=[{"loss": 0.5, "step": 5}])
+    here = Saving(told=print)
+    token = runner._here.set(here)
+    try:
+        arguments = SimpleNamespace(output_dir=str(tmp_path))
+        runner._Reports(stage, before, stream=None).on_save(arguments, state, control=None)
+        resume = runner.Resume.point()
+    finally:
+        runner._here.reset(token)
+    rows = stage.settings.batch_size * stage.settings.accumulation
+    assert (resume.step, resume.cases_seen) == (5, 8 + 3 * rows) and resume.seconds >= 100
+    described = Checkpoint(uri=here.folder, **storage.read_json(storage.join(here.folder, runner.INTERMEDIATE_FILE)))
+    assert described.experiment == stage.experiment
+    assert described.lineage.model_dump(include={"data", "data_checksum", "parent", "git_commit", "versions"}) == {
+        **{"data": "s3://b/shards", "data_checksum": "abc", "parent": "s3://b/vision", "git_commit": "c0ffee"},
+        "versions": tracking.versions(),
+    }
+    assert described.training.history == [{"loss": 0.5, "step": 5.0}]
 
 
 def cluster(monkeypatch, *nodes, groups=(), limits=None):
