@@ -231,7 +231,10 @@ class PreferencesConfig(Section):
     negatives: Literal["sampled", "corrupted"] = "sampled"
     split: Literal["train", "validation"] = "train"
     max_cases: int | None = Field(None, ge=0, description="cases to sample for; 0: pairs from corrections alone")
-    batch_size: int = 16
+    batch_size: int = Field(16, ge=1, description="cases that an actor writes at a time")
+    actors: int | None = Field(
+        None, ge=1, description="that write candidates; None: as many as the cluster has room for"
+    )
 
 
 # trl's, by its names

@@ -7,6 +7,7 @@ are computed once, in a Ray Data pass, so that no second model is held. All of t
 
 from __future__ import annotations
 
+import math
 import tempfile
 from typing import Any
 
@@ -15,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from ray.data import ActorPoolStrategy
 from trl import DPOConfig as TrlDpoConfig
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -24,7 +24,7 @@ from mu2llm import storage
 from mu2llm.cases import Shards, dataset
 from mu2llm.config import DpoConfig, Experiment
 from mu2llm.errors import UserError
-from mu2llm.evaluation.encode import encode_scans
+from mu2llm.evaluation.encode import actor_pool, encode_scans
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, add_lora, load, load_lora, merge_lora
 from mu2llm.records import Checkpoint, PreferencePair
 from mu2llm.stages import runner
@@ -55,15 +55,18 @@ def run(
     if done:
         return done
     runner.check(job)
-    return runner.run(prepared(job, shards, pairs), loop, progress)
+    return runner.run(prepared(job, shards, pairs, progress), loop, progress)
 
 
-def prepared(job: runner.Job, shards: Shards, pairs: list[PreferencePair]) -> runner.Job:
+def prepared(
+    job: runner.Job, shards: Shards, pairs: list[PreferencePair], progress: runner.Progress | None = None
+) -> runner.Job:
     """The job with what is made once for all jobs on these pairs from this parent: features, log-probabilities."""
     settings = job.resolved.dpo
     assert job.parent
     if settings.freeze_vision:
-        features = encode_scans(job.parent, shards, settings.cpus_per_worker, settings.gpus_per_worker)
+        told = runner.scan_by_scan(progress)
+        features = encode_scans(job.parent, shards, settings.cpus_per_worker, settings.gpus_per_worker, told)
         job = job.model_copy(update={"features": features.uri})
     return job.model_copy(update={"reference": reference_logps(job, pairs)})
 
@@ -242,7 +245,7 @@ def reference_logps(job: runner.Job, pairs: list[PreferencePair]) -> str:
         fn_constructor_args=(job, pairs, scan),
         batch_size=BATCH,
         batch_format="numpy",
-        compute=ActorPoolStrategy(size=1),
+        compute=actor_pool(None, math.ceil(len(pairs) / BATCH)),
         num_cpus=settings.cpus_per_worker,
         num_gpus=settings.gpus_per_worker,
     )

@@ -340,6 +340,11 @@ def _run_on_workers(
             raise
 
 
+def scan_by_scan(progress: Progress | None) -> Callable[[int, int], None] | None:
+    """Tells of scans that are encoded before a stage trains, as of steps."""
+    return None if progress is None else lambda done, total: progress({"step": done, "total": total})
+
+
 def check(job: Job) -> None:
     """A UserError where the job cannot be trained as it is asked for, or its workers can never fit the cluster."""
     settings = job.settings

@@ -62,7 +62,8 @@ def run(
                 "sft.cache_vision caches what a trained checkpoint's vision sees: name one with --init, or with "
                 "model.vision.weights set sft.cache_vision=false"
             )
-        features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker)
+        told = runner.scan_by_scan(progress)
+        features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker, told)
         job = job.model_copy(update={"features": features.uri})
     return runner.run(job, loop, progress, HeldOut(settings.validation, measure, export))
 
