@@ -167,7 +167,9 @@ class StageConfig(Section):
         False, description="compute activations again in the backward pass: less memory, a third more time"
     )
     compile: bool = False
-    fsdp: str | None = None
+    fsdp: Literal["full_shard", "shard_grad_op"] | None = Field(
+        None, description="weights sharded over the workers; shard_grad_op keeps a layer's between forward and backward"
+    )
 
 
 class ContrastiveConfig(StageConfig):
@@ -234,7 +236,10 @@ class PreferencesConfig(Section):
     negatives: Literal["sampled", "corrupted"] = "sampled"
     split: Literal["train", "validation"] = "train"
     max_cases: int | None = Field(None, ge=0, description="cases to sample for; 0: pairs from corrections alone")
-    batch_size: int = 16
+    batch_size: int = Field(16, ge=1, description="cases that an actor writes at a time")
+    actors: int | None = Field(
+        None, ge=1, description="that write candidates; None: as many as the cluster has room for"
+    )
 
 
 # trl's, by its names

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,13 @@ def encode_scans(
     cpus: float = 1,
     gpus: float = 0,
     progress: Callable[[int, int], None] | None = None,
+    actors: int | None = None,
 ) -> Shards:
     """A table with `features` (T, n, E) float16 in place of voxels, for all splits; made unless it is there.
 
     It lies at `<shards>/features/<digest of the vision weights>`: checkpoints with the same frozen vision, such
-    as SFT's and DPO's after one contrastive stage, share it. Raises UserError where the specs differ.
+    as SFT's and DPO's after one contrastive stage, share it. Without `actors` there are as many as the cluster has
+    room for. Raises UserError where the specs differ.
     """
     encoder = load_encoder(checkpoint)
     given = encoder.config.spec["name"] if encoder.config.spec else "none"
@@ -54,17 +57,36 @@ def encode_scans(
                 progress(done[0], total)
             yield batch
 
-    encoded = {split: counted(_encoded(checkpoint, shards, split, cpus, gpus)) for split in splits}
+    encoded = {split: counted(_encoded(checkpoint, shards, split, cpus, gpus, actors)) for split in splits}
     return write_rows(uri, encoded, shards, checkpoint=storage.lasting(checkpoint))
 
 
-def _encoded(checkpoint: str, shards: Shards, split: str, cpus: float, gpus: float) -> ray.data.Dataset:
+def cached_features(checkpoints: Collection[str], shards: Shards) -> str | None:
+    """The table of features of the checkpoints' vision, if they share it and an earlier stage has cached them."""
+    folder = storage.join(shards.uri, "features")
+    if not storage.exists(folder):
+        return None
+    uris = {storage.join(folder, vision_digest(load_encoder(uri))) for uri in checkpoints}
+    uri = uris.pop()
+    return uri if not uris and storage.exists(storage.join(uri, "shards.json")) else None
+
+
+def actor_pool(actors: int | None, batches: int) -> ActorPoolStrategy:
+    """So many actors, or as many as the cluster has room for; never more than there are batches."""
+    if actors:
+        return ActorPoolStrategy(size=min(actors, batches))
+    return ActorPoolStrategy(min_size=1, max_size=batches)
+
+
+def _encoded(
+    checkpoint: str, shards: Shards, split: str, cpus: float, gpus: float, actors: int | None
+) -> ray.data.Dataset:
     return dataset(shards, split, COLUMNS).map_batches(
         VisionActor,
         fn_constructor_args=(checkpoint, cpus, gpus),
         batch_size=BATCH,
         batch_format="numpy",
-        compute=ActorPoolStrategy(size=1),
+        compute=actor_pool(actors, math.ceil(shards.count(split) / BATCH)),
         num_cpus=cpus,
         num_gpus=gpus,
     )

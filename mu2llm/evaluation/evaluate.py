@@ -20,7 +20,7 @@ from mu2llm.errors import UserError
 from mu2llm.evaluation.assess import PRIOR, assess
 from mu2llm.evaluation.audits import prior_report
 from mu2llm.evaluation.decoding import Decoding
-from mu2llm.evaluation.encode import load_encoder, vision_digest
+from mu2llm.evaluation.encode import cached_features
 from mu2llm.evaluation.generate import Progress, generate
 from mu2llm.evaluation.leaderboard import rows, track
 from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
@@ -145,7 +145,7 @@ def _request(checkpoints: Mapping[str, str], shards: Shards, split: str, experim
     settings = experiment.evaluation
     return Request(
         checkpoints=checkpoints,
-        data=_features(checkpoints, shards) or shards.uri,
+        data=cached_features(checkpoints.values(), shards) or shards.uri,
         split=split,
         question=settings.question,
         decoding=Decoding(settings.max_new_tokens, seed=experiment.seed),
@@ -157,16 +157,6 @@ def _request(checkpoints: Mapping[str, str], shards: Shards, split: str, experim
         cpus=settings.cpus_per_actor,
         gpus=settings.gpus_per_actor,
     )
-
-
-def _features(checkpoints: Mapping[str, str], shards: Shards) -> str | None:
-    """The table of features of the checkpoints' vision, if they share it and an earlier stage has cached them."""
-    folder = storage.join(shards.uri, "features")
-    if not storage.exists(folder):
-        return None
-    uris = {storage.join(folder, vision_digest(load_encoder(uri))) for uri in checkpoints.values()}
-    uri = uris.pop()
-    return uri if not uris and storage.exists(storage.join(uri, "shards.json")) else None
 
 
 def _write_predictions(request: Request, shards: Shards, out: str, progress: Progress | None) -> None:

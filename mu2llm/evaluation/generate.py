@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
-from ray.data import ActorPoolStrategy, TaskPoolStrategy
+from ray.data import TaskPoolStrategy
 from ray.exceptions import RayError
 
 from mu2llm import storage
 from mu2llm.cases import Shards
 from mu2llm.errors import Failure, UserError
+from mu2llm.evaluation.encode import actor_pool
 from mu2llm.evaluation.predictions import Prediction, Request
 from mu2llm.evaluation.reading import Reader
 from mu2llm.evaluation.writer import Writer
@@ -32,26 +33,40 @@ Progress = Callable[[int, int], None]
 def generate(request: Request, state: str | None = None, progress: Progress | None = None) -> list[Prediction]:
     """Writes all that is requested; the cases in the order of the shards.
 
-    With `state` (a URI) finished batches are kept there and an interrupted request goes on. Raises UserError where
-    a checkpoint cannot write, or expects another preprocessing than the shards have.
+    With `state` (a URI) finished cases are kept there and an interrupted request goes on, also with another batch
+    size. Raises UserError where a checkpoint cannot write, or expects another preprocessing than the shards have.
     """
     shards = _checked(request)
     cases = request.cases(shards)
     order = ring([case.patient for case in cases], request.decoding.seed)
-    done = _finished(state, request) if state else {}
-    numbers = [n for n in range(-(-len(order) // request.batch_size)) if n not in done]
-    tables = list(done.values())
-    total = len(cases)
-    for number, table in _written(request, shards, cases, order, numbers):
+    tables = _finished(state, request) if state else []
+    done = {case for table in tables for case in table["case_id"].unique().to_pylist()}
+    left = runs([place for place, i in enumerate(order) if cases[i].id not in done], request.batch_size)
+    ends, written = dict(left), len(cases) - sum(end - first for first, end in left)
+    for first, table in _written(request, shards, cases, order, left):
         if state:
-            with storage.staged(storage.join(state, request.identity, f"{number:06d}.parquet")) as path:
+            name = f"{first:06d}-{ends[first]:06d}.parquet"
+            with storage.staged(storage.join(state, request.identity, name)) as path:
                 pq.write_table(table, path)
         tables.append(table)
+        written += ends[first] - first
         if progress:
-            progress(min(total, len(tables) * request.batch_size), total)
-    runs, place = list(request.checkpoints), {case.id: i for i, case in enumerate(cases)}
+            progress(written, len(cases))
+    checkpoints, place = list(request.checkpoints), {case.id: i for i, case in enumerate(cases)}
     predictions = [Prediction.from_row(row) for table in tables for row in table.to_pylist()]
-    return sorted(predictions, key=lambda p: (runs.index(p.run), place[p.case_id]))
+    return sorted(predictions, key=lambda p: (checkpoints.index(p.run), place[p.case_id]))
+
+
+def runs(places: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Ascending places of the ring in runs of neighbours, of at most `size`: (first, one behind the last)."""
+    found: list[tuple[int, int]] = []
+    for place in places:
+        first, end = found[-1] if found else (0, -1)
+        if place == end and end - first < size:
+            found[-1] = (first, end + 1)
+        else:
+            found.append((place, place + 1))
+    return found
 
 
 def ring(patients: Sequence[str], seed: int) -> np.ndarray:
@@ -84,28 +99,26 @@ def _checked(request: Request) -> Shards:
     return shards
 
 
-def _finished(state: str, request: Request) -> dict[int, pa.Table]:
-    """The batches that an interrupted request had finished, by number."""
+def _finished(state: str, request: Request) -> list[pa.Table]:
+    """What an interrupted request had finished."""
     folder = storage.join(state, request.identity)
-    names = [info.base_name for info in storage.list_files(folder)]
-    return {
-        int(name.removesuffix(".parquet")): pq.read_table(
-            pa.BufferReader(storage.read_bytes(storage.join(folder, name)))
-        )
+    names = sorted(info.base_name for info in storage.list_files(folder))
+    return [
+        pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(folder, name))))
         for name in names
         if name.endswith(".parquet") and not name.startswith(".")
-    }
+    ]
 
 
 def _written(
-    request: Request, shards: Shards, cases: list[Case], order: np.ndarray, numbers: list[int]
+    request: Request, shards: Shards, cases: list[Case], order: np.ndarray, left: list[tuple[int, int]]
 ) -> Iterator[tuple[int, pa.Table]]:
-    """Batch number and predictions, as the actors finish them."""
-    if not numbers:
+    """The first place of a run and its predictions, as the actors finish them."""
+    if not left:
         return
     rows = shards.rows_of(request.split, [case.id for case in cases])[order]
-    reader = Reader.of(shards, request.split, rows, request.batch_size)
-    batches = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
+    reader = Reader.of(shards, request.split, rows)
+    batches = ray.data.from_items([{"first": first, "end": end} for first, end in left], override_num_blocks=len(left))
     batches.context.target_max_block_size = None  # a batch stays one block, however large
     batches.context.raise_original_map_exception = True
     scans = batches.map_batches(
@@ -116,14 +129,14 @@ def _written(
         fn_constructor_args=(request, {case.id: case.patient for case in cases}),
         batch_size=None,
         batch_format="numpy",
-        compute=ActorPoolStrategy(size=min(request.actors, len(numbers))),
+        compute=actor_pool(request.actors, len(left)),
         num_cpus=request.cpus,
         num_gpus=request.gpus,
     )
     try:
         for table in written.iter_batches(batch_size=None, batch_format="pyarrow"):
             assert isinstance(table, pa.Table)
-            yield table["batch"][0].as_py(), table.drop_columns("batch").cast(Prediction.arrow_schema)
+            yield table["first"][0].as_py(), table.drop_columns("first").cast(Prediction.arrow_schema)
     except RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, UserError | Failure):

@@ -51,7 +51,8 @@ class Request:
     """What is to be written: by which checkpoints (run → URI), for which cases, on what question.
 
     `data` is the URI of shards or of their cached features; `ids` are the split's cases that are meant (none: all).
-    `regions` also asks each case's own questions about a region of the body, with the scan as it is.
+    `regions` also asks each case's own questions about a region of the body, with the scan as it is. Without
+    `actors` there are as many as the cluster has room for.
     """
 
     checkpoints: Mapping[str, str]
@@ -64,17 +65,17 @@ class Request:
     batch_size: int = 16
     max_cases: int | None = None
     ids: tuple[str, ...] | None = None
-    actors: int = 1
+    actors: int | None = 1
     cpus: float = 1
     gpus: float = 0
 
     @property
     def identity(self) -> str:
-        """Digest of all that decides what is written."""
+        """Digest of all that decides what is written: not of how many cases are written at a time."""
         runs = {run: Checkpoint.open(uri).lineage.identity or uri for run, uri in self.checkpoints.items()}
         decides = [self.split, self.question, asdict(self.decoding), self.variants, self.regions, self.max_cases]
         decides += [] if self.ids is None else [self.ids]
-        return config.digest([runs, Shards.open(self.data).checksum, self.batch_size, *decides])
+        return config.digest([runs, Shards.open(self.data).checksum, *decides])
 
     def cases(self, shards: Shards) -> list[Case]:
         """The cases that are meant, in the shards' order."""

@@ -13,23 +13,21 @@ from mu2llm.cases.shards import read_rows
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads batches of the ring: the batch's cases, and behind them the next one for its scan alone."""
+    """Reads runs of the ring, from `first` to before `end`: their cases, and the next one's scan alone behind them."""
 
     files: list[str]
     counts: list[int]
     order: np.ndarray
-    batch_size: int
     scan: str
 
     @classmethod
-    def of(cls, shards: Shards, split: str, order: np.ndarray, batch_size: int) -> Reader:
+    def of(cls, shards: Shards, split: str, order: np.ndarray) -> Reader:
         """For shards with `voxels`, or for a table with their `features`."""
         scan = "features" if "features" in shards.schema(split).names else "voxels"
-        return cls(shards.files(split), shards.rows(split), order, batch_size, scan)
+        return cls(shards.files(split), shards.rows(split), order, scan)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        number = int(batch["batch"][0])
-        places = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.order)) + 1)
-        rows = self.order[places % len(self.order)]
+        first, end = int(batch["first"][0]), int(batch["end"][0])
+        rows = self.order[np.arange(first, end + 1) % len(self.order)]
         columns = read_rows(self.files, self.counts, ["id", "questions", "chunk_mask", self.scan], rows)
-        return {**columns, "batch": np.full(len(rows), number)}
+        return {**columns, "first": np.full(len(rows), first)}

@@ -42,7 +42,7 @@ class Writer:
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        """Rows of `Reader` → a table of predictions, with the number of the batch."""
+        """Rows of `Reader` → a table of predictions, with the first place of their run."""
         tasks = list(self._tasks(batch))
         encoded: dict[str, Tensor] = {}
         predictions: list[Prediction] = []
@@ -53,7 +53,7 @@ class Writer:
             for task, samples in zip(tasks, texts, strict=True):
                 predictions += self._predictions(run, task, samples, batch)
         table = Prediction.table(predictions)
-        return table.append_column("batch", pa.array([int(batch["batch"][0])] * len(table), pa.int64()))
+        return table.append_column("first", pa.array([int(batch["first"][0])] * len(table), pa.int64()))
 
     def _tasks(self, batch: dict[str, np.ndarray]) -> Iterator[_Task]:
         patients = [self.patients[case] for case in batch["id"]]

@@ -54,14 +54,17 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
     )
     batches = runner.Batches(job, resume, shards, COLUMNS, lambda rows: collate(rows, texts))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = ContrastiveTrainer(model=model, args=TrainingArguments(**runner.arguments(job, folder)))
+        trainer = ContrastiveTrainer(model=model, args=TrainingArguments(**runner.arguments(job, folder, model)))
         trainer.batches = batches
 
-        def finish(target: str) -> dict[str, float]:
-            model.save_pretrained(target)
-            return recall(model.eval(), shards, texts)
+        def finish(trained: Mu2ForContrastive, target: str) -> dict[str, float]:
+            trained.save_pretrained(target)
+            return recall(trained.eval(), shards, texts)
 
-        runner.train(trainer, job, resume, finish)
+        def restore(saved: str) -> Mu2ForContrastive:
+            return Mu2ForContrastive.from_pretrained(saved).to(trainer.args.device)  # type: ignore[arg-type]
+
+        runner.train(trainer, job, resume, finish, restore)
 
 
 class ContrastiveTrainer(runner.Streamed, Trainer):

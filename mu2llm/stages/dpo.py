@@ -7,6 +7,7 @@ are computed once, in a Ray Data pass, so that no second model is held. All of t
 
 from __future__ import annotations
 
+import math
 import tempfile
 from typing import Any
 
@@ -15,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from ray.data import ActorPoolStrategy
 from trl import DPOConfig as TrlDpoConfig
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -24,8 +24,8 @@ from mu2llm import storage
 from mu2llm.cases import Shards, dataset
 from mu2llm.config import DpoConfig, Experiment
 from mu2llm.errors import UserError
-from mu2llm.evaluation.encode import encode_scans
-from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, add_lora, load, merge_lora
+from mu2llm.evaluation.encode import actor_pool, encode_scans
+from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, add_lora, load, load_lora, merge_lora
 from mu2llm.records import Checkpoint, PreferencePair
 from mu2llm.stages import runner
 from mu2llm.stages.preferences import Preferences, read_pairs
@@ -54,16 +54,19 @@ def run(
     done = runner.finished(job)
     if done:
         return done
-    runner.check_resources(job.settings)
-    return runner.run(prepared(job, shards, pairs), loop, progress)
+    runner.check(job)
+    return runner.run(prepared(job, shards, pairs, progress), loop, progress)
 
 
-def prepared(job: runner.Job, shards: Shards, pairs: list[PreferencePair]) -> runner.Job:
+def prepared(
+    job: runner.Job, shards: Shards, pairs: list[PreferencePair], progress: runner.Progress | None = None
+) -> runner.Job:
     """The job with what is made once for all jobs on these pairs from this parent: features, log-probabilities."""
     settings = job.resolved.dpo
     assert job.parent
     if settings.freeze_vision:
-        features = encode_scans(job.parent, shards, settings.cpus_per_worker, settings.gpus_per_worker)
+        told = runner.scan_by_scan(progress)
+        features = encode_scans(job.parent, shards, settings.cpus_per_worker, settings.gpus_per_worker, told)
         job = job.model_copy(update={"features": features.uri})
     return job.model_copy(update={"reference": reference_logps(job, pairs)})
 
@@ -108,7 +111,7 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Mu2DPOTrainer(
             model=model,
-            args=TrlDpoConfig(**runner.arguments(job, folder, **loss_arguments(settings))),
+            args=TrlDpoConfig(**runner.arguments(job, folder, model, **loss_arguments(settings))),
             train_dataset=datasets.Dataset.from_list([{"prompt": "", "chosen": "", "rejected": ""}]),
             data_collator=examples.collator,
             processing_class=processor.tokenizer,
@@ -117,12 +120,20 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
         if job.watch:
             trainer.add_callback(Validation(job, trainer, processor, shards))
 
-        def finish(target: str) -> dict[str, float]:
-            merge_lora(model).save_pretrained(target)
+        def finish(trained: Any, target: str) -> dict[str, float]:
+            merge_lora(trained).save_pretrained(target)
             processor.save_pretrained(target)
             return {}
 
-        runner.train(trainer, job, resume, finish)
+        runner.train(trainer, job, resume, finish, lambda saved: restore(job, saved))
+
+
+def restore(job: runner.Job, folder: str) -> Mu2ForConditionalGeneration:
+    """The model that HF's trainer saved, LoRA merged."""
+    if not job.resolved.model.lora:
+        return Mu2ForConditionalGeneration.from_pretrained(folder).eval()
+    assert job.parent
+    return merge_lora(load_lora(load(job.parent)[0], folder))
 
 
 def loss_arguments(settings: DpoConfig) -> dict[str, Any]:
@@ -146,6 +157,14 @@ class Mu2DPOTrainer(runner.Streamed, DPOTrainer):
     log reference − log policy over the reports; of reports that the reference sampled that is an estimate of
     KL(reference ‖ policy), in nats a report.
     """
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.is_fsdp_enabled = self.accelerator.is_fsdp2
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = False  # while trl is made: it would load a reference model, which nothing here needs
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -226,7 +245,7 @@ def reference_logps(job: runner.Job, pairs: list[PreferencePair]) -> str:
         fn_constructor_args=(job, pairs, scan),
         batch_size=BATCH,
         batch_format="numpy",
-        compute=ActorPoolStrategy(size=1),
+        compute=actor_pool(None, math.ceil(len(pairs) / BATCH)),
         num_cpus=settings.cpus_per_worker,
         num_gpus=settings.gpus_per_worker,
     )

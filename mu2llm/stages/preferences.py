@@ -1,7 +1,7 @@
 """Preference data: candidates of a checkpoint → judgements → pairs of a better and a worse report.
 
 Everything is kept under `out`: `candidates`, `judgements` and `pairs` as Parquet, and `preferences.json`, which
-names the shards, spec and split they came from and is written last. Sampling resumes by batches of cases, and what
+names the shards, spec and split they came from and is written last. Sampling resumes by cases, and what
 a language model has judged is not asked again. Radiologists' corrections are pairs too, without a judge.
 """
 
@@ -23,7 +23,7 @@ from mu2llm.config import Experiment
 from mu2llm.ct import input_key
 from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation.decoding import Decoding
-from mu2llm.evaluation.encode import encode_scans
+from mu2llm.evaluation.encode import cached_features
 from mu2llm.evaluation.generate import generate
 from mu2llm.evaluation.predictions import Request
 from mu2llm.green import Judge, load_judge
@@ -82,7 +82,8 @@ def prefer(
     judge = judge or load_judge(experiment.judge.model_copy(update={"cache": kept_under}))
     corrected = Correction.read(corrections) if corrections else []
     settings = experiment.preferences
-    decides = [settings.model_dump(mode="json"), judge.identity, experiment.seed, experiment.evaluation.question]
+    decides: list[Any] = [settings.model_dump(mode="json", exclude={"actors", "batch_size"}), judge.identity]
+    decides += [experiment.seed, experiment.evaluation.question]
     decides += [] if experiment.data.fraction == 1 else [experiment.data.fraction]
     decides += [correction.row() for correction in corrected]
     identity = config.digest([origin.lineage.identity, shards.checksum, *decides])
@@ -194,12 +195,12 @@ def read_pairs(uri: str) -> list[PreferencePair]:
 
 
 def _request(checkpoint: str, shards: Shards, experiment: Experiment) -> Request:
-    """`candidates` texts a case, each scan encoded once."""
+    """`candidates` texts a case; where no stage has cached a scan's features, who writes of it encodes it, once."""
     settings, stage, share = experiment.preferences, experiment.dpo, experiment.data.fraction
     few = share < 1 and settings.split == "train"
     return Request(
         checkpoints={"policy": checkpoint},
-        data=encode_scans(checkpoint, shards, stage.cpus_per_worker, stage.gpus_per_worker).uri,
+        data=cached_features([checkpoint], shards) or shards.uri,
         split=settings.split,
         question=experiment.evaluation.question,
         decoding=Decoding(
@@ -212,6 +213,7 @@ def _request(checkpoint: str, shards: Shards, experiment: Experiment) -> Request
         batch_size=settings.batch_size,
         max_cases=settings.max_cases,
         ids=tuple(shards.share("train", share, experiment.seed)) if few else None,
+        actors=settings.actors,
         cpus=stage.cpus_per_worker,
         gpus=stage.gpus_per_worker,
     )

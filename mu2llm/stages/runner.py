@@ -12,10 +12,11 @@ import json
 import logging
 import math
 import os
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,8 +25,10 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from pydantic import BaseModel, Field
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from mu2llm import config, storage, telemetry, tracking
 from mu2llm.cases import Shards, Stream
@@ -49,7 +52,9 @@ SCORE = "less_loss"  # −LOSS: where lower is better, Ray takes a checkpoint wi
 SNAPSHOT_FILE = "train/checkpoint_manager_snapshot.json"  # Ray Train's, below the state
 KEPT_SNAPSHOT_FILE = "snapshot.json"  # in the state: the last whole one
 FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, until the driver publishes it
-PROGRESS_FILE = "mu2llm_progress.json"  # in every intermediate checkpoint: what is cumulative over resumes
+# in every intermediate checkpoint: its description, by which a resume goes on. Not named as a whole checkpoint's is,
+# which others would take such a folder for: its weights may be an adapter's alone
+INTERMEDIATE_FILE = "mu2llm_intermediate.json"
 
 
 class Watch(BaseModel):
@@ -223,7 +228,7 @@ def run(
     done = finished(job)
     if done:
         return done
-    check_resources(job.settings)
+    check(job)
     _drop_other_state(job)
     settings = job.settings
     tracked = _track(job)
@@ -335,19 +340,76 @@ def _run_on_workers(
             raise
 
 
-def check_resources(settings: StageConfig) -> None:
-    """A UserError where the least number of workers can never fit the cluster as it is."""
-    least, most = (settings.workers, settings.workers) if isinstance(settings.workers, int) else settings.workers
+def scan_by_scan(progress: Progress | None) -> Callable[[int, int], None] | None:
+    """Tells of scans that are encoded before a stage trains, as of steps."""
+    return None if progress is None else lambda done, total: progress({"step": done, "total": total})
+
+
+def check(job: Job) -> None:
+    """A UserError where the job cannot be trained as it is asked for, or its workers can never fit the cluster."""
+    settings = job.settings
+    least, most = _range(settings)
     for workers in range(max(least, 1), most + 1):
         if settings.batch_size % workers:
             raise UserError(f"batch_size {settings.batch_size} is global: it does not divide among {workers} workers")
-    have = capacity()
-    for name, each in _resources(settings).items():
-        if least * each > have.get(name, 0):
-            raise UserError(
-                f"{least} workers of {each:g} {name} need {least * each:g}; the cluster has {have.get(name, 0):g}: "
-                "ask for fewer workers or join a larger cluster"
-            )
+    if settings.fsdp:
+        _check_sharding(job)
+    _check_room(settings)
+
+
+def _range(settings: StageConfig) -> tuple[int, int]:
+    """The least and the most workers."""
+    return (settings.workers, settings.workers) if isinstance(settings.workers, int) else settings.workers
+
+
+def _check_sharding(job: Job) -> None:
+    """What FSDP does not do: it shards no single numbers, and no rank alone can write reports."""
+    least, _ = _range(job.settings)
+    reasons = {
+        f"it shards over workers, and there may be {least}: ask for 2 or more": least < 2,
+        "the contrastive stage trains the vision encoder, which any GPU holds": job.stage == "contrastive",
+        "sft.alignment's head has a single number for a bias: set it to 0": getattr(job.settings, "alignment", 0) > 0,
+        "a learned temperature is a single number: set model.tokenizer.temperature_mode to fixed or annealed": (
+            job.resolved.model.tokenizer.temperature_mode == "learned"
+        ),
+        "sweeps have rank 0 write reports while it trains, which then holds a part of the model": bool(job.watch),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UserError(f"{job.stage}.fsdp={job.settings.fsdp}: {reason}, or unset {job.stage}.fsdp")
+
+
+def _check_room(settings: StageConfig) -> None:
+    """A UserError where the cluster will never have room for the least number of workers."""
+    need, (least, _) = _resources(settings), _range(settings)
+    fit = workers_that_fit(need)
+    if least > fit:
+        each = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
+        raise UserError(
+            f"{least} workers of {each}: the cluster's nodes hold {fit} of these; a worker is on one node: "
+            "ask for fewer workers, for less each, or join a larger cluster"
+        )
+
+
+def workers_that_fit(need: Mapping[str, float]) -> int:
+    """As many as the nodes hold, as the cluster is or, where it scales itself, as it can grow to."""
+    nodes = sum(_slots(node["Resources"], need) for node in ray.nodes() if node["Alive"])
+    grown = ray._private.state.state.get_cluster_config()
+    if grown is None:
+        return nodes
+    most = sum(_slots(group.resources, need) * int(_limit(group.max_count)) for group in grown.node_group_configs)
+    limits = {name: grown.max_resources[name] for name in need if name in grown.max_resources}
+    return max(nodes, min(most, _slots(limits, {name: need[name] for name in limits})))
+
+
+def _slots(have: Mapping[str, float], each: Mapping[str, float]) -> int:
+    """How often `each` goes into `have`."""
+    times = (math.floor(_limit(have.get(name, 0)) / amount + 1e-6) for name, amount in each.items() if amount)
+    return min(times, default=sys.maxsize)
+
+
+def _limit(number: float) -> float:
+    return sys.maxsize if number < 0 else number  # Ray's −1: none
 
 
 def capacity() -> dict[str, float]:
@@ -525,7 +587,7 @@ def _worker(settings: dict[str, Any]) -> None:
         storage.write_json(storage.join(job.state, "stopped.json"), {"why": str(error), "mistake": True})
 
 
-def arguments(job: Job, folder: str, **more: Any) -> dict[str, Any]:
+def arguments(job: Job, folder: str, model: Any, **more: Any) -> dict[str, Any]:
     """The HF training arguments that all stages share, as keywords for `TrainingArguments` or `DPOConfig`."""
     settings, world = job.settings, _here.get().world
     return {
@@ -552,9 +614,22 @@ def arguments(job: Job, folder: str, **more: Any) -> dict[str, Any]:
         "disable_tqdm": True,
         "activation_checkpointing": settings.gradient_checkpointing,  # named, as trl's own default is on
         "torch_compile": settings.compile,
-        "fsdp": settings.fsdp or "",
         "ddp_find_unused_parameters": False,
+        **(sharding(settings.fsdp, model) if settings.fsdp else {}),
         **more,
+    }
+
+
+def sharding(strategy: str, model: Any) -> dict[str, Any]:
+    """HF's arguments for FSDP: each layer's weights are gathered when it is reached, those of no layer at once."""
+    layers = {type(module).__name__ for module in model.modules()} & set(model._no_split_modules)
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "reshard_after_forward": strategy == "full_shard",
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP" if layers else "NO_WRAP",
+            "transformer_layer_cls_to_wrap": sorted(layers),
+        },
     }
 
 
@@ -567,6 +642,12 @@ class Streamed:
     batches: Batches
     first_scan: dict[str, torch.Tensor]
     epochs_a_step: float = 0.0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.args.fsdp and PartialState().distributed_type == DistributedType.MULTI_CPU:  # type: ignore[attr-defined]
+            # accelerate passes over FSDP there without a word; torch shards over gloo as it does over GPUs
+            PartialState().distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         return self.batches
@@ -620,7 +701,8 @@ class Resume(BaseModel):
         folder = _here.get().checkpoint()
         if folder is None:
             return cls()
-        return cls(folder=folder, **json.loads((Path(folder) / PROGRESS_FILE).read_text()))
+        done = Training.model_validate(json.loads((Path(folder) / INTERMEDIATE_FILE).read_text())["training"])
+        return cls(folder=folder, step=done.steps, seconds=done.seconds, cases_seen=done.cases_seen)
 
 
 class Batches:
@@ -656,11 +738,17 @@ class Batches:
         return map(self.collate, self.stream)
 
 
-def train(trainer: Trainer, job: Job, resume: Resume, finish: Callable[[str], dict[str, float]]) -> None:
+def train(
+    trainer: Trainer,
+    job: Job,
+    resume: Resume,
+    finish: Callable[[Any, str], dict[str, float]],
+    restore: Callable[[str], Any],
+) -> None:
     """Trains to the end, reporting and checkpointing on the way, and publishes the checkpoint.
 
-    `finish(folder)` writes the final `save_pretrained` folder and returns the stage's own metrics; only rank 0
-    calls it.
+    `finish(model, folder)` writes the final `save_pretrained` folder and returns the stage's own metrics; only rank 0
+    calls it. With FSDP no rank has the whole model: `restore` makes it of what HF's trainer saves.
     """
     reports = _Reports(job, resume, trainer.batches.stream)  # type: ignore[attr-defined]  # a Streamed one
     trainer.add_callback(reports)
@@ -672,32 +760,33 @@ def train(trainer: Trainer, job: Job, resume: Resume, finish: Callable[[str], di
         # not raised on: the same batch would fail again on every retry
         storage.write_json(storage.join(job.state, "stopped.json"), {"why": str(error), "case_ids": error.cases})
         return
-    if rank == 0:
-        with tempfile.TemporaryDirectory() as folder:
-            metrics = finish(folder)
+    with tempfile.TemporaryDirectory() as saved, tempfile.TemporaryDirectory() as folder:
+        if job.settings.fsdp:
+            trainer.save_model(saved)  # on every rank: each holds a part
+        if rank == 0:
+            model = restore(saved) if job.settings.fsdp else trainer.accelerator.unwrap_model(trainer.model)
+            metrics = finish(model, folder)
             progress = reports.progress(trainer.state.global_step)
-            _finish(job, folder, progress, resume.step, history(trainer), metrics)
+            storage.copy_folder(folder, job.out)
+            # what describes it waits for `_publish`, on the driver, which makes the folder whole
+            described = description(job, progress, resume.step, trainer.state, metrics)
+            storage.write_json(storage.join(job.state, FINISHED_FILE), described.model_dump(mode="json"))
 
 
-def history(trainer: Trainer) -> list[dict[str, float]]:
+def history(state: TrainerState) -> list[dict[str, float]]:
     """The numbers that the trainer logged, a dict for each time, over all resumes."""
     return [
         {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
-        for entry in trainer.state.log_history
+        for entry in state.log_history
     ]
 
 
-def _finish(
-    job: Job,
-    folder: str,
-    progress: dict[str, Any],
-    resumed_from: int,
-    logged: list[dict[str, float]],
-    metrics: dict[str, float],
-) -> None:
-    """Uploads the weights; what describes them waits for `_publish`, on the driver, which makes the folder whole."""
-    storage.copy_folder(folder, job.out)
-    checkpoint = Checkpoint(
+def description(
+    job: Job, progress: dict[str, Any], resumed_from: int, state: TrainerState, metrics: dict[str, float]
+) -> Checkpoint:
+    """What a checkpoint says of itself, between and at the end of the training alike."""
+    logged = history(state)
+    return Checkpoint(
         uri=job.out,
         experiment=job.experiment,
         lineage=Lineage(
@@ -722,7 +811,6 @@ def _finish(
             history=[entry for entry in logged if "loss" in entry],
         ),
     )
-    storage.write_json(storage.join(job.state, FINISHED_FILE), checkpoint.model_dump(mode="json"))
 
 
 def _publish(job: Job, held_out: HeldOut | None) -> Checkpoint:
@@ -788,7 +876,8 @@ class _Reports(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         if state.is_world_process_zero:
-            (folder / PROGRESS_FILE).write_text(json.dumps(self.progress(state.global_step)))
+            described = description(self.job, self.progress(state.global_step), self.before.step, state, {})
+            (folder / INTERMEDIATE_FILE).write_text(json.dumps(described.model_dump(mode="json")))
         started, step = time.monotonic(), state.global_step
         metrics = {**self.progress(step), "saved_step": step}
         _here.get().report(metrics, folder, validate=step if self._validated(step) else None)

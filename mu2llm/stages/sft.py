@@ -55,7 +55,7 @@ def run(
     if done:
         return done
     settings = experiment.sft
-    runner.check_resources(settings)
+    runner.check(job)
     if job.validation and not shards.count("validation"):
         raise UserError(f"sft.validation.steps is given, but {shards.uri} has no rows in split validation")
     if settings.cached:
@@ -64,7 +64,8 @@ def run(
                 "sft.cache_vision caches what a trained checkpoint's vision sees: name one with --init, or with "
                 "model.vision.weights set sft.cache_vision=false"
             )
-        features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker)
+        told = runner.scan_by_scan(progress)
+        features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker, told)
         job = job.model_copy(update={"features": features.uri})
     return runner.run(job, loop, progress, HeldOut(settings.validation, measure, export))
 
@@ -98,7 +99,7 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
         alone = int(settings.alignment_first * job.total_steps)
         # what is frozen or left out at first has no gradient then
         unused = {"ddp_find_unused_parameters": settings.thaw_vision is not None or alone > 0}
-        trainer = SftTrainer(model=model, args=TrainingArguments(**runner.arguments(job, folder, **unused)))
+        trainer = SftTrainer(model=model, args=TrainingArguments(**runner.arguments(job, folder, model, **unused)))
         trainer.batches, trainer.processor = batches, processor
         trainer.alignment, trainer.alone = settings.alignment, alone
         if settings.thaw_vision is not None:
@@ -106,11 +107,11 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
         if job.watch:
             trainer.add_callback(Validation(job, trainer, processor, shards))
 
-        def finish(target: str) -> dict[str, float]:
-            save(model, processor, target)
+        def finish(trained: Any, target: str) -> dict[str, float]:
+            save(trained, processor, target)
             return {}
 
-        runner.train(trainer, job, resume, finish)
+        runner.train(trainer, job, resume, finish, lambda saved: restore(job, saved)[0])
 
 
 def training_cases(job: runner.Job, shards: Shards) -> tuple[list[str], list[str]]:

@@ -26,7 +26,7 @@ from mu2llm import config
 from mu2llm.cases import Shards
 from mu2llm.cases.shards import read_rows
 from mu2llm.evaluation.decoding import Decoding
-from mu2llm.evaluation.generate import ring
+from mu2llm.evaluation.generate import ring, runs
 from mu2llm.evaluation.predictions import VARIANTS, Request
 from mu2llm.evaluation.reading import Reader
 from mu2llm.evaluation.writer import Writer
@@ -53,10 +53,10 @@ def batched(request: Request, shards: Shards) -> int:
     """What a reader and an actor do, without Ray between them."""
     cases = shards.cases("test")
     order = ring([each.patient for each in cases], 0)
-    reader = Reader.of(shards, request.split, order, request.batch_size)
+    reader = Reader.of(shards, request.split, order)
     writer = Writer(request, {each.id: each.patient for each in cases})
-    numbers = range(-(-len(cases) // request.batch_size))
-    return sum(writer(reader({"batch": np.array([number])})).num_rows for number in numbers)
+    batches = runs(range(len(cases)), request.batch_size)
+    return sum(writer(reader({"first": np.array([first]), "end": np.array([end])})).num_rows for first, end in batches)
 
 
 def passes(request: Request, shards: Shards) -> int:

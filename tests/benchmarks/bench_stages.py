@@ -1,8 +1,9 @@
 """What training waits for, measured: `python tests/benchmarks/bench_stages.py [--cases 96] [--steps 120]`.
 
-Contrastive and SFT at preset demo's sizes on Ray Train, shards and checkpoints in the embedded S3 server, a checkpoint
+The three stages at preset demo's sizes on Ray Train, shards and checkpoints in the embedded S3 server, a checkpoint
 every `--save` steps: the share of the time after warm-up in which a worker waits for data, and for checkpoints to be
-handed over; beside it the same with uploads that training waits for.
+handed over; beside it the same with uploads that training waits for. DPO's pairs are references against corrupted
+ones; what is made once before it trains (features, the reference's log-probabilities) is not measured.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ray import cloudpickle
 from mu2llm import cluster, config, storage
 from mu2llm.cases import ingest, read_manifest
 from mu2llm.ct import phantom
-from mu2llm.stages import contrastive, sft
+from mu2llm.stages import contrastive, dpo, preferences, sft
 
 WARM_UP = 0.2  # share of the steps that are not counted
 BUCKET = "s3://bench"
@@ -67,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, storage.embedded_s3(f"{folder}/s3"), cluster.session():
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mu2llm.db"
         storage.resolve(BUCKET)[0].create_dir("bench")
-        common = [f"{stage}.{key}" for stage in ("contrastive", "sft") for key in (
+        common = [f"{stage}.{key}" for stage in ("contrastive", "sft", "dpo") for key in (
             f"max_steps={given.steps}", f"save_steps={given.save}", "log_steps=4")]  # fmt: skip
         experiment = config.load("demo", common)
         scans, shards = f"{BUCKET}/scans", f"{BUCKET}/shards"
@@ -85,6 +86,12 @@ def main() -> None:
         measured("sft, cached features", lambda told: sft.run(shards, f"{BUCKET}/sft", experiment, init, told))
         voxels = config.load("demo", [*common, "sft.cache_vision=false", "sft.max_steps=40"])
         measured("sft, from voxels", lambda told: sft.run(shards, f"{BUCKET}/sft-voxels", voxels, init, told))
+        corrupted = ["preferences.negatives=corrupted", "preferences.candidates=2", "preferences.max_new_tokens=8"]
+        pairs = f"{BUCKET}/pairs"
+        preferences.prefer(f"{BUCKET}/sft", shards, pairs, config.load("demo", corrupted))
+        measured("dpo, cached features", lambda told: dpo.run(pairs, f"{BUCKET}/dpo", experiment, None, told))
+        voxels = config.load("demo", [*common, "dpo.freeze_vision=false", "dpo.max_steps=40"])
+        measured("dpo, from voxels", lambda told: dpo.run(pairs, f"{BUCKET}/dpo-voxels", voxels, None, told))
 
 
 if __name__ == "__main__":

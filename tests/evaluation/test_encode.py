@@ -2,7 +2,10 @@
 
 from small_models import make, scans
 
-from mu2llm.evaluation.encode import vision_digest
+from mu2llm import storage
+from mu2llm.cases import Shards
+from mu2llm.evaluation.encode import actor_pool, cached_features, vision_digest
+from mu2llm.model import load
 
 
 def test_features_are_shared_by_the_same_vision_alone():
@@ -12,3 +15,23 @@ def test_features_are_shared_by_the_same_vision_alone():
     shapes = [model.encode_vision(scans(1)).shape for model in (one, other)]
     assert shapes[0] != shapes[1]
     assert vision_digest(one) == vision_digest(same) != vision_digest(other)
+
+
+def test_features_are_read_where_a_stage_has_made_them_and_not_made_to_be_read(shards, checkpoints):
+    sft, dpo = checkpoints.values()
+    assert cached_features([sft], shards) is None
+    assert not storage.exists(storage.join(shards.uri, "features"))
+    made = storage.join(shards.uri, "features", vision_digest(load(sft)[0]))
+    storage.write_bytes(storage.join(made, "shards.json"), storage.read_bytes(storage.join(shards.uri, "shards.json")))
+    try:
+        assert cached_features([sft], shards) == made
+        assert Shards.open(made).count("test") == shards.count("test")
+        assert (cached_features([sft, dpo], shards) == made) == (vision_digest(load(dpo)[0]) in made)
+    finally:
+        storage.delete(storage.join(shards.uri, "features"))
+
+
+def test_as_many_actors_as_are_asked_for_or_fit_but_no_more_than_there_is_work():
+    assert (actor_pool(4, 2).min_size, actor_pool(4, 2).max_size) == (2, 2)
+    assert (actor_pool(1, 9).min_size, actor_pool(1, 9).max_size) == (1, 1)
+    assert (actor_pool(None, 9).min_size, actor_pool(None, 9).max_size) == (1, 9)

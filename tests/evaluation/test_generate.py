@@ -10,7 +10,7 @@ from small_runs import case, write_checkpoint, write_shards
 from mu2llm.errors import UserError
 from mu2llm.evaluation import writer as writer_module
 from mu2llm.evaluation.decoding import Decoding, nucleus, write
-from mu2llm.evaluation.generate import generate, ring
+from mu2llm.evaluation.generate import generate, ring, runs
 from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
 from mu2llm.evaluation.reading import Reader
 from mu2llm.evaluation.writer import Writer
@@ -28,10 +28,12 @@ def here(asked, shards):
     """What the tasks and actors do, in this process."""
     cases = shards.cases(asked.split)
     order = ring([each.patient for each in cases], asked.decoding.seed)
-    reader = Reader.of(shards, asked.split, order, asked.batch_size)
+    reader = Reader.of(shards, asked.split, order)
     writer = Writer(asked, {each.id: each.patient for each in cases})
-    numbers = range(-(-len(cases) // asked.batch_size))
-    tables = [writer(reader({"batch": np.array([number])})) for number in numbers]
+    tables = [
+        writer(reader({"first": np.array([first]), "end": np.array([end])}))
+        for first, end in runs(range(len(cases)), asked.batch_size)
+    ]
     return [Prediction.from_row(row) for table in tables for row in table.to_pylist()]
 
 
@@ -165,14 +167,20 @@ def test_on_ray_and_resumed(ray_cluster, checkpoints, tmp_path):
     assert sorted(key) == sorted((p.run, p.case_id, p.variant, p.text, p.scan_of) for p in here(asked, shards))
     assert [p.case_id for p in first if p.variant == "as_is" and p.run == "dpo"] == [case(i).id for i in range(10)]
     assert seen[-1] == (10, 10)
-    # one finished batch is lost: only that one is written again
+    # one finished batch is lost, and memory was too small for batches of four: only its cases are written again
     kept = sorted((tmp_path / "state" / asked.identity).glob("*.parquet"))
     assert len(kept) == 3
     kept[1].unlink()
     seen.clear()
-    again = generate(asked, state, progress=lambda done, total: seen.append(done))
-    assert len(seen) == 1
+    again = generate(replace(asked, batch_size=3), state, progress=lambda done, total: seen.append(done))
+    assert sorted(seen) == [9, 10] or sorted(seen) == [7, 10]  # three and one, as they are finished
     assert again == first
+
+
+def test_what_is_left_is_written_in_runs_of_neighbours():
+    assert runs(range(10), 4) == [(0, 4), (4, 8), (8, 10)]
+    assert runs([0, 1, 5, 6, 7, 9], 2) == [(0, 2), (5, 7), (7, 8), (9, 10)]
+    assert runs([], 4) == []
 
 
 @pytest.mark.slow

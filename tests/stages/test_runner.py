@@ -1,13 +1,21 @@
 """The runner's own bookkeeping, without Ray."""
 
 import json
+from types import SimpleNamespace
 
-from mu2llm import config, storage
+import pytest
+import ray
+from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+from transformers import TrainerState
+
+from mu2llm import config, storage, tracking
+from mu2llm.errors import UserError
+from mu2llm.records import Checkpoint
 from mu2llm.stages import runner
 
 
-def job(folder):
-    experiment = config.load("tiny").model_dump(mode="json")
+def job(folder, *overrides):
+    experiment = config.load("tiny", list(overrides)).model_dump(mode="json")
     return runner.Job(
         **{"stage": "sft", "experiment": experiment, "data": "", "data_checksum": "", "out": str(folder / "out")},
         **{"spec_hash": "", "rows": 8},
@@ -31,3 +39,102 @@ def test_a_list_of_checkpoints_that_was_half_written_is_put_back(tmp_path, caplo
     runner._mend_snapshot(stage)
     assert not storage.exists(snapshot)
     assert "starts anew" in caplog.text
+
+
+class Saving(runner._Here):
+    """Where a worker stands that keeps the intermediate checkpoint it reports."""
+
+    folder = None
+
+    def report(self, metrics, folder=None, validate=None):
+        self.folder = str(folder)
+
+    def checkpoint(self):
+        return self.folder
+
+
+def test_every_intermediate_checkpoint_says_what_it_is_and_a_resume_goes_by_it(tmp_path):
+    stage = job(tmp_path).model_copy(
+        update={"data": "s3://b/shards", "data_checksum": "abc", "parent": "s3://b/vision", "git_commit": "c0ffee"}
+    )
+    before = runner.Resume(step=2, seconds=100, cases_seen=8)
+    state = TrainerState(global_step=5, is_world_process_zero=True, log_history=[{"loss": 0.5, "step": 5}])
+    here = Saving(told=print)
+    token = runner._here.set(here)
+    try:
+        arguments = SimpleNamespace(output_dir=str(tmp_path))
+        runner._Reports(stage, before, stream=None).on_save(arguments, state, control=None)
+        resume = runner.Resume.point()
+    finally:
+        runner._here.reset(token)
+    rows = stage.settings.batch_size * stage.settings.accumulation
+    assert (resume.step, resume.cases_seen) == (5, 8 + 3 * rows) and resume.seconds >= 100
+    described = Checkpoint(uri=here.folder, **storage.read_json(storage.join(here.folder, runner.INTERMEDIATE_FILE)))
+    assert described.experiment == stage.experiment
+    assert described.lineage.model_dump(include={"data", "data_checksum", "parent", "git_commit", "versions"}) == {
+        **{"data": "s3://b/shards", "data_checksum": "abc", "parent": "s3://b/vision", "git_commit": "c0ffee"},
+        "versions": tracking.versions(),
+    }
+    assert described.training.history == [{"loss": 0.5, "step": 5.0}]
+
+
+def cluster(monkeypatch, *nodes, groups=(), limits=None):
+    """A cluster of such nodes, which can grow by `groups` of (resources, most nodes)."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": each} for each in nodes])
+    grown = [NodeGroupConfig(resources=resources, max_count=most) for resources, most in groups]
+    given = ClusterConfig(node_group_configs=grown, max_resources=limits or {}) if grown else None
+    monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: given)
+
+
+@pytest.mark.parametrize(
+    ("need", "fit"), [({"CPU": 8}, 0), ({"CPU": 3}, 8), ({"CPU": 0.5}, 64), ({"CPU": 1, "GPU": 1}, 0)]
+)
+def test_a_worker_fits_a_node_not_a_sum_of_nodes(monkeypatch, need, fit):
+    cluster(monkeypatch, *[{"CPU": 4.0}] * 8)
+    assert runner.workers_that_fit(need) == fit
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "fit"),
+    [
+        ([({"CPU": 8}, 3)], None, 3),
+        ([({"CPU": 8, "GPU": 2}, 3), ({"CPU": 17}, 1)], None, 5),
+        ([({"CPU": 8}, 30)], {"CPU": 20}, 2),
+        ([({"CPU": 2}, 30)], None, 0),
+    ],
+)
+def test_a_cluster_that_scales_itself_holds_what_it_can_grow_to(monkeypatch, groups, limits, fit):
+    cluster(monkeypatch, {"CPU": 4.0}, groups=groups, limits=limits)
+    assert runner.workers_that_fit({"CPU": 8}) == fit
+
+
+def test_workers_without_limit_where_a_group_has_none(monkeypatch):
+    cluster(monkeypatch, {"CPU": 4.0}, groups=[({"CPU": 8}, -1)])
+    assert runner.workers_that_fit({"CPU": 8}) > 10**9
+
+
+def test_workers_that_no_node_holds_are_refused_though_the_sum_would_do(monkeypatch, tmp_path):
+    cluster(monkeypatch, *[{"CPU": 4.0}] * 8)
+    wide = job(tmp_path, "sft.workers=4", "sft.cpus_per_worker=8")
+    with pytest.raises(UserError, match=r"4 workers of 8 CPU: the cluster's nodes hold 0 of these"):
+        runner.check(wide)
+    runner.check(job(tmp_path, "sft.workers=4", "sft.cpus_per_worker=4"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "says"),
+    [
+        (["sft.workers=1"], {}, "there may be 1: ask for 2 or more"),
+        (["sft.workers=[1,2]"], {}, "there may be 1"),
+        (["sft.alignment=2"], {}, "sft.alignment"),
+        (["contrastive.workers=2", "contrastive.fsdp=full_shard"], {"stage": "contrastive"}, "unset contrastive.fsdp"),
+        (["model.tokenizer.temperature_mode=learned"], {}, "temperature_mode"),
+        ([], {"watch": runner.Watch()}, "sweeps have rank 0 write reports"),
+    ],
+)
+def test_sharding_is_refused_where_it_cannot_be(monkeypatch, tmp_path, overrides, changes, says):
+    cluster(monkeypatch, {"CPU": 4.0})
+    sharded = ["sft.fsdp=full_shard", "sft.workers=2", "sft.alignment=0"]
+    runner.check(job(tmp_path, *sharded))
+    with pytest.raises(UserError, match=says):
+        runner.check(job(tmp_path, *sharded, *overrides).model_copy(update=changes))

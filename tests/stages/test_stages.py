@@ -103,6 +103,21 @@ def test_two_workers_contrast_as_one_does(vision, shards, place):
     assert losses(two) == pytest.approx(losses(vision), abs=1e-4)
 
 
+def test_sharded_workers_learn_what_one_does_also_after_a_kill(vision, shards, place, monkeypatch):
+    """No worker has the whole model: it is gathered for every checkpoint, and shared out again where a run goes on."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    plain = sft.run(shards, str(place / "whole"), experiment("sft.alignment=0", "sft.workers=0"), vision.uri)
+    monkeypatch.setattr(sft, "loop", Sharded(str(place / "killed-sharded"), after=5))
+    given = experiment("sft.alignment=0", "sft.workers=2", "sft.fsdp=full_shard")
+    sharded = sft.run(shards, str(place / "sharded"), given, vision.uri)
+    assert sharded.training.resumed_from_step == 3
+    assert losses(sharded) == pytest.approx(losses(plain), abs=1e-4)
+    ours, theirs = (load(each.uri)[0].state_dict() for each in (sharded, plain))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3)
+
+
 def test_elastic_training_starts_with_the_workers_that_fit(vision, shards, place):
     """Of one to two workers with five CPUs each, the cluster of eight has room for one."""
     told = []
@@ -258,6 +273,24 @@ class KilledOnce:
         loop(job, resume)
 
 
+class Sharded(KilledOnce):
+    """The same, and it fails where HF and accelerate pass over the sharding."""
+
+    def __call__(self, job, resume):
+        from torch.distributed.fsdp import FSDPModule
+
+        from mu2llm.stages import runner
+
+        given = runner.train
+
+        def watched(trainer, *more):
+            given(trainer, *more)
+            assert isinstance(trainer.model, FSDPModule), "the model was trained whole"
+
+        runner.train = watched
+        super().__call__(job, resume)
+
+
 def test_pairs_are_kept_with_their_judge_and_made_once(pairs, written, shards):
     found = preferences.Preferences.open(pairs)
     assert found.judge.startswith("rules")
@@ -279,6 +312,20 @@ def test_dpo_prefers_what_was_chosen(pairs, place):
     assert first["lengths/chosen"] > 0 and first["lengths/rejected"] > 0
     assert 0 <= last["rewards/accuracies"] <= 1
     assert 5 < last["epoch"] <= 6
+
+
+@pytest.mark.parametrize("more", [[], ["dpo.fsdp=full_shard"]])
+def test_two_workers_prefer_what_one_does(more, preferred_alone, pairs, place):
+    two = dpo.run(pairs, str(place / f"dpo-two-{len(more)}"), experiment("dpo.workers=2", *more))
+    assert losses(two) == pytest.approx(losses(preferred_alone), abs=1e-4)
+    for name in ("rewards/margins", "kl", "lengths/chosen"):
+        ours, theirs = ([entry[name] for entry in each.training.history] for each in (two, preferred_alone))
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def preferred_alone(pairs, place):
+    return dpo.run(pairs, str(place / "dpo-alone"), experiment("dpo.workers=0"))
 
 
 @pytest.mark.parametrize(
