@@ -1,6 +1,7 @@
 """What the service withstands: dying replicas, another model, a scorer that is down, more clients than it can serve."""
 
 import json
+import shutil
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from test_api import REFERENCE, wait_for
 from mu2llm import tracking
 from mu2llm.config import JudgeConfig
 from mu2llm.green import load_judge, write_answer
+from mu2llm.model import load
 from mu2llm.records import Checkpoint
 from mu2llm.serving.running import deploy
 
@@ -86,10 +88,14 @@ def scores(url, clients=4):
     )
 
 
-def kill(deployment):
+def replica(deployment):
     names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
     (name,) = [name for name in names if name.startswith(f"SERVE_REPLICA::mu2llm#{deployment}#")]
-    ray.kill(ray.get_actor(name, namespace="serve"))
+    return ray.get_actor(name, namespace="serve")
+
+
+def kill(deployment):
+    ray.kill(replica(deployment))
 
 
 @pytest.mark.parametrize("deployment", ["VolumeReader", "ReportGenerator"])
@@ -134,6 +140,60 @@ def test_another_model_takes_over_without_a_pause(service, phantom, settings, tm
     finally:
         deploy(settings)
         wait_for_text(service, phantom, FIRST)
+
+
+def test_a_client_that_leaves_is_written_for_no_further(service, phantom, settings, checkpoint, tmp_path_factory):
+    """Nor does the generator go on with its row."""
+    endless = write_endless(checkpoint, str(tmp_path_factory.mktemp("endless") / "one"))
+    body = {"files": {"scan": ("a.nii.gz", phantom)}, "data": {"stream": "true", "max_new_tokens": str(ENDLESS)}}
+    try:
+        deploy(settings.model_copy(update={"checkpoint": endless}))
+        wait_for_length(service, phantom, len(FIRST) + 20)
+        started = time.monotonic()
+        with httpx.stream("POST", f"{service}/v1/reports", **body, timeout=60) as answer:
+            lines = answer.iter_lines()  # kept: the answer is closed when it goes
+            told = sum(next(lines) == "event: token" for _ in range(60))
+            took = time.monotonic() - started
+            assert told and at_work("ReportGenerator") >= 1
+        while at_work("ReportGenerator"):
+            assert time.monotonic() - started < 60
+            time.sleep(0.05)
+        assert time.monotonic() - started < 0.5 * took * ENDLESS / told  # what the whole text would have taken
+    finally:
+        deploy(settings)
+        wait_for_text(service, phantom, FIRST)
+
+
+ENDLESS = 4000  # tokens
+
+
+def write_endless(checkpoint, uri):
+    """The same checkpoint with an end of text that is never the likeliest token, and room for a long one."""
+    shutil.copytree(checkpoint, uri)
+    model, processor = load(uri)
+    rows, end = model.get_output_embeddings().weight.data, processor.tokenizer.eos_token_id
+    rows[end] = 0.99 * rows[processor.tokenizer.encode("The")[0]]
+    model.save_pretrained(uri)
+    processor.max_text_tokens = 2 * ENDLESS
+    processor.save_pretrained(uri)
+    return uri
+
+
+def wait_for_length(url, scan, least, seconds=60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        told = httpx.post(
+            f"{url}/v1/reports", files={"scan": ("a.nii.gz", scan)}, data={"max_new_tokens": "250"}, timeout=60
+        )
+        if len(told.json()["report"]) > least:
+            return
+        time.sleep(0.3)
+    raise TimeoutError(told.text)
+
+
+def at_work(deployment):
+    """Calls that the deployment's replica is at, without those that only look at it."""
+    return min(ray.get(replica(deployment).get_num_ongoing_requests.remote()) for _ in range(5))
 
 
 def test_what_is_promoted_takes_over(service, phantom, settings, checkpoint, tmp_path_factory, monkeypatch):
