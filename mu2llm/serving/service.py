@@ -247,6 +247,8 @@ class Service:
             await _back_off(attempt)
             return scan
         self._learn(await self._call("generator", self.generator.status))
+        if self._spec and self._spec.hash == scan.spec_hash:  # told by a replica that still has the other model
+            await _back_off(attempt)
         return await self.read(work)
 
     async def _made(self, work: Work, scan: Scan, written: Written) -> Made:

@@ -22,8 +22,9 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
 
 import mu2llm
+from mu2llm.errors import Failure
 from mu2llm.serving import chat, formats, metrics, pages, samples
-from mu2llm.serving.guard import LOOPBACK, Guard
+from mu2llm.serving.guard import LOOPBACK, MAX_TEXTS, Guard
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper, Scope
 from mu2llm.serving.problems import MEDIA, Problem, ProblemDetail
@@ -137,6 +138,7 @@ def needs(scope: Scope) -> Any:
 
 def _reports(service: Service, jobs: Jobs) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["reports"], dependencies=[needs("read")])
+    most = service.settings.max_body_mb * 2**20
 
     @router.post(
         "/reports",
@@ -148,7 +150,7 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
         """A draft report of a scan: as JSON, text, FHIR DiagnosticReport or DICOM SR by the Accept header."""
         kind = formats.choose(request.headers.get("accept", "*/*"))
         with contextlib.ExitStack() as held:
-            body = held.enter_context(service.admitted(_length(request, service)))
+            body = held.enter_context(service.admitted(_length(request, most)))
             upload, options = await _asked(request)
             service.bodies.settle(body, upload.size)
             streamed = options.stream or kind == formats.EVENTS
@@ -164,7 +166,7 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
     @router.post("/jobs", status_code=202, response_model=Job, openapi_extra=_SCAN_BODY, responses=_problems(*_ALWAYS))
     async def make_job(request: Request, response: Response) -> Job:
         """The same in the background: for large scans and slow models. It survives a restart of the service."""
-        async with jobs.admitted(_length(request, service)) as body:
+        async with jobs.admitted(_length(request, most)) as body:
             upload, options = await _asked(request)
             service.bodies.settle(body, upload.size)
             job = await jobs.add(upload, options)
@@ -185,7 +187,7 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """OpenAI-compatible: the scan as image_url (a data URL, or an s3 URL in an allowed place)."""
         with contextlib.ExitStack() as held:
-            body = held.enter_context(service.admitted(_length(request, service)))
+            body = held.enter_context(service.admitted(_length(request, most)))
             asked, upload = await _json(request, chat.parse)
             service.bodies.settle(body, upload.size)
             work = service.begin(upload, asked.options())
@@ -199,11 +201,9 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
     return router
 
 
-def _length(request: Request, service: Service) -> int:
-    """Of the body, as it is announced; in pieces (chunked) it is whatever `Guard` lets through."""
-    if "transfer-encoding" in request.headers:
-        return service.settings.max_body_mb * 2**20
-    return int(request.headers.get("content-length", "0"))
+def _length(request: Request, most: int) -> int:
+    """Of the body, as it is announced; of one in pieces (chunked), what `Guard` lets through at most."""
+    return most if "transfer-encoding" in request.headers else int(request.headers.get("content-length", "0"))
 
 
 async def _asked(request: Request) -> tuple[Upload, ReportOptions]:
@@ -309,7 +309,7 @@ def _rest(service: Service) -> APIRouter:
     )
     async def green(request: Request) -> GreenAnswer:
         """GREEN of candidate reports against references."""
-        with service.bodies.holding(_length(request, service)):
+        with service.bodies.holding(_length(request, MAX_TEXTS)):
             asked = await _json(request, GreenRequest.model_validate_json)
         return await service.green(asked.pairs)
 
@@ -323,7 +323,7 @@ def _rest(service: Service) -> APIRouter:
     )
     async def correct(request: Request) -> CorrectionOut:
         """A radiologist's version of a generated report: kept as a preference pair for `mu2llm prefer`."""
-        with service.bodies.holding(_length(request, service)):
+        with service.bodies.holding(_length(request, MAX_TEXTS)):
             given = await _json(request, CorrectionIn.model_validate_json)
         return await service.correct(given)
 
@@ -411,6 +411,12 @@ def _add_problem_handlers(app: FastAPI) -> None:
             return Problem(400, "bad_json", "the body is not JSON").response()
         where = ".".join(str(part) for part in first["loc"])
         return Problem(422, "invalid", f"{where}: {first['msg']}; see /docs").response()
+
+    @app.exception_handler(Failure)
+    async def storage_failed(_: Request, error: Failure) -> JSONResponse:
+        logger.error("%s", error)
+        detail = "the service's storage cannot be reached or refuses; try again in a moment"
+        return Problem(503, "storage", detail, 5).response()
 
     @app.exception_handler(Exception)
     async def internal(_: Request, error: Exception) -> JSONResponse:

@@ -14,6 +14,7 @@ from small_writer import FIRST
 from test_reports import post, zipped
 
 from mu2llm.config import ServingConfig
+from mu2llm.errors import Failure
 from mu2llm.records import Correction
 from mu2llm.serving import web
 from mu2llm.serving.exchange import Status
@@ -276,6 +277,17 @@ def test_no_more_uploads_of_jobs_are_read_than_may_wait(tmp_path, phantom):
     assert unread(app, "/v1/jobs", {"content-length": "10", **key}) == 429
     (waiting,) = service.store.open_jobs()
     assert waiting.options.stream is False
+
+
+def test_storage_that_fails_is_no_fault_of_ours(tmp_path, monkeypatch):
+    """It was a 500."""
+    service, app, key = small(tmp_path)
+
+    def fails():
+        raise Failure("s3://mu2llm/serve: storage failed 5 times")
+
+    monkeypatch.setattr(service.store, "open_ids", fails)
+    assert unread(app, "/v1/jobs", {"content-length": "10", **key}) == 503
 
 
 def test_what_has_come_is_what_counts(tmp_path):

@@ -116,6 +116,18 @@ def test_dicom_in_gives_a_structured_report_of_that_study(client, dicom):
     assert PATIENT.encode() not in answer.content and PATIENT_ID.encode() not in answer.content
 
 
+def test_dicom_named_by_its_uri_gives_a_structured_report_too(client, dicom, places):
+    (places / "allowed" / "series").mkdir()
+    for number, data in enumerate(dicom):
+        (places / "allowed" / "series" / f"{number:03d}.dcm").write_bytes(data)
+    asked = {"uri": f"file://{places}/allowed/series", "max_new_tokens": 5}
+    answer = client.post("/v1/reports", json=asked, headers={"accept": "application/dicom"})
+    assert answer.status_code == 200, answer.text
+    document = pydicom.dcmread(io.BytesIO(answer.content))
+    evidence = document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
+    assert len(evidence.ReferencedSOPSequence) == len(dicom)
+
+
 def test_no_structured_report_without_dicom(client, phantom):
     answer = post(client, phantom, {"accept": "application/dicom"})
     assert (answer.status_code, answer.json()["code"]) == (406, "not_dicom")
