@@ -13,7 +13,8 @@ import pytest
 import ray
 from small_service import wait_until_ready
 from small_writer import FIRST, SECOND, write_checkpoint
-from test_api import REFERENCE, wait_for
+from test_api import REFERENCE
+from test_api import wait_for as wait_for_job
 
 from mu2llm import tracking
 from mu2llm.config import JudgeConfig
@@ -88,10 +89,16 @@ def scores(url, clients=4):
     )
 
 
-def replica(deployment):
-    names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
-    (name,) = [name for name in names if name.startswith(f"SERVE_REPLICA::mu2llm#{deployment}#")]
-    return ray.get_actor(name, namespace="serve")
+def replica(deployment, seconds=30):
+    """The deployment's one replica, after those that it replaced have gone."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        named = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
+        found = [name for name in named if name.startswith(f"SERVE_REPLICA::mu2llm#{deployment}#")]
+        if len(found) == 1:
+            return ray.get_actor(found[0], namespace="serve")
+        time.sleep(0.1)
+    raise TimeoutError(found)
 
 
 def kill(deployment):
@@ -124,118 +131,8 @@ def test_the_ingress_dies_under_load_and_jobs_outlive_it(client, service, phanto
     assert set(load.answers) == {(200, FIRST)}, Counter(load.answers)
     wait_until_ready(service)
     for job in jobs:
-        told = wait_for(client, job, 90)
+        told = wait_for_job(client, job, 90)
         assert told["status"] == "done" and told["report"]["report"] == FIRST
-
-
-def test_another_model_takes_over_without_a_pause(service, phantom, settings, tmp_path_factory):
-    """The second one even prepares its scans otherwise."""
-    folder = tmp_path_factory.mktemp("second")
-    second = write_checkpoint(str(folder / "second"), SECOND, fit="isotropic")
-    try:
-        with reports(service, phantom) as load:
-            deploy(settings.model_copy(update={"checkpoint": second}))
-            load.wait_for(4, told=SECOND)
-        assert set(load.answers) == {(200, FIRST), (200, SECOND)} and not load.broken
-    finally:
-        deploy(settings)
-        wait_for_text(service, phantom, FIRST)
-
-
-def test_a_client_that_leaves_is_written_for_no_further(service, phantom, settings, checkpoint, tmp_path_factory):
-    """Nor does the generator go on with its row."""
-    endless = write_endless(checkpoint, str(tmp_path_factory.mktemp("endless") / "one"))
-    body = {"files": {"scan": ("a.nii.gz", phantom)}, "data": {"stream": "true", "max_new_tokens": str(ENDLESS)}}
-    try:
-        deploy(settings.model_copy(update={"checkpoint": endless}))
-        wait_for_length(service, phantom, len(FIRST) + 20)
-        started = time.monotonic()
-        with httpx.stream("POST", f"{service}/v1/reports", **body, timeout=60) as answer:
-            lines = answer.iter_lines()  # kept: the answer is closed when it goes
-            told = sum(next(lines) == "event: token" for _ in range(60))
-            took = time.monotonic() - started
-            assert told and at_work("ReportGenerator") >= 1
-        while at_work("ReportGenerator"):
-            assert time.monotonic() - started < 60
-            time.sleep(0.05)
-        assert time.monotonic() - started < 0.5 * took * ENDLESS / told  # what the whole text would have taken
-    finally:
-        deploy(settings)
-        wait_for_text(service, phantom, FIRST)
-
-
-ENDLESS = 4000  # tokens
-
-
-def write_endless(checkpoint, uri):
-    """The same checkpoint with an end of text that is never the likeliest token, and room for a long one."""
-    shutil.copytree(checkpoint, uri)
-    model, processor = load(uri)
-    rows, end = model.get_output_embeddings().weight.data, processor.tokenizer.eos_token_id
-    rows[end] = 0.99 * rows[processor.tokenizer.encode("The")[0]]
-    model.save_pretrained(uri)
-    processor.max_text_tokens = 2 * ENDLESS
-    processor.save_pretrained(uri)
-    return uri
-
-
-def wait_for_length(url, scan, least, seconds=60):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        told = httpx.post(
-            f"{url}/v1/reports", files={"scan": ("a.nii.gz", scan)}, data={"max_new_tokens": "250"}, timeout=60
-        )
-        if len(told.json()["report"]) > least:
-            return
-        time.sleep(0.3)
-    raise TimeoutError(told.text)
-
-
-def at_work(deployment):
-    """Calls that the deployment's replica is at, without those that only look at it."""
-    return min(ray.get(replica(deployment).get_num_ongoing_requests.remote()) for _ in range(5))
-
-
-def test_what_is_promoted_takes_over(service, phantom, settings, checkpoint, tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.tracking)
-    second = write_checkpoint(str(tmp_path_factory.mktemp("promoted") / "second"), SECOND)
-    tracking.register(Checkpoint.open(second), alias="champion")
-    try:
-        with reports(service, phantom, clients=2) as load:
-            deploy(settings.model_copy(update={"checkpoint": "registry://mu2llm@champion"}))
-            load.wait_for(2, told=SECOND)
-            tracking.register(Checkpoint.open(checkpoint), alias="champion")
-            load.wait_for(2, told=FIRST)
-        assert set(load.answers) == {(200, FIRST), (200, SECOND)} and not load.broken
-    finally:
-        deploy(settings)
-        wait_for_text(service, phantom, FIRST)
-
-
-def test_reports_go_on_while_the_scorer_is_down(client, phantom, settings):
-    down = JudgeConfig(name="hf:/there/is/no/judge")
-    try:
-        deploy(settings.model_copy(update={"judge": down}))
-        deadline, answer = time.monotonic() + 60, client.post("/v1/green", json=PAIRS)
-        while answer.status_code == 200 and time.monotonic() < deadline:
-            answer = client.post("/v1/green", json=PAIRS)
-        assert (answer.status_code, answer.json()["code"]) == (503, "scorer_down")
-        assert int(answer.headers["retry-after"]) > 0
-        assert client.post("/v1/reports", files={"scan": ("a.nii.gz", phantom)}).status_code == 200
-    finally:
-        deploy(settings)
-        deadline = time.monotonic() + 60
-        while client.post("/v1/green", json=PAIRS).status_code != 200 and time.monotonic() < deadline:
-            time.sleep(0.5)
-
-
-def wait_for_text(url, scan, text, seconds=60):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if httpx.post(f"{url}/v1/reports", files={"scan": ("a.nii.gz", scan)}, timeout=60).json()["report"] == text:
-            return
-        time.sleep(0.3)
-    raise TimeoutError(f"never wrote {text!r}")
 
 
 def test_more_clients_than_it_can_serve(service, phantom, settings):
@@ -259,23 +156,128 @@ def test_more_clients_than_it_can_serve(service, phantom, settings):
             assert answer.json()["report"] == FIRST
 
 
-def test_more_pairs_than_the_scorer_takes_on(service, settings, slow_judge):
+def test_batch_jobs_judge_by_the_services_scorer(service):
+    judge = load_judge(JudgeConfig(name="python:mu2llm.serving.judge:ServedJudge"))
+    pairs = [(REFERENCE, FIRST), ("", FIRST)] * 40  # more than one call
+    rules = load_judge(JudgeConfig())
+    assert judge.identity == rules.identity and judge.judge(pairs) == rules.judge(pairs)
+
+
+# ---- other models and judges
+
+
+@pytest.fixture(scope="module")
+def change(service, settings, phantom):
+    """Deploys other settings; when this module is done, those that all tests share."""
+    yield lambda **changed: deploy(settings.model_copy(update=changed))
+    deploy(settings)
+    wait_for(lambda: write(service, phantom)["report"] == FIRST)
+    wait_for(lambda: judged_by(service).startswith("rules@"))
+
+
+def wait_for(true, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.2)
+
+
+def write(url, scan, **asked):
+    return httpx.post(f"{url}/v1/reports", files={"scan": ("a.nii.gz", scan)}, data=asked, timeout=60).json()
+
+
+def judged_by(url):
+    """The identity of the judge that scores now; why there is none."""
+    told = httpx.post(f"{url}/v1/green", json=PAIRS, timeout=60).json()
+    return told["results"][0]["judge"] if "results" in told else told["code"]
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """A checkpoint that writes another report, of scans that it even prepares otherwise."""
+    return write_checkpoint(str(tmp_path_factory.mktemp("second") / "second"), SECOND, fit="isotropic")
+
+
+@pytest.fixture
+def promote(settings, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.tracking)
+    return lambda uri: tracking.register(Checkpoint.open(uri), alias="champion")
+
+
+def test_another_model_takes_over_without_a_pause(service, phantom, change, second):
+    with reports(service, phantom) as load:
+        change(checkpoint=second)
+        load.wait_for(4, told=SECOND)
+    assert set(load.answers) == {(200, FIRST), (200, SECOND)} and not load.broken
+
+
+def test_what_is_promoted_takes_over(service, phantom, change, promote, checkpoint, second):
+    promote(checkpoint)
+    with reports(service, phantom, clients=2) as load:
+        change(checkpoint="registry://mu2llm@champion")
+        load.wait_for(2, told=FIRST)
+        promote(second)
+        load.wait_for(2, told=SECOND)
+    assert set(load.answers) == {(200, FIRST), (200, SECOND)} and not load.broken
+
+
+def test_a_client_that_leaves_is_written_for_no_further(service, phantom, change, promote, checkpoint, tmp_path):
+    """Nor does the generator go on with its row."""
+    promote(write_endless(checkpoint, str(tmp_path / "endless")))
+    change(checkpoint="registry://mu2llm@champion")
+    wait_for(lambda: len(write(service, phantom, max_new_tokens=250)["report"]) > len(FIRST) + 20)
+    writer, body = replica("ReportGenerator"), {"files": {"scan": ("a.nii.gz", phantom)}}
+    started = time.monotonic()
+    asked = {"stream": "true", "max_new_tokens": str(ENDLESS)}
+    with httpx.stream("POST", f"{service}/v1/reports", **body, data=asked, timeout=60) as answer:
+        lines = answer.iter_lines()  # kept: the answer is closed when it goes
+        told = sum(next(lines) == "event: token" for _ in range(60))
+        took = time.monotonic() - started
+        assert told and at_work(writer) >= 1
+    wait_for(lambda: not at_work(writer))
+    assert time.monotonic() - started < 0.5 * took * ENDLESS / told  # what the whole text would have taken
+
+
+ENDLESS = 4000  # tokens
+
+
+def write_endless(checkpoint, uri):
+    """The same checkpoint with an end of text that is never the likeliest token, and room for a long one."""
+    shutil.copytree(checkpoint, uri)
+    model, processor = load(uri)
+    rows, end = model.get_output_embeddings().weight.data, processor.tokenizer.eos_token_id
+    rows[end] = 0.99 * rows[processor.tokenizer.encode("The")[0]]
+    model.save_pretrained(uri)
+    processor.max_text_tokens = 2 * ENDLESS
+    processor.save_pretrained(uri)
+    return uri
+
+
+def at_work(replica):
+    """Calls that it is at, without those that only look at it."""
+    return min(ray.get(replica.get_num_ongoing_requests.remote()) for _ in range(5))
+
+
+def test_reports_go_on_while_the_scorer_is_down(client, service, phantom, change):
+    change(judge=JudgeConfig(name="hf:/there/is/no/judge"))
+    wait_for(lambda: judged_by(service) == "scorer_down")
+    answer = client.post("/v1/green", json=PAIRS)
+    assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+    assert client.post("/v1/reports", files={"scan": ("a.nii.gz", phantom)}).status_code == 200
+
+
+def test_more_pairs_than_the_scorer_takes_on(service, settings, change, slow_judge):
     """It was said to be down when it was busy."""
-    others = settings.serving.scorer.at_once + 8
-    try:
-        deploy(settings.model_copy(update={"judge": JudgeConfig(name=f"openai:slow@{slow_judge}")}))
-        wait_for_judge(service, "openai:slow")
-        with ThreadPoolExecutor(others) as pool:
-            answers = list(
-                pool.map(lambda _: httpx.post(f"{service}/v1/green", json=PAIRS, timeout=120), range(others))
-            )
-        counts = Counter(answer.status_code for answer in answers)
-        assert set(counts) == {200, 429} and counts[200] >= settings.serving.scorer.at_once / 2, counts
-        refused = next(answer for answer in answers if answer.status_code == 429)
-        assert refused.json()["code"] == "busy" and int(refused.headers["retry-after"]) >= 1
-    finally:
-        deploy(settings)
-        wait_for_judge(service, "rules@")
+    change(judge=JudgeConfig(name=f"openai:slow@{slow_judge}"))
+    wait_for(lambda: judged_by(service).startswith("openai:slow"))
+    most = settings.serving.scorer.at_once
+    with ThreadPoolExecutor(most + 8) as pool:
+        asked = [pool.submit(httpx.post, f"{service}/v1/green", json=PAIRS, timeout=120) for _ in range(most + 8)]
+        answers = [each.result() for each in asked]
+    counts = Counter(answer.status_code for answer in answers)
+    assert set(counts) == {200, 429} and counts[200] >= most / 2, counts
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.json()["code"] == "busy" and int(refused.headers["retry-after"]) >= 1
 
 
 @pytest.fixture
@@ -304,20 +306,3 @@ def slow_judge():
     server.shutdown()
     server.server_close()
     thread.join()
-
-
-def wait_for_judge(url, name, seconds=60):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        answer = httpx.post(f"{url}/v1/green", json=PAIRS, timeout=60)
-        if answer.status_code == 200 and answer.json()["results"][0]["judge"].startswith(name):
-            return
-        time.sleep(0.3)
-    raise TimeoutError(answer.text)
-
-
-def test_batch_jobs_judge_by_the_services_scorer(service):
-    judge = load_judge(JudgeConfig(name="python:mu2llm.serving.judge:ServedJudge"))
-    pairs = [(REFERENCE, FIRST), ("", FIRST)] * 40  # more than one call
-    rules = load_judge(JudgeConfig())
-    assert judge.identity == rules.identity and judge.judge(pairs) == rules.judge(pairs)
