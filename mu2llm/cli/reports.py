@@ -36,7 +36,7 @@ def evaluate(
     data: Data,
     out: Out,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
-    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH or openai:MODEL@URL")] = None,
+    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS")] = None,
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
     address: Address = None,
@@ -59,7 +59,7 @@ def evaluate(
 @app.command()
 def rescore(
     evaluation: Annotated[str, typer.Argument(help="Folder that `evaluate` wrote.")],
-    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH or openai:MODEL@URL")] = None,
+    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS")] = None,
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
     as_json: Json = False,
@@ -82,7 +82,7 @@ def rescore(
 def compare(
     evaluations: Annotated[list[str], typer.Argument(metavar="EVALUATION EVALUATION…", help="Folders of `evaluate`.")],
     out: Out,
-    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH or openai:MODEL@URL")] = None,
+    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS")] = None,
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
     as_json: Json = False,
@@ -168,7 +168,7 @@ app.add_typer(green_app, name="green")
 @green_app.command("score")
 def green_score(
     pairs: Annotated[Path, typer.Option(help="JSON lines of {reference, candidate}.")],
-    judge: Annotated[str, typer.Option(help="rules, hf:NAME_OR_PATH or openai:MODEL@URL")] = "rules",
+    judge: Annotated[str, typer.Option(help="rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS")] = "rules",
     set_: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:

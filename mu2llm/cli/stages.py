@@ -81,7 +81,7 @@ def prefer(
     checkpoint: CheckpointUri,
     data: Data,
     out: Out,
-    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH or openai:MODEL@URL")] = None,
+    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS")] = None,
     negatives: Annotated[str | None, typer.Option(help="sampled or corrupted")] = None,
     corrections: Annotated[
         str | None, typer.Option(help="JSON lines of radiologists' corrections, or a folder of such files.")
