@@ -38,6 +38,8 @@ Manifest = Annotated[str, typer.Option(help="The table of cases.")]
 Volumes = Annotated[str, typer.Option(help="Root of the manifest's relative paths.")]
 Format = Annotated[str, typer.Option(help="jsonl, csv, parquet, ct-rate, amos-mm, abdomenatlas3 or m3d-cap")]
 Data = Annotated[str, typer.Option("--data", help="URI of the shards that `ingest` wrote.")]
+JUDGES = "rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS"
+JudgeName = Annotated[str | None, typer.Option("--judge", help=JUDGES)]
 Bars = Callable[[str, float, float, dict[str, float]], None]
 
 

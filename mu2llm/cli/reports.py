@@ -12,11 +12,13 @@ from rich.console import Console
 
 from mu2llm import config
 from mu2llm.cli.app import (
+    JUDGES,
     Address,
     CheckpointUri,
     Data,
     DryRun,
     Json,
+    JudgeName,
     Out,
     Preset,
     Set,
@@ -36,7 +38,7 @@ def evaluate(
     data: Data,
     out: Out,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
-    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS")] = None,
+    judge: JudgeName = None,
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
     address: Address = None,
@@ -59,7 +61,7 @@ def evaluate(
 @app.command()
 def rescore(
     evaluation: Annotated[str, typer.Argument(help="Folder that `evaluate` wrote.")],
-    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS")] = None,
+    judge: JudgeName = None,
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
     as_json: Json = False,
@@ -82,7 +84,7 @@ def rescore(
 def compare(
     evaluations: Annotated[list[str], typer.Argument(metavar="EVALUATION EVALUATION…", help="Folders of `evaluate`.")],
     out: Out,
-    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS")] = None,
+    judge: JudgeName = None,
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
     as_json: Json = False,
@@ -168,7 +170,7 @@ app.add_typer(green_app, name="green")
 @green_app.command("score")
 def green_score(
     pairs: Annotated[Path, typer.Option(help="JSON lines of {reference, candidate}.")],
-    judge: Annotated[str, typer.Option(help="rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS")] = "rules",
+    judge: Annotated[str, typer.Option(help=JUDGES)] = "rules",
     set_: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:

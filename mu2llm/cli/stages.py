@@ -13,6 +13,7 @@ from mu2llm.cli.app import (
     Data,
     DryRun,
     Json,
+    JudgeName,
     Out,
     Preset,
     Set,
@@ -81,7 +82,7 @@ def prefer(
     checkpoint: CheckpointUri,
     data: Data,
     out: Out,
-    judge: Annotated[str | None, typer.Option(help="rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS")] = None,
+    judge: JudgeName = None,
     negatives: Annotated[str | None, typer.Option(help="sampled or corrupted")] = None,
     corrections: Annotated[
         str | None, typer.Option(help="JSON lines of radiologists' corrections, or a folder of such files.")
