@@ -137,11 +137,16 @@ def _store_gib(resources: dict[str, float]) -> float:
     return resources.get("object_store_memory", 0) / 2**30
 
 
-def _resources(experiment: Experiment, job: str) -> Check:
-    from mu2llm.stages.runner import capacity as most
+def _most() -> dict[str, float]:
+    """What the cluster has, or can grow to where it scales itself."""
+    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    have = ray.cluster_resources()
+    return {name: max(have.get(name, 0), most.get(name, 0)) for name in {*have, *most}}
 
+
+def _resources(experiment: Experiment, job: str) -> Check:
     need = capacity.needs(experiment, job)
-    lacking = capacity.lacks(need, most())
+    lacking = capacity.lacks(need, _most())
     if lacking:
         return Check(
             name="resources",

@@ -393,13 +393,18 @@ def _check_room(settings: StageConfig) -> None:
 
 def workers_that_fit(need: Mapping[str, float]) -> int:
     """As many as the nodes hold, as the cluster is or, where it scales itself, as it can grow to."""
-    nodes = sum(_slots(node["Resources"], need) for node in ray.nodes() if node["Alive"])
+    nodes = workers_on_nodes(need)
     grown = ray._private.state.state.get_cluster_config()
     if grown is None:
         return nodes
     most = sum(_slots(group.resources, need) * int(_limit(group.max_count)) for group in grown.node_group_configs)
     limits = {name: grown.max_resources[name] for name in need if name in grown.max_resources}
     return max(nodes, min(most, _slots(limits, {name: need[name] for name in limits})))
+
+
+def workers_on_nodes(need: Mapping[str, float]) -> int:
+    """As many as the nodes hold that are there now."""
+    return sum(_slots(node["Resources"], need) for node in ray.nodes() if node["Alive"])
 
 
 def _slots(have: Mapping[str, float], each: Mapping[str, float]) -> int:
@@ -410,13 +415,6 @@ def _slots(have: Mapping[str, float], each: Mapping[str, float]) -> int:
 
 def _limit(number: float) -> float:
     return sys.maxsize if number < 0 else number  # Ray's −1: none
-
-
-def capacity() -> dict[str, float]:
-    """What the cluster has, or can grow to where it scales itself."""
-    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    have = ray.cluster_resources()
-    return {name: max(have.get(name, 0), most.get(name, 0)) for name in {*have, *most}}
 
 
 def _resources(settings: StageConfig) -> dict[str, float]:

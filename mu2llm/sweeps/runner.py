@@ -8,7 +8,6 @@ that is kept for the next trial, which saves the seconds that a new one needs fo
 from __future__ import annotations
 
 import logging
-import math
 import os
 import tempfile
 import time
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import ray
 from optuna.trial import TrialState
 from ray import tune
 from ray.tune.callback import Callback
@@ -28,6 +26,7 @@ from ray.tune.search.optuna import OptunaSearch
 from mu2llm import storage
 from mu2llm.config import StageConfig, SweepConfig
 from mu2llm.errors import UserError
+from mu2llm.stages.runner import workers_on_nodes
 from mu2llm.stages.validation import METRICS
 from mu2llm.sweeps.space import Params, Space, canonical, rounded
 from mu2llm.sweeps.trial import DIRECTIONS, Plan, Point, Trial, known, run
@@ -38,14 +37,19 @@ DRIVER = {"memory": 1.0}  # of a trial whose workers do the work: a share of a C
 
 
 def concurrency(settings: StageConfig, sweep: SweepConfig) -> int:
-    """Trials that run at once; a UserError where the cluster holds none.
+    """Trials that run at once; a UserError where the cluster holds none, or where trials would shard their model.
 
     Tune does not reserve what a trial's Train workers need, so more at once than fit would wait for each other for
     ever. A worker must fit a node.
     """
+    if settings.fsdp:
+        raise UserError(
+            f"fsdp={settings.fsdp}: a trial writes reports on rank 0 while it trains, which would then hold a part of "
+            "the model: sweep with it unset"
+        )
     workers = max(sweep.workers_per_trial, 1)
     each = {"CPU": settings.cpus_per_worker, "GPU": sweep.gpus_per_trial / workers}
-    slots = sum(_slots(node["Resources"], each) for node in ray.nodes() if node["Alive"])
+    slots = workers_on_nodes(each)
     fit = slots // workers
     if not fit:
         needs = " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
@@ -54,10 +58,6 @@ def concurrency(settings: StageConfig, sweep: SweepConfig) -> int:
             "--workers-per-trial or --gpus-per-trial, or join a larger cluster"
         )
     return min(fit, sweep.max_concurrent or fit)
-
-
-def _slots(have: dict[str, float], each: dict[str, float]) -> int:
-    return min(math.floor(have.get(name, 0) / amount + 1e-6) for name, amount in each.items() if amount)
 
 
 def search(plan: Plan, space: Space, start: Point, sweep: SweepConfig, progress: Progress | None = None) -> list[Trial]:

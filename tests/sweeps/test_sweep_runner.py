@@ -1,6 +1,7 @@
 """Proposals and concurrency, without a trial being trained."""
 
 import pytest
+import ray
 
 from mu2llm import config
 from mu2llm.errors import UserError
@@ -99,7 +100,7 @@ def test_a_database_that_is_none_is_a_mistake():
 
 def nodes(monkeypatch, *resources):
     found = [{"Alive": True, "Resources": each} for each in resources]
-    monkeypatch.setattr(runner.ray, "nodes", lambda: found)
+    monkeypatch.setattr(ray, "nodes", lambda: found)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,12 @@ def test_a_worker_that_fits_no_node_is_refused_though_the_cluster_has_as_much(mo
     given = config.load("tiny", ["sft.cpus_per_worker=6", "sweep.workers_per_trial=1"])
     with pytest.raises(UserError, match="lower --workers-per-trial"):
         runner.concurrency(given.sft, given.sweep)
+
+
+def test_trials_that_would_shard_their_model_are_refused_before_the_first():
+    given = config.load("tiny", ["dpo.fsdp=full_shard"])
+    with pytest.raises(UserError, match="sweep with it unset"):
+        runner.concurrency(given.dpo, given.sweep)
 
 
 def test_asha_ends_no_trial_at_its_last_measurement():
