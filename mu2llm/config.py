@@ -359,6 +359,11 @@ class ServingConfig(Section):
     generator: ReplicasConfig = ReplicasConfig(cpus=1, at_once=64, waiting=16)
     scorer: ReplicasConfig = ReplicasConfig(at_once=32, waiting=8)
 
+    @field_validator("authentication", mode="before")
+    @classmethod
+    def _as_yaml_reads_it(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
 
 class Experiment(Section):
     """Everything that a run is made of. `name` is the preset's."""

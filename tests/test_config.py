@@ -42,3 +42,9 @@ def test_an_unknown_preset_lists_those_there_are():
 
 def test_a_digest_changes_with_any_value():
     assert config.digest({"a": 1}) == config.digest({"a": 1}) != config.digest({"a": 2})
+
+
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_keys_are_turned_on_and_off_by_those_words(word):
+    """YAML reads the first two as true and false, which were refused."""
+    assert config.load("tiny", [f"serving.authentication={word}"]).serving.authentication == word
