@@ -140,6 +140,8 @@ class Mu2Model(Mu2PreTrainedModel):
         rows i, B + i, 2B + i … (DPO: all chosen before all rejected). `selection` is of the scans, not the rows.
 
         Without input_ids and inputs_embeds the scans' visual tokens are all that is made."""
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         if visual_tokens is None and (volumes is not None or vision_features is not None):
             visual_tokens = self.encode_volumes(
                 volumes, chunk_mask, question_ids, question_mask, vision_features, return_selection
@@ -150,10 +152,8 @@ class Mu2Model(Mu2PreTrainedModel):
             raise UserError(
                 "return_selection needs a scan: give volumes, or vision_features, or what encode_volumes gave"
             )
-        if input_ids is None and inputs_embeds is None:
-            return Mu2ModelOutput(visual_tokens=tokens, selection=selection)
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            return Mu2ModelOutput(visual_tokens=tokens, selection=selection)
         if tokens is not None:
             if input_ids is None:
                 raise UserError("visual tokens need input_ids to find their placeholders; inputs_embeds has none")
