@@ -133,11 +133,11 @@ def test_a_deployment_of_gpus_scales_to_zero_where_it_may():
     assert scorer._deployment_config.autoscaling_config.min_replicas == 0
 
 
-class FakeGenerator:
-    """A handle whose first stream breaks after some pieces, as when its replica dies."""
+class Streams:
+    """A generator's handle with these streams, one after the other."""
 
-    def __init__(self, pieces, breaks_after):
-        self.pieces, self.breaks_after, self.asked = pieces, breaks_after, 0
+    def __init__(self, *streams):
+        self.left, self.asked = iter(streams), 0
 
     def options(self, **_):
         return self
@@ -148,11 +148,13 @@ class FakeGenerator:
 
     def remote(self, _):
         self.asked += 1
-        return FakeStream(self.pieces, self.breaks_after if self.asked == 1 else None)
+        return next(self.left)
 
 
 class FakeStream:
-    def __init__(self, pieces, breaks_after):
+    """Brings pieces; with `breaks_after` it breaks there, as when the replica dies."""
+
+    def __init__(self, pieces, breaks_after=None):
         self.left, self.breaks_after = iter(enumerate(pieces)), breaks_after
 
     async def __anext__(self):
@@ -167,7 +169,8 @@ class FakeStream:
 
 def test_a_stream_goes_on_where_a_dead_replica_left_it():
     written = Written("one two three", "?", 3, True, {}, {}, 1, False, {}, "")
-    generator = FakeGenerator(["one ", "two ", "three", written], breaks_after=2)
+    pieces = ["one ", "two ", "three", written]
+    generator = Streams(FakeStream(pieces, breaks_after=2), FakeStream(pieces))
     service = Service(None, generator, None, config.ServingConfig())
     work = Work(Upload((b"",)), ReportOptions(), False, float("inf"))
 
@@ -290,29 +293,11 @@ def test_a_replica_that_is_not_ready_fails_no_request_that_another_can_serve(tmp
 
     ends = Handle(loading, loading, WRITTEN)
     if streamed:
-        ends = Streams([loading], [loading], [WRITTEN])
+        ends = Streams(*[FakeStream([piece]) for piece in (loading, loading, WRITTEN)])
     assert asyncio.run(go(ends)) == "A nodule." and ends.asked == 3
     with pytest.raises(Problem) as told:
-        asyncio.run(go(Streams(*[[loading]] * 20) if streamed else Handle(loading)))
+        asyncio.run(go(Streams(*[FakeStream([loading]) for _ in range(20)]) if streamed else Handle(loading)))
     assert (told.value.status, told.value.code) == (503, "not_ready")
-
-
-class Streams:
-    """A generator's handle whose streams bring these pieces, one stream after the other."""
-
-    def __init__(self, *streams):
-        self.left, self.asked = iter(streams), 0
-
-    def options(self, **_):
-        return self
-
-    @property
-    def stream(self):
-        return self
-
-    def remote(self, _):
-        self.asked += 1
-        return FakeStream(next(self.left), None)
 
 
 def test_a_replica_that_is_not_ready_says_nothing_of_the_others(tmp_path):
