@@ -14,6 +14,7 @@ import pyarrow.fs as pafs
 from pydantic import BaseModel
 
 from mu2llm import storage, tracking
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases.shards import INDEX
 from mu2llm.errors import UserError
 from mu2llm.records import Checkpoint
@@ -92,7 +93,7 @@ def _referred(tree: _Tree) -> set[str]:
         if uri in seen or not storage.exists(storage.join(uri, Checkpoint.FILE)):
             continue
         seen.add(uri)
-        lineage = Checkpoint.open(uri).lineage
+        lineage = open_checkpoint(uri).lineage
         open_ += [lineage.parent] if lineage.parent else []
         if lineage.data:
             referred.add(_same(lineage.data))

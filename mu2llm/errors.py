@@ -1,4 +1,4 @@
-"""The two ways in which a command may end badly, and how either is told."""
+"""The three ways to say no, and how a command that ends with one says it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,25 @@ class Failure(Exception):
     """Something broke though the request was right: one line that says what and the mend. The command exits 1."""
 
 
+class Rejection(Exception):
+    """A scan that is not used: where it is, the reason's code (`mu2llm.ct.REASONS`) and one sentence.
+
+    The one exception that reading a scan raises for what is wrong with the scan itself.
+    """
+
+    def __init__(self, uri: str, reason: str, message: str, case_id: str = "") -> None:
+        super().__init__(uri, reason, message, case_id)
+        self.uri, self.reason, self.message, self.case_id = uri, reason, message, case_id
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.reason}: {self.message}"
+
+    def row(self) -> dict[str, str]:
+        return {"uri": self.uri, "reason": self.reason, "message": self.message, "case_id": self.case_id}
+
+
 def explain(error: BaseException) -> tuple[int, str]:
     """What went wrong → (exit code, one line); what a Ray task raised is told as if it had been raised here."""
-    from mu2llm.records import Rejection
-
     error = _reason(error)
     if isinstance(error, UserError):
         return 2, str(error)
@@ -37,8 +52,6 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 def _reason(error: BaseException) -> BaseException:
     """The first error of ours in a chain of causes, else the deepest one where Ray wrapped it."""
-    from mu2llm.records import Rejection
-
     chain = [error]
     while (cause := getattr(chain[-1], "cause", None) or chain[-1].__cause__) and cause not in chain:
         chain.append(cause)

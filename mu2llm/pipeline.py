@@ -16,7 +16,8 @@ from typing import Any
 from pydantic import BaseModel
 from rich.table import Table
 
-from mu2llm import cluster, config, storage, tracking
+from mu2llm import artefacts, cluster, storage, tracking
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards, ingest, read_manifest
 from mu2llm.cases.shards import INDEX
 from mu2llm.config import Experiment
@@ -63,7 +64,7 @@ class Pipeline:
 
     def step(self, name: str, decides: Any, work: Callable[[], dict[str, Any]], outputs: list[str]) -> dict[str, Any]:
         """Does a step, or takes its result from an earlier run; `outputs` are removed before it is done otherwise."""
-        self.identity = config.digest([self.identity, name, decides])
+        self.identity = artefacts.digest([self.identity, name, decides])
         path = storage.join(self.out, "steps", f"{name}.json")
         marker = storage.join(self.out, "steps", f"{name}.started")
         made = storage.exists(path) or storage.exists(marker)
@@ -183,7 +184,7 @@ def _contents(manifest: str) -> str:
     """Digest of a manifest's bytes; of the names and sizes of its files where it is a folder."""
     if storage.is_file(manifest):
         return hashlib.sha256(storage.read_bytes(manifest)).hexdigest()
-    return config.digest([[each.path, each.size] for each in storage.list_files(manifest)])
+    return artefacts.digest([[each.path, each.size] for each in storage.list_files(manifest)])
 
 
 def _train(pipeline: Pipeline, shards: str) -> dict[str, str]:
@@ -237,7 +238,7 @@ def _register(pipeline: Pipeline, checkpoints: dict[str, str], results: Results)
         passing = [run for run in ranked if (audit := audits[run]) and audit.passed]
         best = (passing or ranked)[0]
         if not passing:
-            version = tracking.register(Checkpoint.open(checkpoints[best]))
+            version = tracking.register(open_checkpoint(checkpoints[best]))
             return {"run": best, "checkpoint": checkpoints[best], "version": version, "alias": None}
         promoted = promote(checkpoints[best])
         return {"run": best, "checkpoint": checkpoints[best], "version": promoted.version, "alias": promoted.alias}
@@ -261,7 +262,7 @@ def summarise(
     peak = round(max(peak_gib, before), 3)
     storage.write_json(peak_path, {"gib": peak})
     seconds = {name: step.seconds for name, step in done.items()}
-    training = {stage: Checkpoint.open(uri).training for stage, uri in checkpoints.items()}
+    training = {stage: open_checkpoint(uri).training for stage, uri in checkpoints.items()}
     matched = training["contrastive"].metrics
     preferences = Preferences.open(storage.join(pipeline.out, "preferences"))
     return {

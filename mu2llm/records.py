@@ -12,9 +12,6 @@ from typing import Any, ClassVar, Literal, Self
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mu2llm import storage
-from mu2llm.errors import UserError
-
 Side = Literal["left", "right", "bilateral"]
 Split = Literal["train", "validation", "test"]
 
@@ -108,27 +105,6 @@ class Case(Record):
             pa.field("source", pa.string()),
         ]
     )
-
-
-class Rejection(Exception):
-    """A scan that is not used: where it is, the reason's code (`mu2llm.ct.REASONS`) and one sentence.
-
-    The one exception that reading a scan raises for what is wrong with the scan itself.
-    """
-
-    arrow_schema: ClassVar[pa.Schema] = pa.schema(
-        [pa.field(n, pa.string()) for n in ("uri", "reason", "message", "case_id")]
-    )
-
-    def __init__(self, uri: str, reason: str, message: str, case_id: str = "") -> None:
-        super().__init__(uri, reason, message, case_id)
-        self.uri, self.reason, self.message, self.case_id = uri, reason, message, case_id
-
-    def __str__(self) -> str:
-        return f"{self.uri}: {self.reason}: {self.message}"
-
-    def row(self) -> dict[str, str]:
-        return {"uri": self.uri, "reason": self.reason, "message": self.message, "case_id": self.case_id}
 
 
 class PreprocessSpec(Record):
@@ -299,24 +275,6 @@ class Correction(Record):
         ]
     )
 
-    @classmethod
-    def read(cls, uri: str) -> list[Self]:
-        """Those in a file of JSON lines, or in all `.jsonl` files of a folder; a UserError names a wrong line."""
-        folder = not storage.is_file(uri)
-        names = [each.base_name for each in storage.list_files(uri, recursive=False)] if folder else []
-        files = [storage.join(uri, name) for name in names if name.endswith(".jsonl")] if folder else [uri]
-        if not files:
-            raise UserError(f"{uri} holds no corrections: give a file of JSON lines, or a folder of such files")
-        found = []
-        for file in files:
-            for number, line in enumerate(storage.read_bytes(file).decode().splitlines(), start=1):
-                try:
-                    found += [cls.model_validate_json(line)] if line.strip() else []
-                except ValueError as error:
-                    why = str(error).splitlines()[0]
-                    raise UserError(f"{file}, line {number}: not a correction: {why}") from None
-        return found
-
 
 class Estimate(BaseModel):
     """A number with its bootstrap 95 % interval and its n."""
@@ -368,16 +326,3 @@ class Checkpoint(BaseModel):
     experiment: dict[str, Any]
     lineage: Lineage
     training: Training = Training()
-
-    @classmethod
-    def open(cls, uri: str) -> Self:
-        """Reads the folder's description; a UserError where there is no checkpoint."""
-        path = storage.join(uri, cls.FILE)
-        if not storage.exists(path):
-            raise UserError(f"{uri} is not a checkpoint: it has no {cls.FILE}; give a folder that `mu2llm train` wrote")
-        return cls(uri=uri, **storage.read_json(path))
-
-    def publish(self, folder: str) -> None:
-        """Uploads a local `save_pretrained` folder to `uri` and completes it with `mu2llm.json`."""
-        storage.copy_folder(folder, self.uri)
-        storage.write_json(storage.join(self.uri, self.FILE), self.model_dump(mode="json"))

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from mu2llm import cleaning, storage, tracking
+from mu2llm.artefacts import publish
 from mu2llm.errors import UserError
 from mu2llm.records import Checkpoint, Lineage
 from mu2llm.stages.preferences import Preferences
@@ -33,7 +34,7 @@ def checkpoint(folder, stage="sft", data=None, parent=None):
     write(weights / "model.safetensors", "w")
     lineage = Lineage(stage=stage, spec_hash="s", data=data and str(data), parent=parent and str(parent))
     made = Checkpoint(uri=str(folder), experiment={}, lineage=lineage)
-    made.publish(str(weights))
+    publish(made, str(weights))
     (weights / "model.safetensors").unlink()
     weights.rmdir()
     return made

@@ -12,8 +12,7 @@ import pytest
 import mu2llm
 from mu2llm import cli
 from mu2llm.ct import phantom
-from mu2llm.errors import Failure, UserError
-from mu2llm.records import Rejection
+from mu2llm.errors import Failure, Rejection, UserError
 
 COMMAND = Path(sys.executable).parent / "mu2llm"
 

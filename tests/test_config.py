@@ -2,7 +2,7 @@
 
 import pytest
 
-from mu2llm import config
+from mu2llm import artefacts, config
 from mu2llm.errors import UserError
 
 
@@ -41,7 +41,7 @@ def test_an_unknown_preset_lists_those_there_are():
 
 
 def test_a_digest_changes_with_any_value():
-    assert config.digest({"a": 1}) == config.digest({"a": 1}) != config.digest({"a": 2})
+    assert artefacts.digest({"a": 1}) == artefacts.digest({"a": 1}) != artefacts.digest({"a": 2})
 
 
 @pytest.mark.parametrize("word", ["on", "off", "auto"])

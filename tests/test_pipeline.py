@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mu2llm import config, pipeline, storage, tracking
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.errors import UserError
 from mu2llm.records import Checkpoint, Lineage
 
@@ -89,7 +90,7 @@ def test_an_alias_does_not_go_over_to_the_checkpoint_that_takes_the_place(tmp_pa
         pipeline.Pipeline(out, config.load("tiny"), lambda *_: None).step("dpo", decides, train, [made])
 
     step(1)
-    tracking.register(Checkpoint.open(made), alias="champion")
+    tracking.register(open_checkpoint(made), alias="champion")
     step(1)
     assert tracking.aliases() == {"champion": made}
     step(2)
@@ -117,12 +118,12 @@ def test_the_summary_has_what_checks_read(finished):
 def test_checkpoints_can_be_read_when_no_server_runs(finished):
     _, summary = finished
     for stage in ("contrastive", "sft", "dpo"):
-        checkpoint = Checkpoint.open(summary["checkpoints"][stage])
+        checkpoint = open_checkpoint(summary["checkpoints"][stage])
         assert checkpoint.lineage.stage == stage
         assert checkpoint.training.steps > 0
         assert Path(checkpoint.lineage.data).exists()
         assert not storage.exists(summary["checkpoints"][stage] + ".state")
-    assert Checkpoint.open(summary["checkpoints"]["dpo"]).lineage.parent == summary["checkpoints"]["sft"]
+    assert open_checkpoint(summary["checkpoints"]["dpo"]).lineage.parent == summary["checkpoints"]["sft"]
     assert not list(Path(summary["checkpoints"]["dpo"]).glob("*.bin"))
 
 
@@ -141,7 +142,7 @@ def test_a_second_run_does_nothing_again_and_a_changed_stage_is_done_again(finis
     changed = demo(folder, "--set", "dpo.beta=0.3")
     done_again = {step for step, at in times(folder).items() if at != before[step]}
     assert done_again == {"dpo", "evaluate", "register"}
-    assert Checkpoint.open(changed["checkpoints"]["dpo"]).experiment["dpo"]["beta"] == 0.3
+    assert open_checkpoint(changed["checkpoints"]["dpo"]).experiment["dpo"]["beta"] == 0.3
 
 
 def times(folder):

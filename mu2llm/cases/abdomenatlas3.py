@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from mu2llm.cases.rows import clean, number, read_folder, unused
 from mu2llm.cases.table import CaseTable
 from mu2llm.cases.volumes import Volumes
-from mu2llm.config import DataConfig
 from mu2llm.errors import UserError
 from mu2llm.records import Case
+from mu2llm.settings.data import DataConfig
 
 NAME = "BDMAP ID"
 REPORTS = ("fusion narrative report", "narrative report", "fusion structured report", "structured report", "Notes")

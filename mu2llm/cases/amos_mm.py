@@ -13,9 +13,9 @@ from typing import Any
 from mu2llm.cases.rows import clean, read_json, read_texts, unused
 from mu2llm.cases.table import CaseTable
 from mu2llm.cases.volumes import Volumes, stem
-from mu2llm.config import DataConfig
 from mu2llm.errors import UserError
 from mu2llm.records import Case, Question, Split
+from mu2llm.settings.data import DataConfig
 
 REGIONS = ("chest", "abdomen", "pelvis")
 SPLITS: dict[str, Split] = {

@@ -10,9 +10,9 @@ from mu2llm import storage
 from mu2llm.cases.rows import compose, number, read_folder, unused
 from mu2llm.cases.table import CaseTable
 from mu2llm.cases.volumes import Volumes
-from mu2llm.config import DataConfig
 from mu2llm.errors import UserError
 from mu2llm.records import Case, Split
+from mu2llm.settings.data import DataConfig
 
 NAME = "VolumeName"
 FINDINGS, IMPRESSION = "Findings_EN", "Impressions_EN"

@@ -27,13 +27,14 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from mu2llm import config, ct, storage, telemetry
+from mu2llm import artefacts, ct, storage, telemetry
 from mu2llm.cases.shards import INDEX, Index, ShardFile, Shards, ShardWriter, read_summary, write_index
 from mu2llm.cases.table import CaseTable
 from mu2llm.cases.tensors import tensor_field
-from mu2llm.config import DataConfig, Experiment
-from mu2llm.errors import Failure, UserError
-from mu2llm.records import Case, PreprocessSpec, Rejection
+from mu2llm.config import Experiment
+from mu2llm.errors import Failure, Rejection, UserError
+from mu2llm.records import Case, PreprocessSpec
+from mu2llm.settings.data import DataConfig
 
 SPLITS = ("train", "validation", "test")
 REJECTED = "rejected.parquet"
@@ -41,6 +42,8 @@ MANIFEST = "manifest.json"
 SMALL_SHARDS = 16  # shards of a split that is small, to keep several cores busy; and the least rows of a shard
 READ_AHEAD = 2  # scans whose bytes are fetched while one is decoded
 Progress = Callable[[int, int], None]
+
+REJECTIONS = pa.schema([pa.field(name, pa.string()) for name in ("uri", "reason", "message", "case_id")])
 
 
 class OverBudget(Failure):
@@ -103,7 +106,7 @@ def plan(table: CaseTable, data: DataConfig) -> dict[str, list[Case]]:
         size = max(1, min(data.shard_mb * 2**20 // row_bytes, max(SMALL_SHARDS, -(-len(cases) // SMALL_SHARDS))))
         for number, group in enumerate(cases[start : start + size] for start in range(0, len(cases), size)):
             stamps = [table.facts[case.volume].stamp if case.volume in table.facts else None for case in group]
-            digest = config.digest([[case.row() for case in group], stamps, data.spec.hash, sorted(data.accept)])
+            digest = artefacts.digest([[case.row() for case in group], stamps, data.spec.hash, sorted(data.accept)])
             groups[f"{split}/{number:05d}-{digest}.parquet"] = group
     return groups
 
@@ -243,7 +246,7 @@ def _write_rest(out: str, table: CaseTable, rejected: list[Rejection]) -> None:
     """The table of rejected scans, and what was found in the manifest."""
     rows = sorted((rejection.row() for rejection in rejected), key=lambda row: (row["case_id"], row["uri"]))
     with storage.staged(storage.join(out, REJECTED)) as path:
-        pq.write_table(pa.Table.from_pylist(rows, schema=Rejection.arrow_schema), path)
+        pq.write_table(pa.Table.from_pylist(rows, schema=REJECTIONS), path)
     storage.write_json(storage.join(out, MANIFEST), {"counts": table.counts, "listed": table.listed})
 
 

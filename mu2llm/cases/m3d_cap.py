@@ -12,9 +12,9 @@ from typing import Any
 from mu2llm.cases.rows import clean, read_json, read_texts, unused
 from mu2llm.cases.table import CaseTable
 from mu2llm.cases.volumes import Volumes
-from mu2llm.config import DataConfig
 from mu2llm.errors import UserError
 from mu2llm.records import Case, Split
+from mu2llm.settings.data import DataConfig
 
 SPLITS: dict[str, Split] = {"train": "train", "validation": "validation", "test": "test", "test1k": "test"}
 

@@ -18,9 +18,9 @@ from mu2llm.cases import abdomenatlas3, amos_mm, ct_rate, m3d_cap
 from mu2llm.cases.rows import read_csv, read_json_lines, read_parquet, unused
 from mu2llm.cases.table import CaseTable, assign_splits
 from mu2llm.cases.volumes import Volumes
-from mu2llm.config import DataConfig
 from mu2llm.errors import UserError
 from mu2llm.records import Case
+from mu2llm.settings.data import DataConfig
 
 SPLIT_NAMES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
 NESTED = [field.name for field in Case.arrow_schema if field.metadata]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from mu2llm.cases.volumes import Facts
-from mu2llm.records import Case, Rejection, Split
+from mu2llm.errors import Rejection
+from mu2llm.records import Case, Split
 
 NOTES: dict[str, str] = {
     "rows": "rows of the manifest",

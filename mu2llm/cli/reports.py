@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from mu2llm import config
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cli.app import (
     JUDGES,
     Address,
@@ -143,9 +144,8 @@ def generate(
     """Scans → reports."""
     from mu2llm.cases import read_manifest
     from mu2llm.evaluation.scans import report_scans
-    from mu2llm.records import Checkpoint
 
-    experiment = config.validate(Checkpoint.open(checkpoint).experiment)
+    experiment = config.validate(open_checkpoint(checkpoint).experiment)
     scans = list(paths or [])
     if manifest:
         table = read_manifest(manifest, "jsonl", volumes, experiment.data, need_report=False)

@@ -10,11 +10,13 @@ import typer
 import yaml
 
 from mu2llm import config, storage, tracking
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cli.app import Address, DryRun, Json, Preset, Set, app, console, dry_run, show
 from mu2llm.errors import UserError
+from mu2llm.settings.serving import ServingConfig
 
 CHAMPION = f"registry://{tracking.MODEL}@champion"
-STATE = config.ServingConfig().state
+STATE = ServingConfig().state
 CheckpointOption = Annotated[
     str, typer.Option("--checkpoint", help="Checkpoint that writes; default the registry's champion.")
 ]
@@ -64,7 +66,6 @@ def serve_config(
 
 def _check_checkpoint(checkpoint: str) -> None:
     """Says at once what the service would only say in its readiness."""
-    from mu2llm.records import Checkpoint
 
     if checkpoint.startswith("registry://"):
         try:
@@ -72,7 +73,7 @@ def _check_checkpoint(checkpoint: str) -> None:
         except LookupError as error:
             raise UserError(f"{error}: promote a checkpoint (mu2llm promote), or name one by --checkpoint") from None
     else:
-        Checkpoint.open(checkpoint)
+        open_checkpoint(checkpoint)
 
 
 def _settings(experiment: config.Experiment, checkpoint: str, host: str) -> Any:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mu2llm.config import Experiment, StageConfig
+from mu2llm.config import Experiment
 from mu2llm.errors import UserError
+from mu2llm.settings.stages import StageConfig
 
 if TYPE_CHECKING:
     from mu2llm.model.summary import Summary

@@ -6,7 +6,8 @@ from mu2llm.ct.inspection import describe, inspect, three_planes
 from mu2llm.ct.preprocess import SPECS, ModelInput, input_key, prepare
 from mu2llm.ct.reading import read
 from mu2llm.ct.volume import CTVolume, admit
-from mu2llm.records import PreprocessSpec, Rejection
+from mu2llm.errors import Rejection
+from mu2llm.records import PreprocessSpec
 
 __all__ = [
     "REASONS",

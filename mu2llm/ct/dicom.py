@@ -14,7 +14,7 @@ from mu2llm.ct.dicom_series import Slice
 from mu2llm.ct.hounsfield import Padding, Scaling, apply_table, to_hu
 from mu2llm.ct.sources import DICOM, Part
 from mu2llm.ct.volume import CTVolume, build
-from mu2llm.records import Rejection
+from mu2llm.errors import Rejection
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 

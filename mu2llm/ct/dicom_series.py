@@ -26,7 +26,7 @@ from pydicom.uid import (
 
 from mu2llm.ct.codes import MAX_BYTES
 from mu2llm.ct.sources import DICOM, NIFTI, Part, kind_of
-from mu2llm.records import Rejection
+from mu2llm.errors import Rejection
 
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _CLASSES_OF_CT = ("CT", "EnhancedCT", "LegacyConvertedEnhancedCT", "SecondaryCapture", "Multiframe")

@@ -13,7 +13,7 @@ from nibabel import affines
 from scipy import ndimage
 
 from mu2llm.ct.codes import AIR_HU, MAX_BYTES
-from mu2llm.records import Rejection
+from mu2llm.errors import Rejection
 
 _STRAIGHT = 1e-3  # cosine between axes below which a grid counts as straight (0.06°)
 _MAX_SHEAR = 0.71  # cosine: 45°; gantries tilt by 30° at most

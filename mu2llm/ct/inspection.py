@@ -11,7 +11,7 @@ import numpy as np
 from mu2llm import storage
 from mu2llm.ct.reading import read
 from mu2llm.ct.volume import CTVolume
-from mu2llm.records import Rejection
+from mu2llm.errors import Rejection
 
 _WINDOW = (-1000, 400)  # HU, lung to contrast
 _LEFT_EDGE = {"axial": "R", "coronal": "R", "sagittal": "A"}  # the body's side at the picture's left

@@ -11,7 +11,7 @@ from mu2llm.ct import sources
 from mu2llm.ct.codes import MAX_BYTES
 from mu2llm.ct.hounsfield import apply_table, to_hu
 from mu2llm.ct.volume import CTVolume, build
-from mu2llm.records import Rejection
+from mu2llm.errors import Rejection
 
 Header = nib.Nifti1Header | nib.Nifti2Header
 _SIZES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}

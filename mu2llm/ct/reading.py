@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 from mu2llm.ct import dicom, nifti, sources
 from mu2llm.ct.codes import check_accept
 from mu2llm.ct.volume import CTVolume
-from mu2llm.records import Rejection
+from mu2llm.errors import Rejection
 
 _HEAD = 1024
 

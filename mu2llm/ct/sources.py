@@ -23,7 +23,7 @@ from isal import igzip, isal_zlib
 
 from mu2llm import storage
 from mu2llm.ct.codes import MAX_BYTES, MAX_FILES
-from mu2llm.records import Rejection
+from mu2llm.errors import Rejection
 
 GZIP, ZIP, NIFTI, DICOM, UNKNOWN = "gzip", "zip", "NIfTI", "DICOM", "unknown"
 GZIP_RATIO = 1032  # deflate packs no better

@@ -13,7 +13,7 @@ from nibabel import affines
 from mu2llm.ct import geometry
 from mu2llm.ct.codes import check_accept, in_order
 from mu2llm.ct.hounsfield import cannot_be_hu
-from mu2llm.records import Rejection
+from mu2llm.errors import Rejection
 
 
 @dataclass(frozen=True, eq=False)

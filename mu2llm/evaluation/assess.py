@@ -8,7 +8,7 @@ from itertools import combinations
 
 import pyarrow as pa
 
-from mu2llm.config import Experiment, JudgeConfig
+from mu2llm.config import Experiment
 from mu2llm.evaluation import text_metrics
 from mu2llm.evaluation.audits import Audit, audit
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic, estimates
@@ -19,6 +19,7 @@ from mu2llm.evaluation.results import Difference, Group, Header, Results, RunRes
 from mu2llm.evaluation.scoring import Texts, content, embedded, judged
 from mu2llm.green import Judge, load_judge
 from mu2llm.records import Case, Judgement
+from mu2llm.settings.green import JudgeConfig
 
 PRIOR = "prior"
 """The run that answers every scan with one training report."""

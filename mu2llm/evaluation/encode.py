@@ -13,10 +13,10 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from mu2llm import storage
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards, dataset, write_rows
 from mu2llm.errors import UserError
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2ForContrastive, load
-from mu2llm.records import Checkpoint
 
 Encoder = Mu2ForConditionalGeneration | Mu2ForContrastive
 COLUMNS = ["id", "report", "questions", "voxels", "chunk_mask"]
@@ -39,7 +39,7 @@ def encode_scans(
     """
     encoder = load_encoder(checkpoint)
     given = encoder.config.spec["name"] if encoder.config.spec else "none"
-    if Checkpoint.open(checkpoint).lineage.spec_hash != shards.spec.hash:
+    if open_checkpoint(checkpoint).lineage.spec_hash != shards.spec.hash:
         raise UserError(
             f"{checkpoint} expects spec {given}, {shards.uri} has {shards.spec.name} ({shards.spec.hash}): "
             "ingest the scans with the checkpoint's preset"
@@ -110,7 +110,7 @@ class VisionActor:
 
 def load_encoder(uri: str) -> Encoder:
     """The model of a checkpoint of any stage, in evaluation mode: for its `encode_vision`."""
-    if Checkpoint.open(uri).lineage.stage != "contrastive":
+    if open_checkpoint(uri).lineage.stage != "contrastive":
         return load(uri)[0]
     with storage.local_copy(uri) as folder:
         return Mu2ForContrastive.from_pretrained(folder).eval()

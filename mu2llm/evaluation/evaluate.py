@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mu2llm import config, storage, tracking
+from mu2llm import artefacts, storage, tracking
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
-from mu2llm.config import Experiment, JudgeConfig
+from mu2llm.config import Experiment
 from mu2llm.errors import UserError
 from mu2llm.evaluation.assess import PRIOR, assess
 from mu2llm.evaluation.audits import prior_report
@@ -28,6 +29,7 @@ from mu2llm.evaluation.report import PAGE, write_report
 from mu2llm.evaluation.results import METRICS, Header, Results
 from mu2llm.green import load_judge
 from mu2llm.records import Case, Checkpoint, Judgement
+from mu2llm.settings.green import JudgeConfig
 
 STATE = "predictions.state"
 """Below `out`, while reports are written: finished batches."""
@@ -37,7 +39,7 @@ def evaluate(
     checkpoint: str, data: str, out: str, experiment: Experiment, split: str = "test", progress: Progress | None = None
 ) -> dict[str, Any]:
     """One checkpoint's metrics, audits and report; see `compare`."""
-    run = Checkpoint.open(checkpoint).lineage.stage
+    run = open_checkpoint(checkpoint).lineage.stage
     return compare({run: checkpoint}, data, out, experiment, split, progress).summary(run)
 
 
@@ -95,7 +97,7 @@ def compare_saved(evaluations: Sequence[str], out: str, experiment: Experiment) 
     names = _told_apart(evaluations, headers)
     header = headers[0].model_copy(
         update={
-            "identity": config.digest([each.identity for each in headers]),
+            "identity": artefacts.digest([each.identity for each in headers]),
             "checkpoints": {
                 names[i, run]: each.checkpoints[run] for i, each in enumerate(headers) for run in each.checkpoints
             },
@@ -171,7 +173,7 @@ def _write_predictions(request: Request, shards: Shards, out: str, progress: Pro
     Header(
         identity=request.identity,
         checkpoints={run: tracking.place(uri) for run, uri in request.checkpoints.items()},
-        identities={run: Checkpoint.open(uri).lineage.identity for run, uri in request.checkpoints.items()},
+        identities={run: open_checkpoint(uri).lineage.identity for run, uri in request.checkpoints.items()},
         data=tracking.place(shards.uri),
         split=request.split,
         question=request.question,
@@ -193,7 +195,7 @@ def _histories(checkpoints: Mapping[str, str]) -> dict[str, list[dict[str, float
     for uri in checkpoints.values():
         parent: str | None = uri
         while parent and storage.exists(storage.join(parent, Checkpoint.FILE)):
-            checkpoint = Checkpoint.open(parent)
+            checkpoint = open_checkpoint(parent)
             histories.setdefault(checkpoint.lineage.stage, checkpoint.training.history)
             parent = checkpoint.lineage.parent
     return histories

@@ -17,13 +17,14 @@ from ray.data import TaskPoolStrategy
 from ray.exceptions import RayError
 
 from mu2llm import storage
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation.encode import actor_pool
 from mu2llm.evaluation.predictions import Prediction, Request
 from mu2llm.evaluation.reading import Reader
 from mu2llm.evaluation.writer import Writer
-from mu2llm.records import Case, Checkpoint
+from mu2llm.records import Case
 
 READING_TASKS = 2  # at once: more would start processes, not read faster than the actors write
 Progress = Callable[[int, int], None]
@@ -88,7 +89,7 @@ def _checked(request: Request) -> Shards:
     shards = Shards.open(request.data)
     shards.schema(request.split)
     for uri in request.checkpoints.values():
-        lineage = Checkpoint.open(uri).lineage
+        lineage = open_checkpoint(uri).lineage
         if lineage.stage == "contrastive":
             raise UserError(f"{uri} is a contrastive checkpoint and writes no reports; train sft from it")
         if lineage.spec_hash != shards.spec.hash:

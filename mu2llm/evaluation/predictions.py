@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 
 import pyarrow as pa
 
-from mu2llm import config
+from mu2llm import artefacts
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.evaluation.decoding import Decoding
-from mu2llm.records import Case, Checkpoint, Record
+from mu2llm.records import Case, Record
 
 Variant = Literal["as_is", "shuffled", "zeroed"]
 VARIANTS: tuple[Variant, ...] = ("as_is", "shuffled", "zeroed")
@@ -72,10 +73,10 @@ class Request:
     @property
     def identity(self) -> str:
         """Digest of all that decides what is written: not of how many cases are written at a time."""
-        runs = {run: Checkpoint.open(uri).lineage.identity or uri for run, uri in self.checkpoints.items()}
+        runs = {run: open_checkpoint(uri).lineage.identity or uri for run, uri in self.checkpoints.items()}
         decides = [self.split, self.question, asdict(self.decoding), self.variants, self.regions, self.max_cases]
         decides += [] if self.ids is None else [self.ids]
-        return config.digest([runs, Shards.open(self.data).checksum, *decides])
+        return artefacts.digest([runs, Shards.open(self.data).checksum, *decides])
 
     def cases(self, shards: Shards) -> list[Case]:
         """The cases that are meant, in the shards' order."""

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from pydantic import BaseModel
 
 from mu2llm import storage, tracking
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.config import validate
 from mu2llm.errors import UserError
 from mu2llm.evaluation import leaderboard
@@ -50,7 +51,7 @@ def promote(checkpoint: str, alias: Alias = "champion", force: bool = False) -> 
     Raises UserError where it does not write reports, where its spec is not the one that it was configured with, and,
     unless `force`, where it was never evaluated as it is now on held-out cases, or an audit has a red line.
     """
-    made = Checkpoint.open(tracking.locate(checkpoint))
+    made = open_checkpoint(tracking.locate(checkpoint))
     rows = evaluations(made)
     _check_kind(made)
     reasons = _reasons(made, rows)

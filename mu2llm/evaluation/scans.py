@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from mu2llm import ct
-from mu2llm.config import EvaluationConfig
+from mu2llm.errors import Rejection
 from mu2llm.evaluation.decoding import Decoding, write
 from mu2llm.model import load
-from mu2llm.records import Rejection
+from mu2llm.settings.evaluation import EvaluationConfig
 
 
 def report_scans(

@@ -1,7 +1,8 @@
 """GREEN: the score of a report against a reference (METHOD.md §4.1), its judges, and what rules read in a report."""
 
 from mu2llm.green.findings import findings, labels
-from mu2llm.green.judges import Judge, load_judge
+from mu2llm.green.judge import Judge
+from mu2llm.green.judges import load_judge
 from mu2llm.green.lexicon import LABELS
 from mu2llm.green.parser import parse
 from mu2llm.green.prompt import write_answer

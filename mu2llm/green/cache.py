@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mu2llm import storage
-from mu2llm.green.judges import Judge, Pair
+from mu2llm.green.judge import Judge, Pair
 from mu2llm.records import Judgement
 
 _CHUNK = 128  # pairs that are asked and saved together: what a crash may lose

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from mu2llm.config import digest
+from mu2llm.artefacts import digest
 from mu2llm.errors import UserError
 from mu2llm.records import ERROR_CATEGORIES, Judgement
 

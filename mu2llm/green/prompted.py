@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mu2llm.green.judges import Pair, unreadable
+from mu2llm.green.judge import Pair, unreadable
 from mu2llm.green.parser import parse
 from mu2llm.green.prompt import Prompt
 from mu2llm.green.sections import combine, sections, truncated

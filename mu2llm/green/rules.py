@@ -27,7 +27,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from mu2llm.green.findings import Reading, merge, read
-from mu2llm.green.judges import Pair, unreadable
+from mu2llm.green.judge import Pair, unreadable
 from mu2llm.green.lexicon import lexicon
 from mu2llm.green.mentions import Mention
 from mu2llm.green.parser import score

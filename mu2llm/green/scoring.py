@@ -8,7 +8,7 @@ from typing import Any
 
 from mu2llm.errors import UserError
 from mu2llm.green.findings import labels
-from mu2llm.green.judges import Judge, Pair
+from mu2llm.green.judge import Judge, Pair
 from mu2llm.green.parser import parse
 from mu2llm.records import Judgement
 

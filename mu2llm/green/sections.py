@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mu2llm.green.judges import Pair
+from mu2llm.green.judge import Pair
 from mu2llm.green.lexicon import lexicon
 from mu2llm.green.parser import score
 from mu2llm.green.sentences import sentences

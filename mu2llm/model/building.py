@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from mu2llm import storage, weights
-from mu2llm.config import ContrastiveConfig, LoraSettings, ModelConfig
 from mu2llm.errors import UserError
 from mu2llm.model import published
 from mu2llm.model.configuration import Mu2Config, Mu2ContrastiveConfig, Mu2TokenizerConfig, Mu2VisionConfig
@@ -27,6 +26,8 @@ from mu2llm.model.initialisation import initialise
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.model.processing import PLAIN_TEMPLATE, VOLUME_TOKEN, Mu2Processor
 from mu2llm.records import PreprocessSpec
+from mu2llm.settings.model import LoraSettings, ModelConfig
+from mu2llm.settings.stages import ContrastiveConfig
 
 _SMALL_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"

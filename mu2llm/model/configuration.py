@@ -1,6 +1,6 @@
 """Configurations of the μ²LLM: each field that mends a defect of the published code says so (METHOD.md §2.8).
 
-A user sets them through `mu2llm.config.ModelConfig`; the names are the same. Sizes are (z, y, x).
+A user sets them through `mu2llm.settings.model.ModelConfig`; the names are the same. Sizes are (z, y, x).
 """
 
 from __future__ import annotations

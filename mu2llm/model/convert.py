@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from mu2llm import ct, storage
-from mu2llm.config import DataConfig, Experiment, ModelConfig
+from mu2llm.artefacts import publish
+from mu2llm.config import Experiment
 from mu2llm.errors import Failure, UserError
 from mu2llm.model import published
 from mu2llm.model.building import configuration, processor_for
@@ -37,6 +38,8 @@ from mu2llm.model.published import (
 )
 from mu2llm.model.vision import Projector, VisionTower, pool_patches
 from mu2llm.records import Checkpoint, Lineage
+from mu2llm.settings.data import DataConfig
+from mu2llm.settings.model import ModelConfig
 
 PLACEHOLDER = "<im_patch>"
 _TEXT_TYPES = ("llama", "qwen3", "qwen2", "phi3", "phi")
@@ -197,11 +200,12 @@ def _publish(model: Mu2ForConditionalGeneration, processor: Any, experiment: Exp
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        Checkpoint(
+        checkpoint = Checkpoint(
             uri=out,
             experiment=experiment.model_dump(mode="json"),
             lineage=Lineage(stage="converted", spec_hash=experiment.data.spec.hash),
-        ).publish(folder)
+        )
+        publish(checkpoint, folder)
 
 
 def _raw_processor(config: Any, spec: Any, tokenizer: PreTrainedTokenizerBase) -> Any:

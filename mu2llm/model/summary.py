@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import LlamaConfig, PreTrainedConfig
 
 from mu2llm import weights
-from mu2llm.config import ModelConfig
 from mu2llm.model.building import configuration
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.records import PreprocessSpec
+from mu2llm.settings.model import ModelConfig
 
 _STEPS = {
     "patches": "model.vision.tower.stem",

@@ -15,11 +15,12 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.deployment import deployment_to_schema
 from ray.serve.schema import LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
-from mu2llm.config import JudgeConfig, ReplicasConfig, ServingConfig
 from mu2llm.serving.generator import ReportGenerator
 from mu2llm.serving.ingress import Ingress
 from mu2llm.serving.reader import VolumeReader
 from mu2llm.serving.scorer import GreenScorer
+from mu2llm.settings.green import JudgeConfig
+from mu2llm.settings.serving import ReplicasConfig, ServingConfig
 
 NAME = "mu2llm"
 IMPORT_PATH = "mu2llm.serving.app:build"

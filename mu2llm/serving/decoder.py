@@ -26,7 +26,8 @@ import pydicom
 
 from mu2llm import ct, storage
 from mu2llm.ct import sources
-from mu2llm.records import PreprocessSpec, Rejection
+from mu2llm.errors import Rejection
+from mu2llm.records import PreprocessSpec
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from mu2llm import tracking
-from mu2llm.config import ServingConfig
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.errors import UserError
 from mu2llm.evaluation.decoding import Decoding, read_text
 from mu2llm.model import load
-from mu2llm.records import Checkpoint
 from mu2llm.serving.batching import Row, Waiting
 from mu2llm.serving.decoder import Scan
 from mu2llm.serving.exchange import Asked, Status, Unable, Written
 from mu2llm.serving.saliency import overlay, sentence_maps
 from mu2llm.serving.writing import Line, Writing
+from mu2llm.settings.serving import ServingConfig
 
 logger = logging.getLogger("ray.serve")
 REGISTRY = f"registry://{tracking.MODEL}@"
@@ -39,7 +39,7 @@ class Loaded:
     """A checkpoint in memory, and the encodings of the scans that it saw last."""
 
     def __init__(self, uri: str, device: str, cached_scans: int) -> None:
-        checkpoint = Checkpoint.open(uri)
+        checkpoint = open_checkpoint(uri)
         self.uri, self.cached_scans = uri, cached_scans
         self.model, self.processor = load(uri)
         self.model.requires_grad_(False).to(device)  # type: ignore[arg-type]

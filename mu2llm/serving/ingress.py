@@ -8,11 +8,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from mu2llm.config import ServingConfig
 from mu2llm.serving import web
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper
 from mu2llm.serving.service import Service
+from mu2llm.settings.serving import ServingConfig
 
 
 @serve.ingress()

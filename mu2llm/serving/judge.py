@@ -9,12 +9,12 @@ from typing import Any
 from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from mu2llm.config import JudgeConfig
 from mu2llm.errors import Failure, UserError
 from mu2llm.records import Judgement
 from mu2llm.serving.app import NAME
 from mu2llm.serving.scorer import Pair, Unjudged
 from mu2llm.serving.service import ATTEMPTS, LOST
+from mu2llm.settings.green import JudgeConfig
 
 PAIRS = 64  # a call, so that those of the service's clients come in between
 BUSY_S = 1.0  # between two attempts at a scorer that is busy

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from mu2llm.ct import REASONS
-from mu2llm.records import Rejection
+from mu2llm.errors import Rejection
 
 MEDIA = "application/problem+json"
 TITLES = {

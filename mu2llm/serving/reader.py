@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from mu2llm.config import ServingConfig
 from mu2llm.serving.decoder import Decoder, Reading, Refusal, Scan
+from mu2llm.settings.serving import ServingConfig
 
 
 class VolumeReader:

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from mu2llm.config import JudgeConfig
 from mu2llm.errors import Failure, UserError
 from mu2llm.green import Judge, load_judge
 from mu2llm.records import Judgement
+from mu2llm.settings.green import JudgeConfig
 
 T = TypeVar("T")
 Pair = tuple[str, str]

@@ -16,10 +16,9 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, Worker
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from mu2llm.config import ServingConfig
-from mu2llm.errors import Failure
+from mu2llm.errors import Failure, Rejection
 from mu2llm.green import findings
-from mu2llm.records import Correction, Judgement, PreprocessSpec, Rejection
+from mu2llm.records import Correction, Judgement, PreprocessSpec
 from mu2llm.serving.admission import Bodies, Body
 from mu2llm.serving.decoder import Reading, References, Refusal, Scan
 from mu2llm.serving.exchange import Asked, Status, Unable, Written
@@ -43,6 +42,7 @@ from mu2llm.serving.schemas import (
 from mu2llm.serving.scorer import Unjudged
 from mu2llm.serving.store import Store, StoredReport, now
 from mu2llm.serving.uris import allowed
+from mu2llm.settings.serving import ServingConfig
 
 logger = logging.getLogger("ray.serve")
 LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError)  # with a replica, not by what was asked

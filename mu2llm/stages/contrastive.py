@@ -22,22 +22,25 @@ from mu2llm.cases import Shards, Stream
 from mu2llm.config import Experiment
 from mu2llm.model import Mu2ForContrastive, build_contrastive
 from mu2llm.records import Checkpoint
-from mu2llm.stages import runner
+from mu2llm.stages import launch
+from mu2llm.stages.job import Job, Progress, new_job
 from mu2llm.stages.texts import TextBank, Texts, TextTokens
+from mu2llm.stages.trainer import Streamed, arguments, train
+from mu2llm.stages.worker import Batches, Resume
 
 COLUMNS = ["id", "report", "voxels", "chunk_mask"]
 
 
 def run(
-    data: str, out: str, experiment: Experiment, init: str | None = None, progress: runner.Progress | None = None
+    data: str, out: str, experiment: Experiment, init: str | None = None, progress: Progress | None = None
 ) -> Checkpoint:
     """Trains on the `train` split of the shards at `data`; the checkpoint appears at `out`."""
     shards = Shards.open(data)
-    job = runner.job("contrastive", shards, out, experiment, parent=init)
-    return runner.run(job, loop, progress)
+    job = new_job("contrastive", shards, out, experiment, parent=init)
+    return launch.run(job, loop, progress)
 
 
-def loop(job: runner.Job, resume: runner.Resume) -> None:
+def loop(job: Job, resume: Resume) -> None:
     """One worker: the model, its trainer, the training, recall on held-out cases."""
     experiment, settings = job.resolved, job.resolved.contrastive
     shards = Shards.open(job.data)
@@ -52,9 +55,9 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
     model = build_contrastive(
         experiment.model, shards.spec, settings, texts.width, job.parent, experiment.seed, trained
     )
-    batches = runner.Batches(job, resume, shards, COLUMNS, lambda rows: collate(rows, texts))
+    batches = Batches(job, resume, shards, COLUMNS, lambda rows: collate(rows, texts))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = ContrastiveTrainer(model=model, args=TrainingArguments(**runner.arguments(job, folder, model)))
+        trainer = ContrastiveTrainer(model=model, args=TrainingArguments(**arguments(job, folder, model)))
         trainer.batches = batches
 
         def finish(trained: Mu2ForContrastive, target: str) -> dict[str, float]:
@@ -64,10 +67,10 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
         def restore(saved: str) -> Mu2ForContrastive:
             return Mu2ForContrastive.from_pretrained(saved).to(trainer.args.device)  # type: ignore[arg-type]
 
-        runner.train(trainer, job, resume, finish, restore)
+        train(trainer, job, resume, finish, restore)
 
 
-class ContrastiveTrainer(runner.Streamed, Trainer):
+class ContrastiveTrainer(Streamed, Trainer):
     """The loss sees the embeddings of all workers; the gradient flows back through the gathering."""
 
     def compute_loss(

@@ -21,15 +21,21 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from mu2llm import storage
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards, dataset
-from mu2llm.config import DpoConfig, Experiment
+from mu2llm.config import Experiment
 from mu2llm.errors import UserError
 from mu2llm.evaluation.encode import actor_pool, encode_scans
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, add_lora, load, load_lora, merge_lora
 from mu2llm.records import Checkpoint, PreferencePair
-from mu2llm.stages import runner
+from mu2llm.settings.stages import DpoConfig
+from mu2llm.stages import launch, placement
+from mu2llm.stages.job import Job, Progress, Watch, finished, new_job
+from mu2llm.stages.launch import scan_by_scan
 from mu2llm.stages.preferences import Preferences, read_pairs
+from mu2llm.stages.trainer import Streamed, arguments, train
 from mu2llm.stages.validation import Validation
+from mu2llm.stages.worker import Batches, Resume
 
 BATCH = 8
 
@@ -39,8 +45,8 @@ def run(
     out: str,
     experiment: Experiment,
     init: str | None = None,
-    progress: runner.Progress | None = None,
-    watch: runner.Watch | None = None,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Checkpoint:
     """Trains on the pairs that `prefer` wrote at `data`, from `init` (default: the checkpoint that wrote them)."""
     data = storage.absolute(data)
@@ -48,24 +54,22 @@ def run(
     init = init or preferences.checkpoint
     shards = Shards.open(preferences.shards)
     check(preferences, shards, pairs, init)
-    job = runner.job(
+    job = new_job(
         "dpo", shards, out, experiment, init, data=data, data_checksum=preferences.identity, rows=len(pairs)
     ).model_copy(update={"judge": preferences.judge, "shards": shards.uri, "split": preferences.split, "watch": watch})
-    done = runner.finished(job)
+    done = finished(job)
     if done:
         return done
-    runner.check(job)
-    return runner.run(prepared(job, shards, pairs, progress), loop, progress)
+    placement.check(job)
+    return launch.run(prepared(job, shards, pairs, progress), loop, progress)
 
 
-def prepared(
-    job: runner.Job, shards: Shards, pairs: list[PreferencePair], progress: runner.Progress | None = None
-) -> runner.Job:
+def prepared(job: Job, shards: Shards, pairs: list[PreferencePair], progress: Progress | None = None) -> Job:
     """The job with what is made once for all jobs on these pairs from this parent: features, log-probabilities."""
     settings = job.resolved.dpo
     assert job.parent
     if settings.freeze_vision:
-        told = runner.scan_by_scan(progress)
+        told = scan_by_scan(progress)
         features = encode_scans(job.parent, shards, settings.cpus_per_worker, settings.gpus_per_worker, told)
         job = job.model_copy(update={"features": features.uri})
     return job.model_copy(update={"reference": reference_logps(job, pairs)})
@@ -73,7 +77,7 @@ def prepared(
 
 def check(preferences: Preferences, shards: Shards, pairs: list[PreferencePair], init: str) -> None:
     """Refuses pairs without rows, of other shards, or of cases that are not there; another spec or architecture."""
-    checkpoint = Checkpoint.open(init)
+    checkpoint = open_checkpoint(init)
     if checkpoint.lineage.stage == "contrastive":
         raise UserError(f"{init} is a contrastive checkpoint and writes no reports; start dpo from an sft checkpoint")
     if checkpoint.lineage.spec_hash != preferences.spec_hash:
@@ -92,7 +96,7 @@ def check(preferences: Preferences, shards: Shards, pairs: list[PreferencePair],
         )
 
 
-def loop(job: runner.Job, resume: runner.Resume) -> None:
+def loop(job: Job, resume: Resume) -> None:
     """One worker: the policy, the stream of pairs with their scans, the training, the merged checkpoint."""
     experiment, settings = job.resolved, job.resolved.dpo
     assert job.parent and job.reference
@@ -104,14 +108,14 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
     if experiment.model.lora:
         model = add_lora(model, experiment.model.lora)
     examples = Examples(read_pairs(job.data), read_reference(job.reference), processor)
-    batches = runner.Batches(
+    batches = Batches(
         job, resume, shards, ["id", "chunk_mask", scan], lambda rows: examples.collate(rows, scan),
         ids=[pair.case_id for pair in examples.pairs],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         trainer = Mu2DPOTrainer(
             model=model,
-            args=TrlDpoConfig(**runner.arguments(job, folder, model, **loss_arguments(settings))),
+            args=TrlDpoConfig(**arguments(job, folder, model, **loss_arguments(settings))),
             train_dataset=datasets.Dataset.from_list([{"prompt": "", "chosen": "", "rejected": ""}]),
             data_collator=examples.collator,
             processing_class=processor.tokenizer,
@@ -125,10 +129,10 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
             processor.save_pretrained(target)
             return {}
 
-        runner.train(trainer, job, resume, finish, lambda saved: restore(job, saved))
+        train(trainer, job, resume, finish, lambda saved: restore(job, saved))
 
 
-def restore(job: runner.Job, folder: str) -> Mu2ForConditionalGeneration:
+def restore(job: Job, folder: str) -> Mu2ForConditionalGeneration:
     """The model that HF's trainer saved, LoRA merged."""
     if not job.resolved.model.lora:
         return Mu2ForConditionalGeneration.from_pretrained(folder).eval()
@@ -150,7 +154,7 @@ def loss_arguments(settings: DpoConfig) -> dict[str, Any]:
     }
 
 
-class Mu2DPOTrainer(runner.Streamed, DPOTrainer):
+class Mu2DPOTrainer(Streamed, DPOTrainer):
     """trl's trainer on our stream: what it would do to a dataset of its own falls away.
 
     Beside what trl logs: `lengths/chosen` and `lengths/rejected` in tokens, and `kl`, the mean of
@@ -228,7 +232,7 @@ class Examples:
 # ---- the reference's log-probabilities, once for all epochs, betas and losses
 
 
-def reference_logps(job: runner.Job, pairs: list[PreferencePair]) -> str:
+def reference_logps(job: Job, pairs: list[PreferencePair]) -> str:
     """URI of the pairs' reference log-probabilities under the parent, made unless they are there.
 
     They lie beside the pairs under the parent's digest (and `ld_alpha`, which weighs tokens), one row a pair.
@@ -266,7 +270,7 @@ def read_reference(uri: str) -> np.ndarray:
 class ReferenceActor:
     """Holds the parent in a Ray Data actor: batches of pairs → their log-probabilities."""
 
-    def __init__(self, job: runner.Job, pairs: list[PreferencePair], scan: str) -> None:
+    def __init__(self, job: Job, pairs: list[PreferencePair], scan: str) -> None:
         settings = job.resolved.dpo
         torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
         assert job.parent

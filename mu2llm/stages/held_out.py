@@ -20,8 +20,8 @@ import ray.train
 import torch
 
 from mu2llm import storage
-from mu2llm.config import ValidationConfig
-from mu2llm.stages.runner import LOSS, SCORE, Job
+from mu2llm.settings.stages import ValidationConfig
+from mu2llm.stages.job import LOSS, SCORE, Job
 
 logger = logging.getLogger(__name__)
 LOOK_S = 5  # between two looks at what the tasks have measured

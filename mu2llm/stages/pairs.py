@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from mu2llm.config import PreferencesConfig
 from mu2llm.records import Candidate, Judgement, PreferencePair
+from mu2llm.settings.stages import PreferencesConfig
 
 Judged = tuple[Candidate, Judgement]
 

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from mu2llm import config, storage
+from mu2llm import artefacts, storage
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards, dataset
 from mu2llm.config import Experiment
 from mu2llm.ct import input_key
@@ -27,7 +28,8 @@ from mu2llm.evaluation.encode import cached_features
 from mu2llm.evaluation.generate import generate
 from mu2llm.evaluation.predictions import Request
 from mu2llm.green import Judge, load_judge
-from mu2llm.records import Candidate, Case, Checkpoint, Correction, Judgement, PreferencePair, Record
+from mu2llm.records import Candidate, Case, Correction, Judgement, PreferencePair, Record
+from mu2llm.stages.corrections import read_corrections
 from mu2llm.stages.corruption import corrupt
 from mu2llm.stages.pairs import Judged, make_pairs, screen
 
@@ -77,16 +79,16 @@ def prefer(
     Raises UserError where checkpoint and shards do not fit or no correction is of one of the split's scans, Failure
     without any pair.
     """
-    shards, origin = Shards.open(data), Checkpoint.open(checkpoint)
+    shards, origin = Shards.open(data), open_checkpoint(checkpoint)
     kept_under = experiment.judge.cache or storage.join(out, "judging")
     judge = judge or load_judge(experiment.judge.model_copy(update={"cache": kept_under}))
-    corrected = Correction.read(corrections) if corrections else []
+    corrected = read_corrections(corrections) if corrections else []
     settings = experiment.preferences
     decides: list[Any] = [settings.model_dump(mode="json", exclude={"actors", "batch_size"}), judge.identity]
     decides += [experiment.seed, experiment.evaluation.question]
     decides += [] if experiment.data.fraction == 1 else [experiment.data.fraction]
     decides += [correction.row() for correction in corrected]
-    identity = config.digest([origin.lineage.identity, shards.checksum, *decides])
+    identity = artefacts.digest([origin.lineage.identity, shards.checksum, *decides])
     if storage.exists(storage.join(out, Preferences.FILE)):
         there = Preferences.open(out)
         if there.identity != identity:

@@ -21,6 +21,7 @@ import torch.nn.functional as functional
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mu2llm import weights
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
@@ -29,11 +30,14 @@ from mu2llm.evaluation.encode import encode_scans
 from mu2llm.model import Mu2Processor, add_lora, build, load, load_lora, load_vision, merge_lora
 from mu2llm.model.contrastive import TextConditionedPooling
 from mu2llm.records import Checkpoint
-from mu2llm.stages import runner
+from mu2llm.stages import launch, placement
 from mu2llm.stages.held_out import HeldOut
-from mu2llm.stages.runner import LOSS
+from mu2llm.stages.job import LOSS, Job, Progress, Watch, finished, new_job
+from mu2llm.stages.launch import scan_by_scan
 from mu2llm.stages.texts import TextBank
+from mu2llm.stages.trainer import Streamed, arguments, train
 from mu2llm.stages.validation import PREFIX, Validation, scans, score
+from mu2llm.stages.worker import Batches, Resume
 
 COLUMNS = ["id", "report", "questions", "chunk_mask"]
 OF_THE_TEXT = ("input_ids", "attention_mask", "labels")
@@ -44,18 +48,18 @@ def run(
     out: str,
     experiment: Experiment,
     init: str | None = None,
-    progress: runner.Progress | None = None,
-    watch: runner.Watch | None = None,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Checkpoint:
     """Trains on the `train` split of the shards at `data`, from the vision (or the whole model) of `init`."""
     shards = Shards.open(data)
-    parent = Checkpoint.open(init) if init else None
-    job = runner.job("sft", shards, out, experiment, parent=init, watch=watch)
-    done = runner.finished(job)
+    parent = open_checkpoint(init) if init else None
+    job = new_job("sft", shards, out, experiment, parent=init, watch=watch)
+    done = finished(job)
     if done:
         return done
     settings = experiment.sft
-    runner.check(job)
+    placement.check(job)
     if job.validation and not shards.count("validation"):
         raise UserError(f"sft.validation.steps is given, but {shards.uri} has no rows in split validation")
     if settings.cached:
@@ -64,13 +68,13 @@ def run(
                 "sft.cache_vision caches what a trained checkpoint's vision sees: name one with --init, or with "
                 "model.vision.weights set sft.cache_vision=false"
             )
-        told = runner.scan_by_scan(progress)
+        told = scan_by_scan(progress)
         features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker, told)
         job = job.model_copy(update={"features": features.uri})
-    return runner.run(job, loop, progress, HeldOut(settings.validation, measure, export))
+    return launch.run(job, loop, progress, HeldOut(settings.validation, measure, export))
 
 
-def loop(job: runner.Job, resume: runner.Resume) -> None:
+def loop(job: Job, resume: Resume) -> None:
     """One worker: the model from its parent, the batches, the training, the merged checkpoint."""
     experiment, settings = job.resolved, job.resolved.sft
     shards = Shards.open(job.features or job.data)
@@ -86,7 +90,7 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
     if experiment.model.lora:
         model = add_lora(model, experiment.model.lora, ["alignment"] if texts else [])
     question, seed = experiment.evaluation.question, experiment.seed
-    batches = runner.Batches(
+    batches = Batches(
         job,
         resume,
         shards,
@@ -99,7 +103,7 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
         alone = int(settings.alignment_first * job.total_steps)
         # what is frozen or left out at first has no gradient then
         unused = {"ddp_find_unused_parameters": settings.thaw_vision is not None or alone > 0}
-        trainer = SftTrainer(model=model, args=TrainingArguments(**runner.arguments(job, folder, model, **unused)))
+        trainer = SftTrainer(model=model, args=TrainingArguments(**arguments(job, folder, model, **unused)))
         trainer.batches, trainer.processor = batches, processor
         trainer.alignment, trainer.alone = settings.alignment, alone
         if settings.thaw_vision is not None:
@@ -111,17 +115,17 @@ def loop(job: runner.Job, resume: runner.Resume) -> None:
             save(trained, processor, target)
             return {}
 
-        runner.train(trainer, job, resume, finish, lambda saved: restore(job, saved)[0])
+        train(trainer, job, resume, finish, lambda saved: restore(job, saved)[0])
 
 
-def training_cases(job: runner.Job, shards: Shards) -> tuple[list[str], list[str]]:
+def training_cases(job: Job, shards: Shards) -> tuple[list[str], list[str]]:
     """Ids and reports of the cases that the job trains on, in the rows' order."""
     reports = {case.id: case.report for case in shards.cases("train")}
     ids = shards.share("train", job.resolved.data.fraction, job.resolved.seed)
     return ids, [reports[name] for name in ids]
 
 
-class SftTrainer(runner.Streamed, Trainer):
+class SftTrainer(Streamed, Trainer):
     """The model's own loss, averaged over the answer tokens of all workers, and that of the alignment.
 
     In the first `alone` steps that of the alignment is all there is, and the language model has no part in them.
@@ -189,10 +193,10 @@ def align(model: Any, experiment: Experiment, reports: list[str]) -> TextBank:
     return texts
 
 
-def start(job: runner.Job, reports: list[str]) -> tuple[Any, Mu2Processor]:
+def start(job: Job, reports: list[str]) -> tuple[Any, Mu2Processor]:
     """The parent if it is a whole model, else a fresh one with the parent's vision tower and projector."""
     experiment = job.resolved
-    if job.parent and Checkpoint.open(job.parent).lineage.stage != "contrastive":
+    if job.parent and open_checkpoint(job.parent).lineage.stage != "contrastive":
         return load(job.parent)
     model, processor = build(experiment.model, experiment.data.spec, reports, experiment.seed)
     if job.parent:
@@ -203,7 +207,7 @@ def start(job: runner.Job, reports: list[str]) -> tuple[Any, Mu2Processor]:
 # ---- held-out cases, beside the training
 
 
-def measure(job: runner.Job, folder: str, reports: bool) -> dict[str, float]:
+def measure(job: Job, folder: str, reports: bool) -> dict[str, float]:
     """Loss an answer's token of an intermediate checkpoint on held-out cases; finding F1 and GREEN of its reports."""
     experiment, settings = job.resolved, job.resolved.sft.validation
     model, processor = restore(job, folder)
@@ -233,7 +237,7 @@ def measure(job: runner.Job, folder: str, reports: bool) -> dict[str, float]:
     return metrics
 
 
-def restore(job: runner.Job, folder: str) -> tuple[Any, Mu2Processor]:
+def restore(job: Job, folder: str) -> tuple[Any, Mu2Processor]:
     """The model of an intermediate checkpoint's folder, LoRA merged."""
     if not job.resolved.model.lora:
         return load(folder)
@@ -244,7 +248,7 @@ def restore(job: runner.Job, folder: str) -> tuple[Any, Mu2Processor]:
     return merge_lora(load_lora(model, folder)), processor
 
 
-def export(job: runner.Job, folder: str, target: str) -> None:
+def export(job: Job, folder: str, target: str) -> None:
     """An intermediate checkpoint as the folder that is published."""
     save(*restore(job, folder), target)
 

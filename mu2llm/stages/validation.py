@@ -26,7 +26,7 @@ from mu2llm.evaluation.scoring import Texts, content
 from mu2llm.green import load_judge
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, load
 from mu2llm.records import Case, Estimate
-from mu2llm.stages import runner
+from mu2llm.stages.job import Job
 
 METRICS = ("finding_f1", "green")
 PREFIX = "validation/"
@@ -39,7 +39,7 @@ class Validation(TrainerCallback):
     the parent, `kl`.
     """
 
-    def __init__(self, job: runner.Job, trainer: Trainer, processor: Mu2Processor, shards: Shards) -> None:
+    def __init__(self, job: Job, trainer: Trainer, processor: Mu2Processor, shards: Shards) -> None:
         assert job.watch
         self.job, self.watch, self.trainer, self.processor, self.shards = job, job.watch, trainer, processor, shards
         self.cases = shards.cases(job.watch.split)[: job.watch.cases]
@@ -127,7 +127,7 @@ def write_reports(uri: str, cases: list[Case], texts: list[Text], question: str)
         pq.write_table(Prediction.table(rows), path)
 
 
-def score(cases: list[Case], reports: list[str], job: runner.Job) -> dict[str, Estimate | None]:
+def score(cases: list[Case], reports: list[str], job: Job) -> dict[str, Estimate | None]:
     """The metrics of reports with their intervals over patients."""
     experiment = job.resolved
     bootstrap = Bootstrap([case.patient for case in cases], experiment.evaluation.bootstrap, experiment.seed)

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from mu2llm import config, storage, tracking
+from mu2llm import artefacts, storage, tracking
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.errors import Failure, UserError
@@ -25,10 +26,10 @@ from mu2llm.evaluation.published import TABLE_2
 from mu2llm.evaluation.scoring import Texts, embedded
 from mu2llm.evaluation.text_metrics import text_metrics
 from mu2llm.green import load_judge
-from mu2llm.records import Case, Checkpoint, Estimate
-from mu2llm.stages import contrastive, dpo, runner
+from mu2llm.records import Case, Estimate
+from mu2llm.stages import contrastive, dpo
+from mu2llm.stages.job import Watch, check_parent, new_job
 from mu2llm.stages.preferences import prefer, read_pairs
-from mu2llm.stages.runner import Watch, job
 from mu2llm.stages.validation import statistics
 from mu2llm.sweeps.ablation_page import write_page, write_plot
 from mu2llm.sweeps.final import pooled, read_reports
@@ -94,7 +95,7 @@ class Ablation:
 
     @property
     def checksum(self) -> str:
-        return config.digest([self.shards.checksum, Checkpoint.open(self.init).lineage.identity])
+        return artefacts.digest([self.shards.checksum, open_checkpoint(self.init).lineage.identity])
 
     def plan(self, stage: Literal["sft", "dpo"]) -> Plan:
         store = tracking.store()
@@ -104,7 +105,7 @@ class Ablation:
             experiment=self.experiment.model_dump(mode="json"),
             out=storage.join(self.out, stage),
             watch=Watch(times=1, split="test"),
-            identity=config.digest([values, self.checksum]),
+            identity=artefacts.digest([values, self.checksum]),
             store=store if store.startswith("sqlite:") else None,
         )
 
@@ -169,13 +170,13 @@ def plan(
     """What would be trained; a UserError where data, checkpoint and fractions do not fit together."""
     shards = Shards.open(data)
     if init:
-        parent = Checkpoint.open(init)
+        parent = open_checkpoint(init)
         if parent.lineage.stage != "contrastive":
             raise UserError(
                 f"{init} is of stage {parent.lineage.stage}; an ablation starts from a contrastive checkpoint"
             )
         check_spec(shards, parent, experiment)
-        runner.check_parent(parent, experiment)
+        check_parent(parent, experiment)
     init = init or storage.join(out, "contrastive")
     if not shards.count("test"):
         raise UserError(f"{shards.uri} has no rows in split test, on which the ablation is measured")
@@ -213,7 +214,7 @@ def _prefer(ablation: Ablation, trials: Sequence[Trial], show: Show | None) -> t
         try:
             prefer(checkpoint, ablation.shards.uri, pairs, experiment)
             made = read_pairs(pairs)
-            shared = job("dpo", ablation.shards, ablation.out, experiment, checkpoint, data=pairs, rows=len(made))
+            shared = new_job("dpo", ablation.shards, ablation.out, experiment, checkpoint, data=pairs, rows=len(made))
             dpo.prepared(shared.model_copy(update={"shards": ablation.shards.uri}), ablation.shards, made)
             points.append(point)
         except Failure as error:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from mu2llm import config, storage
+from mu2llm import artefacts, storage
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
-from mu2llm.records import Checkpoint
-from mu2llm.stages import dpo, runner
+from mu2llm.stages import dpo
+from mu2llm.stages.job import check_parent, new_job
 from mu2llm.stages.preferences import Preferences, read_pairs
 from mu2llm.sweeps import pairs
 from mu2llm.sweeps.space import Space
@@ -33,9 +34,9 @@ def plan(data: str, init: str | None, out: str, experiment: Experiment) -> Sweep
     """What would be swept, over the pairs that `prefer` wrote at `data`; a UserError where they do not fit together."""
     preferences = Preferences.open(data)
     init = init or preferences.checkpoint
-    shards, parent = Shards.open(preferences.shards), Checkpoint.open(init)
+    shards, parent = Shards.open(preferences.shards), open_checkpoint(init)
     check_spec(shards, parent, experiment)
-    runner.check_parent(parent, experiment)
+    check_parent(parent, experiment)
     check_cases(shards, experiment)
     dpo.check(preferences, shards, read_pairs(data), init)
     space = Space.load("dpo", experiment)
@@ -44,7 +45,7 @@ def plan(data: str, init: str | None, out: str, experiment: Experiment) -> Sweep
             raise UserError(f"sweep.space.{key} needs other candidates: run mu2llm prefer for each, and sweep those")
     if set(pairs.KEYS) & set(space.domains):
         pairs.read_judged(data)
-    checksum = config.digest([preferences.identity, parent.lineage.identity])
+    checksum = artefacts.digest([preferences.identity, parent.lineage.identity])
     return Sweep(
         kind="dpo",
         stage="dpo",
@@ -65,7 +66,7 @@ def share(sweep: Sweep) -> None:
         data = pairs.superset(data, storage.join(sweep.out, "pairs"), experiment.preferences)
     preferences, made = Preferences.open(data), read_pairs(data)
     shards = Shards.open(preferences.shards)
-    job = runner.job("dpo", shards, sweep.out, experiment, sweep.init, data=data, rows=len(made)).model_copy(
+    job = new_job("dpo", shards, sweep.out, experiment, sweep.init, data=data, rows=len(made)).model_copy(
         update={"shards": shards.uri, "split": preferences.split}
     )
     dpo.prepared(job, shards, made)

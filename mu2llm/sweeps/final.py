@@ -21,7 +21,7 @@ from mu2llm.evaluation.evaluate import evaluate
 from mu2llm.evaluation.predictions import Prediction
 from mu2llm.green import load_judge
 from mu2llm.records import Estimate
-from mu2llm.stages.runner import Watch
+from mu2llm.stages.job import Watch
 from mu2llm.stages.validation import METRICS, statistics
 from mu2llm.sweeps import results
 from mu2llm.sweeps.runner import run_points

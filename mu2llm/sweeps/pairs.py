@@ -10,10 +10,10 @@ from itertools import groupby
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mu2llm import config, storage
-from mu2llm.config import PreferencesConfig
+from mu2llm import artefacts, storage
 from mu2llm.errors import UserError
 from mu2llm.records import Candidate, Judgement, PreferencePair
+from mu2llm.settings.stages import PreferencesConfig
 from mu2llm.stages.pairs import Judged, make_pairs
 from mu2llm.stages.preferences import Preferences, read_pairs
 
@@ -30,7 +30,7 @@ def derived(preferences: str, out: str, settings: PreferencesConfig) -> str:
     """The pairs by `settings` below `out`, made unless they are there; a UserError where there are none."""
     origin = Preferences.open(preferences)
     uri = place(out, settings)
-    identity = config.digest([origin.identity, settings.margin, settings.pairs_per_case])
+    identity = artefacts.digest([origin.identity, settings.margin, settings.pairs_per_case])
     if storage.exists(storage.join(uri, Preferences.FILE)) and Preferences.open(uri).identity == identity:
         return uri
     judged, prompt = read_judged(preferences), read_pairs(preferences)[0].prompt

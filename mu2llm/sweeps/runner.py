@@ -24,9 +24,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from mu2llm import storage
-from mu2llm.config import StageConfig, SweepConfig
 from mu2llm.errors import UserError
-from mu2llm.stages.runner import workers_on_nodes
+from mu2llm.settings.stages import StageConfig
+from mu2llm.settings.sweeps import SweepConfig
+from mu2llm.stages.placement import workers_on_nodes
 from mu2llm.stages.validation import METRICS
 from mu2llm.sweeps.space import Params, Space, canonical, rounded
 from mu2llm.sweeps.trial import DIRECTIONS, Plan, Point, Trial, known, run

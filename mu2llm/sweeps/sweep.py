@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mu2llm import config, storage, tracking
+from mu2llm import artefacts, config, storage, tracking
 from mu2llm.config import Experiment
 from mu2llm.errors import Failure, UserError
-from mu2llm.stages.runner import Watch
+from mu2llm.stages.job import Watch
 from mu2llm.sweeps import pairs, results
 from mu2llm.sweeps.final import Final, compare
 from mu2llm.sweeps.page import write_page
@@ -48,7 +48,7 @@ class Sweep:
     def identity(self) -> str:
         values = self.experiment.model_dump(mode="json", exclude={"sweep": SPENDS})
         domains = {key: domain.model_dump(mode="json") for key, domain in self.space.domains.items()}
-        return config.digest([self.kind, values, domains, self.checksum])
+        return artefacts.digest([self.kind, values, domains, self.checksum])
 
     @property
     def start(self) -> Point:
@@ -106,7 +106,7 @@ def plan_of(sweep: Sweep, tracked: tracking.StageRun | None, watch: Watch | None
         experiment=sweep.experiment.model_dump(mode="json"),
         out=out or sweep.out,
         watch=watch or Watch(times=settings.reports, cases=settings.cases, kl=kl),
-        identity=config.digest([sweep.experiment.model_dump(mode="json", exclude={"sweep"}), sweep.checksum]),
+        identity=artefacts.digest([sweep.experiment.model_dump(mode="json", exclude={"sweep"}), sweep.checksum]),
         store=store if store.startswith("sqlite:") else None,
         parent=tracked,
     )

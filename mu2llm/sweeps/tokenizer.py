@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from mu2llm import config, storage
+from mu2llm import artefacts, storage
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
 from mu2llm.evaluation.encode import encode_scans
 from mu2llm.records import Checkpoint
-from mu2llm.stages import runner
+from mu2llm.stages.job import check_parent
 from mu2llm.sweeps.space import Space
 from mu2llm.sweeps.sweep import Show, Sweep, run
 
@@ -29,7 +30,7 @@ def sweep(
 
 def plan(data: str, init: str, out: str, experiment: Experiment) -> Sweep:
     """What would be swept; a UserError where data, checkpoint and space do not fit together."""
-    shards, parent = Shards.open(data), Checkpoint.open(init)
+    shards, parent = Shards.open(data), open_checkpoint(init)
     if parent.lineage.stage != "contrastive":
         raise UserError(
             f"{init} is of stage {parent.lineage.stage}: its tokenizer has its shape already; a tokenizer sweep "
@@ -38,10 +39,10 @@ def plan(data: str, init: str, out: str, experiment: Experiment) -> Sweep:
     if "kl" in experiment.sweep.objective:
         raise UserError("sweep.objective kl is a distance to a reference: it is for mu2llm sweep dpo")
     check_spec(shards, parent, experiment)
-    runner.check_parent(parent, experiment)
+    check_parent(parent, experiment)
     check_cases(shards, experiment)
     space = Space.load("tokenizer", experiment)
-    checksum = config.digest([shards.checksum, parent.lineage.identity])
+    checksum = artefacts.digest([shards.checksum, parent.lineage.identity])
     return Sweep(
         kind="tokenizer",
         stage="sft",

@@ -14,12 +14,12 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import BaseModel, Field
 
-from mu2llm import config, storage, tracking
+from mu2llm import artefacts, config, storage, tracking
 from mu2llm.config import Experiment
 from mu2llm.errors import Failure, UserError
 from mu2llm.records import Estimate
 from mu2llm.stages import dpo, sft
-from mu2llm.stages.runner import Progress, Watch
+from mu2llm.stages.job import Progress, Watch
 from mu2llm.stages.validation import METRICS, PREFIX
 from mu2llm.sweeps import pairs
 from mu2llm.sweeps.space import Params, apply, canonical
@@ -64,7 +64,7 @@ class Plan(BaseModel):
         return config.validate(self.experiment)
 
     def id_of(self, point: Point) -> str:
-        return config.digest(
+        return artefacts.digest(
             [self.identity, self.watch.model_dump(exclude={"out"}), point.model_dump(exclude={"keep"})]
         )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from mu2llm import storage
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.errors import UserError
 from mu2llm.records import Checkpoint
 from mu2llm.tracking import registry
@@ -136,7 +137,7 @@ def _of_checkpoint(uri: str) -> Ancestor:
         return _ancestor(made[0])
     if not storage.exists(storage.join(uri, Checkpoint.FILE)):
         return Ancestor(stage="unknown: neither a run nor the checkpoint is there", checkpoint=uri)
-    own = Checkpoint.open(uri).lineage
+    own = open_checkpoint(uri).lineage
     return Ancestor(
         stage=own.stage,
         checkpoint=uri,

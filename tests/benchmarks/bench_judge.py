@@ -21,10 +21,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mu2llm.config import JudgeConfig
 from mu2llm.green import load_judge
-from mu2llm.green.judges import Judge, Pair
+from mu2llm.green.judge import Judge, Pair
 from mu2llm.green.prompt import TEMPLATE
+from mu2llm.settings.green import JudgeConfig
 
 SENTENCES = [
     f"{size} {side} {finding}."

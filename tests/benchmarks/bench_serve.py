@@ -28,14 +28,15 @@ sys.path.append(str(Path(__file__).parents[1] / "serving"))
 from small_service import free_port, wait_until_ready
 
 from mu2llm import config
+from mu2llm.artefacts import open_checkpoint, publish
 from mu2llm.cluster import session
-from mu2llm.config import ServingConfig
 from mu2llm.ct import phantom
 from mu2llm.evaluation.decoding import Decoding, write
 from mu2llm.model import build, load
 from mu2llm.records import Checkpoint, Lineage
 from mu2llm.serving.app import Settings
 from mu2llm.serving.running import running
+from mu2llm.settings.serving import ServingConfig
 
 CLIENTS = (1, 8, 32)
 SCANS = 8
@@ -53,7 +54,7 @@ def untrained(folder: str) -> str:
     checkpoint = Checkpoint(uri=f"{folder}/untrained", experiment=experiment.model_dump(mode="json"), lineage=lineage)
     model.save_pretrained(f"{folder}/saved")
     processor.save_pretrained(f"{folder}/saved")
-    checkpoint.publish(f"{folder}/saved")
+    publish(checkpoint, f"{folder}/saved")
     return checkpoint.uri
 
 
@@ -61,7 +62,7 @@ def one_by_one(checkpoint: str, scans: list[bytes], reports: int, tokens: int) -
     """Seconds of each report, made one after the other in this process."""
     torch.set_num_threads(1)
     model, processor = load(checkpoint)
-    question = Checkpoint.open(checkpoint).experiment["evaluation"]["question"]
+    question = open_checkpoint(checkpoint).experiment["evaluation"]["question"]
     seconds = []
     for number in range(reports):
         started = time.perf_counter()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hosts import Hosts, mu2llm
 
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.ct import phantom
-from mu2llm.records import Checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # three nodes on two cores, beside other tests
 STEPS, BATCH = 24, 4
@@ -42,7 +42,7 @@ def test_a_job_outlives_a_node(tmp_path):
         followed = mu2llm(hosts, "jobs", "logs", job, timeout=500)
         assert followed.returncode == 0, followed.stdout[-5000:] + followed.stderr[-2000:]
 
-    checkpoint = Checkpoint.open(str(out))
+    checkpoint = open_checkpoint(str(out))
     training = checkpoint.training
     assert training.steps == STEPS
     assert 0 < training.resumed_from_step < STEPS

@@ -5,6 +5,7 @@ import tempfile
 import numpy as np
 
 from mu2llm import config, storage
+from mu2llm.artefacts import publish
 from mu2llm.cases.ingest import schema
 from mu2llm.cases.shards import Index, ShardWriter, shard_file, write_index
 from mu2llm.model import build
@@ -82,5 +83,5 @@ def write_checkpoint(uri: str, seed: int, stage: str = "sft", experiment=None):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        checkpoint.publish(folder)
+        publish(checkpoint, folder)
     return uri

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from small_runs import SIDES
 
-from mu2llm.config import JudgeConfig
 from mu2llm.evaluation.audits import audit, prior_report
 from mu2llm.evaluation.scoring import Texts
 from mu2llm.green import load_judge
 from mu2llm.records import Case, Finding, Judgement
+from mu2llm.settings.green import JudgeConfig
 
 RULES = load_judge(JudgeConfig())
 NORMAL = "No pleural effusion. The liver is normal."

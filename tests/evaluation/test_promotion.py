@@ -8,6 +8,7 @@ from small_runs import write_checkpoint
 from typer.testing import CliRunner
 
 from mu2llm import storage, tracking
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cli import app
 from mu2llm.errors import UserError
 from mu2llm.evaluation import leaderboard
@@ -28,7 +29,7 @@ def evaluated(checkpoint, red_line="", split="test"):
         metrics={"green": GREEN},
         red_line=red_line,
         checkpoint=checkpoint,
-        identity=Checkpoint.open(checkpoint).lineage.identity,
+        identity=open_checkpoint(checkpoint).lineage.identity,
     )
     leaderboard.track(row)
 
@@ -75,7 +76,7 @@ def test_an_evaluation_on_train_or_of_earlier_weights_is_none(sft):
     with pytest.raises(UserError, match="train alone"):
         promote(sft)
     evaluated(sft)
-    made = Checkpoint.open(sft)
+    made = open_checkpoint(sft)
     newer = made.model_copy(update={"lineage": made.lineage.model_copy(update={"identity": "trained anew"})})
     storage.write_json(storage.join(sft, Checkpoint.FILE), newer.model_dump(mode="json"))
     with pytest.raises(UserError, match="no evaluation"):
@@ -112,7 +113,7 @@ def test_a_red_line_is_refused_unless_forced(sft):
 
 def test_what_writes_no_reports_or_has_another_spec_is_refused(sft, tmp_path):
     evaluated(sft)
-    checkpoint = Checkpoint.open(sft)
+    checkpoint = open_checkpoint(sft)
     lineage = checkpoint.lineage
     for changed, told in (({"stage": "contrastive"}, "writes no reports"), ({"spec_hash": "other"}, "trained on spec")):
         other = checkpoint.model_copy(update={"lineage": lineage.model_copy(update=changed)})

@@ -8,11 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from mu2llm.config import JudgeConfig
 from mu2llm.errors import Failure, UserError
 from mu2llm.green import load_judge
 from mu2llm.green.endpoint import EndpointWriter
 from mu2llm.green.prompted import Unanswered
+from mu2llm.settings.green import JudgeConfig
 
 ANSWER = """[Clinically Significant Errors]:
 None.

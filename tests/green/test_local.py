@@ -7,11 +7,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mu2llm.config import JudgeConfig
 from mu2llm.errors import UserError
 from mu2llm.green import load_judge
 from mu2llm.green.local import LocalWriter
 from mu2llm.green.prompted import Unanswered
+from mu2llm.settings.green import JudgeConfig
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "no", "left", "right", "effusion", "nodule", "in", "the", "lung", ".", ":"]
 

@@ -4,13 +4,13 @@ import re
 
 import pytest
 
-from mu2llm.config import JudgeConfig
 from mu2llm.errors import UserError
 from mu2llm.green import load_judge, parse, write_answer
 from mu2llm.green.prompt import Prompt
 from mu2llm.green.prompted import PromptedJudge, Unanswered
 from mu2llm.green.sections import combine, sections
 from mu2llm.records import ERROR_CATEGORIES, Judgement
+from mu2llm.settings.green import JudgeConfig
 
 RULES = load_judge(JudgeConfig(name="rules"))
 PROMPT = Prompt("R<{reference}>C<{candidate}>")

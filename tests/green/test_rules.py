@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mu2llm.config import JudgeConfig
 from mu2llm.green import load_judge, parse, write_answer
 from mu2llm.records import Judgement
+from mu2llm.settings.green import JudgeConfig
 
 JUDGE = load_judge(JudgeConfig(name="rules"))
 

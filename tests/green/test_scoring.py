@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mu2llm.config import JudgeConfig
 from mu2llm.errors import UserError
 from mu2llm.green import LABELS, label_lines, load_judge, parse_lines, score_lines, score_pairs
+from mu2llm.settings.green import JudgeConfig
 
 JUDGE = load_judge(JudgeConfig(name="rules"))
 PAIR = {"reference": "Left pleural effusion.", "candidate": "Left pleural effusion. Emphysema."}

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, PhiConfig, Qwen3Confi
 from transformers.trainer_utils import validate_quantization_for_training
 
 from mu2llm import weights
-from mu2llm.config import LoraSettings
 from mu2llm.errors import UserError
 from mu2llm.model import Mu2ForConditionalGeneration, add_lora, build, load, merge_lora
+from mu2llm.settings.model import LoraSettings
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 BACKBONES = {

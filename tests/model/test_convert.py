@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from small_models import TEXTS, scans
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.errors import Failure, UserError
 from mu2llm.model import convert, load, load_vision
 from mu2llm.model.published import names
-from mu2llm.records import Checkpoint
 from mu2llm.weights import train_tokenizer
 
 WIDTH, VISION, LAYERS, HEADS, TOP_K, QUERIES = 32, 64, 2, 2, 8, 4
@@ -149,7 +149,7 @@ def test_a_published_checkpoint_converts_with_no_key_left_and_says_the_same(publ
     report = convert.convert_reference(source, str(tmp_path / "ours"))
     assert report["missing"] == [] and report["unused"] == []
     assert all("linear_aggregator" in n or "score_net.bias" in n or "gate_fc.bias" in n for n in report["dropped"])
-    checkpoint = Checkpoint.open(str(tmp_path / "ours"))
+    checkpoint = open_checkpoint(str(tmp_path / "ours"))
     model, processor = load(str(tmp_path / "ours"))
     assert checkpoint.lineage.stage == "converted" and checkpoint.lineage.spec_hash == processor.spec.hash
 

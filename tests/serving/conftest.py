@@ -5,7 +5,7 @@ import pytest
 from small_service import PATIENT, PATIENT_ID, STUDY, free_port, wait_until_ready
 from small_writer import FIRST, write_checkpoint
 
-from mu2llm.config import ServingConfig
+from mu2llm.settings.serving import ServingConfig
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import tempfile
 import torch
 
 from mu2llm import config
+from mu2llm.artefacts import publish
 from mu2llm.model import build
 from mu2llm.records import Checkpoint, Lineage
 
@@ -57,5 +58,5 @@ def write_checkpoint(uri: str, report: str, **spec) -> str:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        checkpoint.publish(folder)
+        publish(checkpoint, folder)
     return uri

@@ -13,9 +13,7 @@ from small_service import PATIENT, PATIENT_ID
 from small_writer import FIRST
 from test_reports import post, zipped
 
-from mu2llm.config import ServingConfig
 from mu2llm.errors import Failure
-from mu2llm.records import Correction
 from mu2llm.serving import web
 from mu2llm.serving.exchange import Status
 from mu2llm.serving.jobs import Jobs
@@ -23,6 +21,8 @@ from mu2llm.serving.keys import Doorkeeper, make_key
 from mu2llm.serving.problems import Problem
 from mu2llm.serving.schemas import ReportOptions
 from mu2llm.serving.service import Service, Upload
+from mu2llm.settings.serving import ServingConfig
+from mu2llm.stages.corrections import read_corrections
 
 REFERENCE = "There is a large left pleural effusion. There is a right lung nodule of 12 mm."
 
@@ -55,14 +55,14 @@ def test_a_correction_becomes_a_preference_that_can_be_read(client, phantom, pla
     edited = made["report"].replace("large", "small")
     answer = client.post("/v1/corrections", json={"id": made["id"], "edited": edited})
     assert answer.status_code == 201 and answer.json()["pair"]
-    stored = {each.id: each for each in Correction.read(str(places / "state" / "corrections"))}
+    stored = {each.id: each for each in read_corrections(str(places / "state" / "corrections"))}
     kept = stored[answer.json()["id"]]
     assert (kept.chosen, kept.rejected) == (edited, FIRST)
     assert kept.scan_sha256 == made["scan"]["sha256"] and kept.question == made["question"]
     assert open(kept.volume, "rb").read() == phantom  # noqa: SIM115
     again = client.post("/v1/corrections", json={"id": made["id"], "edited": edited})
     assert again.json()["id"] == kept.id
-    assert len(Correction.read(str(places / "state" / "corrections"))) == len(stored)
+    assert len(read_corrections(str(places / "state" / "corrections"))) == len(stored)
 
 
 @pytest.mark.slow

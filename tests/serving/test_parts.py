@@ -24,6 +24,7 @@ from mu2llm.serving.schemas import Job, PairIn, ReportOptions
 from mu2llm.serving.scorer import GreenScorer, Unjudged
 from mu2llm.serving.service import Service, Upload, Work
 from mu2llm.serving.store import Store, StoredJob, now
+from mu2llm.settings.serving import ServingConfig
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_a_stream_goes_on_where_a_dead_replica_left_it():
     written = Written("one two three", "?", 3, True, {}, {}, 1, False, {}, "")
     pieces = ["one ", "two ", "three", written]
     generator = Streams(FakeStream(pieces, breaks_after=2), FakeStream(pieces))
-    service = Service(None, generator, None, config.ServingConfig())
+    service = Service(None, generator, None, ServingConfig())
     work = Work(Upload((b"",)), ReportOptions(), False, float("inf"))
 
     async def go():
@@ -183,7 +184,7 @@ def test_a_stream_goes_on_where_a_dead_replica_left_it():
 
 
 def test_more_than_is_taken_on_is_refused_with_a_time_to_wait():
-    service = Service(None, None, None, config.ServingConfig(max_queued_requests=1, max_body_mb=1))
+    service = Service(None, None, None, ServingConfig(max_queued_requests=1, max_body_mb=1))
     with pytest.raises(Problem) as told, service.admitted():
         pass
     assert told.value.status == 503
@@ -203,7 +204,7 @@ def stored_job(status, attempts):
 
 @pytest.mark.parametrize(("status", "attempts", "end"), [("running", 5, "failed"), ("done", 1, "done")])
 def test_a_job_that_never_ends_is_given_up_and_one_that_ended_is_closed(tmp_path, status, attempts, end):
-    service = Service(None, None, None, config.ServingConfig(state=str(tmp_path)))
+    service = Service(None, None, None, ServingConfig(state=str(tmp_path)))
     service.store.add_job(stored_job(status, attempts), [b"scan"])
     asyncio.run(Jobs(service)._run(service.store.open_jobs()[0]))
     assert service.store.job("a" * 32).job.status == end
@@ -274,7 +275,7 @@ WRITTEN = Written("A nodule.", "?", 3, True, MODEL, {"name": "least", "hash": "0
 
 def known(tmp_path, generator, scan=SCAN):
     """A service that knows what scans must look like."""
-    service = Service(Handle(scan), generator, None, config.ServingConfig(state=str(tmp_path)))
+    service = Service(Handle(scan), generator, None, ServingConfig(state=str(tmp_path)))
     service._learn(Status(True, spec=config.load("tiny").data.spec))
     return service
 
@@ -355,7 +356,7 @@ def test_a_judge_is_asked_by_one_at_a_time_and_no_more_wait_than_may():
 
 @pytest.mark.parametrize(("end", "status", "code"), [("busy", 429, "busy"), ("down", 503, "scorer_down")])
 def test_a_scorer_that_is_busy_is_not_down(end, status, code):
-    service = Service(None, None, Handle(True, Unjudged(end)), config.ServingConfig())
+    service = Service(None, None, Handle(True, Unjudged(end)), ServingConfig())
     with pytest.raises(Problem) as told:
         asyncio.run(service.green([PairIn(reference="a", candidate="b")]))
     assert (told.value.status, told.value.code) == (status, code)

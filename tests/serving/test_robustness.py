@@ -17,11 +17,11 @@ from test_api import REFERENCE
 from test_api import wait_for as wait_for_job
 
 from mu2llm import tracking
-from mu2llm.config import JudgeConfig
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.green import load_judge, write_answer
 from mu2llm.model import load
-from mu2llm.records import Checkpoint
 from mu2llm.serving.running import deploy
+from mu2llm.settings.green import JudgeConfig
 
 pytestmark = pytest.mark.slow
 BUSY, DOWN = (429, "busy"), (503, "scorer_down")  # refused at admission: to be sent again
@@ -201,7 +201,7 @@ def second(tmp_path_factory):
 @pytest.fixture
 def promote(settings, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.tracking)
-    return lambda uri: tracking.register(Checkpoint.open(uri), alias="champion")
+    return lambda uri: tracking.register(open_checkpoint(uri), alias="champion")
 
 
 def test_another_model_takes_over_without_a_pause(service, phantom, change, second):

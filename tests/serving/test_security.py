@@ -14,8 +14,7 @@ import httpx
 import pytest
 from small_service import PATIENT, PATIENT_ID
 
-from mu2llm.errors import UserError
-from mu2llm.records import Rejection
+from mu2llm.errors import Rejection, UserError
 from mu2llm.serving import chat, decoder, keys
 from mu2llm.serving.decoder import Decoder, Reading, Refusal, Scan
 from mu2llm.serving.guard import Guard, is_loopback

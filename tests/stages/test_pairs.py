@@ -3,9 +3,9 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mu2llm.config import PreferencesConfig
 from mu2llm.green import findings
 from mu2llm.records import Candidate, Case, Judgement
+from mu2llm.settings.stages import PreferencesConfig
 from mu2llm.stages.corruption import corrupt
 from mu2llm.stages.pairs import make_pairs, screen
 

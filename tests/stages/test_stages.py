@@ -16,6 +16,7 @@ from ray import cloudpickle
 from trl import DPOConfig, DPOTrainer
 
 from mu2llm import config, storage, tracking
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards, Stream, ingest, read_manifest
 from mu2llm.ct import phantom
 from mu2llm.errors import Failure, UserError
@@ -231,7 +232,7 @@ def test_a_killed_driver_goes_on_at_the_same_step(vision, shards, place):
     assert 0 < told["resumed_from_step"] < told["steps"]
     assert told["steps"] == undisturbed.training.steps
     assert told["cases_seen"] == undisturbed.training.cases_seen
-    assert losses(Checkpoint.open(out)) == pytest.approx(losses(undisturbed), abs=1e-4)
+    assert losses(open_checkpoint(out)) == pytest.approx(losses(undisturbed), abs=1e-4)
 
 
 def test_a_killed_worker_goes_on_at_the_same_step(written, vision, shards, place, monkeypatch):
@@ -257,10 +258,10 @@ class KilledOnce:
         import signal
         from pathlib import Path
 
-        from mu2llm.stages import runner
         from mu2llm.stages.sft import loop
+        from mu2llm.stages.worker import Batches
 
-        given = runner.Batches.__iter__
+        given = Batches.__iter__
 
         def deadly(batches):
             for number, batch in enumerate(given(batches)):
@@ -269,7 +270,7 @@ class KilledOnce:
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield batch
 
-        runner.Batches.__iter__ = deadly
+        Batches.__iter__ = deadly
         loop(job, resume)
 
 
@@ -279,15 +280,15 @@ class Sharded(KilledOnce):
     def __call__(self, job, resume):
         from torch.distributed.fsdp import FSDPModule
 
-        from mu2llm.stages import runner
+        from mu2llm.stages import sft
 
-        given = runner.train
+        given = sft.train
 
         def watched(trainer, *more):
             given(trainer, *more)
             assert isinstance(trainer.model, FSDPModule), "the model was trained whole"
 
-        runner.train = watched
+        sft.train = watched
         super().__call__(job, resume)
 
 

@@ -5,8 +5,8 @@ import torch
 from small_models import QUESTION, TEXTS, make, scans
 from transformers import TrainingArguments
 
-from mu2llm.config import LoraSettings
 from mu2llm.model import add_lora
+from mu2llm.settings.model import LoraSettings
 from mu2llm.stages.sft import SftTrainer
 
 

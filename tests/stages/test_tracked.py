@@ -6,7 +6,8 @@ import pytest
 
 from mu2llm import config, storage, tracking
 from mu2llm.records import Checkpoint, Lineage
-from mu2llm.stages import runner
+from mu2llm.stages import launch
+from mu2llm.stages.job import Job
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def test_a_stage_that_is_interrupted_goes_on_as_the_same_run_with_its_lineage(tm
         uri=parent, experiment={}, lineage=Lineage(stage="contrastive", spec_hash="123", run="vision-run")
     )
     storage.write_json(storage.join(parent, Checkpoint.FILE), made.model_dump(mode="json"))
-    job = runner.Job(
+    job = Job(
         stage="sft",
         experiment=config.load("tiny").model_dump(mode="json"),
         data="s3://b/shards",
@@ -33,9 +34,9 @@ def test_a_stage_that_is_interrupted_goes_on_as_the_same_run_with_its_lineage(tm
         judge="rules",
         git_commit="c0ffee",
     )
-    first = runner._track(job)
+    first = launch._track(job)
     tracking.end_stage(first, {}, "KILLED")
-    again = runner._track(job)
+    again = launch._track(job)
     tracking.end_stage(again, {"checkpoint": tracking.place(job.out)})
     assert first.key == again.key
     [run] = tracking.runs("sft")

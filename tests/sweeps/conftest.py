@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from mu2llm import config, storage
+from mu2llm import artefacts, config, storage
 from mu2llm.cases.ingest import schema
 from mu2llm.cases.shards import Index, ShardWriter, shard_file, write_index
 from mu2llm.green import load_judge
@@ -107,7 +107,7 @@ def publish(uri, given, stage, *parts):
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
             part.save_pretrained(folder)
-        checkpoint.publish(folder)
+        artefacts.publish(checkpoint, folder)
     return uri
 
 

@@ -138,6 +138,6 @@ def test_asha_ends_no_trial_at_its_last_measurement():
 
 
 def runner_watch(times):
-    from mu2llm.stages.runner import Watch
+    from mu2llm.stages.job import Watch
 
     return Watch(times=times)

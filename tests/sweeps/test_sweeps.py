@@ -14,7 +14,7 @@ import pytest
 from mu2llm import storage
 from mu2llm.cases import Shards
 from mu2llm.errors import UserError
-from mu2llm.stages.runner import Watch
+from mu2llm.stages.job import Watch
 from mu2llm.sweeps import ablation, dpo, tokenizer
 from mu2llm.sweeps.runner import run_points
 from mu2llm.sweeps.sweep import plan_of

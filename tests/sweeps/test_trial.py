@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mu2llm.errors import Failure, UserError
-from mu2llm.stages.runner import Watch
+from mu2llm.stages.job import Watch
 from mu2llm.sweeps import trial
 from mu2llm.sweeps.trial import Plan, Point
 

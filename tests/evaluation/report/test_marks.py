@@ -1,9 +1,9 @@
 """Sentences that are right, wrong or missed; words that differ; a judgement as lines."""
 
-from mu2llm.config import JudgeConfig
 from mu2llm.evaluation.report.marks import changes, mark, verdicts
 from mu2llm.green import load_judge
 from mu2llm.records import Finding
+from mu2llm.settings.green import JudgeConfig
 
 TRUTH = [Finding(name="pleural effusion", side="left"), Finding(name="liver lesion")]
 

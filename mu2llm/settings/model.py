@@ -1,0 +1,105 @@
+"""Settings of the μ²LLM: vision, μ²Tokenizer, language model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mu2llm.settings.section import Section, merged
+
+
+class VisionConfig(Section):
+    """The 3-D vision transformer of each chunk, and the projector behind it (METHOD.md §1.1, §2)."""
+
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    patch_size: tuple[int, int, int] = (4, 16, 16)
+    stem: Literal["linear", "conv"] = "linear"
+    class_token: bool = True
+    pooling: int = Field(2, description="edge of the cubes of patches that the projector averages")
+    projector_layers: int = 2
+    standardise: bool = Field(False, description="projected features standardised by running statistics")
+    standardise_input: bool = Field(False, description="subtract the running mean scan, voxel by voxel")
+    true_grid: bool = Field(True, description="pool cubes of the true patch grid, not of the published default's")
+    weights: str | None = Field(None, description="M3D-CLIP's pretrained_ViT.bin or a checkpoint to start from")
+
+
+class TokenizerConfig(Section):
+    """The μ²Tokenizer (METHOD.md §1.2)."""
+
+    num_layers: int = 4
+    num_heads: int = 8
+    queries: int = Field(256, description="visual tokens that the language model gets")
+    top_k: int = 1024
+    scales: tuple[int, ...] = (1, 2, 4)
+    attention: Literal["absolute", "relative_1d", "relative_3d", "rotary_1d", "rotary_3d"] = "relative_3d"
+    selection: Literal["differentiable", "top_k"] = "differentiable"
+    temperature: float = Field(1.0, gt=0)
+    temperature_mode: Literal["fixed", "learned", "annealed"] = "fixed"
+    temperature_end: float = Field(0.1, gt=0, description="where an annealed temperature arrives")
+    annealing_steps: int = Field(1000, ge=1, description="training steps that it takes")
+    pooling: Literal["dynamic", "static"] = "dynamic"
+    residual: bool = Field(True, description="residual, norm and feed-forward in the attention layers")
+    mask_padding: bool = Field(True, description="padded chunks and padded text take no part in attention")
+    standardise: bool = Field(False, description="final tokens standardised by running statistics")
+    text_conditioned: bool = Field(True, description="queries also attend to the question (TTA)")
+    positions: bool = Field(True, description="tokens know their chunk and their place in it")
+    normalise_scores: bool = Field(True, description="selection scores from normalised tokens: it does not collapse")
+    straight_through: bool = Field(True, description="hard top-k lets gradients reach its scores")
+    batch_first: bool = Field(True, description="attend over the tokens; the published baseline did over the batch")
+    max_positions: int = Field(512, ge=1, description="longest sequence of a 1-D relative position bias")
+
+
+class SmallLanguageModel(Section):
+    """The Llama that is trained from scratch where `model.language_model` is `small`."""
+
+    hidden_size: int = 192
+    num_layers: int = 4
+    num_heads: int = 4
+    mlp_dim: int = 512
+    vocabulary: int = 512
+
+
+class LoraSettings(Section):
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+
+
+# the published implementation, defect by defect (METHOD.md §2.8)
+_REFERENCE_FACE: dict[str, Any] = {
+    "vision": {"true_grid": False},
+    "tokenizer": {
+        "attention": "relative_1d",
+        "residual": False,
+        "mask_padding": False,
+        "positions": False,
+        "normalise_scores": False,
+        "straight_through": False,
+    },
+    "placeholder_aligned": False,
+}
+
+
+class ModelConfig(Section):
+    language_model: str = Field("small", description="small, smollm2, or name or path of any HF causal LM or GGUF")
+    text_encoder: str = Field("minilm", description="minilm, small, or name or path of any HF encoder")
+    face: Literal["corrected", "reference"] = Field(
+        "corrected", description="reference sets every mend of the published code back, where it is not set itself"
+    )
+    vision: VisionConfig = VisionConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    small: SmallLanguageModel = SmallLanguageModel()
+    lora: LoraSettings | None = None
+    placeholder_aligned: bool = Field(True, description="visual tokens go where the placeholders are, not to 1…n")
+    max_text_tokens: int = 512
+
+    @model_validator(mode="before")
+    @classmethod
+    def _face(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("face") != "reference":
+            return values
+        return merged(_REFERENCE_FACE, values)

@@ -1,0 +1,55 @@
+"""Settings of the HTTP service."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from mu2llm.settings.section import Section
+
+
+class ReplicasConfig(Section):
+    """The processes of one deployment of the service: how many, what each gets, how much each takes on."""
+
+    least: int = Field(1, ge=0, description="0: down to none when nobody asks (the scorer only)")
+    most: int = Field(1, ge=1)
+    waiting: float = Field(2, gt=0, description="requests a replica that autoscaling aims at")
+    at_once: int = Field(16, ge=1, description="requests that a replica takes at a time")
+    cpus: float = Field(0.5, ge=0)
+    gpus: float = Field(0, ge=0)
+
+
+class ServingConfig(Section):
+    """The HTTP service. `state` keeps API keys, reports, jobs and corrections; uploads are deleted after use."""
+
+    state: str = Field("mu2llm-serve", description="URI of what must survive a restart")
+    keep_scans: str | None = Field(None, description="URI under which uploaded scans are kept; None keeps none")
+    keep_reports_days: float = Field(30, gt=0, description="for how long a report can be corrected by its id")
+    authentication: Literal["auto", "on", "off"] = Field(
+        "auto", description="API keys; auto: on where the address is not loopback"
+    )
+    hosts: tuple[str, ...] = Field((), description="further Host names that are answered on loopback")
+    allowed_uris: tuple[str, ...] = Field((), description="what {uri} may lie under, such as s3://bucket/scans")
+    max_body_mb: int = Field(1024, ge=1)
+    max_slices: int = Field(2500, ge=2)
+    reading_seconds: float = Field(120, gt=0, description="for decoding and preparing one scan")
+    reading_gib: float = Field(8, gt=0, description="memory that decoding one scan may take")
+    request_seconds: float = Field(300, gt=0, description="for one whole report; longer ones are jobs")
+    max_pairs: int = Field(256, ge=1, description="pairs of one /v1/green request")
+    max_batch_size: int = Field(8, ge=1, description="scans and questions that are written at a time")
+    max_queued_requests: int = Field(64, ge=1, description="report requests taken on at once; above: 429")
+    cached_scans: int = Field(64, ge=0, description="scans whose encoding a generator remembers")
+    jobs_at_once: int = Field(2, ge=1)
+    job_seconds: float = Field(3600, gt=0, description="for one job")
+    registry_seconds: float = Field(10, gt=0, description="how often a registry:// model is looked up")
+    drain_seconds: float = Field(60, ge=0, description="that a replica gets to finish what it has begun")
+    ingress: ReplicasConfig = ReplicasConfig(at_once=512, waiting=128)
+    reader: ReplicasConfig = ReplicasConfig(most=2, at_once=4)
+    generator: ReplicasConfig = ReplicasConfig(cpus=1, at_once=64, waiting=16)
+    scorer: ReplicasConfig = ReplicasConfig(at_once=32, waiting=8)
+
+    @field_validator("authentication", mode="before")
+    @classmethod
+    def _as_yaml_reads_it(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value

@@ -1,0 +1,137 @@
+"""Settings of the training stages and of the preferences between them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mu2llm.settings.section import Section
+
+
+class StageConfig(Section):
+    """What the three training stages share. `batch_size` is global: over all workers."""
+
+    epochs: float = Field(1, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="instead of epochs")
+    batch_size: int = Field(8, ge=1)
+    accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps")
+    schedule: str = "cosine"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    save_steps: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(1, ge=1)
+    log_steps: int = Field(10, ge=1)
+    workers: int | tuple[int, int] = Field(
+        1, description="N, or (MIN, MAX) for elastic training; 0 trains in the calling process, without resume"
+    )
+    gpus_per_worker: float = 0
+    cpus_per_worker: float = 1
+    max_failures: int = 2
+    freeze_vision: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, a third more time"
+    )
+    compile: bool = False
+    fsdp: Literal["full_shard", "shard_grad_op"] | None = Field(
+        None, description="weights sharded over the workers; shard_grad_op keeps a layer's between forward and backward"
+    )
+
+
+class ContrastiveConfig(StageConfig):
+    loss: Literal["infonce", "sigmoid"] = "sigmoid"
+    positives: Literal["report", "section", "sentence", "finding"] = Field(
+        "sentence", description="what of a report is held against the scan; finding: what the rules read in it"
+    )
+    train_text_encoder: bool = Field(False, description="with the vision side; it is then kept in the checkpoint")
+
+
+class ValidationConfig(Section):
+    """Validation of checkpoints beside the training, as tasks that wait for free resources of their own."""
+
+    steps: int | None = Field(None, ge=1, description="save and validate every so many steps; None: never")
+    cases: int = Field(64, ge=1, description="cases of split validation that the loss is over")
+    reports: int = Field(16, ge=0, description="of these cases the reports are also written and judged")
+    reports_every: int = Field(1, ge=1, description="validations from one judging of reports to the next")
+    publish: Literal["last", "best"] = Field("last", description="best: the checkpoint of least validation loss")
+    cpus: float = Field(1, ge=0)
+    gpus: float = Field(0, ge=0)
+
+
+class SftConfig(StageConfig):
+    freeze_language_model: bool = Field(False, description="train only what reads the scan for it")
+    cache_vision: bool = Field(True, description="with vision frozen throughout: encode each scan once")
+    thaw_vision: float | None = Field(
+        None, ge=0, lt=1, description="share of the steps after which frozen vision is trained too"
+    )
+    group_by_length: bool = Field(False, description="batches of reports of alike lengths, which pad little")
+    validation: ValidationConfig = ValidationConfig()
+    alignment: float = Field(
+        0, ge=0, description="weight of the loss that holds the visual tokens against the report's findings"
+    )
+    alignment_first: float = Field(
+        0, ge=0, lt=1, description="share of the steps, at the start, that train by the alignment alone: cheap ones"
+    )
+    report_share: float = Field(0.8, ge=0, le=1, description="share of reports; the rest are the case's questions")
+
+    @model_validator(mode="after")
+    def _thaws_what_is_frozen(self) -> Self:
+        if self.thaw_vision is not None and (not self.freeze_vision or self.fsdp):
+            raise ValueError("thaw_vision needs freeze_vision, and does not go with fsdp")
+        if self.alignment_first and not self.alignment:
+            raise ValueError("alignment_first needs alignment above 0: it is all that those steps learn by")
+        if self.thaw_vision is not None and self.alignment and self.workers not in (0, 1):
+            raise ValueError("thaw_vision and alignment together go with one worker only")
+        return self
+
+    @property
+    def cached(self) -> bool:
+        """Whether vision's features are made once and trained on."""
+        return self.freeze_vision and self.cache_vision and self.thaw_vision is None
+
+
+class PreferencesConfig(Section):
+    candidates: int = Field(8, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = 256
+    min_words: int = 5
+    margin: float = Field(0.1, ge=0, description="least difference of scores within a pair")
+    pairs_per_case: int = Field(1, ge=1)
+    max_length_ratio: float | None = Field(None, description="drop pairs whose lengths differ by more than this")
+    negatives: Literal["sampled", "corrupted"] = "sampled"
+    split: Literal["train", "validation"] = "train"
+    max_cases: int | None = Field(None, ge=0, description="cases to sample for; 0: pairs from corrections alone")
+    batch_size: int = Field(16, ge=1, description="cases that an actor writes at a time")
+    actors: int | None = Field(
+        None, ge=1, description="that write candidates; None: as many as the cluster has room for"
+    )
+
+
+# trl's, by its names
+DpoLoss = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
+    "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
+]  # fmt: skip
+
+
+class DpoConfig(StageConfig):
+    beta: float = Field(0.1, gt=0)
+    loss: tuple[DpoLoss, ...] = Field(("sigmoid",), min_length=1, description="one or several, also as sigmoid+sft")
+    loss_weights: tuple[float, ...] | None = None
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    ld_alpha: float | None = Field(None, ge=0, le=1, description="length desensitising (LD-DPO)")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return value.split("+") if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _weighted(self) -> Self:
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss):
+            raise ValueError(f"{len(self.loss_weights)} loss_weights for {len(self.loss)} losses; give one each")
+        return self

@@ -1,0 +1,34 @@
+"""Settings of the sweeps."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mu2llm.settings.section import Section
+
+Objective = Literal["green", "finding_f1", "visual_tokens", "seconds_per_scan", "kl"]
+
+
+class SweepConfig(Section):
+    space: dict[str, Any] = Field({}, description="what is searched, laid over the space that comes with the command")
+    trials: int = Field(12, ge=1)
+    search: Literal["optuna", "random", "grid"] = "optuna"
+    objective: tuple[Objective, ...] = Field(("green",), min_length=1, description="several: their Pareto front")
+    first: tuple[dict[str, Any], ...] = Field((), description="known good points, tried after the configuration itself")
+    reports: int = Field(4, ge=1, description="times that a trial is measured, the last at its end")
+    cases: int | None = Field(None, ge=1, description="validation cases that a measurement reads; None: all")
+    scheduler: Literal["asha", "none"] = "asha"
+    grace: int = Field(1, ge=1, description="measurements before a trial can be stopped")
+    reduction: float = Field(3, gt=1, description="of this many trials at a rung one goes on")
+    workers_per_trial: int = Field(
+        1, ge=0, description="0: the trial trains itself, in a process kept for the next one"
+    )
+    gpus_per_trial: float = Field(0, ge=0, description="may be a fraction")
+    max_concurrent: int | None = Field(None, ge=1, description="None: as many as the cluster holds")
+    max_failures: int = Field(1, ge=0, description="times that a trial whose process died is tried again")
+    time_budget_s: float | None = Field(None, gt=0)
+    storage: str | None = Field(None, description="Optuna's database; None: optuna.db in a local --out, else in memory")
+    final_seeds: int = Field(3, ge=0, description="seeds with which the winner and the default are trained again")
+    final_split: Literal["validation", "test"] = Field("test", description="where those two are compared")

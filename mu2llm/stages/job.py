@@ -1,0 +1,176 @@
+"""What a stage is asked to do: plain values that travel to the workers, and where its state lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from mu2llm import artefacts, config, storage, tracking
+from mu2llm.artefacts import open_checkpoint
+from mu2llm.cases import Shards
+from mu2llm.config import Experiment
+from mu2llm.errors import UserError
+from mu2llm.records import Checkpoint
+from mu2llm.settings.stages import StageConfig, ValidationConfig
+
+Progress = Callable[[dict[str, float]], None]
+_NOT_OF_THE_RESULT: set[str] = {
+    *("workers", "gpus_per_worker", "cpus_per_worker", "max_failures"),
+    *("save_steps", "keep_checkpoints", "log_steps", "validation", "gradient_checkpointing"),
+}
+LOSS = "validation/loss"
+SCORE = "less_loss"  # −LOSS: where lower is better, Ray takes a checkpoint without any for the best
+FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, until the driver publishes it
+
+
+class Watch(BaseModel):
+    """Reports on held-out cases while a stage trains, `times` spread evenly over its steps, the last at its end.
+
+    `out` is the URI of a Parquet table for the last reports; `kl` measures how far the policy is from its parent.
+    """
+
+    times: int = Field(1, ge=1)
+    cases: int | None = Field(None, ge=1)
+    split: Literal["validation", "test"] = "validation"
+    kl: bool = False
+    out: str | None = None
+
+    def steps(self, total: int) -> list[int]:
+        """After which optimiser steps of `total`."""
+        return sorted({max(1, round(total * (i + 1) / self.times)) for i in range(self.times)})
+
+
+class Job(BaseModel):
+    """A stage as plain values that travel to the workers."""
+
+    stage: Literal["contrastive", "sft", "dpo"]
+    experiment: dict[str, Any]
+    data: str
+    data_checksum: str
+    out: str
+    parent: str | None = None
+    parent_identity: str = ""
+    spec_hash: str
+    rows: int
+    judge: str | None = None
+    git_commit: str | None = None
+    run: str = Field("", description="key of the stage's run in the tracking store")
+    shards: str = Field("", description="dpo: URI of the shards that the pairs in `data` were made on")
+    split: str = "train"
+    reference: str | None = Field(None, description="dpo: URI of the reference's log-probabilities")
+    features: str | None = Field(None, description="URI of the cached vision features that are read in place of voxels")
+    watch: Watch | None = Field(None, description="held-out reports while it trains")
+
+    @property
+    def resolved(self) -> Experiment:
+        return config.validate(self.experiment)
+
+    @property
+    def settings(self) -> StageConfig:
+        return getattr(self.resolved, self.stage)
+
+    @property
+    def validation(self) -> ValidationConfig | None:
+        """How its intermediate checkpoints are validated, if they are."""
+        validation = getattr(self.settings, "validation", None)
+        return validation if validation and validation.steps and self.settings.workers else None
+
+    @property
+    def state(self) -> str:
+        return f"{self.out.rstrip('/')}.state"
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps: `max_steps`, or as many as the epochs hold whole batches (at least one)."""
+        settings = self.settings
+        return settings.max_steps or max(
+            1, int(settings.epochs * self.rows / (settings.batch_size * settings.accumulation))
+        )
+
+    @property
+    def identity(self) -> str:
+        """Digest of all that decides the result: not of workers, progress or how often one saves."""
+        settings = self.settings.model_dump(mode="json", exclude=_NOT_OF_THE_RESULT)
+        parts = [self.stage, settings, self.experiment["model"], self.experiment["seed"]]
+        share = self.experiment["data"]["fraction"]
+        parts += [] if share == 1 else [share]
+        validation = self.validation
+        parts += [validation.steps, validation.cases] if validation and validation.publish == "best" else []
+        return artefacts.digest([*parts, self.data_checksum, self.parent_identity])
+
+
+def new_job(
+    stage: Literal["contrastive", "sft", "dpo"],
+    shards: Shards,
+    out: str,
+    experiment: Experiment,
+    parent: str | None = None,
+    **more: Any,
+) -> Job:
+    """The job of a stage on the `train` split of shards; a UserError where the inputs do not fit together."""
+    if shards.spec.hash != experiment.data.spec.hash:
+        raise UserError(
+            f"{shards.uri} has spec {shards.spec.name} ({shards.spec.hash}), preset {experiment.name} expects "
+            f"{experiment.data.spec.name} ({experiment.data.spec.hash}): name the preset that it was ingested with"
+        )
+    if not shards.count("train"):
+        raise UserError(f"{shards.uri} has no rows in split train; ingest more scans or change data.split")
+    origin = open_checkpoint(parent) if parent else None
+    if origin:
+        check_parent(origin, experiment)
+    values = {
+        "stage": stage,
+        "experiment": experiment.model_dump(mode="json"),
+        "data": shards.uri,
+        "data_checksum": shards.checksum,
+        "out": storage.absolute(out),  # workers stand in another folder
+        "parent": parent and storage.absolute(parent),
+        "parent_identity": origin.lineage.identity if origin else "",
+        "spec_hash": shards.spec.hash,
+        "rows": len(shards.share("train", experiment.data.fraction, experiment.seed)),
+        "git_commit": tracking.git_commit(),
+    }
+    return Job(**{**values, **more})
+
+
+def check_parent(parent: Checkpoint, experiment: Experiment) -> None:
+    """A UserError where a checkpoint to start from has another spec or other sizes than the experiment."""
+    if parent.lineage.spec_hash != experiment.data.spec.hash:
+        raise UserError(
+            f"{parent.uri} expects spec {parent.lineage.spec_hash}, preset {experiment.name} has "
+            f"{experiment.data.spec.name} ({experiment.data.spec.hash}): start from a checkpoint of the same preset"
+        )
+    ours, theirs = experiment.model.model_dump(mode="json"), parent.experiment["model"]
+    parts = {"contrastive": ("vision",), "converted": ("vision", "tokenizer")}.get(
+        parent.lineage.stage, ("vision", "tokenizer", "language_model")
+    )
+    if ours["language_model"] == "small" and "language_model" in parts:
+        parts = (*parts, "small")
+    different = [name for part in parts for name in _different(f"model.{part}", theirs[part], ours[part])]
+    if different:
+        raise UserError(
+            f"{parent.uri} is of another architecture than preset {experiment.name}: {'; '.join(different)}; name the "
+            "preset that it was trained with, or start from another"
+        )
+
+
+def _different(name: str, theirs: Any, ours: Any) -> list[str]:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = [key for key in ours if key in theirs and key != "weights"]
+        return [each for key in keys for each in _different(f"{name}.{key}", theirs[key], ours[key])]
+    return [] if theirs == ours else [f"{name} is {theirs} there, {ours} here"]
+
+
+def finished(job: Job) -> Checkpoint | None:
+    """The checkpoint at `out` if this very job made it; a UserError if another one did."""
+    if not storage.exists(storage.join(job.out, Checkpoint.FILE)):
+        return None
+    checkpoint = open_checkpoint(job.out)
+    if checkpoint.lineage.identity != job.identity:
+        raise UserError(
+            f"{job.out} holds a {checkpoint.lineage.stage} checkpoint of another configuration or data; "
+            "give another --out or delete it"
+        )
+    return checkpoint

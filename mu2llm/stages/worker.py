@@ -1,0 +1,139 @@
+"""One training worker: where it stands among the others, what it trains on, and where it goes on."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from pydantic import BaseModel
+from transformers import set_seed
+
+from mu2llm import storage
+from mu2llm.cases import Shards, Stream
+from mu2llm.errors import UserError
+from mu2llm.records import Training
+from mu2llm.stages.job import Job, Progress
+
+# in every intermediate checkpoint: its description, by which a resume goes on. Not named as a whole checkpoint's is,
+# which others would take such a folder for: its weights may be an adapter's alone
+INTERMEDIATE_FILE = "mu2llm_intermediate.json"
+
+
+def work(settings: dict[str, Any]) -> None:
+    job = Job.model_validate(settings["job"])
+    torch.set_num_threads(max(1, int(job.settings.cpus_per_worker)))
+    set_seed(job.resolved.seed)
+    try:
+        settings["loop"](job, Resume.point())
+    except UserError as error:
+        # not raised on: a retry would end the same way
+        storage.write_json(storage.join(job.state, "stopped.json"), {"why": str(error), "mistake": True})
+
+
+class RayTrainWorker:
+    """Where a worker stands among others, and how it reports: Ray Train's."""
+
+    @property
+    def rank(self) -> int:
+        return int(ray.train.get_context().get_world_rank())
+
+    @property
+    def world(self) -> int:
+        return int(ray.train.get_context().get_world_size())
+
+    def report(self, metrics: dict[str, Any], folder: Path | None = None, validate: int | None = None) -> None:
+        """Metrics, with a folder an intermediate checkpoint; `validate` is its step if it is to be validated."""
+        if folder is None:
+            ray.train.report(metrics)
+            return
+        ray.train.report(  # type: ignore[call-arg]  # mypy sees the options of Train V1
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            validation=ray.train.ValidationTaskConfig(fn_kwargs={"step": validate}) if validate else False,
+        )
+
+    def preempted(self) -> bool:
+        return ray.train.get_preemption_info() is not None
+
+    def checkpoint(self) -> str | None:
+        """The last intermediate checkpoint as a local folder."""
+        checkpoint = ray.train.get_checkpoint()
+        return checkpoint.to_directory(tempfile.mkdtemp(prefix="mu2llm-resume-")) if checkpoint else None
+
+
+class InProcessWorker(RayTrainWorker):
+    """The same where the process itself trains: alone, and anew from its start."""
+
+    rank, world = 0, 1  # type: ignore[assignment]
+
+    def __init__(self, told: Progress) -> None:
+        self.told = told
+
+    def report(self, metrics: dict[str, Any], folder: Path | None = None, validate: int | None = None) -> None:
+        self.told({name: value for name, value in metrics.items() if isinstance(value, int | float)})
+
+    def preempted(self) -> bool:
+        return False
+
+    def checkpoint(self) -> str | None:
+        return None
+
+
+current_worker: ContextVar[RayTrainWorker] = ContextVar("current_worker", default=RayTrainWorker())  # noqa: B039  it has no state
+
+
+class Resume(BaseModel):
+    """Where to go on: the last intermediate checkpoint's folder, if there is one, and what was done up to it."""
+
+    folder: str | None = None
+    step: int = 0
+    seconds: float = 0.0
+    cases_seen: int = 0
+
+    @classmethod
+    def point(cls) -> Resume:
+        folder = current_worker.get().checkpoint()
+        if folder is None:
+            return cls()
+        done = Training.model_validate(json.loads((Path(folder) / INTERMEDIATE_FILE).read_text())["training"])
+        return cls(folder=folder, step=done.steps, seconds=done.seconds, cases_seen=done.cases_seen)
+
+
+class Batches:
+    """What a worker trains on: its share of the stream from where it is to go on, collated."""
+
+    def __init__(
+        self,
+        job: Job,
+        resume: Resume,
+        shards: Shards,
+        columns: list[str],
+        collate: Callable[[Any], dict[str, Any]],
+        **more: Any,
+    ) -> None:
+        worker, settings = current_worker.get(), job.settings
+        rows_a_step = settings.batch_size * settings.accumulation
+        self.collate = collate
+        self.stream = Stream(
+            shards,
+            job.split,
+            columns,
+            batch_size=settings.batch_size,
+            seed=job.resolved.seed,
+            rank=worker.rank,
+            world=worker.world,
+            start_row=resume.step * rows_a_step,
+            rows=job.total_steps * rows_a_step,
+            shuffle_rows=job.resolved.data.shuffle_rows,
+            **more,
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.collate, self.stream)
