@@ -50,7 +50,7 @@ def application(settings: Settings) -> Application:
     return made["Ingress"].bind(
         made["VolumeReader"].bind(serving),
         made["ReportGenerator"].bind(serving, settings.tracking),
-        made["GreenScorer"].bind(settings.judge.model_dump(mode="json"), settings.serving.scorer.at_once),
+        made["GreenScorer"].bind(settings.judge.model_dump(mode="json"), settings.serving.scorer.max_ongoing_requests),
         serving,
         settings.loopback,
     )
@@ -60,7 +60,7 @@ def deployments(settings: Settings) -> dict[str, Deployment]:
     """By name, with their resources, limits and autoscaling."""
     serving = settings.serving
     return {
-        "Ingress": _deployment(Ingress, serving.ingress, serving, queue=serving.ingress.at_once),
+        "Ingress": _deployment(Ingress, serving.ingress, serving, queue=serving.ingress.max_ongoing_requests),
         "VolumeReader": _deployment(VolumeReader, serving.reader, serving),
         "ReportGenerator": _deployment(
             ReportGenerator,
@@ -69,30 +69,33 @@ def deployments(settings: Settings) -> dict[str, Deployment]:
             user_config={"checkpoint": settings.checkpoint},
         ),
         "GreenScorer": _deployment(
-            GreenScorer, _beside_status(serving.scorer), serving, queue=serving.scorer.at_once * serving.scorer.most
+            GreenScorer,
+            _beside_status(serving.scorer),
+            serving,
+            queue=serving.scorer.max_ongoing_requests * serving.scorer.max_replicas,
         ),
     }
 
 
 def _beside_status(replicas: ReplicasConfig) -> ReplicasConfig:
-    return replicas.model_copy(update={"at_once": replicas.at_once + STATUS_CALLS})
+    return replicas.model_copy(update={"max_ongoing_requests": replicas.max_ongoing_requests + STATUS_CALLS})
 
 
 def _deployment(
     kind: type, replicas: ReplicasConfig, serving: ServingConfig, queue: int = -1, **options: Any
 ) -> Deployment:
     scaling = AutoscalingConfig(
-        min_replicas=replicas.least,
-        max_replicas=max(replicas.least, replicas.most),
-        initial_replicas=replicas.least,
-        target_ongoing_requests=replicas.waiting,
+        min_replicas=replicas.min_replicas,
+        max_replicas=max(replicas.min_replicas, replicas.max_replicas),
+        initial_replicas=replicas.min_replicas,
+        target_ongoing_requests=replicas.target_ongoing_requests,
         upscale_delay_s=10,
         downscale_delay_s=300,
     )
     return serve.deployment(
         autoscaling_config=scaling,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
-        max_ongoing_requests=replicas.at_once,
+        max_ongoing_requests=replicas.max_ongoing_requests,
         max_surge_percent=100,  # an old replica serves until the one that replaces it is ready
         max_queued_requests=queue,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),

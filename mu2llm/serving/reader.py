@@ -16,7 +16,8 @@ class VolumeReader:
         serving = ServingConfig.model_validate(settings)
         memory = int(serving.reading_gib * 2**30)
         self.decoders = [
-            Decoder(serving.reading_seconds, memory, serving.max_slices) for _ in range(serving.reader.at_once)
+            Decoder(serving.reading_seconds, memory, serving.max_slices)
+            for _ in range(serving.reader.max_ongoing_requests)
         ]
         self.decoders[-1].start()
         self.free = asyncio.Semaphore(len(self.decoders))

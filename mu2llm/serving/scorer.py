@@ -28,19 +28,19 @@ class Unjudged:
 class GreenScorer:
     """Loads its judge when it is first asked, so that a judge that cannot be had stops nothing else.
 
-    `at_once` requests are taken on, one is judged at a time: what a judge does at once lies within it. Those beyond
-    are refused here, so that whoever asks whether there is a replica finds one that answers.
+    `max_ongoing_requests` are taken on, one is judged at a time: what a judge does at once lies within it. Those
+    beyond are refused here, so that whoever asks whether there is a replica finds one that answers.
     """
 
-    def __init__(self, judge: dict[str, Any], at_once: int) -> None:
-        self.config, self.at_once = JudgeConfig.model_validate(judge), at_once
+    def __init__(self, judge: dict[str, Any], max_ongoing_requests: int) -> None:
+        self.config, self.max_ongoing_requests = JudgeConfig.model_validate(judge), max_ongoing_requests
         self.judge: Judge | None = None
         self.waiting = 0
         self._thread = ThreadPoolExecutor(1)
 
     async def score(self, pairs: list[Pair]) -> list[Judgement] | Unjudged:
         """Judgements in the order of the pairs, or why there are none."""
-        if self.waiting >= self.at_once:
+        if self.waiting >= self.max_ongoing_requests:
             return Unjudged("busy")
         self.waiting += 1
         try:

@@ -280,7 +280,7 @@ class Service:
         if len(pairs) > self.settings.max_pairs:
             raise Problem(413, "too_many_pairs", f"{len(pairs)} pairs; one request takes {self.settings.max_pairs}")
         try:
-            async with asyncio.timeout(SCORER_SILENT_S if self.settings.scorer.least else SCORER_WAIT_S):
+            async with asyncio.timeout(SCORER_SILENT_S if self.settings.scorer.min_replicas else SCORER_WAIT_S):
                 await self._call("scorer", self.scorer.answers)
         except TimeoutError:
             raise _down("scorer") from None

@@ -12,10 +12,10 @@ from mu2llm.settings.section import Section
 class ReplicasConfig(Section):
     """The processes of one deployment of the service: how many, what each gets, how much each takes on."""
 
-    least: int = Field(1, ge=0, description="0: down to none when nobody asks (the scorer only)")
-    most: int = Field(1, ge=1)
-    waiting: float = Field(2, gt=0, description="requests a replica that autoscaling aims at")
-    at_once: int = Field(16, ge=1, description="requests that a replica takes at a time")
+    min_replicas: int = Field(1, ge=0, description="0: down to none when nobody asks (the scorer only)")
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing_requests: float = Field(2, gt=0, description="requests a replica that autoscaling aims at")
+    max_ongoing_requests: int = Field(16, ge=1, description="requests that a replica takes at a time")
     cpus: float = Field(0.5, ge=0)
     gpus: float = Field(0, ge=0)
 
@@ -44,10 +44,10 @@ class ServingConfig(Section):
     job_seconds: float = Field(3600, gt=0, description="for one job")
     registry_seconds: float = Field(10, gt=0, description="how often a registry:// model is looked up")
     drain_seconds: float = Field(60, ge=0, description="that a replica gets to finish what it has begun")
-    ingress: ReplicasConfig = ReplicasConfig(at_once=512, waiting=128)
-    reader: ReplicasConfig = ReplicasConfig(most=2, at_once=4)
-    generator: ReplicasConfig = ReplicasConfig(cpus=1, at_once=64, waiting=16)
-    scorer: ReplicasConfig = ReplicasConfig(at_once=32, waiting=8)
+    ingress: ReplicasConfig = ReplicasConfig(max_ongoing_requests=512, target_ongoing_requests=128)
+    reader: ReplicasConfig = ReplicasConfig(max_replicas=2, max_ongoing_requests=4)
+    generator: ReplicasConfig = ReplicasConfig(cpus=1, max_ongoing_requests=64, target_ongoing_requests=16)
+    scorer: ReplicasConfig = ReplicasConfig(max_ongoing_requests=32, target_ongoing_requests=8)
 
     @field_validator("authentication", mode="before")
     @classmethod

@@ -342,7 +342,7 @@ class SlowJudge:
 
 def test_a_judge_is_asked_by_one_at_a_time_and_no_more_wait_than_may():
     async def go():
-        scorer = GreenScorer({}, at_once=3)
+        scorer = GreenScorer({}, max_ongoing_requests=3)
         scorer.judge = judge = SlowJudge()
         asked = [asyncio.create_task(scorer.score([])) for _ in range(5)]
         await asyncio.sleep(0.1)

@@ -270,7 +270,7 @@ def test_more_pairs_than_the_scorer_takes_on(service, settings, change, slow_jud
     """It was said to be down when it was busy."""
     change(judge=JudgeConfig(name=f"openai:slow@{slow_judge}"))
     wait_for(lambda: judged_by(service).startswith("openai:slow"))
-    most = settings.serving.scorer.at_once
+    most = settings.serving.scorer.max_ongoing_requests
     with ThreadPoolExecutor(most + 8) as pool:
         asked = [pool.submit(httpx.post, f"{service}/v1/green", json=PAIRS, timeout=120) for _ in range(most + 8)]
         answers = [each.result() for each in asked]
