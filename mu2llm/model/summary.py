@@ -101,7 +101,7 @@ def summarise(model: ModelConfig, spec: PreprocessSpec, question_tokens: int = 3
             "question_ids": torch.zeros(1, question_tokens, dtype=torch.long),
         }
         summary = Summary(parameters=_count(whole), steps=[("volume", tuple(inputs["volumes"].shape))])
-        with _recorded(whole, summary.steps), _kept() as kept, _counter() as counter:
+        with _recorded(whole, summary.steps), kept_for_backward() as kept, _counter() as counter:
             logits = whole(**inputs, use_cache=False).logits
     summary.steps.append(("logits", tuple(logits.shape)))
     summary.activation_bytes = sum(kept.values())
@@ -169,7 +169,7 @@ def _recorded(whole: nn.Module, steps: list[tuple[str, tuple[int, ...]]]) -> Ite
 
 
 @contextmanager
-def _kept() -> Iterator[dict[Any, int]]:
+def kept_for_backward() -> Iterator[dict[Any, int]]:
     """Bytes of each tensor that autograd keeps, parameters aside; a storage kept twice counts once."""
     sizes: dict[Any, int] = {}
     alive: list[Tensor] = []

@@ -1,0 +1,199 @@
+"""What a worker of each stage keeps in memory, counted on the model itself on tensors without values (issue 17).
+
+Weights, gradients and moments are counted on the parameters, activations on what autograd keeps of one forward pass
+at the stage's own batch and precision. No formula of layers, so that what changes in the model changes here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mu2llm.config import Experiment
+from mu2llm.model.building import add_lora, configuration, vision_configuration
+from mu2llm.model.configuration import Mu2ContrastiveConfig
+from mu2llm.model.contrastive import Mu2ForContrastive
+from mu2llm.model.modeling import Mu2ForConditionalGeneration
+from mu2llm.model.summary import kept_for_backward, text_config
+from mu2llm.model.vision import VisionEncoder
+from mu2llm.settings.stages import StageConfig
+
+Stage = Literal["contrastive", "sft", "dpo"]
+GIB = 2**30
+GRADIENT, MOMENTS = 4, 8
+"""Bytes a trained parameter: a gradient in fp32, AdamW's two moments in fp32."""
+TEXTS_PER_CASE = 8
+"""Sentences or findings of a report that contrast holds against the scan: about the mean of CT-RATE's."""
+QUESTION_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one worker. `logits` are the gradients of the loss over the vocabulary, which live for a moment."""
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+    logits: int = 0
+    gradients_stay: bool = False
+
+    @property
+    def peak(self) -> int:
+        """The most at one time, in bytes: gradients grow as activations go, unless they stay between two passes."""
+        backward = self.activations + self.logits
+        both = self.gradients + backward if self.gradients_stay else max(self.gradients, backward)
+        return self.weights + self.moments + both
+
+    def as_dict(self) -> dict[str, float]:
+        """GiB by kind, and the peak."""
+        names = ("weights", "gradients", "moments", "activations", "logits")
+        return {**{name: round(getattr(self, name) / GIB, 3) for name in names}, "peak": round(self.peak / GIB, 3)}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {gib:.1f}" for name, gib in self.as_dict().items() if name != "peak" and gib)
+        return f"{self.peak / GIB:.1f} GiB ({parts})"
+
+
+def training_memory(experiment: Experiment, stage: Stage) -> Memory:
+    """One training worker of a stage at its share of the global batch, with AdamW and fp32 master weights.
+
+    The longest texts that the model takes are assumed. Sharding (`fsdp`) divides weights, gradients and moments.
+    """
+    settings: StageConfig = getattr(experiment, stage)
+    workers = settings.workers if isinstance(settings.workers, int) else settings.workers[0]
+    workers = max(1, workers)
+    scans = max(1, settings.batch_size // workers)
+    with torch.device("meta"):
+        model = _contrastive(experiment) if stage == "contrastive" else _language(experiment, stage)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    with FakeTensorMode(), _autocast(settings.precision):
+        _without_values(model)
+        trained, frozen = _parameter_bytes(model)
+        with kept_for_backward() as kept:
+            if stage == "contrastive":
+                _contrast(model, experiment, scans, workers)
+                logits = 0
+            else:
+                logits = _write(model, experiment, scans, sequences=2 if stage == "dpo" else 1, stage=stage)
+    shards = workers if settings.fsdp else 1
+    return Memory(
+        weights=(4 * trained + frozen) // shards,
+        gradients=GRADIENT * trained // shards,
+        moments=MOMENTS * trained // shards,
+        activations=sum(kept.values()),
+        logits=logits,
+        gradients_stay=settings.accumulation > 1 or workers > 1,  # DDP keeps its buckets
+    )
+
+
+def inference_memory(experiment: Experiment, sequences: int, bytes_per_weight: int = 4) -> Memory:
+    """One process that writes `sequences` reports at a time: weights, and the keys and values of the language model.
+
+    Encoding's own tensors are small beside these: scans are encoded without gradient, layer by layer.
+    """
+    with torch.device("meta"):
+        model = _language(experiment, "evaluate")
+    config: Any = model.config.text
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    length = experiment.model.max_text_tokens + experiment.model.tokenizer.queries
+    cache = 2 * config.num_hidden_layers * heads * head * length * sequences * bytes_per_weight
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Memory(weights=count * bytes_per_weight, gradients=0, moments=0, activations=cache)
+
+
+def _contrastive(experiment: Experiment) -> Mu2ForContrastive:
+    spec, model = experiment.data.spec, experiment.model
+    config = Mu2ContrastiveConfig(
+        vision_config=vision_configuration(model, spec),
+        hidden_size=model.vision.hidden_size,
+        chunks=spec.chunks,
+        text_width=384,  # MiniLM's; other encoders' widths change a few MB
+        loss=experiment.contrastive.loss,
+        spec=spec.model_dump(mode="json"),
+    )
+    return Mu2ForContrastive(config).train()
+
+
+def _language(experiment: Experiment, stage: str) -> Any:
+    """The whole model as a stage trains it: what it freezes frozen, LoRA put on."""
+    config = configuration(experiment.model, experiment.data.spec, text_config(experiment.model))
+    model = Mu2ForConditionalGeneration(config).train()
+    if stage == "evaluate":
+        return model.eval()
+    settings: StageConfig = getattr(experiment, stage)
+    if settings.freeze_vision:
+        model.freeze_vision()
+    if getattr(settings, "freeze_language_model", False):
+        model.freeze_language_model()
+    return add_lora(model, experiment.model.lora).train() if experiment.model.lora else model
+
+
+def _without_values(model: nn.Module) -> None:
+    """Meta tensors → tensors without values on a device, for which autocast and kernels behave as on a real one."""
+    new: dict[int, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, VisionEncoder) and module.anatomy is not None:
+            module.anatomy.eval()  # in training it looks at how often it was updated: a value
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in new:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    trained = tensor.requires_grad
+                    new[id(tensor)] = nn.Parameter(empty, trained) if isinstance(tensor, nn.Parameter) else empty
+                tensors[name] = new[id(tensor)]
+
+
+def _parameter_bytes(model: nn.Module) -> tuple[int, int]:
+    """(number of trained parameters, bytes of the frozen ones in the precision that they are held in)"""
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    frozen = sum(each.numel() * each.element_size() for each in model.parameters() if not each.requires_grad)
+    return trained, frozen
+
+
+def _write(model: Any, experiment: Experiment, scans: int, sequences: int, stage: str) -> int:
+    """The forward pass of SFT (one report a scan) or DPO (two); bytes of the gradients of its logits."""
+    settings, spec = getattr(experiment, stage), experiment.data.spec
+    rows, length = scans * sequences, experiment.model.max_text_tokens + experiment.model.tokenizer.queries
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batch["question_ids"] = torch.zeros(scans, QUESTION_TOKENS, dtype=torch.long)
+    if settings.freeze_vision and getattr(settings, "cached", True):
+        vision = vision_configuration(experiment.model, spec)
+        features = torch.zeros(scans, spec.chunks, _tokens(vision), vision.hidden_size, dtype=torch.float16)
+        batch["vision_features"] = features
+    else:
+        batch["volumes"] = torch.zeros(scans, *spec.shape, dtype=getattr(torch, spec.dtype))
+    model(**batch, tile_scans=sequences > 1, use_cache=False)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    return int(rows * length * vocabulary * (4 if settings.precision == "fp32" else 6))
+
+
+def _tokens(vision: Any) -> int:
+    depth, height, width = vision.pooled_grid
+    return int(depth * height * width)
+
+
+def _contrast(model: Mu2ForContrastive, experiment: Experiment, scans: int, workers: int) -> None:
+    """The forward pass: this worker's scans through vision, all workers' texts and scans through the head."""
+    spec = experiment.data.spec
+    mask = torch.ones(scans, spec.chunks, dtype=torch.bool)
+    volumes = torch.zeros(scans, *spec.shape, dtype=getattr(torch, spec.dtype))
+    features = model.vision(volumes)
+    keys = model.head.scan(features).repeat(workers, 1, 1, 1)
+    texts = torch.zeros(scans * workers * TEXTS_PER_CASE, model.config.text_width)
+    attended = mask.repeat_interleave(features.shape[2], dim=1).repeat(workers, 1)
+    model.head(texts, keys, attended)
+
+
+def _autocast(precision: str) -> torch.autocast:
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.bfloat16}  # the CPU's autocast has no fp16; the sizes are the same
+    return torch.autocast("cpu", dtype=kinds.get(precision, torch.bfloat16), enabled=precision in kinds)

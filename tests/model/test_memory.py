@@ -1,0 +1,71 @@
+"""The memory model against torch's own tracker of a whole training step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from mu2llm import config
+from mu2llm.model.memory import GIB, _language, _without_values, _write, inference_memory, training_memory
+
+
+def tracked(experiment, stage):
+    """Bytes at the peak of a step of AdamW, by torch's tracker on tensors without values."""
+    settings = getattr(experiment, stage)
+    with torch.device("meta"):
+        model = _language(experiment, stage)
+    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
+        _without_values(model)
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+        tracker = MemTracker()
+        tracker.track_external(model, optimiser)
+        forward, losses = type(model).forward, []
+
+        def kept(*arguments, **keywords):
+            output = forward(*arguments, **keywords)
+            losses.append(output.loss)
+            return output
+
+        model.forward = kept.__get__(model)
+        with tracker:
+            for _ in range(2):  # the moments are there from the second step on
+                _write(model, experiment, settings.batch_size, 2 if stage == "dpo" else 1, stage)
+                losses.pop().backward()
+                optimiser.step()
+                optimiser.zero_grad()
+                tracker.reset_mod_stats()
+    return sum(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_step_takes_what_the_memory_model_says(stage, precision):
+    changes = [f"{stage}.precision={precision}", f"{stage}.freeze_vision=false", "model.vision.num_layers=2"]
+    experiment = config.load("demo", changes)
+    assert training_memory(experiment, stage).peak == pytest.approx(tracked(experiment, stage), rel=0.15)
+
+
+def test_recomputation_lora_and_a_smaller_batch_take_less():
+    def peak(*changes):
+        return training_memory(config.load("llama3-1b", list(changes)), "sft").peak
+
+    whole = peak("sft.gradient_checkpointing=false")
+    assert peak() < 0.8 * whole
+    assert peak("sft.batch_size=2", "sft.gradient_checkpointing=false") < 0.8 * whole
+    assert peak("model.lora=null", "sft.gradient_checkpointing=false") > whole
+
+
+def test_the_scans_of_one_worker_count_not_those_of_all():
+    one, two = (training_memory(config.load("tiny", [f"contrastive.workers={n}"]), "contrastive") for n in (1, 2))
+    assert two.activations < one.activations
+    assert two.gradients_stay and not one.gradients_stay
+
+
+def test_writing_takes_the_weights_and_a_cache_that_grows_with_the_reports():
+    experiment = config.load("llama3-1b")
+    few, many = inference_memory(experiment, 1), inference_memory(experiment, 16)
+    assert few.weights == many.weights and many.activations == 16 * few.activations
+    assert 5 < few.weights / GIB < 8 and "GiB" in str(few)
