@@ -199,15 +199,22 @@ def _show_checks(checks: Sequence[Check]) -> None:
 @app.command()
 def capacity(
     presets: Annotated[list[str] | None, typer.Argument(help="Presets; default all that a GPU is for.")] = None,
+    header: Annotated[
+        bool, typer.Option("--header", help="The line of a preset's file that says what it needs.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Computed, not measured: memory and cases an hour by preset and GPU, from the FLOPs of the model."""
+    """Computed, not measured: memory by stage and cases an hour by preset and GPU, from the model itself."""
     from dataclasses import asdict
 
-    from mu2llm.cluster.capacity import capacities, markdown
+    from mu2llm.cluster import capacity as computed
 
-    table = capacities([config.load(preset) for preset in presets or ("paper", "llama3-1b", "qwen3-1.7b")])
-    print(json.dumps([asdict(row) for row in table]) if as_json else markdown(table))
+    experiments = [config.load(preset) for preset in presets or ("paper", "llama3-1b", "qwen3-1.7b")]
+    if header:
+        print("\n".join(computed.header(experiment) for experiment in experiments))
+        return
+    table = computed.capacities(experiments)
+    print(json.dumps([asdict(row) for row in table]) if as_json else computed.markdown(table))
 
 
 @app.command()

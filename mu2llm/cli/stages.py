@@ -67,7 +67,10 @@ def _stage_command(stage: str, help: str) -> None:
         experiment = config.load(preset, overrides)
         if dry:
             settings = getattr(experiment, stage)
+            from mu2llm.model.memory import training_memory
+
             needs = f"{settings.workers} workers of {settings.cpus_per_worker:g} CPU, {settings.gpus_per_worker:g} GPU"
+            needs += f" and {training_memory(experiment, stage)}"  # type: ignore[arg-type]
             dry_run(experiment, [data, *([init] if init else [])], [out], needs)
         _train(stage, data, out, init, experiment, address, as_json)
 

@@ -11,13 +11,17 @@ from mu2llm.errors import UserError
 from mu2llm.settings.stages import StageConfig
 
 if TYPE_CHECKING:
+    from mu2llm.model.memory import Memory, Stage
     from mu2llm.model.summary import Summary
 
 UTILISATION = 0.35
 """Share of the peak that training of this kind reaches; measure yours (`samples_per_second` in every run)."""
 REPORT_TOKENS = 256
-TRAINED_BYTES, FROZEN_BYTES = 16, 4
-"""A parameter: fp32 weight, gradient and AdamW's two moments; or the fp32 weight alone."""
+USABLE = 0.9
+"""Fraction of a GPU's memory that tensors can have: the rest is CUDA's context, kernels' workspaces, fragments."""
+TRAINING: tuple[Stage, ...] = ("contrastive", "sft", "dpo")
+WRITING = "writing"
+"""What prefer, evaluate, generate and serve do: a batch of reports at a time."""
 
 
 @dataclass(frozen=True)
@@ -79,24 +83,18 @@ def lacks(need: Mapping[str, float], have: Mapping[str, float]) -> list[str]:
     ]
 
 
-def training_gib(experiment: Experiment, stage: str, summary: Summary) -> float:
-    """Memory of one worker of `sft` or `dpo`: parameters, gradients, moments, and what a batch's forward keeps.
+def memory(experiment: Experiment) -> dict[str, Memory]:
+    """What one worker of each training stage keeps, and one process that writes reports, by name."""
+    from mu2llm.model.memory import inference_memory, training_memory  # seconds of imports: only where it is counted
 
-    At most that much: with sharding (`fsdp`) or recomputation (`gradient_checkpointing`) it is less. DPO's pairs share
-    their vision but keep two reports.
-    """
-    settings: StageConfig = getattr(experiment, stage)
-    workers = settings.workers if isinstance(settings.workers, int) else settings.workers[0]
-    frozen = {
-        "language model": experiment.model.lora is not None or getattr(settings, "freeze_language_model", False),
-        "vision": settings.freeze_vision,
-    }
-    weights = sum(
-        count * (FROZEN_BYTES if frozen.get(part) else TRAINED_BYTES) for part, count in summary.parameters.items()
-    )
-    kept = summary.activation_bytes * (1 if settings.precision == "fp32" else 0.5)
-    sequences = 2 if stage == "dpo" else 1
-    return (weights + kept * sequences * settings.batch_size / workers) / 2**30
+    found: dict[str, Memory] = {stage: training_memory(experiment, stage) for stage in TRAINING}
+    return {**found, WRITING: inference_memory(experiment, experiment.evaluation.batch_size)}
+
+
+def header(experiment: Experiment) -> str:
+    """The line of a preset's file that says what it needs: GiB of a worker of each stage."""
+    each = ", ".join(f"{name} {kept.peak / 2**30:.1f}" for name, kept in memory(experiment).items())
+    return f"# memory of a worker in GiB, computed: {each}"
 
 
 def summary_of(experiment: Experiment) -> Summary:
@@ -108,22 +106,22 @@ def summary_of(experiment: Experiment) -> Summary:
 
 @dataclass(frozen=True)
 class Capacity:
-    """One preset on one GPU. `train` and `write` are cases an hour and a GPU."""
+    """One preset on one GPU. `train` and `write` are cases an hour and a GPU; `needed_gib` is by stage."""
 
     preset: str
     gpu: str
-    needed_gib: float
+    needed_gib: dict[str, float]
     fits: bool
     train: float
     write: float
 
 
 def capacities(experiments: Sequence[Experiment], gpus: Sequence[Gpu] = GPUS) -> list[Capacity]:
-    """Presets × GPUs: SFT's memory of one worker, cases an hour of SFT, reports an hour."""
+    """Presets × GPUs: memory of one worker by stage, cases an hour of SFT, reports an hour."""
     found = []
     for experiment in experiments:
         summary = summary_of(experiment)
-        needed = training_gib(experiment, "sft", summary)
+        needed = {name: kept.peak / 2**30 for name, kept in memory(experiment).items()}
         forward = sum(summary.flops.values())
         language_bytes = 2 * summary.parameters["language model"]
         for gpu in gpus:
@@ -135,7 +133,7 @@ def capacities(experiments: Sequence[Experiment], gpus: Sequence[Gpu] = GPUS) ->
                     preset=experiment.name,
                     gpu=gpu.name,
                     needed_gib=needed,
-                    fits=needed <= 0.9 * gpu.memory_gib,
+                    fits=max(needed.values()) <= USABLE * gpu.memory_gib,
                     train=3600 / (3 * forward / flops),  # backward costs two forwards
                     write=3600 / (forward / flops + REPORT_TOKENS * token),
                 )
@@ -146,14 +144,16 @@ def capacities(experiments: Sequence[Experiment], gpus: Sequence[Gpu] = GPUS) ->
 def markdown(table: Sequence[Capacity]) -> str:
     """The table of cluster/README.md."""
     gpus = list(dict.fromkeys(each.gpu for each in table))
+    stages = [*TRAINING, WRITING]
     lines = [
-        f"| preset | SFT, GiB a worker | {' | '.join(gpus)} |",
-        f"|---|---|{'---|' * len(gpus)}",
+        f"| preset | {' | '.join(f'{stage}, GiB' for stage in stages)} | {' | '.join(gpus)} |",
+        f"|---|{'---|' * (len(stages) + len(gpus))}",
     ]
     for preset in dict.fromkeys(each.preset for each in table):
         row = [each for each in table if each.preset == preset]
+        needed = [f"{row[0].needed_gib[stage]:.1f}" for stage in stages]
         cells = [f"{_round(each.train)} / {_round(each.write)}" if each.fits else "does not fit" for each in row]
-        lines.append(f"| {preset} | {row[0].needed_gib:.1f} | {' | '.join(cells)} |")
+        lines.append(f"| {preset} | {' | '.join([*needed, *cells])} |")
     return "\n".join(lines)
 
 

@@ -160,21 +160,28 @@ def _resources(experiment: Experiment, job: str) -> Check:
 
 
 def _gpu_memory(experiment: Experiment, job: str, nodes: Sequence[Node]) -> Iterator[Check]:
-    stages = {"pipeline": ["sft", "dpo"], "sweep_tokenizer": ["sft"], "sweep_dpo": ["dpo"]}.get(job, [job])
-    stages = [stage for stage in stages if stage in ("sft", "dpo") and getattr(experiment, stage).gpus_per_worker]
-    gpus = [gpu for node in nodes for gpu in node.gpus]
-    if not stages or not gpus:
+    """Whether what each stage keeps fits the smallest GPU that is there."""
+    by_job: dict[str, list[str]] = {"pipeline": [*capacity.TRAINING], "sweep_tokenizer": ["sft"], "sweep_dpo": ["dpo"]}
+    stages = [
+        name
+        for name in by_job.get(job, [job])
+        if name in capacity.TRAINING and getattr(experiment, name).gpus_per_worker
+    ]
+    if not stages:
         return
-    summary = capacity.summary_of(experiment)
+    from mu2llm.model.memory import MEMORY_MENDS  # seconds of imports: only where a GPU is asked for
+
+    gpus = sorted((gpu for node in nodes for gpu in node.gpus), key=lambda gpu: gpu[1])
+    kept = capacity.memory(experiment)
     for stage in stages:
-        need = capacity.training_gib(experiment, stage, summary)
-        name, has = min(gpus, key=lambda gpu: gpu[1])
-        fits = need <= 0.9 * has
+        need = kept[stage].peak / 2**30
+        name, has = gpus[0] if gpus else ("no GPU that is there", 0.0)
+        fits = need <= capacity.USABLE * has
         yield Check(
             name=f"gpu memory, {stage}",
-            status="ok" if fits else "warn",
-            found=f"about {need:.0f} GiB a worker computed, {name} has {has:.0f}",
-            mend="" if fits else f"{stage}.gradient_checkpointing, a smaller {stage}.batch_size, or a larger GPU",
+            status="ok" if fits else "fail" if gpus else "warn",
+            found=f"{kept[stage]} a worker computed, {name} has {has:.0f} GiB",
+            mend="" if fits else MEMORY_MENDS.format(stage=stage),
         )
 
 

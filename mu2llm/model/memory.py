@@ -6,14 +6,19 @@ at the stage's own batch and precision. No formula of layers, so that what chang
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mu2llm.config import Experiment
+from mu2llm.errors import UserError
 from mu2llm.model.building import add_lora, configuration, vision_configuration
 from mu2llm.model.configuration import Mu2ContrastiveConfig
 from mu2llm.model.contrastive import Mu2ForContrastive
@@ -29,6 +34,12 @@ GRADIENT, MOMENTS = 4, 8
 TEXTS_PER_CASE = 8
 """Sentences or findings of a report that contrast holds against the scan: about the mean of CT-RATE's."""
 QUESTION_TOKENS = 32
+
+
+MEMORY_MENDS = (
+    "set {stage}.gradient_checkpointing=true, a smaller {stage}.batch_size with {stage}.accumulation, model.lora, or "
+    "{stage}.fsdp with more workers, or take a larger GPU"
+)
 
 
 @dataclass(frozen=True)
@@ -92,20 +103,58 @@ def training_memory(experiment: Experiment, stage: Stage) -> Memory:
     )
 
 
-def inference_memory(experiment: Experiment, sequences: int, bytes_per_weight: int = 4) -> Memory:
-    """One process that writes `sequences` reports at a time: weights, and the keys and values of the language model.
+def inference_memory(experiment: Experiment, sequences: int) -> Memory:
+    """One process that encodes and writes `sequences` reports at a time, in fp32, a scan each.
 
-    Encoding's own tensors are small beside these: scans are encoded without gradient, layer by layer.
+    `activations` is the larger of two: the most that encoding the scans holds at a time, and the language model's keys
+    and values at the longest text.
     """
     with torch.device("meta"):
         model = _language(experiment, "evaluate")
+    with FakeTensorMode(), torch.inference_mode(), _Live() as live:
+        _without_values(model)
+        count = live.now
+        model.encode_vision(torch.zeros(sequences, *experiment.data.spec.shape))
+        encoding = live.most - count
     config: Any = model.config.text
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     length = experiment.model.max_text_tokens + experiment.model.tokenizer.queries
-    cache = 2 * config.num_hidden_layers * heads * head * length * sequences * bytes_per_weight
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return Memory(weights=count * bytes_per_weight, gradients=0, moments=0, activations=cache)
+    cache = 2 * config.num_hidden_layers * heads * head * length * sequences * 4
+    return Memory(weights=count, gradients=0, moments=0, activations=max(encoding, cache))
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of all tensors that are alive, now and at the most, of those that are made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                size = storage.nbytes()
+                self._seen[storage] = size
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, size)
+        return output
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def check_memory(experiment: Experiment, stage: Stage, device_bytes: int) -> None:
+    """A UserError with the numbers and the mends where a stage's worker cannot fit a device of so many bytes."""
+    need = training_memory(experiment, stage)
+    if need.peak > device_bytes:
+        raise UserError(
+            f"{stage} needs {need} a worker and the device has {device_bytes / GIB:.1f} GiB: "
+            f"{MEMORY_MENDS.format(stage=stage)}"
+        )
 
 
 def _contrastive(experiment: Experiment) -> Mu2ForContrastive:
@@ -141,7 +190,8 @@ def _without_values(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, VisionEncoder) and module.anatomy is not None:
             module.anatomy.eval()  # in training it looks at how often it was updated: a value
-        for tensors in (module._parameters, module._buffers):
+        slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in slots:
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue

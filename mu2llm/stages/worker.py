@@ -17,6 +17,7 @@ from transformers import set_seed
 from mu2llm import storage
 from mu2llm.cases import Shards, Stream
 from mu2llm.errors import UserError
+from mu2llm.model.memory import check_memory
 from mu2llm.records import Training
 from mu2llm.stages.job import Job, Progress
 
@@ -26,10 +27,13 @@ INTERMEDIATE_FILE = "mu2llm_intermediate.json"
 
 
 def work(settings: dict[str, Any]) -> None:
+    """The stage's loop in this process, from where it is to go on; what the user must change stops the stage."""
     job = Job.model_validate(settings["job"])
     torch.set_num_threads(max(1, int(job.settings.cpus_per_worker)))
     set_seed(job.resolved.seed)
     try:
+        if job.settings.gpus_per_worker and torch.cuda.is_available():
+            check_memory(job.resolved, job.stage, torch.cuda.get_device_properties(0).total_memory)
         settings["loop"](job, Resume.point())
     except UserError as error:
         # not raised on: a retry would end the same way

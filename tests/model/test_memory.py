@@ -64,8 +64,8 @@ def test_the_scans_of_one_worker_count_not_those_of_all():
     assert two.gradients_stay and not one.gradients_stay
 
 
-def test_writing_takes_the_weights_and_a_cache_that_grows_with_the_reports():
+def test_writing_takes_the_weights_and_what_encoding_so_many_scans_holds():
     experiment = config.load("llama3-1b")
     few, many = inference_memory(experiment, 1), inference_memory(experiment, 16)
-    assert few.weights == many.weights and many.activations == 16 * few.activations
+    assert few.weights == many.weights and many.activations == pytest.approx(16 * few.activations, rel=0.05)
     assert 5 < few.weights / GIB < 8 and "GiB" in str(few)
