@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 
@@ -203,7 +202,7 @@ def fetch(uri: str, folder: Path) -> Path:
         return Path(storage.resolve(uri)[1])
     local = folder / uri.rstrip("/").rsplit("/", 1)[-1]
     try:
-        storage.download(uri, local)
+        storage.copy(uri, str(local))
     except FileNotFoundError:
         raise Rejection(uri, "not_found", "there is nothing under this path or URI") from None
     return local
@@ -245,8 +244,7 @@ def _check_target(out: str, spec: PreprocessSpec) -> None:
 def _write_rest(out: str, table: CaseTable, rejected: list[Rejection]) -> None:
     """The table of rejected scans, and what was found in the manifest."""
     rows = sorted((rejection.row() for rejection in rejected), key=lambda row: (row["case_id"], row["uri"]))
-    with storage.staged(storage.join(out, REJECTED)) as path:
-        pq.write_table(pa.Table.from_pylist(rows, schema=REJECTIONS), path)
+    storage.write_table(storage.join(out, REJECTED), pa.Table.from_pylist(rows, schema=REJECTIONS))
     storage.write_json(storage.join(out, MANIFEST), {"counts": table.counts, "listed": table.listed})
 
 

@@ -130,7 +130,7 @@ class Shards:
         return np.array([rows[name] for name in ids], np.int64)
 
     def _cases(self, split: str) -> pa.Table:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.uri, CASES))))
+        table = storage.read_table(storage.join(self.uri, CASES))
         return table.filter(pc.field("split") == split)
 
     def schema(self, split: str) -> pa.Schema:
@@ -227,8 +227,7 @@ def read_summary(uri: str) -> dict[str, Any]:
 
 def write_index(uri: str, index: Index, cases: list[Case]) -> Shards:
     """Writes what makes the files below a URI into finished shards; the index last."""
-    with storage.staged(storage.join(uri, CASES)) as path:
-        pq.write_table(Case.table(cases), path)
+    storage.write_table(storage.join(uri, CASES), Case.table(cases))
     storage.write_json(storage.join(uri, INDEX), index.model_dump(mode="json"))
     return Shards(uri, index)
 

@@ -10,9 +10,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from mu2llm import artefacts, storage, tracking
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
@@ -75,8 +72,8 @@ def rescore(out: str, experiment: Experiment) -> Results:
     header = Header.open(out)
     cases, predictions = read_predictions(out)
     results, judgements = assess(header, cases, predictions, experiment)
-    _write_table(storage.join(out, "judgements.parquet"), judgements)
-    _write_table(storage.join(out, "metrics.parquet"), results.table())
+    storage.write_table(storage.join(out, "judgements.parquet"), judgements)
+    storage.write_table(storage.join(out, "metrics.parquet"), results.table())
     storage.write_json(storage.join(out, METRICS), results.model_dump(mode="json"))
     judged = {(row["run"], row["case_id"]): Judgement.from_row(row) for row in judgements.to_pylist()}
     write_report(out, results, cases, predictions, judged, experiment.evaluation.pages)
@@ -114,8 +111,8 @@ def compare_saved(evaluations: Sequence[str], out: str, experiment: Experiment) 
     predictions = [p for p in saved[0][1] if p.run == PRIOR]
     for i, (_, found) in enumerate(saved):
         predictions += [p.model_copy(update={"run": names[i, p.run]}) for p in found if p.run != PRIOR]
-    _write_table(storage.join(out, "cases.parquet"), Case.table(saved[0][0]))
-    _write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
+    storage.write_table(storage.join(out, "cases.parquet"), Case.table(saved[0][0]))
+    storage.write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
     header.write(out)
     return rescore(out, experiment)
 
@@ -136,7 +133,7 @@ def _told_apart(evaluations: Sequence[str], headers: Sequence[Header]) -> dict[t
 
 def read_predictions(out: str) -> tuple[list[Case], list[Prediction]]:
     """The saved cases and predictions."""
-    tables = [_read_table(storage.join(out, f"{name}.parquet")).to_pylist() for name in ("cases", "predictions")]
+    tables = [storage.read_table(storage.join(out, f"{name}.parquet")).to_pylist() for name in ("cases", "predictions")]
     return [Case.from_row(row) for row in tables[0]], [Prediction.from_row(row) for row in tables[1]]
 
 
@@ -168,8 +165,8 @@ def _write_predictions(request: Request, shards: Shards, out: str, progress: Pro
     train = [case.report for case in shards.cases("train")]
     fixed = prior_report(train or [case.report for case in cases], load_judge(JudgeConfig()), request.decoding.seed)
     predictions += [_prior(case, fixed, request) for case in cases]
-    _write_table(storage.join(out, "cases.parquet"), Case.table(cases))
-    _write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
+    storage.write_table(storage.join(out, "cases.parquet"), Case.table(cases))
+    storage.write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
     Header(
         identity=request.identity,
         checkpoints={run: tracking.place(uri) for run, uri in request.checkpoints.items()},
@@ -199,12 +196,3 @@ def _histories(checkpoints: Mapping[str, str]) -> dict[str, list[dict[str, float
             histories.setdefault(checkpoint.lineage.stage, checkpoint.training.history)
             parent = checkpoint.lineage.parent
     return histories
-
-
-def _write_table(uri: str, table: pa.Table) -> None:
-    with storage.staged(uri) as path:
-        pq.write_table(table, path)
-
-
-def _read_table(uri: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(storage.read_bytes(uri)))

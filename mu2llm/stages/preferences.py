@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Any, ClassVar, Self
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from mu2llm import artefacts, storage
@@ -192,7 +191,7 @@ def _listed(reasons: Counter[str]) -> str:
 
 def read_pairs(uri: str) -> list[PreferencePair]:
     """The pairs at a URI that `prefer` wrote, in order."""
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(uri, "pairs.parquet"))))
+    table = storage.read_table(storage.join(uri, "pairs.parquet"))
     return [PreferencePair.from_row(row) for row in table.to_pylist()]
 
 
@@ -267,15 +266,9 @@ def _write(out: str, candidates: list[Candidate], judgements: list[Judgement], p
     tables: dict[str, list] = {"candidates": candidates, "pairs": pairs}
     kinds: dict[str, type[Record]] = {"candidates": Candidate, "pairs": PreferencePair}
     for name, records in tables.items():
-        _write_table(storage.join(out, f"{name}.parquet"), kinds[name].table(records))
+        storage.write_table(storage.join(out, f"{name}.parquet"), kinds[name].table(records))
     judged = Judgement.table(judgements)
     for column in ("index", "case_id"):
         values = [getattr(candidate, column) for candidate in candidates]
         judged = judged.add_column(0, column, pa.array(values, Candidate.arrow_schema.field(column).type))
-    _write_table(storage.join(out, "judgements.parquet"), judged)
-
-
-def _write_table(uri: str, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+    storage.write_table(storage.join(out, "judgements.parquet"), judged)

@@ -53,7 +53,7 @@ def train(
             model = restore(saved) if job.settings.fsdp else trainer.accelerator.unwrap_model(trainer.model)
             metrics = finish(model, folder)
             progress = reports.progress(trainer.state.global_step)
-            storage.copy_folder(folder, job.out)
+            storage.copy(folder, job.out)
             # what describes it waits for `_publish`, on the driver, which makes the folder whole
             described = description(job, progress, resume.step, trainer.state, metrics)
             storage.write_json(storage.join(job.state, FINISHED_FILE), described.model_dump(mode="json"))
