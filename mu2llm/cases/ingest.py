@@ -16,7 +16,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from mu2llm.cases.table import CaseTable
 from mu2llm.cases.tensors import tensor_field
 from mu2llm.config import Experiment
 from mu2llm.errors import Failure, Rejection, UserError
+from mu2llm.progress import Counted
 from mu2llm.records import Case, PreprocessSpec
 from mu2llm.settings.data import DataConfig
 
@@ -40,7 +41,6 @@ REJECTED = "rejected.parquet"
 MANIFEST = "manifest.json"
 SMALL_SHARDS = 16  # shards of a split that is small, to keep several cores busy; and the least rows of a shard
 READ_AHEAD = 2  # scans whose bytes are fetched while one is decoded
-Progress = Callable[[int, int], None]
 
 REJECTIONS = pa.schema([pa.field(name, pa.string()) for name in ("uri", "reason", "message", "case_id")])
 
@@ -67,7 +67,7 @@ def schema(spec: PreprocessSpec) -> pa.Schema:
     )
 
 
-def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Progress | None = None) -> dict[str, Any]:
+def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Counted | None = None) -> dict[str, Any]:
     """Writes the shards of a case table below `out`; run again, it goes on and does nothing twice.
 
     Gives `{cases, written, rejected: {reason: n}, seconds, bytes, splits: {name: n}}`. Over the rejection budget it
@@ -115,7 +115,7 @@ def _shuffled(case: Case) -> bytes:
 
 
 def _run(
-    groups: dict[str, list[Case]], out: str, data: DataConfig, table: CaseTable, progress: Progress | None
+    groups: dict[str, list[Case]], out: str, data: DataConfig, table: CaseTable, progress: Counted | None
 ) -> list[dict[str, Any]]:
     """Every group's summary, in the order of the plan."""
     if not groups:

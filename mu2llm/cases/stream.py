@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from ray.data import TaskPoolStrategy
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from mu2llm import private_apis
 from mu2llm.cases import tensors
 from mu2llm.cases.shards import Shards, read_rows
 from mu2llm.errors import UserError
@@ -28,7 +28,6 @@ MAX_TASKS = 4096
 READING_TASKS = 2  # at once, of one stream
 READING_CPUS = 0.0  # that Ray counts for each: training workers may hold all there are, and reading mostly waits
 TEXT_BYTES = 1024
-REST_S = 0.02  # of Ray Data's scheduler after each of its turns
 ALIKE_BATCHES = 32  # of one window, within which rows of alike lengths come together
 
 
@@ -147,7 +146,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Reader:
+class ReadBlocks:
     """What a reading task does: a range of blocks → their rows."""
 
     source: Source
@@ -162,14 +161,6 @@ class Reader:
             yield {**self.source.read(items), "row": positions, "item": items}
 
 
-class Rest(ExecutionCallback):
-    """Ray Data's scheduler is a thread of the consuming process. When the readers are ahead it turns without a pause
-    and holds the interpreter lock: it took half the time of a small training step."""
-
-    def on_execution_step(self, executor: Any) -> None:
-        time.sleep(REST_S)
-
-
 def blocks(source: Source, order: Order, share: Share, num_cpus: float) -> ray.data.Dataset:
     """The rows of a share in order, in small blocks, with `row` (position in the order) and `item`."""
     block_rows = max(1, BLOCK_BYTES // source.row_bytes)
@@ -182,10 +173,10 @@ def blocks(source: Source, order: Order, share: Share, num_cpus: float) -> ray.d
     # from_items makes its blocks here; from_arrow asks a task for them, which waits for ever where no CPU is free.
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     dataset.context.execution_options.preserve_order = True
-    dataset.context.custom_execution_callback_classes = [Rest]
+    private_apis.pause_scheduler(dataset)
     dataset.context.target_max_block_size = int(0.9 * block_bytes)  # so that each step of a task gives a block
     return dataset.map_batches(
-        Reader(source, order, share, block_rows),
+        ReadBlocks(source, order, share, block_rows),
         batch_size=None,
         batch_format="numpy",
         num_cpus=num_cpus,

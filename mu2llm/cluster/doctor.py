@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mu2llm import storage, tracking
+from mu2llm import private_apis, storage, tracking
 from mu2llm.cluster import capacity
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
@@ -139,7 +139,7 @@ def _store_gib(resources: dict[str, float]) -> float:
 
 def _most() -> dict[str, float]:
     """What the cluster has, or can grow to where it scales itself."""
-    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    most = private_apis.largest_resources()
     have = ray.cluster_resources()
     return {name: max(have.get(name, 0), most.get(name, 0)) for name in {*have, *most}}
 

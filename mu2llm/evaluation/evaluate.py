@@ -19,12 +19,13 @@ from mu2llm.evaluation.assess import PRIOR, assess
 from mu2llm.evaluation.audits import prior_report
 from mu2llm.evaluation.decoding import Decoding
 from mu2llm.evaluation.encode import cached_features
-from mu2llm.evaluation.generate import Progress, generate
+from mu2llm.evaluation.generate import generate
 from mu2llm.evaluation.leaderboard import rows, track
 from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
 from mu2llm.evaluation.report import PAGE, write_report
 from mu2llm.evaluation.results import METRICS, Header, Results
 from mu2llm.green import load_judge
+from mu2llm.progress import Counted
 from mu2llm.records import Case, Checkpoint, Judgement
 from mu2llm.settings.green import JudgeConfig
 
@@ -33,7 +34,7 @@ STATE = "predictions.state"
 
 
 def evaluate(
-    checkpoint: str, data: str, out: str, experiment: Experiment, split: str = "test", progress: Progress | None = None
+    checkpoint: str, data: str, out: str, experiment: Experiment, split: str = "test", progress: Counted | None = None
 ) -> dict[str, Any]:
     """One checkpoint's metrics, audits and report; see `compare`."""
     run = open_checkpoint(checkpoint).lineage.stage
@@ -46,7 +47,7 @@ def compare(
     out: str,
     experiment: Experiment,
     split: str = "test",
-    progress: Progress | None = None,
+    progress: Counted | None = None,
 ) -> Results:
     """Several checkpoints (run → URI) on the same cases in one pass, with paired differences of later ones to earlier.
 
@@ -158,7 +159,7 @@ def _request(checkpoints: Mapping[str, str], shards: Shards, split: str, experim
     )
 
 
-def _write_predictions(request: Request, shards: Shards, out: str, progress: Progress | None) -> None:
+def _write_predictions(request: Request, shards: Shards, out: str, progress: Counted | None) -> None:
     """Cases and predictions, and last the header, which says that they are whole."""
     predictions = generate(request, storage.join(out, STATE), progress)
     cases = shards.cases(request.split)[: request.max_cases]

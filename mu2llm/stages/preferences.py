@@ -8,7 +8,7 @@ a language model has judged is not asked again. Radiologists' corrections are pa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
 from typing import Any, ClassVar, Self
@@ -27,12 +27,11 @@ from mu2llm.evaluation.encode import cached_features
 from mu2llm.evaluation.generate import generate
 from mu2llm.evaluation.predictions import Request
 from mu2llm.green import Judge, load_judge
+from mu2llm.progress import Counted
 from mu2llm.records import Candidate, Case, Correction, Judgement, PreferencePair, Record
 from mu2llm.stages.corrections import read_corrections
 from mu2llm.stages.corruption import corrupt
 from mu2llm.stages.pairs import Judged, make_pairs, screen
-
-Progress = Callable[[int, int], None]
 
 
 class Preferences(BaseModel):
@@ -70,7 +69,7 @@ def prefer(
     out: str,
     experiment: Experiment,
     judge: Judge | None = None,
-    progress: Progress | None = None,
+    progress: Counted | None = None,
     corrections: str | None = None,
 ) -> Preferences:
     """Samples, judges and pairs; `corrections` (a URI of JSON lines) of the split's scans are added as they are.
@@ -220,7 +219,7 @@ def _request(checkpoint: str, shards: Shards, experiment: Experiment) -> Request
     )
 
 
-def _sample(request: Request, out: str, progress: Progress | None) -> list[Candidate]:
+def _sample(request: Request, out: str, progress: Counted | None) -> list[Candidate]:
     """The candidates; what is finished is kept below `out` and not done again."""
     written = generate(request, storage.join(out, "sampling"), progress)
     seed = request.decoding.seed
