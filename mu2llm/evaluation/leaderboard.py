@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from mu2llm import tracking
 from mu2llm.evaluation import published
-from mu2llm.evaluation.report.charts import source
+from mu2llm.evaluation.pages import environment, source
 from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.records import Estimate
 
@@ -220,16 +219,13 @@ def _line(*cells: str) -> str:
 
 def html(table: Sequence[Row]) -> str:
     """A page of its own, in the style of the report."""
-    environment = Environment(
-        loader=PackageLoader("mu2llm.evaluation.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("leaderboard.html").render(
-        leagues=[(league, _columns(league.rows)) for league in leagues(table)],
-        titles=TITLES,
-        cell=cell,
-        style=Markup(source("page.css")),
+    return (
+        environment()
+        .get_template("leaderboard.html")
+        .render(
+            leagues=[(league, _columns(league.rows)) for league in leagues(table)],
+            titles=TITLES,
+            cell=cell,
+            style=Markup(source("page.css")),
+        )
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import is_color_like, to_hex
 from matplotlib.figure import Figure
 
+from mu2llm.evaluation.pages import source
 from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.records import Estimate
 
@@ -160,11 +160,6 @@ def _finish(axes: Axes) -> None:
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.grid(False, axis="y")
     axes.tick_params(length=0)
-
-
-def source(name: str) -> str:
-    """A file of this folder."""
-    return (files("mu2llm.evaluation.report") / name).read_text(encoding="utf-8")
 
 
 def as_png(figure: Figure) -> bytes:
