@@ -97,7 +97,7 @@ def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Counted
 
 def plan(table: CaseTable, data: DataConfig) -> dict[str, list[Case]]:
     """Path of each shard below `out` → its cases. The path names cases, spec and what the listing said of the scans, so
-    that it changes with them: a scan that was mended or replaced is read again."""
+    that it changes with them: a scan that was repaired or replaced is read again."""
     groups = {}
     row_bytes = math.prod(data.spec.shape) * np.dtype(data.spec.dtype).itemsize
     for split in SPLITS:

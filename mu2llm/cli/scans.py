@@ -60,10 +60,10 @@ def inspect(
         print(json.dumps(items))
         return
     for item in items:
-        Console().print(*_told(item), sep="\n  ", highlight=False, soft_wrap=True)
+        Console().print(*_description(item), sep="\n  ", highlight=False, soft_wrap=True)
 
 
-def _told(item: dict[str, Any]) -> Iterator[str]:
+def _description(item: dict[str, Any]) -> Iterator[str]:
     """Lines for people: the scan, what it is or why it is rejected, and what was set right."""
     from mu2llm import ct
 

@@ -27,7 +27,7 @@ from ray.util.state import list_nodes
 
 from mu2llm import private_apis
 from mu2llm.cluster import capacity, job, package
-from mu2llm.cluster.session import TOKEN_MEND
+from mu2llm.cluster.session import TOKEN_FIX
 from mu2llm.config import Experiment
 from mu2llm.errors import Failure, UserError
 from mu2llm.progress import SHOWN, Steps
@@ -91,7 +91,7 @@ def one_line_errors(address: str) -> Iterator[None]:
         yield
     except ray.exceptions.AuthenticationError as error:
         why = "asks for a token" if "required" in str(error) else "refused the token"
-        raise UserError(f"the cluster at {address} {why}: {TOKEN_MEND}") from error
+        raise UserError(f"the cluster at {address} {why}: {TOKEN_FIX}") from error
     except (ConnectionError, requests.exceptions.RequestException) as error:
         raise UserError(
             f"there is no Ray dashboard at {address}; check host and port (8265 by default), the tunnel or "
@@ -106,7 +106,7 @@ def one_line_errors(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Without the variables that name a cluster: Ray's clients take them even over an address that is given."""
+    """Without the variables that name a cluster: Ray's clients take them even over an address in the call."""
     names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     values = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -128,7 +128,7 @@ def names(folder: Path) -> list[str]:
 
 
 def options(folder: Path, name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """A job's own options as it will read them; its mistakes are told here, before anything is sent."""
+    """A job's own options as it will read them; its mistakes are reported here, before anything is sent."""
     if name not in names(folder):
         there = ", ".join(names(folder))
         raise UserError(

@@ -212,7 +212,7 @@ def _request(checkpoint: str, shards: Shards, experiment: Experiment) -> Request
         ),
         batch_size=settings.batch_size,
         max_cases=settings.max_cases,
-        ids=tuple(shards.share("train", share, experiment.seed)) if few else None,
+        ids=tuple(shards.subset("train", share, experiment.seed)) if few else None,
         actors=settings.actors,
         cpus=stage.cpus_per_worker,
         gpus=stage.gpus_per_worker,

@@ -65,14 +65,14 @@ def metrics(results: Results) -> str:
 def grounding(results: Results) -> str:
     """Findings F1 of each run with its scan, with another patient's, with an empty one."""
     runs = [(i, run) for i, run in enumerate(results.runs) if results.runs[run].audit]
-    told = {"own scan": None, "another patient's": "shuffled", "empty": "zeroed"}
+    variants = {"own scan": None, "another patient's": "shuffled", "empty": "zeroed"}
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 0.7 + 0.75 * len(runs)), layout="constrained")
         axes = figure.subplots()
         places, labels = [], []
         for row, (i, run) in enumerate(runs):
-            for j, (label, variant) in enumerate(told.items()):
-                place = row * (len(told) + 0.7) + j
+            for j, (label, variant) in enumerate(variants.items()):
+                place = row * (len(variants) + 0.7) + j
                 value = _f1(results, run, variant)
                 _bars(axes, np.array([place]), [value], RUNS[i], None, 0.85, alpha=1 if variant is None else 0.35)
                 places.append(place)
@@ -168,8 +168,8 @@ def as_png(figure: Figure) -> bytes:
     light = {colour: re.findall(rf"{name}: (#\w+);", style)[0] for colour, name in _VARIABLES.items()}
     for artist in figure.findobj():
         for part in ("color", "facecolor", "edgecolor", "markeredgecolor", "markerfacecolor"):
-            given = getattr(artist, f"get_{part}", lambda: None)()
-            if given is not None and is_color_like(given) and (painted := light.get(to_hex(given))):
+            colour = getattr(artist, f"get_{part}", lambda: None)()
+            if colour is not None and is_color_like(colour) and (painted := light.get(to_hex(colour))):
                 getattr(artist, f"set_{part}")(painted)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110, facecolor="white")
