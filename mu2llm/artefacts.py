@@ -28,5 +28,5 @@ def open_checkpoint(uri: str) -> Checkpoint:
 
 def publish(checkpoint: Checkpoint, folder: str) -> None:
     """Uploads a local `save_pretrained` folder to the checkpoint's `uri` and completes it with its description."""
-    storage.copy_folder(folder, checkpoint.uri)
+    storage.copy(folder, checkpoint.uri)
     storage.write_json(storage.join(checkpoint.uri, Checkpoint.FILE), checkpoint.model_dump(mode="json"))

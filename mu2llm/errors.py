@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class Failure(Exception):
-    """Something broke though the request was right: one line that says what and the mend. The command exits 1."""
+    """Something broke though the request was right: one line that says what, and the fix. The command exits 1."""
 
 
 class Rejection(Exception):
@@ -31,7 +31,7 @@ class Rejection(Exception):
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """What went wrong → (exit code, one line); what a Ray task raised is told as if it had been raised here."""
+    """What went wrong → (exit code, one line); what a Ray task raised is explained as if it had been raised here."""
     error = _reason(error)
     if isinstance(error, UserError):
         return 2, str(error)
@@ -56,6 +56,6 @@ def _reason(error: BaseException) -> BaseException:
     while (cause := getattr(chain[-1], "cause", None) or chain[-1].__cause__) and cause not in chain:
         chain.append(cause)
     # Ray's wrapper of an error is an instance of that error's class too
-    told = [each for each in chain if not type(each).__module__.startswith("ray.")] or chain[-1:]
-    ours = [each for each in told if isinstance(each, UserError | Failure | Rejection)]
-    return ours[0] if ours else told[-1] if told[0] is not error else error
+    unwrapped = [each for each in chain if not type(each).__module__.startswith("ray.")] or chain[-1:]
+    ours = [each for each in unwrapped if isinstance(each, UserError | Failure | Rejection)]
+    return ours[0] if ours else unwrapped[-1] if unwrapped[0] is not error else error

@@ -3,6 +3,10 @@
 pyarrow puts an empty object `folder/` where it deletes or makes something below it. Servers that keep objects as
 files (rclone) take that for a file of the folder's name, and lose sight of what is in it. Objects need no folders:
 here none is made, and objects are deleted by boto3.
+
+A client takes 25 ms of CPU to make and has connections of its own, so each process keeps its clients: by all `AWS_…`
+variables of the environment (endpoint, region, keys, profile), so that rotated keys are noticed, and by its process
+id, so that one that went through a fork is not used.
 """
 
 from __future__ import annotations
@@ -15,9 +19,45 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
+Environment = tuple[tuple[str, str], ...]
+"""The `AWS_…` variables, sorted."""
+
+
+def s3(attempts: int) -> pafs.PyFileSystem:
+    """S3 as the environment says; a request is tried `attempts` times before it fails."""
+    if _endpoint(dict(_environment())):
+        # other servers than AWS's often refuse its newer trailing checksums (rclone answers 411)
+        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    return _filesystem(_environment(), os.getpid(), attempts)
+
+
+def _environment() -> Environment:
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+
+
+def _endpoint(environment: dict[str, str]) -> str | None:
+    return environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+
+
+@functools.lru_cache(maxsize=8)
+def _filesystem(environment: Environment, process: int, attempts: int) -> pafs.PyFileSystem:
+    names = dict(environment)
+    region = names.get("AWS_REGION") or names.get("AWS_DEFAULT_REGION")
+    options: dict[str, Any] = {"region": region}
+    if endpoint := _endpoint(names):
+        scheme, _, host = endpoint.rpartition("://")
+        options = {
+            "endpoint_override": host,
+            "scheme": scheme or "https",
+            "region": region or "us-east-1",
+            "allow_bucket_creation": True,
+        }
+    inner = pafs.S3FileSystem(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts))
+    return pafs.PyFileSystem(S3Handler(inner, attempts))
+
 
 class S3Handler(pafs.FileSystemHandler):
-    """Hands on to pyarrow's `S3FileSystem` all but the making of folders and deleting. Paths are `bucket/key`."""
+    """pyarrow's `S3FileSystem` but for the making of folders and deleting. Paths are `bucket/key`."""
 
     def __init__(self, inner: pafs.S3FileSystem, attempts: int) -> None:
         self.inner, self.attempts = inner, attempts
@@ -99,16 +139,15 @@ class S3Handler(pafs.FileSystemHandler):
             raise OSError(f"{bucket}/{failed[0]['Key']} was not deleted: {failed[0].get('Message')}")
 
     def _client(self) -> Any:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        return _client(endpoint, self.inner.region, os.environ.get("AWS_ACCESS_KEY_ID"), self.attempts)
+        return _client(_environment(), os.getpid(), self.inner.region, self.attempts)
 
 
 @functools.lru_cache(maxsize=8)
-def _client(endpoint: str | None, region: str, key: str | None, attempts: int) -> Any:
-    """`key` is here for the cache alone: a new embedded server on an old port has new keys."""
+def _client(environment: Environment, process: int, region: str, attempts: int) -> Any:
     import boto3  # half a second: only where something is deleted
     from botocore.config import Config
 
+    endpoint = _endpoint(dict(environment))
     style = {"addressing_style": "path"} if endpoint else {}
     retries: Any = {"total_max_attempts": attempts, "mode": "standard"}
     session = boto3.session.Session()  # the default one keeps the keys that it was first used with

@@ -28,13 +28,12 @@ from mu2llm.evaluation.promotion import promote
 from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.evaluation.scans import report_scans
 from mu2llm.memory import PeakMemory
+from mu2llm.progress import Counted, Logged, Steps, counted, logged
 from mu2llm.records import Checkpoint
 from mu2llm.stages import contrastive, dpo, sft
 from mu2llm.stages.preferences import Preferences, prefer
 
 BUCKET = "s3://mu2llm-demo"
-Show = Callable[[str, float, float, dict[str, float]], None]
-"""(step, done, of how many, numbers)"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Step(BaseModel):
 class Pipeline:
     """Runs steps in order below `out`, each once. `done` holds the finished ones by name."""
 
-    def __init__(self, out: str, experiment: Experiment, show: Show) -> None:
+    def __init__(self, out: str, experiment: Experiment, show: Steps) -> None:
         self.out, self.experiment, self.show = out, experiment, show
         self.done: dict[str, Step] = {}
         self.identity = ""
@@ -86,11 +85,11 @@ class Pipeline:
         storage.delete(marker)
         return result
 
-    def progress(self, name: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.show(name, done, total, {})
+    def progress(self, name: str) -> Counted:
+        return counted(self.show, name)
 
-    def training(self, name: str) -> Callable[[dict[str, float]], None]:
-        return lambda numbers: self.show(name, numbers.get("step", 0), numbers["total"], numbers)
+    def training(self, name: str) -> Logged:
+        return logged(self.show, name)
 
 
 def _remove(output: str, made: bool) -> None:
@@ -111,7 +110,7 @@ def _release(checkpoint: str) -> None:
             tracking.drop_alias(alias)
 
 
-def demo(experiment: Experiment, out: str, scans: list[str], show: Show) -> dict[str, Any]:
+def demo(experiment: Experiment, out: str, scans: list[str], show: Steps) -> dict[str, Any]:
     """The pipeline on phantoms in the embedded S3 server's bucket; gives, and writes, summary.json."""
     folder = Path(out).resolve()
     # the server first: Ray's workers inherit the environment that leads to it
@@ -131,7 +130,7 @@ def demo(experiment: Experiment, out: str, scans: list[str], show: Show) -> dict
 
 
 def run(
-    experiment: Experiment, out: str, source: Source, show: Show, scans: Sequence[str] = (), fresh: bool = False
+    experiment: Experiment, out: str, source: Source, show: Steps, scans: Sequence[str] = (), fresh: bool = False
 ) -> dict[str, Any]:
     """The pipeline on cases of one's own, everything below the URI `out`, on the Ray that is joined.
 

@@ -1,12 +1,16 @@
 """One way to storage: a URI (local path, file://, s3://, gs://) → a pyarrow filesystem and a path in it.
 
 S3 takes its keys from the environment as every AWS tool does; `AWS_ENDPOINT_URL` names another server
-(MinIO, the embedded one), which is then addressed path-style.
+(MinIO, the embedded one), which is then addressed path-style. Clients are kept by each process.
+
+Errors, of every function that reads or writes: FileNotFoundError where nothing is under the URI, `UserError` for a
+scheme that is not known, `Failure` where storage cannot be reached or refuses, after `ATTEMPTS` attempts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -23,10 +27,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
+from mu2llm import object_storage
 from mu2llm.errors import Failure, UserError
-from mu2llm.object_storage import S3Handler
 
 T = TypeVar("T")
 ATTEMPTS = 5
@@ -48,29 +53,16 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     if scheme == "file":
         return pafs.LocalFileSystem(), rest
     if scheme == "s3":
-        return _s3(), rest.rstrip("/")
+        return object_storage.s3(SDK_ATTEMPTS), rest.rstrip("/")
     if scheme in ("gs", "gcs"):
-        return pafs.GcsFileSystem(retry_time_limit=GCS_RETRIES), rest.rstrip("/")
+        return _gcs(os.getpid()), rest.rstrip("/")
     raise UserError(f"{uri}: storage {scheme!r} is not known; give a local path, s3:// or gs://")
 
 
-def _s3() -> pafs.PyFileSystem:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    strategy = pafs.AwsStandardS3RetryStrategy(max_attempts=SDK_ATTEMPTS)
-    if not endpoint:
-        return pafs.PyFileSystem(S3Handler(pafs.S3FileSystem(region=region, retry_strategy=strategy), SDK_ATTEMPTS))
-    # other servers than AWS's often refuse its newer trailing checksums (rclone answers 411)
-    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    scheme, _, host = endpoint.rpartition("://")
-    inner = pafs.S3FileSystem(
-        endpoint_override=host,
-        scheme=scheme or "https",
-        region=region or "us-east-1",
-        allow_bucket_creation=True,
-        retry_strategy=strategy,
-    )
-    return pafs.PyFileSystem(S3Handler(inner, SDK_ATTEMPTS))
+@functools.lru_cache(maxsize=1)
+def _gcs(process: int) -> pafs.GcsFileSystem:
+    """The client of this process: one that went through a fork is not used."""
+    return pafs.GcsFileSystem(retry_time_limit=GCS_RETRIES)
 
 
 def join(uri: str, *parts: str) -> str:
@@ -94,6 +86,7 @@ def below(folder: str, path: str) -> str:
 
 
 def is_remote(uri: str) -> bool:
+    """Whether a URI is of object storage, not of a local file."""
     return "://" in uri and not uri.startswith("file://")
 
 
@@ -110,25 +103,33 @@ def info(uri: str) -> pafs.FileInfo:
 
 
 def exists(uri: str) -> bool:
+    """Whether there is a file or a folder; a folder of object storage is there while an object is below it."""
     return bool(info(uri).type != pafs.FileType.NotFound)
 
 
 def is_file(uri: str) -> bool:
+    """Whether there is a file; False for a folder and for nothing."""
     return bool(info(uri).type == pafs.FileType.File)
 
 
 def list_files(uri: str, recursive: bool = True) -> list[pafs.FileInfo]:
-    """The files below a URI, sorted by path; none if it does not exist."""
+    """The files below a URI with their sizes in bytes and times, sorted by path; none if it does not exist."""
     filesystem, path = resolve(uri)
     selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
     infos = retried(uri, lambda: filesystem.get_file_info(selector))
     return sorted((info for info in infos if info.type == pafs.FileType.File), key=lambda info: info.path)
 
 
-def retried(what: str, action: Callable[[], T]) -> T:
-    """Does `action` again, with back-off, when storage fails: network and authentication, not a missing file.
+def files_below(uri: str) -> dict[str, pafs.FileInfo]:
+    """The files below a URI by their path relative to it, sorted; none if it does not exist."""
+    base = resolve(uri)[1].rstrip("/") + "/"
+    return {each.path.removeprefix(base): each for each in list_files(uri)}
 
-    A FileNotFoundError passes through at once; what still fails after `ATTEMPTS` is a Failure.
+
+def retried(what: str, action: Callable[[], T]) -> T:
+    """Runs `action` again, with back-off, when storage fails: network and authentication, not a missing file.
+
+    A FileNotFoundError passes through at once; what still fails after `ATTEMPTS` is a Failure that names `what`.
     """
     attempt = 0
     while True:
@@ -140,7 +141,7 @@ def retried(what: str, action: Callable[[], T]) -> T:
         except OSError as error:
             if attempt == ATTEMPTS:
                 why = f"storage failed {ATTEMPTS} times: {str(error).splitlines()[0]}"
-                raise Failure(f"{what}: {why}; mend it and run again to go on") from error
+                raise Failure(f"{what}: {why}; fix it and run the same command again to go on") from error
         time.sleep(BACK_OFF_S * 2**attempt * random.uniform(0.5, 1))
 
 
@@ -158,36 +159,8 @@ def read_bytes(uri: str) -> bytes:
     return retried(uri, read)
 
 
-def download(uri: str, path: Path) -> None:
-    """Copies a file, or a folder with all that is in it, to a local path, whole: every length is checked.
-
-    A FileNotFoundError where there is neither.
-    """
-    filesystem, source = resolve(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def copy() -> None:
-        with filesystem.open_input_file(source) as stream, path.open("wb") as target:
-            shutil.copyfileobj(stream, target, READ_BYTES)
-            if target.tell() != stream.size():
-                raise OSError(f"{uri}: {target.tell()} of {stream.size()} bytes arrived")
-
-    if isinstance(filesystem, pafs.LocalFileSystem) and Path(source).is_dir():
-        shutil.copytree(source, path)
-        return
-    try:
-        retried(uri, copy)
-    except FileNotFoundError:
-        files = list_files(uri)
-        if not files:
-            raise
-        names = [each.path.removeprefix(source).lstrip("/") for each in files]
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            list(pool.map(lambda name: download(join(uri, name), path / name), names))
-
-
 def write_bytes(uri: str, data: bytes) -> None:
-    """Writes so that a reader sees all of it or nothing: object stores do so by themselves."""
+    """Writes a file so that a reader sees all of it or nothing: object stores do so by themselves."""
     filesystem, path = resolve(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
         target = Path(path)
@@ -225,11 +198,28 @@ def staged(uri: str) -> Iterator[Path]:
 
 
 def read_json(uri: str) -> Any:
+    """The value of a JSON file; a ValueError where it is none."""
     return json.loads(read_bytes(uri))
 
 
 def write_json(uri: str, value: Any) -> None:
+    """Writes a value as JSON, whole; what JSON has no form for as its text."""
     write_bytes(uri, (json.dumps(value, indent=1, default=str) + "\n").encode())
+
+
+def read_table(uri: str) -> pa.Table:
+    """A whole Parquet file; pyarrow.ArrowInvalid where it is none."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(pa.BufferReader(read_bytes(uri)))
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """Writes a table as Parquet; it appears whole."""
+    import pyarrow.parquet as pq
+
+    with staged(uri) as path:
+        pq.write_table(table, path)
 
 
 def delete(uri: str) -> None:
@@ -245,16 +235,41 @@ def delete(uri: str) -> None:
     retried(uri, remove)
 
 
-def copy_folder(source: str, destination: str) -> None:
-    """Copies the files of a folder between any two storages; each appears whole."""
-    base = resolve(source)[1].rstrip("/") + "/"
-    for each in list_files(source):
-        path = each.path.removeprefix(base)
-        if is_remote(destination) and not is_remote(source):
-            _upload(Path(each.path), join(destination, path))
-        else:
-            with staged(join(destination, path)) as local:
-                download(join(source, path), local)
+def copy(source: str, destination: str) -> None:
+    """Copies a file, or a folder with all that is in it, between any two storages, `REQUESTS` files at a time.
+
+    Each file appears whole, its length checked. A FileNotFoundError where there is nothing at `source`.
+    """
+    kind = info(source).type
+    if kind == pafs.FileType.NotFound:
+        raise FileNotFoundError(f"{source}: there is nothing under this path or URI")
+    if kind == pafs.FileType.File:
+        _copy_file(source, destination)
+        return
+    if not is_remote(destination):
+        Path(resolve(destination)[1]).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        list(pool.map(lambda path: _copy_file(join(source, path), join(destination, path)), files_below(source)))
+
+
+def _copy_file(source: str, destination: str) -> None:
+    if is_remote(destination) and not is_remote(source):
+        _upload(Path(resolve(source)[1]), destination)
+        return
+    with staged(destination) as local:
+        _download(source, local)
+
+
+def _download(uri: str, path: Path) -> None:
+    filesystem, source = resolve(uri)
+
+    def read() -> None:
+        with filesystem.open_input_file(source) as stream, path.open("wb") as target:
+            shutil.copyfileobj(stream, target, READ_BYTES)
+            if target.tell() != stream.size():
+                raise OSError(f"{uri}: {target.tell()} of {stream.size()} bytes arrived")
+
+    retried(uri, read)
 
 
 def _upload(path: Path, uri: str) -> None:
@@ -264,16 +279,18 @@ def _upload(path: Path, uri: str) -> None:
 
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """A folder as a local one: itself if it is local, else a temporary copy that goes afterwards."""
+    """A file or folder as a local one of the same name: itself if it is local, else a copy that goes afterwards.
+
+    The path of nothing where there is nothing at the URI.
+    """
     if not is_remote(uri):
         yield Path(resolve(uri)[1])
         return
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"mu2llm-{secrets.token_hex(6)}"
-    try:
-        copy_folder(uri, str(folder))
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="mu2llm-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder, uri.rstrip("/").rpartition("/")[2])
+        if exists(uri):
+            copy(uri, str(path))
+        yield path
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """What operators watch while work is done: numbers for Prometheus, through Ray's metrics.
 
 Ray exports them on every node's metrics port under these names with the prefix `ray_`, and counters with the suffix
-`_total`. How long checkpoints take to upload, and whatever else is of Ray itself, its own metrics tell
+`_total`. How long checkpoints take to upload, and whatever else is of Ray itself, its own metrics say
 (`ray_train_checkpoint_transfer_total_time_s`). cluster/monitoring has a dashboard and alerts for all of them.
 """
 
@@ -19,7 +19,7 @@ TRAINING = {
     "total": ("mu2llm_train_steps_planned", "optimiser steps that the stage has"),
     "loss": ("mu2llm_train_loss", "training loss, mean since the last log"),
     "samples_per_second": ("mu2llm_train_samples_per_second", "cases trained on a second, over all workers"),
-    "data_wait_share": ("mu2llm_train_data_wait_share", "share of the time in which training waits for data"),
+    "data_wait_share": ("mu2llm_train_data_wait_share", "fraction of the time in which training waits for data"),
     "seconds_left": ("mu2llm_train_seconds_left", "seconds to the stage's end at this speed"),
     "cases_seen": ("mu2llm_train_cases_seen", "cases trained on, over all resumes"),
 }

@@ -10,20 +10,7 @@ Submitted again with the same --out, it goes on where it was, or says that it is
 
 from mu2llm.cluster import job
 
-
-def main(
-    data: job.Data,
-    out: job.Out,
-    init: job.OptionalInit = None,
-    preset: job.Preset = "demo",
-    set_: job.Set = [],  # noqa: B006
-) -> None:
-    from mu2llm.stages import dpo
-
-    with job.started("dpo", preset, set_, reads=[data, init], writes=[out]) as (experiment, lines):
-        checkpoint = dpo.run(data, out, experiment, init, lines.training("dpo"))
-        job.show({"checkpoint": out, **checkpoint.training.model_dump(exclude={"history"})})
-
+main = job.training("dpo")
 
 if __name__ == "__main__":
     job.run(main)

@@ -10,20 +10,7 @@ Submitted again with the same --out, it goes on where it was, or says that it is
 
 from mu2llm.cluster import job
 
-
-def main(
-    data: job.Data,
-    out: job.Out,
-    init: job.OptionalInit = None,
-    preset: job.Preset = "demo",
-    set_: job.Set = [],  # noqa: B006
-) -> None:
-    from mu2llm.stages import sft
-
-    with job.started("sft", preset, set_, reads=[data, init], writes=[out]) as (experiment, lines):
-        checkpoint = sft.run(data, out, experiment, init, lines.training("sft"))
-        job.show({"checkpoint": out, **checkpoint.training.model_dump(exclude={"history"})})
-
+main = job.training("sft")
 
 if __name__ == "__main__":
     job.run(main)

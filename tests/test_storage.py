@@ -1,13 +1,15 @@
-"""Storage: local and S3 (the embedded server) alike; what fails is tried again, and then said loudly."""
+"""Storage: the same for local paths and S3 (the embedded server); what fails is tried again, and then said loudly."""
 
 import contextlib
 import os
 import pickle
+import secrets
 import socket
 import subprocess
 import sys
 import time
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,8 +45,8 @@ def test_files_are_written_whole_listed_read_and_deleted(place):
     assert not storage.exists(storage.join(folder, "b.bin")) and storage.list_files(folder) == []
 
 
-def test_deleting_a_file_leaves_its_neighbours(place):
-    folder = storage.join(place, "neighbours", "deep")
+def test_deleting_a_file_leaves_the_others_of_its_folder(place):
+    folder = storage.join(place, "others", "deep")
     for name in ("a", "b", "c"):
         storage.write_bytes(storage.join(folder, name), name.encode())
     storage.delete(storage.join(folder, "a"))
@@ -52,11 +54,11 @@ def test_deleting_a_file_leaves_its_neighbours(place):
     assert storage.read_bytes(storage.join(folder, "b")) == b"b"
     storage.delete(folder)
     storage.write_bytes(storage.join(folder, "a"), b"new")
-    assert [info.base_name for info in storage.list_files(storage.join(place, "neighbours"))] == ["a"]
+    assert [info.base_name for info in storage.list_files(storage.join(place, "others"))] == ["a"]
 
 
-def test_the_filesystem_itself_deletes_so_too_also_when_it_has_travelled(place):
-    folder = storage.join(place, "travelled")
+def test_a_pickled_filesystem_deletes_as_the_original_does(place):
+    folder = storage.join(place, "pickled")
     filesystem, path = storage.resolve(folder)
     filesystem = pickle.loads(pickle.dumps(filesystem))
     for name in ("old/a", "old/b", "new/a"):
@@ -72,7 +74,7 @@ def test_bytes_are_stored_as_they_are_whatever_the_name_says(place):
     assert storage.read_bytes(f"{place}/scan.nii.gz") == b"not compressed again"
 
 
-def test_a_missing_file_is_said_at_once(place):
+def test_a_missing_file_raises_at_once_without_retries(place):
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(storage.join(place, "nothing"))
     assert not storage.exists(storage.join(place, "nothing"))
@@ -91,22 +93,79 @@ def test_a_staged_file_appears_only_when_it_is_whole(place):
     assert [info.base_name for info in storage.list_files(storage.join(place, "folder"))] == ["file"]
 
 
-def test_downloads_files_and_folders(place, tmp_path):
-    for name in ("x/a", "x/y/b"):
+@pytest.fixture(params=["local", "s3"])
+def other_place(request, tmp_path):
+    return str(tmp_path / "other") if request.param == "local" else f"{request.getfixturevalue('bucket')}/other"
+
+
+def test_files_and_folders_are_copied_between_any_two_storages(place, other_place):
+    source, target = storage.join(place, "copied"), storage.join(other_place, secrets.token_hex(4))
+    for name in ("a", "y/b", "y/deep/c.bin"):
+        storage.write_bytes(storage.join(source, name), name.encode())
+    storage.copy(source, storage.join(target, "folder"))
+    storage.copy(storage.join(source, "y/deep/c.bin"), storage.join(target, "new", "file.bin"))
+    assert {path: info.size for path, info in storage.files_below(target).items()} == {
+        "folder/a": 1,
+        "folder/y/b": 3,
+        "folder/y/deep/c.bin": 12,
+        "new/file.bin": 12,
+    }
+    assert storage.read_bytes(storage.join(target, "folder", "y", "b")) == b"y/b"
+    assert storage.read_bytes(storage.join(target, "new", "file.bin")) == b"y/deep/c.bin"
+
+
+def test_what_is_not_there_is_not_copied(place, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing-here"):
+        storage.copy(storage.join(place, "nothing-here"), str(tmp_path / "copy"))
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_copy_that_fails_leaves_no_file(place, tmp_path, monkeypatch):
+    storage.write_bytes(storage.join(place, "long"), b"x" * 1000)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(storage.shutil, "copyfileobj", lambda source, target, size: target.write(source.read(10)))
+    with pytest.raises(Failure, match="10 of 1000 bytes arrived"):
+        storage.copy(storage.join(place, "long"), str(tmp_path / "copy" / "long"))
+    assert list((tmp_path / "copy").iterdir()) == []
+
+
+def test_a_local_copy_has_the_name_of_what_was_copied(place):
+    for name in ("x/weights.bin", "x/y/b"):
         storage.write_bytes(storage.join(place, name), name.encode())
-    storage.download(storage.join(place, "x"), tmp_path / "copy")
-    storage.download(storage.join(place, "x", "a"), tmp_path / "one" / "file")
-    assert (tmp_path / "copy" / "y" / "b").read_bytes() == b"x/y/b"
-    assert (tmp_path / "one" / "file").read_bytes() == b"x/a"
     with storage.local_copy(storage.join(place, "x")) as folder:
-        assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == ["a", "b"]
+        assert folder.name == "x" and sorted(p.name for p in folder.rglob("*") if p.is_file()) == ["b", "weights.bin"]
+    with storage.local_copy(storage.join(place, "x", "weights.bin")) as file:
+        assert file.name == "weights.bin" and file.read_bytes() == b"x/weights.bin"
+    assert file.exists() == (not storage.is_remote(place))
+    with storage.local_copy(storage.join(place, "nothing")) as nothing:
+        assert not nothing.exists()
 
 
-def test_folders_are_copied_between_storages(place, tmp_path):
-    (tmp_path / "from" / "sub").mkdir(parents=True)
-    (tmp_path / "from" / "sub" / "f").write_bytes(b"1")
-    storage.copy_folder(str(tmp_path / "from"), storage.join(place, "to"))
-    assert storage.read_bytes(storage.join(place, "to", "sub", "f")) == b"1"
+def test_tables_are_written_and_read(place):
+    uri = storage.join(place, "tables", "t.parquet")
+    storage.write_table(uri, pa.table({"a": [1, 2]}))
+    assert storage.read_table(uri).to_pylist() == [{"a": 1}, {"a": 2}]
+
+
+def test_a_client_is_kept_until_the_credentials_of_the_environment_change(bucket, monkeypatch):
+    kept = storage.resolve(f"{bucket}/a")[0]
+    assert storage.resolve(f"{bucket}/b")[0] is kept
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "rotated")
+    assert storage.resolve(f"{bucket}/a")[0] is not kept
+
+
+def test_a_process_that_was_forked_has_clients_of_its_own(bucket):
+    code = (
+        "import os; from mu2llm import storage\n"
+        "storage.write_bytes('s3://bucket/before', b'1'); kept = storage.resolve('s3://bucket')[0]\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    assert storage.resolve('s3://bucket')[0] is not kept\n"
+        "    storage.delete('s3://bucket/before'); storage.write_bytes('s3://bucket/after', b'2'); os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "assert storage.read_bytes('s3://bucket/after') == b'2' and not storage.exists('s3://bucket/before')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_what_the_embedded_server_holds_is_recorded_as_files(bucket):
@@ -155,7 +214,7 @@ def test_a_port_in_use_is_a_user_error(tmp_path, bucket):
         pass
 
 
-def test_failing_storage_is_tried_again_and_then_said(monkeypatch):
+def test_failing_storage_is_retried_and_then_a_failure(monkeypatch):
     pauses: list[float] = []
     monkeypatch.setattr(storage.time, "sleep", pauses.append)
     answers = [OSError("network"), OSError("network"), b"data"]
@@ -172,7 +231,7 @@ def test_failing_storage_is_tried_again_and_then_said(monkeypatch):
         raise OSError("ACCESS_DENIED\nmore")
 
     pauses.clear()
-    with pytest.raises(Failure, match="s3://y: storage failed 5 times: ACCESS_DENIED; mend it"):
+    with pytest.raises(Failure, match="s3://y: storage failed 5 times: ACCESS_DENIED; fix it"):
         storage.retried("s3://y", refused)
     assert len(pauses) == 4 and pauses[-1] > pauses[0]
 

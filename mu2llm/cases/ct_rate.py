@@ -1,5 +1,5 @@
 """CT-RATE: reports, metadata and labels in CSV tables, by volume (`train_17051_a_1.nii.gz`: the first reconstruction
-of scan a of patient train_17051). The tables are told apart by their columns, not by their names."""
+of scan a of patient train_17051). The tables are distinguished by their columns, not by their names."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
 
 
 def _tables(manifest: str, table: CaseTable) -> tuple[Rows, dict[str, tuple[float, float]], Rows]:
-    given = read_folder(manifest, table)
-    beside = given
+    named = read_folder(manifest, table)
+    beside = named
     if storage.is_file(manifest):
-        beside = {**read_folder(storage.parent(manifest), table), **given}
+        beside = {**read_folder(storage.parent(manifest), table), **named}
     reports: Rows = {}
     metadata: dict[str, tuple[float, float]] = {}
     labels: Rows = {}
     for uri, rows in beside.items():
         columns = rows[0]
         if NAME in columns and FINDINGS in columns:
-            if uri in given:
+            if uri in named:
                 reports.update((row[NAME], row) for row in rows if row[NAME])
                 table.note("unknown_columns", unused(rows, (NAME, FINDINGS, IMPRESSION)))
         elif NAME in columns and SLOPE in columns:

@@ -16,14 +16,13 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 
@@ -33,6 +32,7 @@ from mu2llm.cases.table import CaseTable
 from mu2llm.cases.tensors import tensor_field
 from mu2llm.config import Experiment
 from mu2llm.errors import Failure, Rejection, UserError
+from mu2llm.progress import Counted
 from mu2llm.records import Case, PreprocessSpec
 from mu2llm.settings.data import DataConfig
 
@@ -41,7 +41,6 @@ REJECTED = "rejected.parquet"
 MANIFEST = "manifest.json"
 SMALL_SHARDS = 16  # shards of a split that is small, to keep several cores busy; and the least rows of a shard
 READ_AHEAD = 2  # scans whose bytes are fetched while one is decoded
-Progress = Callable[[int, int], None]
 
 REJECTIONS = pa.schema([pa.field(name, pa.string()) for name in ("uri", "reason", "message", "case_id")])
 
@@ -68,7 +67,7 @@ def schema(spec: PreprocessSpec) -> pa.Schema:
     )
 
 
-def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Progress | None = None) -> dict[str, Any]:
+def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Counted | None = None) -> dict[str, Any]:
     """Writes the shards of a case table below `out`; run again, it goes on and does nothing twice.
 
     Gives `{cases, written, rejected: {reason: n}, seconds, bytes, splits: {name: n}}`. Over the rejection budget it
@@ -98,7 +97,7 @@ def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Progres
 
 def plan(table: CaseTable, data: DataConfig) -> dict[str, list[Case]]:
     """Path of each shard below `out` → its cases. The path names cases, spec and what the listing said of the scans, so
-    that it changes with them: a scan that was mended or replaced is read again."""
+    that it changes with them: a scan that was repaired or replaced is read again."""
     groups = {}
     row_bytes = math.prod(data.spec.shape) * np.dtype(data.spec.dtype).itemsize
     for split in SPLITS:
@@ -116,7 +115,7 @@ def _shuffled(case: Case) -> bytes:
 
 
 def _run(
-    groups: dict[str, list[Case]], out: str, data: DataConfig, table: CaseTable, progress: Progress | None
+    groups: dict[str, list[Case]], out: str, data: DataConfig, table: CaseTable, progress: Counted | None
 ) -> list[dict[str, Any]]:
     """Every group's summary, in the order of the plan."""
     if not groups:
@@ -203,7 +202,7 @@ def fetch(uri: str, folder: Path) -> Path:
         return Path(storage.resolve(uri)[1])
     local = folder / uri.rstrip("/").rsplit("/", 1)[-1]
     try:
-        storage.download(uri, local)
+        storage.copy(uri, str(local))
     except FileNotFoundError:
         raise Rejection(uri, "not_found", "there is nothing under this path or URI") from None
     return local
@@ -245,8 +244,7 @@ def _check_target(out: str, spec: PreprocessSpec) -> None:
 def _write_rest(out: str, table: CaseTable, rejected: list[Rejection]) -> None:
     """The table of rejected scans, and what was found in the manifest."""
     rows = sorted((rejection.row() for rejection in rejected), key=lambda row: (row["case_id"], row["uri"]))
-    with storage.staged(storage.join(out, REJECTED)) as path:
-        pq.write_table(pa.Table.from_pylist(rows, schema=REJECTIONS), path)
+    storage.write_table(storage.join(out, REJECTED), pa.Table.from_pylist(rows, schema=REJECTIONS))
     storage.write_json(storage.join(out, MANIFEST), {"counts": table.counts, "listed": table.listed})
 
 

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mu2llm import storage
 from mu2llm.cases.table import CaseTable
@@ -69,7 +68,7 @@ def _object(line: str) -> dict[str, Any]:
 def read_parquet(uri: str) -> list[dict[str, Any]]:
     """Rows of a Parquet file; a UserError where it is none."""
     try:
-        rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(storage.read_bytes(uri))).to_pylist()
+        rows: list[dict[str, Any]] = storage.read_table(uri).to_pylist()
     except pa.ArrowInvalid as error:
         raise UserError(f"manifest {uri} is not Parquet: {str(error).splitlines()[0]}") from None
     return rows
@@ -88,8 +87,7 @@ def read_folder(manifest: str, table: CaseTable) -> dict[str, list[dict[str, str
     if storage.is_file(manifest):
         uris = [manifest]
     else:
-        base = storage.resolve(manifest)[1].rstrip("/") + "/"
-        names = [each.path.removeprefix(base) for each in storage.list_files(manifest)]
+        names = storage.files_below(manifest)
         uris = [storage.join(manifest, name) for name in names if name.lower().endswith(".csv")]
     tables = {uri: read_csv(uri, table) for uri in uris}
     return {uri: rows for uri, rows in tables.items() if rows}

@@ -78,8 +78,8 @@ class Shards:
         except FileNotFoundError:
             raise UserError(f"{uri} holds no finished shards (no {INDEX}); run mu2llm ingest to its end") from None
         if values.get("format_version") != FORMAT_VERSION:
-            given = values.get("format_version")
-            raise UserError(f"{uri}: shards of format {given}, this program reads {FORMAT_VERSION}; ingest them again")
+            found = values.get("format_version")
+            raise UserError(f"{uri}: shards of format {found}, this program reads {FORMAT_VERSION}; ingest them again")
         try:
             return cls(uri, Index.model_validate(values))
         except ValidationError as error:
@@ -109,10 +109,10 @@ class Shards:
         """The cases of a split, in the rows' order, without voxels."""
         return [Case.from_row(row) for row in self._cases(split).to_pylist()]
 
-    def share(self, split: str, fraction: float, seed: int) -> list[str]:
-        """The ids of the cases of a share of a split's patients, drawn by the seed, in the rows' order.
+    def subset(self, split: str, fraction: float, seed: int) -> list[str]:
+        """The ids of the cases of a fraction of a split's patients, drawn by the seed, in the rows' order.
 
-        At least one patient; a smaller share lies within a larger one.
+        At least one patient; a smaller fraction lies within a larger one.
         """
         table = self._cases(split)
         patients = table.column("patient").to_pylist()
@@ -130,7 +130,7 @@ class Shards:
         return np.array([rows[name] for name in ids], np.int64)
 
     def _cases(self, split: str) -> pa.Table:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.uri, CASES))))
+        table = storage.read_table(storage.join(self.uri, CASES))
         return table.filter(pc.field("split") == split)
 
     def schema(self, split: str) -> pa.Schema:
@@ -227,8 +227,7 @@ def read_summary(uri: str) -> dict[str, Any]:
 
 def write_index(uri: str, index: Index, cases: list[Case]) -> Shards:
     """Writes what makes the files below a URI into finished shards; the index last."""
-    with storage.staged(storage.join(uri, CASES)) as path:
-        pq.write_table(Case.table(cases), path)
+    storage.write_table(storage.join(uri, CASES), Case.table(cases))
     storage.write_json(storage.join(uri, INDEX), index.model_dump(mode="json"))
     return Shards(uri, index)
 

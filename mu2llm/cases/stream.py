@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from ray.data import TaskPoolStrategy
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from mu2llm import private_apis
 from mu2llm.cases import tensors
 from mu2llm.cases.shards import Shards, read_rows
 from mu2llm.errors import UserError
@@ -28,25 +28,24 @@ MAX_TASKS = 4096
 READING_TASKS = 2  # at once, of one stream
 READING_CPUS = 0.0  # that Ray counts for each: training workers may hold all there are, and reading mostly waits
 TEXT_BYTES = 1024
-REST_S = 0.02  # of Ray Data's scheduler after each of its turns
-ALIKE_BATCHES = 32  # of one window, within which rows of alike lengths come together
+WINDOW_BATCHES = 32  # of one window, within which rows of similar lengths come together
 
 
 @functools.lru_cache(maxsize=4)
-def permutation(count: int, seed: int | None, epoch: int, neighbours: int) -> np.ndarray:
-    """The order of `count` items in an epoch; runs of `neighbours` items stay together. No seed: as stored."""
+def permutation(count: int, seed: int | None, epoch: int, run_length: int) -> np.ndarray:
+    """The order of `count` items in an epoch; runs of `run_length` items stay together. No seed: as stored."""
     if seed is None:
         return np.arange(count)
-    runs = np.random.default_rng((seed, epoch)).permutation(-(-count // neighbours))
-    items = (runs[:, None] * neighbours + np.arange(neighbours)).ravel()
+    runs = np.random.default_rng((seed, epoch)).permutation(-(-count // run_length))
+    items = (runs[:, None] * run_length + np.arange(run_length)).ravel()
     return items[items < count]
 
 
-def alike(items: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """The same items in batches of alike lengths: sorted within windows of batches, whose order is random again."""
+def group_by_length(items: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """The same items in batches of similar lengths: sorted within windows of batches, whose order is random again."""
     grouped = []
-    for start in range(0, len(items), ALIKE_BATCHES * batch_size):
-        window = items[start : start + ALIKE_BATCHES * batch_size]
+    for start in range(0, len(items), WINDOW_BATCHES * batch_size):
+        window = items[start : start + WINDOW_BATCHES * batch_size]
         window = window[np.argsort(lengths[window], kind="stable")]
         whole = len(window) - len(window) % batch_size
         grouped += [rng.permutation(window[:whole].reshape(-1, batch_size)).ravel(), window[whole:]]
@@ -55,11 +54,11 @@ def alike(items: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.rando
 
 @dataclass(frozen=True)
 class Order:
-    """The global order over all epochs of `count` items; with their `lengths` in batches of alike ones."""
+    """The global order over all epochs of `count` items; with their `lengths` in batches of similar ones."""
 
     count: int
     seed: int | None
-    neighbours: int = 1
+    run_length: int = 1
     lengths: np.ndarray | None = None
     batch_size: int = 1
 
@@ -74,14 +73,14 @@ class Order:
 
     def epoch(self, epoch: int) -> np.ndarray:
         """The items of an epoch in order."""
-        items = permutation(self.count, self.seed, epoch, self.neighbours)
+        items = permutation(self.count, self.seed, epoch, self.run_length)
         if self.lengths is None:
             return items
-        return alike(items, self.lengths, self.batch_size, np.random.default_rng((self.seed or 0, epoch, 1)))
+        return group_by_length(items, self.lengths, self.batch_size, np.random.default_rng((self.seed or 0, epoch, 1)))
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerRows:
     """The positions that one rank consumes of those from `start` to `stop`, in global batches of `batch_size`."""
 
     start: int
@@ -147,45 +146,37 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Reader:
+class ReadBlocks:
     """What a reading task does: a range of blocks → their rows."""
 
     source: Source
     order: Order
-    share: Share
+    own: WorkerRows
     block_rows: int
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         for block in range(batch["first"].item(), batch["end"].item()):
-            positions = self.share.positions(block * self.block_rows, (block + 1) * self.block_rows)
+            positions = self.own.positions(block * self.block_rows, (block + 1) * self.block_rows)
             items = self.order.items(positions)
             yield {**self.source.read(items), "row": positions, "item": items}
 
 
-class Rest(ExecutionCallback):
-    """Ray Data's scheduler is a thread of the consuming process. When the readers are ahead it turns without a pause
-    and holds the interpreter lock: it took half the time of a small training step."""
-
-    def on_execution_step(self, executor: Any) -> None:
-        time.sleep(REST_S)
-
-
-def blocks(source: Source, order: Order, share: Share, num_cpus: float) -> ray.data.Dataset:
-    """The rows of a share in order, in small blocks, with `row` (position in the order) and `item`."""
+def blocks(source: Source, order: Order, own: WorkerRows, num_cpus: float) -> ray.data.Dataset:
+    """The rows of one worker in order, in small blocks, with `row` (position in the order) and `item`."""
     block_rows = max(1, BLOCK_BYTES // source.row_bytes)
-    if block_rows > share.local_batch:
-        block_rows -= block_rows % share.local_batch
+    if block_rows > own.local_batch:
+        block_rows -= block_rows % own.local_batch
     block_bytes = block_rows * source.row_bytes
-    number = -(-len(share) // block_rows)
+    number = -(-len(own) // block_rows)
     a_task = max(1, TASK_BYTES // block_bytes, -(-number // MAX_TASKS))
     tasks = [{"first": at, "end": min(at + a_task, number)} for at in range(0, max(number, 1), a_task)]
     # from_items makes its blocks here; from_arrow asks a task for them, which waits for ever where no CPU is free.
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     dataset.context.execution_options.preserve_order = True
-    dataset.context.custom_execution_callback_classes = [Rest]
+    private_apis.pause_scheduler(dataset)
     dataset.context.target_max_block_size = int(0.9 * block_bytes)  # so that each step of a task gives a block
     return dataset.map_batches(
-        Reader(source, order, share, block_rows),
+        ReadBlocks(source, order, own, block_rows),
         batch_size=None,
         batch_format="numpy",
         num_cpus=num_cpus,
@@ -205,7 +196,7 @@ def dataset(
     Tensors are arrays, JSON columns JSON text; `item` is the row's number in the split, or its place in `ids`.
     """
     source = Source.of(shards, split, columns, ids)
-    return blocks(source, Order(source.count, None), Share(0, source.count, 1), num_cpus)
+    return blocks(source, Order(source.count, None), WorkerRows(0, source.count, 1), num_cpus)
 
 
 class Stream:
@@ -213,9 +204,9 @@ class Stream:
 
     The order is over the rows of a split, or over `ids` of its cases, which may name a case several times. `rows` is
     where the stream ends (default: one epoch), `start_row` where it starts; both count rows of all workers over all
-    epochs. Runs of `shuffle_rows` neighbours stay together. Without a seed the order is as stored. Each batch has
+    epochs. Runs of `shuffle_rows` rows stay together. Without a seed the order is as stored. Each batch has
     `row` (positions in the global order) and `item` (number in the split, or place in `ids`). The last batch may be
-    smaller. JSON columns come as JSON text. `lengths` of the items make batches of alike ones. `wait_seconds` is how
+    smaller. JSON columns come as JSON text. `lengths` of the items make batches of similar ones. `wait_seconds` is how
     long the consumer waited for data.
     """
 
@@ -238,22 +229,22 @@ class Stream:
         if batch_size < world:
             raise UserError(f"a batch of {batch_size} cannot be shared by {world} workers; raise batch_size")
         source = Source.of(shards, split, columns, ids)
-        self.share = Share(start_row, source.count if rows is None else rows, batch_size, rank, world)
+        self.own = WorkerRows(start_row, source.count if rows is None else rows, batch_size, rank, world)
         self.wait_seconds = 0.0
-        given = None if lengths is None else np.asarray(lengths)
-        order = Order(source.count, seed, shuffle_rows, given, batch_size)
-        self._dataset = blocks(source, order, self.share, num_cpus)
+        known_lengths = None if lengths is None else np.asarray(lengths)
+        order = Order(source.count, seed, shuffle_rows, known_lengths, batch_size)
+        self._dataset = blocks(source, order, self.own, num_cpus)
 
     def __len__(self) -> int:
         """Batches."""
-        return -(-len(self.share) // self.share.local_batch)
+        return -(-len(self.own) // self.own.local_batch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not len(self):
             return
         asked = time.perf_counter()
         for batch in self._dataset.iter_batches(
-            batch_size=self.share.local_batch, batch_format="numpy", prefetch_batches=2
+            batch_size=self.own.local_batch, batch_format="numpy", prefetch_batches=2
         ):
             ready = {name: _usable(values) for name, values in batch.items()}
             self.wait_seconds += time.perf_counter() - asked

@@ -7,8 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import pyarrow as pa
-
 from mu2llm.cases.volumes import Facts
 from mu2llm.errors import Rejection
 from mu2llm.records import Case, Split
@@ -35,9 +33,6 @@ NOTES: dict[str, str] = {
 }
 """What is counted and listed about a manifest: code → description."""
 
-MANIFEST_REASONS = ("invalid_row", "duplicate_id", "not_found")
-"""The codes among them for which a row is rejected; the others are notes."""
-
 
 @dataclass
 class CaseTable:
@@ -62,10 +57,6 @@ class CaseTable:
         """Notes a row that cannot become a case and puts it among the rejections."""
         self.note(code, [case_id or uri])
         self.rejections.append(Rejection(uri, code, message, case_id))
-
-    @property
-    def arrow(self) -> pa.Table:
-        return Case.table(self.cases)
 
 
 def assign_splits(table: CaseTable, fractions: Mapping[Split, float]) -> None:

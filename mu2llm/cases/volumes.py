@@ -50,9 +50,7 @@ class Volumes:
     @classmethod
     def below(cls, root: str) -> Volumes:
         """Lists a root; one that is not there has no files."""
-        base = storage.resolve(root)[1].rstrip("/") + "/"
-        listed = ((info.path.removeprefix(base), info) for info in storage.list_files(root))
-        found = cls(root, {path: Facts.of(path, info) for path, info in listed})
+        found = cls(root, {path: Facts.of(path, info) for path, info in storage.files_below(root).items()})
         for path, facts in found.files.items():
             for folder in _above(path):
                 found.folders[folder] = found.folders.get(folder, Facts()).joined(facts)

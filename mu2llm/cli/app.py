@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -16,6 +16,7 @@ from rich.table import Table
 
 import mu2llm
 from mu2llm import config, tracking
+from mu2llm.progress import Steps, numbers_text
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=mu2llm.__doc__)
 console = Console(stderr=True)
@@ -40,7 +41,11 @@ Format = Annotated[str, typer.Option(help="jsonl, csv, parquet, ct-rate, amos-mm
 Data = Annotated[str, typer.Option("--data", help="URI of the shards that `ingest` wrote.")]
 JUDGES = "rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS"
 JudgeName = Annotated[str | None, typer.Option("--judge", help=JUDGES)]
-Bars = Callable[[str, float, float, dict[str, float]], None]
+
+
+def load_with_judge(preset: str, set_: list[str], judge: str | None) -> config.Experiment:
+    """The configuration, with the judge that `--judge` names."""
+    return config.load(preset, [*set_, *([f"judge.name={judge}"] if judge else [])])
 
 
 def show(value: Any, as_json: bool) -> None:
@@ -62,7 +67,7 @@ def dry_run(experiment: config.Experiment, reads: list[str], writes: list[str], 
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Bars]:
+def progress_bars() -> Iterator[Steps]:
     """A bar with time left for each step that reports itself as (step, done, of how many, numbers)."""
     columns = ("[bold]{task.description:<12}", "{task.fields[numbers]}")
     bars = Progress(
@@ -74,12 +79,7 @@ def progress_bars() -> Iterator[Bars]:
     def show(step: str, done: float, total: float, numbers: dict[str, float]) -> None:
         if step not in tasks:
             tasks[step] = bars.add_task(step, total=total, numbers="")
-        told = {
-            "loss": numbers.get("loss"),
-            "samples/s": numbers.get("samples_per_second"),
-            "wait": numbers.get("data_wait_share"),
-        }
-        text = "  ".join(f"{name} {value:.3g}" for name, value in told.items() if value is not None)
+        text = numbers_text(numbers)
         extra: dict[str, Any] = {"numbers": text} if text else {}
         bars.update(tasks[step], completed=done, total=total, **extra)
 
@@ -88,7 +88,7 @@ def progress_bars() -> Iterator[Bars]:
 
 
 @contextlib.contextmanager
-def work_on_ray(address: str | None) -> Iterator[Bars]:
+def work_on_ray(address: str | None) -> Iterator[Steps]:
     """The cluster at `address`, joined, and progress bars."""
     from mu2llm import cluster
 

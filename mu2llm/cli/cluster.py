@@ -147,7 +147,7 @@ def doctor(
     folder: Folder = Path("."),
     as_json: Json = False,
 ) -> None:
-    """What this machine or a cluster can run: checks, each with its mend. Exits 1 where one fails."""
+    """What this machine or a cluster can run: checks, each with its fix. Exits 1 where one fails."""
     from mu2llm import cluster
     from mu2llm.cluster.doctor import examine
 
@@ -174,9 +174,9 @@ def _examined_there(
     from mu2llm.cluster import submission
     from mu2llm.cluster.doctor import Check
 
-    given = {"--set": set_, "--reads": reads, "--writes": writes}
+    lists = {"--set": set_, "--reads": reads, "--writes": writes}
     arguments = ["--preset", preset, "--job", job]
-    arguments += [part for option, values in given.items() for value in values for part in (option, value)]
+    arguments += [part for option, values in lists.items() for value in values for part in (option, value)]
     submission.options(folder, "doctor", arguments)
     client = submission.connect(address)
     id = submission.submit(client, "doctor", arguments, folder)
@@ -190,7 +190,7 @@ def _examined_there(
 
 def _show_checks(checks: Sequence[Check]) -> None:
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
-    table = Table("check", "", "found", "mend")
+    table = Table("check", "", "found", "fix")
     for check in checks:
         table.add_row(check.name, f"[{colours[check.status]}]{check.status}[/]", check.found, check.mend)
     Console().print(table)
@@ -241,7 +241,9 @@ def clean(
     (console if as_json else Console()).print(table)
     if yes:
         cleaning.remove(found)
-    told = f"{len(found)} below {root}, {size / 2**20:.1f} MiB: {'removed' if yes else 'nothing removed; --yes does'}"
-    console.print(told, highlight=False)
+    summary = (
+        f"{len(found)} below {root}, {size / 2**20:.1f} MiB: {'removed' if yes else 'nothing removed; --yes does'}"
+    )
+    console.print(summary, highlight=False)
     if as_json:
         print(json.dumps({"found": [each.model_dump() for each in found], "bytes": size, "removed": yes}))

@@ -26,11 +26,13 @@ from mu2llm.cli.app import (
     app,
     console,
     dry_run,
+    load_with_judge,
     progress_bars,
     show,
     work_on_ray,
 )
 from mu2llm.errors import UserError
+from mu2llm.progress import counted
 
 
 @app.command()
@@ -47,15 +49,13 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Write the reports of a split and score them: metrics with intervals, audits, report.html."""
-    experiment = config.load(preset, [*set_, *([f"judge.name={judge}"] if judge else [])])
+    experiment = load_with_judge(preset, set_, judge)
     if dry:
         dry_run(experiment, [checkpoint, data], [out], f"judge {experiment.judge.name}")
     from mu2llm.evaluation import evaluate as evaluation
 
     with work_on_ray(address) as bars:
-        result = evaluation.evaluate(
-            checkpoint, data, out, experiment, split, lambda done, all_: bars("evaluate", done, all_, {})
-        )
+        result = evaluation.evaluate(checkpoint, data, out, experiment, split, counted(bars, "evaluate"))
     show(result, as_json)
 
 
@@ -68,7 +68,7 @@ def rescore(
     as_json: Json = False,
 ) -> None:
     """Score saved predictions anew, by another judge or with other settings: needs neither model nor scans."""
-    experiment = config.load(preset, [*set_, *([f"judge.name={judge}"] if judge else [])])
+    experiment = load_with_judge(preset, set_, judge)
     from mu2llm.evaluation.evaluate import rescore as score_anew
 
     results = score_anew(evaluation, experiment)
@@ -93,7 +93,7 @@ def compare(
     """Evaluations of the same cases side by side, with paired differences of later ones to earlier; no model."""
     if len(evaluations) < 2:
         raise UserError("give two evaluations or more to compare")
-    experiment = config.load(preset, [*set_, *([f"judge.name={judge}"] if judge else [])])
+    experiment = load_with_judge(preset, set_, judge)
     from mu2llm.evaluation.evaluate import compare_saved
     from mu2llm.evaluation.leaderboard import differences, rows, terminal
 
@@ -153,9 +153,7 @@ def generate(
     if not scans:
         raise UserError("no scans: give paths, or --manifest")
     with progress_bars() as bars:
-        entries = report_scans(
-            checkpoint, scans, experiment.evaluation, tuple(accept), lambda done, all_: bars("generate", done, all_, {})
-        )
+        entries = report_scans(checkpoint, scans, experiment.evaluation, tuple(accept), counted(bars, "generate"))
     if as_json:
         print(json.dumps(entries))
         return

@@ -28,6 +28,7 @@ from mu2llm.cli.app import (
     show,
     work_on_ray,
 )
+from mu2llm.progress import counted
 
 
 @app.command()
@@ -36,7 +37,7 @@ def phantom(out: Out, cases: int = 100, seed: int = 0, as_json: Json = False) ->
     from mu2llm.ct import phantom as phantoms
 
     with progress_bars() as bars:
-        manifest = phantoms.write(out, cases, seed, progress=lambda done, all_: bars("phantoms", done, all_, {}))
+        manifest = phantoms.write(out, cases, seed, progress=counted(bars, "phantoms"))
     show({"manifest": manifest, "cases": cases, "seed": seed}, as_json)
 
 
@@ -59,10 +60,10 @@ def inspect(
         print(json.dumps(items))
         return
     for item in items:
-        Console().print(*_told(item), sep="\n  ", highlight=False, soft_wrap=True)
+        Console().print(*_description(item), sep="\n  ", highlight=False, soft_wrap=True)
 
 
-def _told(item: dict[str, Any]) -> Iterator[str]:
+def _description(item: dict[str, Any]) -> Iterator[str]:
     """Lines for people: the scan, what it is or why it is rejected, and what was set right."""
     from mu2llm import ct
 
@@ -110,7 +111,7 @@ def ingest(
         table = cases.read_manifest(manifest, format, volumes, experiment.data)
         over = None
         try:
-            result = cases.ingest(table, out, experiment, lambda done, all_: bars("ingest", done, all_, {}))
+            result = cases.ingest(table, out, experiment, counted(bars, "ingest"))
         except cases.OverBudget as error:
             result, over = error.result, error
     show({**result, "notes": table.counts} if not as_json else result, as_json)

@@ -19,9 +19,11 @@ from mu2llm.cli.app import (
     Set,
     app,
     dry_run,
+    load_with_judge,
     show,
     work_on_ray,
 )
+from mu2llm.progress import counted, logged
 
 train_app = typer.Typer(no_args_is_help=True, help="One stage of training.")
 app.add_typer(train_app, name="train")
@@ -37,9 +39,7 @@ def _train(
 
     module = import_module(f"mu2llm.stages.{stage}")
     with work_on_ray(address) as bars:
-        checkpoint = module.run(
-            data, out, experiment, init, lambda numbers: bars(stage, numbers.get("step", 0), numbers["total"], numbers)
-        )
+        checkpoint = module.run(data, out, experiment, init, logged(bars, stage))
     training = checkpoint.training
     show({"checkpoint": out, **training.model_dump(exclude={"history"})}, as_json)
 
@@ -97,8 +97,8 @@ def prefer(
     as_json: Json = False,
 ) -> None:
     """Candidates → judgements → preference pairs."""
-    overrides = [*set_, *([f"judge.name={judge}"] if judge else [])]
-    experiment = config.load(preset, [*overrides, *([f"preferences.negatives={negatives}"] if negatives else [])])
+    overrides = [*set_, *([f"preferences.negatives={negatives}"] if negatives else [])]
+    experiment = load_with_judge(preset, overrides, judge)
     if dry:
         reads = [checkpoint, data, *([corrections] if corrections else [])]
         dry_run(experiment, reads, [out], f"judge {experiment.judge.name}")
@@ -110,7 +110,7 @@ def prefer(
             data,
             out,
             experiment,
-            progress=lambda done, all_: bars("candidates", done, all_, {}),
+            progress=counted(bars, "candidates"),
             corrections=corrections,
         )
     keys = {"cases", "candidates", "pairs", "cases_with_pairs", "dropped", "green_best", "green_worst", "judge"}

@@ -29,11 +29,11 @@ def send_waiting() -> None:
     """Sends what an earlier command could not: at the start of every command, in a moment if there is nothing."""
     if not tracking.waiting():
         return
-    made = tracking.deliver(tracking.store())
-    if made.sent:
-        console.print(f"tracking: sent {made.sent} entries that waited for {made.store}", highlight=False)
-    elif made.why:
-        console.print(f"tracking: {made.waiting} entries wait: {made.why}", style="yellow", highlight=False)
+    delivery = tracking.deliver(tracking.store())
+    if delivery.sent:
+        console.print(f"tracking: sent {delivery.sent} entries that waited for {delivery.store}", highlight=False)
+    elif delivery.why:
+        console.print(f"tracking: {delivery.waiting} entries wait: {delivery.why}", style="yellow", highlight=False)
 
 
 @runs_app.command("list")
@@ -142,12 +142,12 @@ def runs_lineage(run: RunName, as_json: Json = False) -> None:
 @runs_app.command("sync")
 def runs_sync(as_json: Json = False) -> None:
     """Send what waits for the tracking store; exits 1 where something has to wait on."""
-    made = tracking.deliver(tracking.store())
-    show(made.model_dump(), as_json)
+    delivery = tracking.deliver(tracking.store())
+    show(delivery.model_dump(), as_json)
     for refused in tracking.refused():
         console.print(f"refused, kept aside: {refused['why']}", style="yellow", highlight=False)
-    if made.waiting:
-        raise Failure(f"{made.waiting} entries wait on: {made.why or 'another process is sending them'}")
+    if delivery.waiting:
+        raise Failure(f"{delivery.waiting} entries wait on: {delivery.why or 'another process is sending them'}")
 
 
 def _number(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What keeps a job from working here, found before it starts: each check says what it saw and how to mend it."""
+"""What keeps a job from working here, found before it starts: each check says what it found and how to fix it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mu2llm import storage, tracking
+from mu2llm import private_apis, storage, tracking
 from mu2llm.cluster import capacity
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
@@ -35,7 +35,7 @@ Status = Literal["ok", "warn", "fail"]
 
 
 class Check(BaseModel):
-    """One thing that was looked at. `mend` says what to do, where there is something to do."""
+    """One thing that was checked. `mend` says what to do, where there is something to do."""
 
     name: str
     status: Status
@@ -77,7 +77,7 @@ def examine(
 
 
 def refuse(checks: Sequence[Check]) -> None:
-    """A UserError that names every failed check and its mend; nothing where none failed."""
+    """A UserError that names every failed check and its fix; nothing where none failed."""
     failed = [f"{check.name}: {check.found}; {check.mend}" for check in checks if check.status == "fail"]
     if failed:
         raise UserError(" · ".join(failed))
@@ -139,7 +139,7 @@ def _store_gib(resources: dict[str, float]) -> float:
 
 def _most() -> dict[str, float]:
     """What the cluster has, or can grow to where it scales itself."""
-    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    most = private_apis.largest_resources()
     have = ray.cluster_resources()
     return {name: max(have.get(name, 0), most.get(name, 0)) for name in {*have, *most}}
 
@@ -230,7 +230,7 @@ def _clock() -> float:
 def _gpus() -> list[tuple[str, float]]:
     """Not by torch: a task that reserves no GPU does not see them there."""
     try:
-        told = subprocess.run(
+        listed = subprocess.run(
             ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
@@ -238,8 +238,8 @@ def _gpus() -> list[tuple[str, float]]:
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return []
-    rows = [line.rsplit(",", 1) for line in told.stdout.splitlines() if "," in line]
-    return [(name.strip(), float(mib) / 1024) for name, mib in rows] if told.returncode == 0 else []
+    rows = [line.rsplit(",", 1) for line in listed.stdout.splitlines() if "," in line]
+    return [(name.strip(), float(mib) / 1024) for name, mib in rows] if listed.returncode == 0 else []
 
 
 def _same_versions(nodes: Sequence[Node]) -> Check:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,7 @@ from mu2llm.cluster import doctor
 from mu2llm.cluster.session import session
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError, explain
+from mu2llm.progress import Counted, Logged, counted, logged, numbers_text
 
 PROGRESS_EVERY_S = 2
 CLIENT = "MU2LLM_CLIENT"
@@ -57,15 +59,13 @@ class Lines:
         if done < total and now - self.last.get(step, -PROGRESS_EVERY_S) < PROGRESS_EVERY_S:
             return
         self.last[step] = now
-        told = {"loss": "loss", "samples/s": "samples_per_second", "wait": "data_wait_share"}
-        shown = "".join(f" {name} {numbers[key]:.3g}" for name, key in told.items() if key in numbers)
-        print(f"[{step}] {done:.0f}/{total:.0f}{shown}", flush=True)
+        print(f"[{step}] {done:.0f}/{total:.0f} {numbers_text(numbers)}".rstrip(), flush=True)
 
-    def counting(self, step: str) -> Callable[[int, int], None]:
-        return lambda done, total: self(step, done, total, {})
+    def counting(self, step: str) -> Counted:
+        return counted(self, step)
 
-    def training(self, step: str) -> Callable[[dict[str, float]], None]:
-        return lambda numbers: self(step, numbers.get("step", 0), numbers["total"], numbers)
+    def training(self, step: str) -> Logged:
+        return logged(self, step)
 
 
 @contextlib.contextmanager
@@ -84,6 +84,18 @@ def started(
                 print(f"warning: {check.name}: {check.found}; {check.mend}", flush=True)
         doctor.refuse(checks)
         yield experiment, Lines()
+
+
+def training(stage: str) -> Callable[..., None]:
+    """The job that trains one stage: contrastive, sft or dpo."""
+
+    def main(data: Data, out: Out, init: OptionalInit = None, preset: Preset = "demo", set_: Set = []) -> None:  # noqa: B006
+        module: Any = import_module(f"mu2llm.stages.{stage}")
+        with started(stage, preset, set_, reads=[data, init], writes=[out]) as (experiment, lines):
+            checkpoint = module.run(data, out, experiment, init, lines.training(stage))
+            show({"checkpoint": out, **checkpoint.training.model_dump(exclude={"history"})})
+
+    return main
 
 
 def versions() -> dict[str, str]:

@@ -38,9 +38,9 @@ def pack(folder: Path, into: Path, limit_mib: float = LIMIT_MIB) -> int:
     total = sum(sizes.values())
     if total > limit_mib * 2**20:
         largest = sorted(sizes, key=lambda path: -sizes[path])[:5]
-        told = ", ".join(f"{path} ({sizes[path] / 2**20:.1f} MiB)" for path in largest)
+        named = ", ".join(f"{path} ({sizes[path] / 2**20:.1f} MiB)" for path in largest)
         raise UserError(
-            f"{folder} holds {total / 2**20:.0f} MiB to send, over {limit_mib:g}: {told}; move data to storage, "
+            f"{folder} holds {total / 2**20:.0f} MiB to send, over {limit_mib:g}: {named}; move data to storage, "
             "or name it in .gitignore"
         )
     for path in sent:
@@ -59,10 +59,10 @@ def _is_sent(path: Path) -> bool:
 def _git_files(folder: Path) -> list[Path] | None:
     command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True)
+        listed = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         return None
-    return [Path(name) for name in told.stdout.split("\0") if name] if told.returncode == 0 else None
+    return [Path(name) for name in listed.stdout.split("\0") if name] if listed.returncode == 0 else None
 
 
 def _walk(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import ray.exceptions
 
 from mu2llm.errors import Failure, UserError
 
-TOKEN_MEND = (
+TOKEN_FIX = (
     "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (or RAY_AUTH_TOKEN); "
     "cluster/README.md says where it is kept"
 )
@@ -44,7 +44,7 @@ def session(address: str | None = None, cpus: int | None = None) -> Iterator[Non
         try:
             ray.init(address=address, **quiet)
         except ray.exceptions.AuthenticationError as error:
-            raise UserError(f"the Ray cluster at {address} refused the token: {TOKEN_MEND}") from error
+            raise UserError(f"the Ray cluster at {address} refused the token: {TOKEN_FIX}") from error
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise Failure(
                 f"no Ray cluster at {address}: {str(error).splitlines()[0]}; start one or drop --address"

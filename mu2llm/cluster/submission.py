@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import importlib.util
 import json
-import logging
 import os
 import re
 import shlex
@@ -26,19 +25,19 @@ from pydantic import BaseModel
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 
+from mu2llm import private_apis
 from mu2llm.cluster import capacity, job, package
-from mu2llm.cluster.session import TOKEN_MEND
+from mu2llm.cluster.session import TOKEN_FIX
 from mu2llm.config import Experiment
 from mu2llm.errors import Failure, UserError
+from mu2llm.progress import SHOWN, Steps
 
 FOLDER = "ray_jobs"
 PROGRESS = re.compile(r"^\[(?P<step>[\w ]+)\] (?P<done>\d+)/(?P<total>\d+)(?P<numbers>.*)$")
-NUMBERS = {"loss": "loss", "samples/s": "samples_per_second", "wait": "data_wait_share"}
 NODE_GROUP = "ray.io/node-group"  # of nodes that KubeRay or the cluster launcher started
 POLL_S = 1.0
 GONE_S = 60
 Echo = Callable[[str], None]
-Show = Callable[[str, float, float, dict[str, float]], None]
 
 
 class Entry(BaseModel):
@@ -71,13 +70,12 @@ def connect(address: str | None) -> JobSubmissionClient:
         raise UserError("no cluster is named: give --address http://HEAD:8265 (or set RAY_API_SERVER_ADDRESS)")
     if not address.startswith(("http://", "https://")):
         raise UserError(f"--address {address}: jobs are sent over HTTP; give the dashboard, such as http://HEAD:8265")
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    _use_token()
-    with told(address):
+    private_apis.quiet_job_client()
+    private_apis.use_token()
+    with one_line_errors(address):
         with _alone():
             client = JobSubmissionClient(address)
-        version = client._do_request("GET", "/api/version").json()["ray_version"]
+        version = private_apis.ray_version(client)
     if _minor(version) != _minor(ray.__version__):
         raise UserError(
             f"the cluster at {address} runs Ray {version}, this machine {ray.__version__}: install the same here "
@@ -87,13 +85,13 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 
 @contextlib.contextmanager
-def told(address: str) -> Iterator[None]:
-    """What Ray's client raises → one line with the mend."""
+def one_line_errors(address: str) -> Iterator[None]:
+    """What Ray's client raises → one line with the fix."""
     try:
         yield
     except ray.exceptions.AuthenticationError as error:
         why = "asks for a token" if "required" in str(error) else "refused the token"
-        raise UserError(f"the cluster at {address} {why}: {TOKEN_MEND}") from error
+        raise UserError(f"the cluster at {address} {why}: {TOKEN_FIX}") from error
     except (ConnectionError, requests.exceptions.RequestException) as error:
         raise UserError(
             f"there is no Ray dashboard at {address}; check host and port (8265 by default), the tunnel or "
@@ -106,18 +104,9 @@ def told(address: str) -> Iterator[None]:
         raise Failure(f"the cluster at {address}: {str(error).strip().splitlines()[0]}") from error
 
 
-def _use_token() -> None:
-    """A token that is at hand is used, also where nobody said that the cluster asks for one."""
-    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-
-    logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
-    logger.setLevel(logging.ERROR)
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-
-
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Without the variables that name a cluster: Ray's clients take them even over an address that is given."""
+    """Without the variables that name a cluster: Ray's clients take them even over an address in the call."""
     names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     values = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -139,7 +128,7 @@ def names(folder: Path) -> list[str]:
 
 
 def options(folder: Path, name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """A job's own options as it will read them; its mistakes are told here, before anything is sent."""
+    """A job's own options as it will read them; its mistakes are reported here, before anything is sent."""
     if name not in names(folder):
         there = ", ".join(names(folder))
         raise UserError(
@@ -163,7 +152,7 @@ def options(folder: Path, name: str, arguments: Sequence[str]) -> dict[str, Any]
 def check_capacity(client: JobSubmissionClient, experiment: Experiment, name: str) -> None:
     """A UserError where the cluster is too small and cannot grow; the job asks again, with what it can grow to."""
     address = client.get_address()
-    with told(address), _alone():
+    with one_line_errors(address), _alone():
         nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], detail=True)
     if not nodes or any(node.labels.get(NODE_GROUP) for node in nodes):
         return  # its nodes come and go by groups
@@ -189,7 +178,7 @@ def submit(
     """Sends the folder's code and starts `ray_jobs/<name>.py` there; the job's id."""
     variables = package.check_environment(environment)
     package.check_no_secret(arguments)
-    with tempfile.TemporaryDirectory(prefix="mu2llm-submit-") as staged, told(client.get_address()):
+    with tempfile.TemporaryDirectory(prefix="mu2llm-submit-") as staged, one_line_errors(client.get_address()):
         package.pack(folder, Path(staged))
         return str(
             client.submit_job(
@@ -207,11 +196,11 @@ def submit(
 # ---- follow
 
 
-def follow(client: JobSubmissionClient, id: str, echo: Echo, show: Show | None = None) -> JobDetails:
+def follow(client: JobSubmissionClient, id: str, echo: Echo, show: Steps | None = None) -> JobDetails:
     """Passes a job's log on, line by line, until it has ended; progress lines go to `show`. A lost line is taken up."""
-    with told(client.get_address()):
+    with one_line_errors(client.get_address()):
         client.get_job_info(id)
-    reader = _Reader(echo, show)
+    reader = _LogLines(echo, show)
     lost_at: float | None = None
     while True:
         reader.begin()
@@ -232,15 +221,15 @@ def follow(client: JobSubmissionClient, id: str, echo: Echo, show: Show | None =
         time.sleep(POLL_S)
 
 
-async def _tail(client: JobSubmissionClient, id: str, reader: _Reader) -> None:
+async def _tail(client: JobSubmissionClient, id: str, reader: _LogLines) -> None:
     async for text in client.tail_job_logs(id):
         reader.feed(text)
 
 
-class _Reader:
+class _LogLines:
     """Cuts a log into lines; a log that begins anew after a lost connection is skipped up to where it was."""
 
-    def __init__(self, echo: Echo, show: Show | None) -> None:
+    def __init__(self, echo: Echo, show: Steps | None) -> None:
         self.echo, self.show = echo, show
         self.seen, self.skip, self.rest = 0, 0, ""
 
@@ -267,7 +256,7 @@ class _Reader:
             return
         words = found["numbers"].split()
         pairs = zip(words[::2], words[1::2], strict=False)
-        numbers = {NUMBERS[key]: float(value) for key, value in pairs if key in NUMBERS}
+        numbers = {SHOWN[key]: float(value) for key, value in pairs if key in SHOWN}
         self.show(found["step"], float(found["done"]), float(found["total"]), numbers)
 
 
@@ -289,14 +278,14 @@ def conclude(details: JobDetails) -> None:
 
 def entries(client: JobSubmissionClient) -> list[Entry]:
     """All jobs that were submitted, newest first."""
-    with told(client.get_address()):
+    with one_line_errors(client.get_address()):
         jobs = [details for details in client.list_jobs() if details.submission_id]
     return sorted((Entry.of(details) for details in jobs), key=lambda entry: -(entry.started or 0))
 
 
 def stop(client: JobSubmissionClient, id: str, timeout_s: float = 60) -> str:
     """Stops a job and waits until it has; the status it ended with."""
-    with told(client.get_address()):
+    with one_line_errors(client.get_address()):
         client.stop_job(id)
         deadline = time.monotonic() + timeout_s
         while not (status := client.get_job_status(id)).is_terminal():
@@ -307,5 +296,5 @@ def stop(client: JobSubmissionClient, id: str, timeout_s: float = 60) -> str:
 
 
 def logs(client: JobSubmissionClient, id: str) -> str:
-    with told(client.get_address()):
+    with one_line_errors(client.get_address()):
         return str(client.get_job_logs(id))

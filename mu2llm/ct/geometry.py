@@ -10,7 +10,6 @@ import itertools
 import nibabel as nib
 import numpy as np
 from nibabel import affines
-from scipy import ndimage
 
 from mu2llm.ct.codes import AIR_HU, MAX_BYTES
 from mu2llm.errors import Rejection
@@ -76,6 +75,8 @@ def straighten(hu: np.ndarray, affine: np.ndarray, uri: str) -> tuple[np.ndarray
     there = np.linalg.inv(affine) @ grid
     if _only_shifts(there, third, shape):
         return _shift_slices(hu, there, third, shape), grid
+    from scipy import ndimage  # half a second of CPU: only where a scan is tilted
+
     out = ndimage.affine_transform(
         hu, there[:3, :3], there[:3, 3], output_shape=shape, order=1, mode="grid-constant", cval=AIR_HU
     )

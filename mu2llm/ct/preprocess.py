@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
 
 from mu2llm.ct import geometry
 from mu2llm.ct.resample import Plane, resample, smoothed_linear_weights, triangle_weights
 from mu2llm.ct.volume import CTVolume
 from mu2llm.records import PreprocessSpec
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 _BODY_HU = -300
 _BODY_SHARE = 0.01  # share of a plane that must be body
@@ -165,6 +168,8 @@ def _fit_reference(
     shape: tuple[int, ...], box: list[tuple[int, int]], sizes: np.ndarray, spec: PreprocessSpec
 ) -> tuple[Axis, Axis, Axis]:
     """METHOD.md §2.1: rows and columns by one ratio, slices kept or squeezed, padding behind."""
+    from scipy import sparse
+
     ratio = min(places / size for places, size in zip(spec.grid[1:], sizes[1:].tolist(), strict=True))
     counts = [min(int(sizes[0]), spec.grid[0]), *(max(1, int(size * ratio)) for size in sizes[1:].tolist())]
     smooth = any(count < size for count, size in zip(counts, sizes, strict=True))

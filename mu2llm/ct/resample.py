@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse, special
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 Plane = Callable[[np.ndarray], np.ndarray]
 
@@ -16,6 +19,8 @@ def triangle_weights(size: int, start: float, step: float, count: int) -> sparse
     Output i is centred at voxel start + i·step of the input (in voxels, centres at whole numbers), with a
     triangle max(step, 1) wide on either side; beyond the ends the last voxels count more.
     """
+    from scipy import sparse  # half a second of CPU, which who only reads scans need not wait for
+
     reach = max(step, 1.0)
     centres = start + step * np.arange(count)
     taps = np.arange(int(np.ceil(2 * reach)) + 1)
@@ -36,6 +41,8 @@ def smoothed_linear_weights(size: int, count: int, smooth: bool) -> sparse.csr_m
     Linear interpolation with aligned corners; where any axis shrinks (`smooth`), after a Gaussian of
     σ = (size/count − 1)/2, integrated over voxels, cut at 4σ and zero beyond the ends (METHOD.md §2.1).
     """
+    from scipy import sparse, special
+
     places = np.arange(count) * ((size - 1) / max(count - 1, 1))
     low = np.minimum(places.astype(int), size - 1)
     share = places - low

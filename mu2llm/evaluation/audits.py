@@ -19,9 +19,9 @@ from mu2llm.green import Judge
 from mu2llm.records import Estimate, Judgement
 
 MUCH = 0.1
-"""A score that falls by less than this share of itself, when the scan is taken away, is called the same."""
+"""A score that falls by less than this fraction of itself, when the scan is taken away, is called the same."""
 TEMPLATE = 0.5
-"""More than this share of the reports being one and the same text is a template."""
+"""More than this fraction of the reports being one and the same text is a template."""
 
 
 class Contrast(BaseModel):
@@ -133,18 +133,18 @@ def _contrasts(own: Texts, other: Texts, rules: Judge, resamples: int, seed: int
 
 
 def _reasons(contrasts: Mapping[str, Mapping[str, Contrast]]) -> list[str]:
-    told = {"shuffled": "with other patients' scans", "zeroed": "with empty scans", "prior": "as one fixed report"}
+    described = {"shuffled": "with other patients' scans", "zeroed": "with empty scans", "prior": "as one fixed report"}
     reasons = []
     for variant, metrics in contrasts.items():
         # one fixed report finds nothing, which is no feat to beat: there GREEN decides
         decisive = ("green_rules", "finding_f1") if variant == "prior" else ("finding_f1", "green_rules")
         metric = next((name for name in decisive if name in metrics), None)
         if metric is None:
-            reasons.append(f"not measurable {told[variant]}: no case has another patient's scan or a finding")
+            reasons.append(f"not measurable {described[variant]}: no case has another patient's scan or a finding")
         elif metrics[metric].same:
             contrast = metrics[metric]
             reasons.append(
-                f"{metric} {contrast.without.value + contrast.gain.value:.2f} is much the same {told[variant]} "
+                f"{metric} {contrast.without.value + contrast.gain.value:.2f} is much the same {described[variant]} "
                 f"({contrast.without.value:.2f}; gain {contrast.gain.low:+.2f} … {contrast.gain.high:+.2f})"
             )
     return reasons

@@ -67,7 +67,7 @@ class Bootstrap:
         return self._interval([statistic], lambda sums: statistic.metric(sums[0]), statistic.n)
 
     def difference(self, ours: Statistic, theirs: Statistic) -> Estimate | None:
-        """ours − theirs, paired: on the same cases (of means, those that have both values), drawn alike."""
+        """ours − theirs, paired: on the same cases (of means, those that have both values), drawn the same."""
         n = None
         if ours.metric is ratio:
             both = (ours.rows[:, 1] > 0) & (theirs.rows[:, 1] > 0)

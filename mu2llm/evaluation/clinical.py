@@ -78,9 +78,9 @@ def tally_findings(
     sided = {finding.name for findings in truth for finding in findings if finding.side} if strict else set()
     counts = np.zeros((len(truth), len(names), 3))
     for case, (true, read) in enumerate(zip(truth, found, strict=True)):
-        expected, given = _keys(true, sided), _keys(read, sided)
+        expected, stated = _keys(true, sided), _keys(read, sided)
         for i, name in enumerate(names):
-            ours, theirs = ({side for kind, side in keys if kind == name} for keys in (expected, given))
+            ours, theirs = ({side for kind, side in keys if kind == name} for keys in (expected, stated))
             counts[case, i] = len(ours & theirs), len(theirs - ours), len(ours - theirs)
     return Tally(names, counts)
 
@@ -99,11 +99,11 @@ def _keys(findings: Sequence[Finding], sided: set[str]) -> set[tuple[str, str | 
 
 def tally_labels(truth: Sequence[Mapping[str, int]], found: Sequence[Mapping[str, int]], names: Sequence[str]) -> Tally:
     """Labels 0/1 of the references against those of the reports; a label that a case does not have is 0."""
-    true, given = (
+    true, stated = (
         np.array([[bool(case.get(name, 0)) for name in names] for case in cases], dtype=bool).reshape(-1, len(names))
         for cases in (truth, found)
     )
-    return Tally(tuple(names), np.stack([true & given, ~true & given, true & ~given], axis=-1).astype(float))
+    return Tally(tuple(names), np.stack([true & stated, ~true & stated, true & ~stated], axis=-1).astype(float))
 
 
 def finding_metrics(truth: Sequence[Sequence[Finding]], found: Sequence[Sequence[Finding]]) -> dict[str, Statistic]:

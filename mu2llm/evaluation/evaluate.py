@@ -10,9 +10,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from mu2llm import artefacts, storage, tracking
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
@@ -22,12 +19,13 @@ from mu2llm.evaluation.assess import PRIOR, assess
 from mu2llm.evaluation.audits import prior_report
 from mu2llm.evaluation.decoding import Decoding
 from mu2llm.evaluation.encode import cached_features
-from mu2llm.evaluation.generate import Progress, generate
+from mu2llm.evaluation.generate import generate
 from mu2llm.evaluation.leaderboard import rows, track
 from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
 from mu2llm.evaluation.report import PAGE, write_report
 from mu2llm.evaluation.results import METRICS, Header, Results
 from mu2llm.green import load_judge
+from mu2llm.progress import Counted
 from mu2llm.records import Case, Checkpoint, Judgement
 from mu2llm.settings.green import JudgeConfig
 
@@ -36,7 +34,7 @@ STATE = "predictions.state"
 
 
 def evaluate(
-    checkpoint: str, data: str, out: str, experiment: Experiment, split: str = "test", progress: Progress | None = None
+    checkpoint: str, data: str, out: str, experiment: Experiment, split: str = "test", progress: Counted | None = None
 ) -> dict[str, Any]:
     """One checkpoint's metrics, audits and report; see `compare`."""
     run = open_checkpoint(checkpoint).lineage.stage
@@ -49,7 +47,7 @@ def compare(
     out: str,
     experiment: Experiment,
     split: str = "test",
-    progress: Progress | None = None,
+    progress: Counted | None = None,
 ) -> Results:
     """Several checkpoints (run → URI) on the same cases in one pass, with paired differences of later ones to earlier.
 
@@ -75,8 +73,8 @@ def rescore(out: str, experiment: Experiment) -> Results:
     header = Header.open(out)
     cases, predictions = read_predictions(out)
     results, judgements = assess(header, cases, predictions, experiment)
-    _write_table(storage.join(out, "judgements.parquet"), judgements)
-    _write_table(storage.join(out, "metrics.parquet"), results.table())
+    storage.write_table(storage.join(out, "judgements.parquet"), judgements)
+    storage.write_table(storage.join(out, "metrics.parquet"), results.table())
     storage.write_json(storage.join(out, METRICS), results.model_dump(mode="json"))
     judged = {(row["run"], row["case_id"]): Judgement.from_row(row) for row in judgements.to_pylist()}
     write_report(out, results, cases, predictions, judged, experiment.evaluation.pages)
@@ -114,8 +112,8 @@ def compare_saved(evaluations: Sequence[str], out: str, experiment: Experiment) 
     predictions = [p for p in saved[0][1] if p.run == PRIOR]
     for i, (_, found) in enumerate(saved):
         predictions += [p.model_copy(update={"run": names[i, p.run]}) for p in found if p.run != PRIOR]
-    _write_table(storage.join(out, "cases.parquet"), Case.table(saved[0][0]))
-    _write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
+    storage.write_table(storage.join(out, "cases.parquet"), Case.table(saved[0][0]))
+    storage.write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
     header.write(out)
     return rescore(out, experiment)
 
@@ -136,7 +134,7 @@ def _told_apart(evaluations: Sequence[str], headers: Sequence[Header]) -> dict[t
 
 def read_predictions(out: str) -> tuple[list[Case], list[Prediction]]:
     """The saved cases and predictions."""
-    tables = [_read_table(storage.join(out, f"{name}.parquet")).to_pylist() for name in ("cases", "predictions")]
+    tables = [storage.read_table(storage.join(out, f"{name}.parquet")).to_pylist() for name in ("cases", "predictions")]
     return [Case.from_row(row) for row in tables[0]], [Prediction.from_row(row) for row in tables[1]]
 
 
@@ -161,15 +159,15 @@ def _request(checkpoints: Mapping[str, str], shards: Shards, split: str, experim
     )
 
 
-def _write_predictions(request: Request, shards: Shards, out: str, progress: Progress | None) -> None:
+def _write_predictions(request: Request, shards: Shards, out: str, progress: Counted | None) -> None:
     """Cases and predictions, and last the header, which says that they are whole."""
     predictions = generate(request, storage.join(out, STATE), progress)
     cases = shards.cases(request.split)[: request.max_cases]
     train = [case.report for case in shards.cases("train")]
     fixed = prior_report(train or [case.report for case in cases], load_judge(JudgeConfig()), request.decoding.seed)
     predictions += [_prior(case, fixed, request) for case in cases]
-    _write_table(storage.join(out, "cases.parquet"), Case.table(cases))
-    _write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
+    storage.write_table(storage.join(out, "cases.parquet"), Case.table(cases))
+    storage.write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
     Header(
         identity=request.identity,
         checkpoints={run: tracking.place(uri) for run, uri in request.checkpoints.items()},
@@ -199,12 +197,3 @@ def _histories(checkpoints: Mapping[str, str]) -> dict[str, list[dict[str, float
             histories.setdefault(checkpoint.lineage.stage, checkpoint.training.history)
             parent = checkpoint.lineage.parent
     return histories
-
-
-def _write_table(uri: str, table: pa.Table) -> None:
-    with storage.staged(uri) as path:
-        pq.write_table(table, path)
-
-
-def _read_table(uri: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(storage.read_bytes(uri)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from mu2llm import tracking
 from mu2llm.evaluation import published
-from mu2llm.evaluation.report.charts import source
+from mu2llm.evaluation.pages import environment, source
 from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.records import Estimate
 
@@ -93,12 +92,12 @@ def tracked(tags: Iterable[Mapping[str, str]]) -> list[Row]:
 
 def paper() -> list[Row]:
     """The paper's rows, by dataset and table."""
-    made = []
+    found = []
     for data, models in published.TABLE_1.items():
-        made += [_published(run, data, "table 1", published.COLUMNS, values) for run, values in models.items()]
+        found += [_published(run, data, "table 1", published.COLUMNS, values) for run, values in models.items()]
     columns = ("bleu_1", *published.COLUMNS)
-    made += [_published(run, "AMOS-MM", "table 2", columns, values) for run, values in published.TABLE_2.items()]
-    return made
+    found += [_published(run, "AMOS-MM", "table 2", columns, values) for run, values in published.TABLE_2.items()]
+    return found
 
 
 def _published(run: str, data: str, table: str, columns: Sequence[str], values: Sequence[float | None]) -> Row:
@@ -126,15 +125,15 @@ def leagues(table: Iterable[Row]) -> list[League]:
     grouped: dict[tuple[str, ...], list[Row]] = {}
     for row in table:
         grouped.setdefault(row.league, []).append(row)
-    made = []
+    found = []
     for (origin, data, split, judge), members in sorted(grouped.items(), key=lambda item: bool(item[0][0])):
         ranked = sorted(members, key=lambda row: (bool(row.red_line), -_value(row.metrics.get("green"))))
         if origin:
-            made.append(League(title=f"{data} ({origin})", note=f"not comparable: {published.WHY}", rows=ranked))
+            found.append(League(title=f"{data} ({origin})", note=f"not comparable: {published.WHY}", rows=ranked))
         else:
             cases = f"{members[0].cases} cases of " if members[0].cases else ""
-            made.append(League(title=f"{data}, {cases}split {split}", note=f"judge {judge}", rows=ranked))
-    return made
+            found.append(League(title=f"{data}, {cases}split {split}", note=f"judge {judge}", rows=ranked))
+    return found
 
 
 def _value(number: Estimate | float | None) -> float:
@@ -156,22 +155,24 @@ def _columns(table: Sequence[Row]) -> list[str]:
 
 def terminal(table: Sequence[Row]) -> list[Table]:
     """One rich table a league."""
-    made = []
+    found = []
     for league in leagues(table):
         columns = _columns(league.rows)
-        told = Text(league.note, style="dim")
+        caption = Text(league.note, style="dim")
         for row in league.rows:
             if row.red_line:
-                told.append(f"\n✗ {row.run} {row.red_line}", style="bold red")
-        shown = Table(title=league.title, caption=told, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+                caption.append(f"\n✗ {row.run} {row.red_line}", style="bold red")
+        shown = Table(
+            title=league.title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD
+        )
         shown.add_column("run")
         for name in columns:
             shown.add_column(TITLES[name], justify="right", overflow="fold")
         for row in league.rows:
             numbers = [_wrapping(row.metrics.get(name)) for name in columns]
             shown.add_row(row.run, *numbers, style="red" if row.red_line else "dim" if row.source else None)
-        made.append(shown)
-    return made
+        found.append(shown)
+    return found
 
 
 def differences(results: Results) -> Table:
@@ -220,16 +221,13 @@ def _line(*cells: str) -> str:
 
 def html(table: Sequence[Row]) -> str:
     """A page of its own, in the style of the report."""
-    environment = Environment(
-        loader=PackageLoader("mu2llm.evaluation.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("leaderboard.html").render(
-        leagues=[(league, _columns(league.rows)) for league in leagues(table)],
-        titles=TITLES,
-        cell=cell,
-        style=Markup(source("page.css")),
+    return (
+        environment()
+        .get_template("leaderboard.html")
+        .render(
+            leagues=[(league, _columns(league.rows)) for league in leagues(table)],
+            titles=TITLES,
+            cell=cell,
+            style=Markup(source("page.css")),
+        )
     )

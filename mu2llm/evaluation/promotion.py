@@ -51,18 +51,18 @@ def promote(checkpoint: str, alias: Alias = "champion", force: bool = False) -> 
     Raises UserError where it does not write reports, where its spec is not the one that it was configured with, and,
     unless `force`, where it was never evaluated as it is now on held-out cases, or an audit has a red line.
     """
-    made = open_checkpoint(tracking.locate(checkpoint))
-    rows = evaluations(made)
-    _check_kind(made)
-    reasons = _reasons(made, rows)
+    promoted = open_checkpoint(tracking.locate(checkpoint))
+    rows = evaluations(promoted)
+    _check_kind(promoted)
+    reasons = _reasons(promoted, rows)
     if reasons and not force:
-        raise UserError(f"{made.uri} is not promoted: {'; '.join(reasons)}. --force promotes it all the same")
-    storage.write_bytes(storage.join(made.uri, CARD), card(made, rows).encode())
+        raise UserError(f"{promoted.uri} is not promoted: {'; '.join(reasons)}. --force promotes it all the same")
+    storage.write_bytes(storage.join(promoted.uri, CARD), card(promoted, rows).encode())
     replaced = tracking.version_of(alias)
     tags = {"replaced": replaced or "", "forced": "; ".join(reasons)}
-    version = tracking.register(made, tracking.id_of(made.lineage.run), alias, tags)
+    version = tracking.register(promoted, tracking.id_of(promoted.lineage.run), alias, tags)
     promotion = Promotion(
-        alias=alias, version=version, checkpoint=tracking.place(made.uri), replaced=replaced, forced=bool(reasons)
+        alias=alias, version=version, checkpoint=tracking.place(promoted.uri), replaced=replaced, forced=bool(reasons)
     )
     return _record(promotion, tags["forced"])
 
@@ -112,9 +112,9 @@ def _check_kind(checkpoint: Checkpoint) -> None:
 def _reasons(checkpoint: Checkpoint, rows: Sequence[Row]) -> list[str]:
     held_out = [row for row in rows if row.split != "train"]
     if not held_out:
-        told = "no evaluation of it" if not rows else "evaluations of it on train alone"
+        evaluated = "no evaluation of it" if not rows else "evaluations of it on train alone"
         command = f"mu2llm evaluate --checkpoint {checkpoint.uri} --data … --out …"
-        return [f"{tracking.shown(tracking.store())} has {told} ({command})"]
+        return [f"{tracking.shown(tracking.store())} has {evaluated} ({command})"]
     return [f"on {row.data}, {row.split}: {row.red_line}" for row in held_out if row.red_line]
 
 

@@ -91,7 +91,7 @@ def judged(judgements: Sequence[Judgement]) -> Statistic:
 
 
 def laterality(truth: Sequence[Sequence[Finding]], found: Sequence[Sequence[Finding]]) -> Statistic:
-    """Of the findings with a side that both name, and give a side, the share in which the sides agree."""
+    """Of the findings with a side that both name, and give a side, the fraction whose sides agree."""
     rows = np.zeros((len(truth), 2))
     for i, (true, read) in enumerate(zip(truth, found, strict=True)):
         ours, theirs = _sides(true), _sides(read)

@@ -1,6 +1,7 @@
-"""How alike two reports are as text: BLEU (sacrebleu), ROUGE (rouge_score), METEOR (nltk), BERTScore.
+"""How similar two reports are as text: BLEU (sacrebleu), ROUGE (rouge_score), METEOR (nltk), BERTScore.
 
-All between 0 and 1. Higher is more alike; none of them knows what matters (METHOD.md §4.2).
+All between 0 and 1. Higher is more similar; none of them knows what matters (METHOD.md §4.2). The three packages take
+a second of CPU to import, so each is imported where it scores.
 """
 
 from __future__ import annotations
@@ -10,12 +11,6 @@ from functools import cache, lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
-from nltk.corpus import wordnet
-from nltk.stem.porter import PorterStemmer
-from nltk.translate.meteor_score import single_meteor_score
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenize import tokenize
-from sacrebleu.metrics import BLEU
 
 from mu2llm.evaluation.bootstrap import Statistic
 
@@ -33,6 +28,8 @@ def text_metrics(pairs: Sequence[Pair]) -> dict[str, Statistic]:
 
 def bleu(pairs: Sequence[Pair]) -> dict[str, Statistic]:
     """Corpus BLEU of orders 1 to 4: sacrebleu's, with its default tokenizer and smoothing (see `bleu_signature`)."""
+    from sacrebleu.metrics import BLEU
+
     scorer = BLEU(effective_order=True)  # of single sentences, where only the counts are taken
     rows = []
     for reference, candidate in pairs:
@@ -44,6 +41,8 @@ def bleu(pairs: Sequence[Pair]) -> dict[str, Statistic]:
 
 def _bleu(order: int, sums: np.ndarray) -> np.ndarray:
     """Sums (…, 10) of matches, n-grams and lengths → BLEU (…)."""
+    from sacrebleu.metrics import BLEU
+
     scores = []
     for row in sums.reshape(-1, 10):
         *counts, candidate_length, reference_length = map(int, row)
@@ -55,6 +54,8 @@ def _bleu(order: int, sums: np.ndarray) -> np.ndarray:
 
 def bleu_signature() -> str:
     """What makes two BLEU numbers comparable."""
+    from sacrebleu.metrics import BLEU
+
     scorer = BLEU()
     scorer.corpus_score(["a"], [["a"]])  # the signature counts the references of the last corpus
     return str(scorer.get_signature())
@@ -64,19 +65,25 @@ class _Stems:
     """Porter stems, each word's found once: reports use few words, many times."""
 
     def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer
+
         self.stem = lru_cache(maxsize=65536)(PorterStemmer().stem)
 
     def tokenize(self, text: str) -> list[str]:
         """What rouge_score makes of a text."""
+        from rouge_score.tokenize import tokenize
+
         return tokenize(text, self)
 
 
-_STEMS = _Stems()
+_stems = cache(_Stems)
 
 
 def rouge(pairs: Sequence[Pair]) -> dict[str, Statistic]:
     """ROUGE-1, -2 and -L as F-measure with stemming, as the published evaluation has it (METHOD.md §2.6)."""
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_STEMS)
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_stems())
     scores = [scorer.score(reference, candidate) for reference, candidate in pairs]
     names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
     return {ours: Statistic.mean([score[theirs].fmeasure for score in scores]) for ours, theirs in names.items()}
@@ -92,6 +99,8 @@ class _NoWordNet:
 @cache
 def synonyms() -> Any:
     """WordNet where its data is installed (`python -m nltk.downloader wordnet`), else a stand-in without entries."""
+    from nltk.corpus import wordnet
+
     try:
         wordnet.ensure_loaded()
     except LookupError:
@@ -108,9 +117,11 @@ def meteor_variant() -> str:
 
 def meteor(pairs: Sequence[Pair]) -> Statistic:
     """nltk's METEOR of lower-cased tokens between spaces; `meteor_variant` says whether synonyms count."""
+    from nltk.translate.meteor_score import single_meteor_score
+
     return Statistic.mean(
         [
-            single_meteor_score(reference.split(), candidate.split(), stemmer=_STEMS, wordnet=synonyms())
+            single_meteor_score(reference.split(), candidate.split(), stemmer=_stems(), wordnet=synonyms())
             for reference, candidate in pairs
         ]
     )

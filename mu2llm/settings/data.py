@@ -14,7 +14,7 @@ class PhantomConfig(Section):
     """The procedural phantoms of `mu2llm phantom` and of the demo."""
 
     cases: int = Field(800, ge=1)
-    prevalence: float = Field(0.2, ge=0.15, le=0.25, description="share of the cases that have a finding")
+    prevalence: float = Field(0.2, ge=0.15, le=0.25, description="fraction of the cases that have a finding")
 
 
 class DataConfig(Section):
@@ -22,12 +22,12 @@ class DataConfig(Section):
     split: dict[Literal["train", "validation", "test"], float] = Field(
         {"train": 0.8, "validation": 0.1, "test": 0.1}, description="fraction of the patients in each"
     )
-    rejection_budget: float = Field(0.05, ge=0, le=1, description="share of rejected scans over which ingest fails")
+    rejection_budget: float = Field(0.05, ge=0, le=1, description="fraction of rejected scans over which ingest fails")
     accept: tuple[str, ...] = Field((), description="warning or reason codes that are let in, such as not_hu")
     reconstructions: Literal["one", "all"] = Field("one", description="CT-RATE: one reconstruction a scan, or all")
     shard_mb: int = Field(128, ge=1, description="aimed size of a Parquet shard")
     shuffle_rows: int = Field(1, ge=1, description="neighbouring rows that stay together when an epoch is shuffled")
     fraction: float = Field(
-        1, gt=0, le=1, description="share of the training patients, drawn by the seed, that sft and prefer see"
+        1, gt=0, le=1, description="fraction of the training patients, drawn by the seed, that sft and prefer see"
     )
     phantom: PhantomConfig = PhantomConfig()

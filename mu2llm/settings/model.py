@@ -88,7 +88,7 @@ class ModelConfig(Section):
     language_model: str = Field("small", description="small, smollm2, or name or path of any HF causal LM or GGUF")
     text_encoder: str = Field("minilm", description="minilm, small, or name or path of any HF encoder")
     face: Literal["corrected", "reference"] = Field(
-        "corrected", description="reference sets every mend of the published code back, where it is not set itself"
+        "corrected", description="reference undoes every correction of the published code, where it is not set itself"
     )
     vision: VisionConfig = VisionConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

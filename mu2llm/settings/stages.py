@@ -10,14 +10,14 @@ from mu2llm.settings.section import Section
 
 
 class StageConfig(Section):
-    """What the three training stages share. `batch_size` is global: over all workers."""
+    """What the three training stages have in common. `batch_size` is global: over all workers."""
 
     epochs: float = Field(1, gt=0)
     max_steps: int | None = Field(None, ge=1, description="instead of epochs")
     batch_size: int = Field(8, ge=1)
     accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
-    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps")
+    warmup: float = Field(0.05, ge=0, le=1, description="fraction of the steps")
     schedule: str = "cosine"
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -65,17 +65,17 @@ class SftConfig(StageConfig):
     freeze_language_model: bool = Field(False, description="train only what reads the scan for it")
     cache_vision: bool = Field(True, description="with vision frozen throughout: encode each scan once")
     thaw_vision: float | None = Field(
-        None, ge=0, lt=1, description="share of the steps after which frozen vision is trained too"
+        None, ge=0, lt=1, description="fraction of the steps after which frozen vision is trained too"
     )
-    group_by_length: bool = Field(False, description="batches of reports of alike lengths, which pad little")
+    group_by_length: bool = Field(False, description="batches of reports of similar lengths, which pad little")
     validation: ValidationConfig = ValidationConfig()
     alignment: float = Field(
         0, ge=0, description="weight of the loss that holds the visual tokens against the report's findings"
     )
     alignment_first: float = Field(
-        0, ge=0, lt=1, description="share of the steps, at the start, that train by the alignment alone: cheap ones"
+        0, ge=0, lt=1, description="fraction of the steps, at the start, that train by the alignment alone: cheap ones"
     )
-    report_share: float = Field(0.8, ge=0, le=1, description="share of reports; the rest are the case's questions")
+    report_share: float = Field(0.8, ge=0, le=1, description="fraction of reports; the rest are the case's questions")
 
     @model_validator(mode="after")
     def _thaws_what_is_frozen(self) -> Self:
@@ -89,7 +89,7 @@ class SftConfig(StageConfig):
 
     @property
     def cached(self) -> bool:
-        """Whether vision's features are made once and trained on."""
+        """Whether vision's features are computed once and trained on."""
         return self.freeze_vision and self.cache_vision and self.thaw_vision is None
 
 

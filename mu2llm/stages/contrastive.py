@@ -24,7 +24,7 @@ from mu2llm.model import Mu2ForContrastive, build_contrastive
 from mu2llm.records import Checkpoint
 from mu2llm.stages import launch
 from mu2llm.stages.job import Job, Progress, new_job
-from mu2llm.stages.texts import TextBank, Texts, TextTokens
+from mu2llm.stages.texts import Positives, TextBank, TextTokens
 from mu2llm.stages.trainer import Streamed, arguments, train
 from mu2llm.stages.worker import Batches, Resume
 
@@ -47,7 +47,7 @@ def loop(job: Job, resume: Resume) -> None:
     reports = [case.report for case in shards.cases("train")]
     encoder = weights.text_encoder(experiment.model.text_encoder, reports)
     trained = encoder if settings.train_text_encoder else None
-    texts: Texts = (
+    texts: Positives = (
         TextTokens(encoder, settings.positives, reports)
         if trained
         else TextBank(encoder, settings.positives, reports, experiment.seed)
@@ -91,7 +91,7 @@ def gather(local: torch.Tensor) -> torch.Tensor:
     return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)])
 
 
-def collate(rows: dict[str, Any], texts: Texts) -> dict[str, Any]:
+def collate(rows: dict[str, Any], texts: Positives) -> dict[str, Any]:
     """Rows of the shards → the model's inputs."""
     return {
         "case_ids": list(rows["id"]),
@@ -102,7 +102,7 @@ def collate(rows: dict[str, Any], texts: Texts) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def recall(model: Mu2ForContrastive, shards: Shards, texts: Texts, split: str = "validation") -> dict[str, float]:
+def recall(model: Mu2ForContrastive, shards: Shards, texts: Positives, split: str = "validation") -> dict[str, float]:
     """recall@1 and @5 of finding a held-out case's report by its scan, and chance = 1/n.
 
     A report's score for a scan is how likely the scan has the report's texts and no others of the split. Reports

@@ -87,7 +87,7 @@ class HeldOut:
                 continue
             with storage.local_copy(uri) as folder, tempfile.TemporaryDirectory() as target:
                 self.export(job, str(folder), target)
-                storage.copy_folder(target, job.out)
+                storage.copy(target, job.out)
             return int(entry["step"])
         logger.warning("%s: no validated checkpoint is there, so the last one is published, not the best", job.out)
         return None

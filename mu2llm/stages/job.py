@@ -129,7 +129,7 @@ def new_job(
         "parent": parent and storage.absolute(parent),
         "parent_identity": origin.lineage.identity if origin else "",
         "spec_hash": shards.spec.hash,
-        "rows": len(shards.share("train", experiment.data.fraction, experiment.seed)),
+        "rows": len(shards.subset("train", experiment.data.fraction, experiment.seed)),
         "git_commit": tracking.git_commit(),
     }
     return Job(**{**values, **more})

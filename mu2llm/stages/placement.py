@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import ray
 
+from mu2llm import private_apis
 from mu2llm.errors import UserError
 from mu2llm.settings.stages import StageConfig
 from mu2llm.stages.job import Job
@@ -62,7 +63,7 @@ def _check_room(settings: StageConfig) -> None:
 def workers_that_fit(need: Mapping[str, float]) -> int:
     """As many as the nodes hold, as the cluster is or, where it scales itself, as it can grow to."""
     nodes = workers_on_nodes(need)
-    grown = ray._private.state.state.get_cluster_config()
+    grown = private_apis.cluster_limits()
     if grown is None:
         return nodes
     most = sum(_slots(group.resources, need) * int(_limit(group.max_count)) for group in grown.node_group_configs)

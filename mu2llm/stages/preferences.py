@@ -8,13 +8,12 @@ a language model has judged is not asked again. Radiologists' corrections are pa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
 from typing import Any, ClassVar, Self
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from mu2llm import artefacts, storage
@@ -28,12 +27,11 @@ from mu2llm.evaluation.encode import cached_features
 from mu2llm.evaluation.generate import generate
 from mu2llm.evaluation.predictions import Request
 from mu2llm.green import Judge, load_judge
+from mu2llm.progress import Counted
 from mu2llm.records import Candidate, Case, Correction, Judgement, PreferencePair, Record
 from mu2llm.stages.corrections import read_corrections
 from mu2llm.stages.corruption import corrupt
 from mu2llm.stages.pairs import Judged, make_pairs, screen
-
-Progress = Callable[[int, int], None]
 
 
 class Preferences(BaseModel):
@@ -71,7 +69,7 @@ def prefer(
     out: str,
     experiment: Experiment,
     judge: Judge | None = None,
-    progress: Progress | None = None,
+    progress: Counted | None = None,
     corrections: str | None = None,
 ) -> Preferences:
     """Samples, judges and pairs; `corrections` (a URI of JSON lines) of the split's scans are added as they are.
@@ -192,7 +190,7 @@ def _listed(reasons: Counter[str]) -> str:
 
 def read_pairs(uri: str) -> list[PreferencePair]:
     """The pairs at a URI that `prefer` wrote, in order."""
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(uri, "pairs.parquet"))))
+    table = storage.read_table(storage.join(uri, "pairs.parquet"))
     return [PreferencePair.from_row(row) for row in table.to_pylist()]
 
 
@@ -214,14 +212,14 @@ def _request(checkpoint: str, shards: Shards, experiment: Experiment) -> Request
         ),
         batch_size=settings.batch_size,
         max_cases=settings.max_cases,
-        ids=tuple(shards.share("train", share, experiment.seed)) if few else None,
+        ids=tuple(shards.subset("train", share, experiment.seed)) if few else None,
         actors=settings.actors,
         cpus=stage.cpus_per_worker,
         gpus=stage.gpus_per_worker,
     )
 
 
-def _sample(request: Request, out: str, progress: Progress | None) -> list[Candidate]:
+def _sample(request: Request, out: str, progress: Counted | None) -> list[Candidate]:
     """The candidates; what is finished is kept below `out` and not done again."""
     written = generate(request, storage.join(out, "sampling"), progress)
     seed = request.decoding.seed
@@ -267,15 +265,9 @@ def _write(out: str, candidates: list[Candidate], judgements: list[Judgement], p
     tables: dict[str, list] = {"candidates": candidates, "pairs": pairs}
     kinds: dict[str, type[Record]] = {"candidates": Candidate, "pairs": PreferencePair}
     for name, records in tables.items():
-        _write_table(storage.join(out, f"{name}.parquet"), kinds[name].table(records))
+        storage.write_table(storage.join(out, f"{name}.parquet"), kinds[name].table(records))
     judged = Judgement.table(judgements)
     for column in ("index", "case_id"):
         values = [getattr(candidate, column) for candidate in candidates]
         judged = judged.add_column(0, column, pa.array(values, Candidate.arrow_schema.field(column).type))
-    _write_table(storage.join(out, "judgements.parquet"), judged)
-
-
-def _write_table(uri: str, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+    storage.write_table(storage.join(out, "judgements.parquet"), judged)

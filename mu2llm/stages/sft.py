@@ -121,7 +121,7 @@ def loop(job: Job, resume: Resume) -> None:
 def training_cases(job: Job, shards: Shards) -> tuple[list[str], list[str]]:
     """Ids and reports of the cases that the job trains on, in the rows' order."""
     reports = {case.id: case.report for case in shards.cases("train")}
-    ids = shards.share("train", job.resolved.data.fraction, job.resolved.seed)
+    ids = shards.subset("train", job.resolved.data.fraction, job.resolved.seed)
     return ids, [reports[name] for name in ids]
 
 

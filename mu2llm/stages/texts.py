@@ -14,7 +14,7 @@ from mu2llm.errors import UserError
 from mu2llm.green import findings, sentences
 
 
-class Texts:
+class Positives:
     """The positives of reports.
 
     Where the training reports have few distinct positives (findings), all of them are compared with every scan.
@@ -53,7 +53,7 @@ class Texts:
         return {**self.inputs(distinct), "targets": torch.as_tensor(has)}
 
 
-class TextBank(Texts):
+class TextBank(Positives):
     """With the embeddings of a frozen encoder, each distinct text embedded once, whitened.
 
     All reports speak of the same anatomy: as they come, embeddings of "left" and "right" are nearly one vector.
@@ -86,7 +86,7 @@ class TextBank(Texts):
         return ((embedded - self.centre) @ self.whiten).astype(np.float32)
 
 
-class TextTokens(Texts):
+class TextTokens(Positives):
     """As tokens, for a text encoder that is trained with the scans' side."""
 
     def __init__(self, encoder: weights.TextEncoder, positives: str, reports: Sequence[str]) -> None:

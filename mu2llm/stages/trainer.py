@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from mu2llm import storage, tracking
+from mu2llm import private_apis, storage, tracking
 from mu2llm.cases import Stream
 from mu2llm.records import Checkpoint, Lineage, Training
 from mu2llm.stages.job import FINISHED_FILE, Job
@@ -53,7 +51,7 @@ def train(
             model = restore(saved) if job.settings.fsdp else trainer.accelerator.unwrap_model(trainer.model)
             metrics = finish(model, folder)
             progress = reports.progress(trainer.state.global_step)
-            storage.copy_folder(folder, job.out)
+            storage.copy(folder, job.out)
             # what describes it waits for `_publish`, on the driver, which makes the folder whole
             described = description(job, progress, resume.step, trainer.state, metrics)
             storage.write_json(storage.join(job.state, FINISHED_FILE), described.model_dump(mode="json"))
@@ -94,7 +92,7 @@ def arguments(job: Job, folder: str, model: Any, **more: Any) -> dict[str, Any]:
 
 def sharding(strategy: str, model: Any) -> dict[str, Any]:
     """HF's arguments for FSDP: each layer's weights are gathered when it is reached, those of no layer at once."""
-    layers = {type(module).__name__ for module in model.modules()} & set(model._no_split_modules)
+    layers = private_apis.layer_classes(model)
     return {
         "fsdp": True,
         "fsdp_config": {
@@ -116,9 +114,8 @@ class Streamed:
     epochs_a_step: float = 0.0
 
     def create_accelerator_and_postprocess(self) -> None:
-        if self.args.fsdp and PartialState().distributed_type == DistributedType.MULTI_CPU:  # type: ignore[attr-defined]
-            # accelerate passes over FSDP there without a word; torch shards over gloo as it does over GPUs
-            PartialState().distributed_type = DistributedType.MULTI_GPU
+        if self.args.fsdp:  # type: ignore[attr-defined]
+            private_apis.allow_fsdp_on_cpu()
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:

@@ -60,9 +60,9 @@ def tags(stage: str) -> list[dict[str, str]]:
 
 def find(name: str) -> Run:
     """The run with an id (its first digits suffice), or the newest that made a checkpoint, by the checkpoint's URI."""
-    made = _makers(place(registry.locate(name)))
-    if made:
-        return made[0]
+    makers = _makers(place(registry.locate(name)))
+    if makers:
+        return makers[0]
     found = [run for run in runs() if run.id.startswith(name)] if name else []
     if not found:
         raise UserError(
@@ -132,9 +132,9 @@ def _is_checkpoint(name: str) -> bool:
 def _of_checkpoint(uri: str) -> Ancestor:
     """By the store's run, else by what the checkpoint says of itself."""
     uri = place(uri)
-    made = _makers(uri)
-    if made:
-        return _ancestor(made[0])
+    makers = _makers(uri)
+    if makers:
+        return _ancestor(makers[0])
     if not storage.exists(storage.join(uri, Checkpoint.FILE)):
         return Ancestor(stage="unknown: neither a run nor the checkpoint is there", checkpoint=uri)
     own = open_checkpoint(uri).lineage

@@ -54,19 +54,19 @@ class _Unsent(Exception):
 def deliver(uri: str) -> Delivery:
     """Sends what waits for a store, as far as it answers; nothing where another process is at it."""
     spool = Spool.of(uri)
-    made = Delivery(store=shown(uri))
+    delivery = Delivery(store=shown(uri))
     with spool.claimed() as claimed:
         if claimed and not answers(uri):
-            made.why = f"{shown(uri)} does not answer"
+            delivery.why = f"{shown(uri)} does not answer"
         elif claimed:
             for key in spool.runs():
                 try:
-                    made.sent += _deliver_run(client(uri), spool, key)
+                    delivery.sent += _deliver_run(client(uri), spool, key)
                 except _Unsent as error:
-                    made.why = made.why or str(error)
+                    delivery.why = delivery.why or str(error)
                     if error.store_is_down:
                         break
-    return made.model_copy(update={"waiting": spool.waiting(), "refused": len(spool.refused())})
+    return delivery.model_copy(update={"waiting": spool.waiting(), "refused": len(spool.refused())})
 
 
 def waiting() -> int:
@@ -206,7 +206,7 @@ class Sender(threading.Thread):
         super().__init__(name="tracking", daemon=True)
         self.uri, self.spool = uri, Spool.of(uri)
         self.open: set[str] = set()
-        self.stopped, self.told = False, False
+        self.stopped, self.warned = False, False
         self.pause = POLL_S
         self.wake = threading.Event()
 
@@ -219,15 +219,15 @@ class Sender(threading.Thread):
 
     def _attempt(self) -> None:
         try:
-            made = deliver(self.uri)
+            delivery = deliver(self.uri)
         except Exception as error:  # a thread's error would be lost; the entries are not
-            made = Delivery(store=shown(self.uri), why=f"{type(error).__name__}: {error}")
-        self.pause = min(2 * self.pause, LONGEST_PAUSE_S) if made.why else POLL_S
-        if made.why and not self.told:
-            self.told = True
+            delivery = Delivery(store=shown(self.uri), why=f"{type(error).__name__}: {error}")
+        self.pause = min(2 * self.pause, LONGEST_PAUSE_S) if delivery.why else POLL_S
+        if delivery.why and not self.warned:
+            self.warned = True
             logger.warning(
                 "tracking: %s; what is tracked waits in %s and is sent later (mu2llm runs sync)",
-                made.why,
+                delivery.why,
                 self.spool.path,
             )
 
@@ -236,7 +236,7 @@ class Sender(threading.Thread):
         until = time.monotonic() + FLUSH_S[is_server(self.uri)]
         self.wake.set()
         while self.is_alive() and time.monotonic() < until and self.spool.waiting():
-            if self.told and self.pause > POLL_S:
+            if self.warned and self.pause > POLL_S:
                 return
             time.sleep(0.02)
 

@@ -76,7 +76,7 @@ def test_a_storage_that_only_fails_ends_in_a_failure_and_a_rerun_goes_on(bucket,
 
 def test_a_dicom_folder_on_s3_is_one_scan(bucket, shared, tmp_path):
     folder = shared / "data" / "ct" / "totalseg_dicom"
-    storage.copy_folder(str(folder), f"{bucket}/series")
+    storage.copy(str(folder), f"{bucket}/series")
     row = {**scans.row(0), "volume": "series"}
     storage.write_bytes(f"{bucket}/one.jsonl", json.dumps(row).encode())
     experiment = scans.experiment()

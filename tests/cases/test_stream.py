@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_runs import case, write_shards
 
 from mu2llm import cases, config
-from mu2llm.cases.stream import Order, Share, Stream, permutation
+from mu2llm.cases.stream import Order, Stream, WorkerRows, permutation
 from mu2llm.errors import UserError
 
 COUNT = 23
@@ -22,19 +22,19 @@ COUNT = 23
 @given(
     count=st.integers(1, 40),
     seed=st.integers(0, 9),
-    neighbours=st.integers(1, 5),
+    run_length=st.integers(1, 5),
     batch=st.integers(1, 12),
     start=st.integers(0, 60),
     length=st.integers(0, 60),
     worlds=st.tuples(st.integers(1, 4), st.integers(1, 4)),
 )
-def test_any_number_of_workers_sees_the_same_global_batches(count, seed, neighbours, batch, start, length, worlds):
-    order = Order(count, seed, neighbours)
+def test_any_number_of_workers_sees_the_same_global_batches(count, seed, run_length, batch, start, length, worlds):
+    order = Order(count, seed, run_length)
     wanted = order.items(np.arange(start, start + length))
     for world in worlds:
         if batch < world:
             continue
-        shares = [Share(start, start + length, batch, rank, world) for rank in range(world)]
+        shares = [WorkerRows(start, start + length, batch, rank, world) for rank in range(world)]
         positions = [share.positions(0, len(share)) for share in shares]
         steps = [
             np.concatenate([part[(part - start) // batch == step] for part in positions])
@@ -50,15 +50,15 @@ def test_any_number_of_workers_sees_the_same_global_batches(count, seed, neighbo
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(1, 60), st.integers(0, 5), st.integers(1, 7), st.integers(0, 3))
-def test_an_epoch_has_every_row_once_and_neighbours_together(count, seed, neighbours, epoch):
-    order = permutation(count, seed, epoch, neighbours)
+def test_an_epoch_has_every_row_once_and_runs_stay_together(count, seed, run_length, epoch):
+    order = permutation(count, seed, epoch, run_length)
     assert sorted(order.tolist()) == list(range(count))
-    starts = np.flatnonzero(order % neighbours == 0)
+    starts = np.flatnonzero(order % run_length == 0)
     for start in starts:
-        run = order[start : start + neighbours]
-        run = run[run // neighbours == run[0] // neighbours]
+        run = order[start : start + run_length]
+        run = run[run // run_length == run[0] // run_length]
         assert run.tolist() == list(range(run[0], run[0] + len(run)))
-    assert permutation(count, None, epoch, neighbours).tolist() == list(range(count))
+    assert permutation(count, None, epoch, run_length).tolist() == list(range(count))
 
 
 def test_epochs_and_seeds_differ_and_repeat():

@@ -10,7 +10,7 @@ from mu2llm.errors import UserError
 def followed(texts):
     """(lines, progress) that a log gives, arriving in these pieces."""
     lines, shown = [], []
-    reader = submission._Reader(lines.append, lambda *told: shown.append(told))
+    reader = submission._LogLines(lines.append, lambda *told: shown.append(told))
     for text in texts:
         reader.feed(text)
     reader.finish()
@@ -44,7 +44,7 @@ def test_lines_cut_anywhere_are_put_together():
 
 def test_a_log_that_begins_anew_is_not_shown_twice():
     lines = []
-    reader = submission._Reader(lines.append, None)
+    reader = submission._LogLines(lines.append, None)
     reader.begin()
     reader.feed("one\ntwo\n")
     reader.begin()  # the connection was lost: the cluster sends the log from its start

@@ -59,8 +59,8 @@ def save(out):
         *predict("dpo", "as_is", [c.questions[0].answer for c in CASES], "chest", questions.question),
         *predict("prior", "as_is", ["No pleural effusion. The liver is normal."] * 12),
     ]
-    evaluate_module._write_table(storage.join(out, "cases.parquet"), Case.table(CASES))
-    evaluate_module._write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
+    storage.write_table(storage.join(out, "cases.parquet"), Case.table(CASES))
+    storage.write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
     Header(
         identity="x",
         checkpoints={"sft": "s3://b/sft", "dpo": "s3://b/dpo"},
@@ -78,8 +78,8 @@ def only(out, run, name):
     header, (cases, predictions) = Header.open(str(out)), evaluate_module.read_predictions(str(out))
     folder = str(out.parent / name)
     kept = [p for p in predictions if p.run in (run, "prior")]
-    evaluate_module._write_table(storage.join(folder, "cases.parquet"), Case.table(cases))
-    evaluate_module._write_table(storage.join(folder, "predictions.parquet"), Prediction.table(kept))
+    storage.write_table(storage.join(folder, "cases.parquet"), Case.table(cases))
+    storage.write_table(storage.join(folder, "predictions.parquet"), Prediction.table(kept))
     header.model_copy(update={"checkpoints": {run: header.checkpoints[run]}, "identity": name}).write(folder)
     return folder
 
@@ -99,7 +99,7 @@ def test_evaluations_made_apart_are_paired_as_if_made_together(tmp_path, no_enco
     with pytest.raises(UserError, match="another evaluation"):
         compare_saved([dpo, sft], str(tmp_path / "compared"), least())
     fewer = Case.table([case(i) for i in range(3)])
-    evaluate_module._write_table(storage.join(dpo, "cases.parquet"), fewer)
+    storage.write_table(storage.join(dpo, "cases.parquet"), fewer)
     with pytest.raises(UserError, match="different cases"):
         compare_saved([sft, dpo], str(tmp_path / "other"), least())
 

@@ -32,7 +32,7 @@ def test_every_setting_takes_its_part_of_one_reference(pairs, least, tmp_path):
 
 def test_corrections_are_in_the_pairs_of_every_margin(pairs, least, tmp_path):
     place = storage.join(str(tmp_path), "with")
-    storage.copy_folder(pairs, place)
+    storage.copy(pairs, place)
     human = {"chosen_score": None, "rejected_score": None, "judge": "human", "origin": "human"}
     corrected = read_pairs(pairs)[0].model_copy(update={"chosen": "There is a nodule.", **human})
     derived_pairs._write(storage.join(place, "pairs.parquet"), PreferencePair.table([*read_pairs(pairs), corrected]))

@@ -149,9 +149,9 @@ def test_the_ablation_says_what_each_part_gives(ray_cluster, shards, vision, lea
 
 
 def test_a_share_of_the_patients_is_whole_patients_and_grows(shards):
-    few, more = (shards.share("train", fraction, seed=1) for fraction in (0.34, 0.67))
+    few, more = (shards.subset("train", fraction, seed=1) for fraction in (0.34, 0.67))
     assert set(few) < set(more) < {case.id for case in shards.cases("train")}
     patients = {case.id: case.patient for case in shards.cases("train")}
     chosen = {patients[name] for name in few}
     assert sorted(few) == sorted(name for name, patient in patients.items() if patient in chosen)
-    assert shards.share("train", 0.34, seed=2) != few
+    assert shards.subset("train", 0.34, seed=2) != few

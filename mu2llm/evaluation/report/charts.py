@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import is_color_like, to_hex
 from matplotlib.figure import Figure
 
+from mu2llm.evaluation.pages import source
 from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.records import Estimate
 
@@ -65,14 +65,14 @@ def metrics(results: Results) -> str:
 def grounding(results: Results) -> str:
     """Findings F1 of each run with its scan, with another patient's, with an empty one."""
     runs = [(i, run) for i, run in enumerate(results.runs) if results.runs[run].audit]
-    told = {"own scan": None, "another patient's": "shuffled", "empty": "zeroed"}
+    variants = {"own scan": None, "another patient's": "shuffled", "empty": "zeroed"}
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 0.7 + 0.75 * len(runs)), layout="constrained")
         axes = figure.subplots()
         places, labels = [], []
         for row, (i, run) in enumerate(runs):
-            for j, (label, variant) in enumerate(told.items()):
-                place = row * (len(told) + 0.7) + j
+            for j, (label, variant) in enumerate(variants.items()):
+                place = row * (len(variants) + 0.7) + j
                 value = _f1(results, run, variant)
                 _bars(axes, np.array([place]), [value], RUNS[i], None, 0.85, alpha=1 if variant is None else 0.35)
                 places.append(place)
@@ -162,19 +162,14 @@ def _finish(axes: Axes) -> None:
     axes.tick_params(length=0)
 
 
-def source(name: str) -> str:
-    """A file of this folder."""
-    return (files("mu2llm.evaluation.report") / name).read_text(encoding="utf-8")
-
-
 def as_png(figure: Figure) -> bytes:
     """The figure as a picture on white, in the colours of the light page, which come first in its style."""
     style = source("page.css")
     light = {colour: re.findall(rf"{name}: (#\w+);", style)[0] for colour, name in _VARIABLES.items()}
     for artist in figure.findobj():
         for part in ("color", "facecolor", "edgecolor", "markeredgecolor", "markerfacecolor"):
-            given = getattr(artist, f"get_{part}", lambda: None)()
-            if given is not None and is_color_like(given) and (painted := light.get(to_hex(given))):
+            colour = getattr(artist, f"get_{part}", lambda: None)()
+            if colour is not None and is_color_like(colour) and (painted := light.get(to_hex(colour))):
                 getattr(artist, f"set_{part}")(painted)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110, facecolor="white")

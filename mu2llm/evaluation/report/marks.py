@@ -47,7 +47,7 @@ def mark(text: str, truth: Sequence[Finding], absent: Mark) -> list[Sentence]:
 
 
 def _sides(finding: Finding) -> tuple[str | None, ...]:
-    """Left and right for both; a finding told without its side goes with either, and with none."""
+    """Left and right for both; a finding named without its side goes with either, and with none."""
     if finding.side in (None, "bilateral"):
         return ("left", "right", None) if finding.side is None else ("left", "right")
     return (finding.side,)

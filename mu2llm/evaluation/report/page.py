@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mu2llm import green, storage
 from mu2llm.cases import Shards
 from mu2llm.cases.shards import read_rows
+from mu2llm.evaluation.pages import environment, source
 from mu2llm.evaluation.predictions import Prediction
-from mu2llm.evaluation.report import charts, scans
-from mu2llm.evaluation.report.charts import source
+from mu2llm.evaluation.report import scans
 from mu2llm.evaluation.report.marks import SHORT, Piece, Sentence, Verdict, changes, mark, verdicts
 from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.records import ERROR_CATEGORIES, Case, Estimate, Judgement
@@ -59,15 +58,9 @@ def write_report(
     shown = [
         _page(case, pictures.get(case.id, []), list(results.header.checkpoints), texts, judgements) for case in chosen
     ]
-    environment = Environment(
-        loader=PackageLoader("mu2llm.evaluation.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    html = environment.get_template("page.html").render(
+    templates = environment()
+    templates.filters["number"] = number
+    html = templates.get_template("page.html").render(
         results=results,
         titles=TITLES,
         charts={name: Markup(svg) for name, svg in _charts(results).items()},
@@ -137,6 +130,8 @@ def _pictures(results: Results, ids: Sequence[str]) -> tuple[dict[str, list[scan
 
 
 def _charts(results: Results) -> dict[str, str]:
+    from mu2llm.evaluation.report import charts  # matplotlib takes a second: only where a page is drawn
+
     return {
         "metrics": charts.metrics(results),
         "grounding": charts.grounding(results),

@@ -1,0 +1,86 @@
+"""The one place for what other packages do not promise to keep, each with the reason why it is used.
+
+tests/test_private_apis.py fails where an upgrade changes one of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import ray.data
+    from ray.job_submission import JobSubmissionClient
+
+PAUSE_S = 0.02
+TOKENS = "ray._private.authentication.authentication_token_setup"
+
+
+def cluster_limits() -> Any | None:
+    """What the cluster can grow to, as Ray's `ClusterConfig`; None where it does not scale itself.
+
+    Ray's public state names the nodes that are there, not those that the autoscaler may add.
+    """
+    import ray
+
+    return ray._private.state.state.get_cluster_config()
+
+
+def largest_resources() -> dict[str, float]:
+    """Resource → the most of it that the cluster can grow to; empty where it does not scale itself."""
+    import ray
+
+    return dict(ray._private.state.state.get_max_resources_from_cluster_config() or {})
+
+
+def pause_scheduler(dataset: ray.data.Dataset) -> None:
+    """Lets Ray Data's scheduler rest `PAUSE_S` seconds after each of its turns.
+
+    It is a thread of the consuming process. When the readers are ahead it turns without a pause and holds the
+    interpreter lock: it took half the time of a small training step. Ray Data has no setting for it.
+    """
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Pause(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            time.sleep(PAUSE_S)
+
+    dataset.context.custom_execution_callback_classes = [Pause]
+
+
+def use_token() -> None:
+    """Ray's own token is sent where there is one, also where nobody said that the cluster asks for it.
+
+    Ray does so in `ray.init` and in its command line, but not in the client of its jobs API.
+    """
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    logging.getLogger(TOKENS).setLevel(logging.ERROR)
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def ray_version(client: JobSubmissionClient) -> str:
+    """The version of Ray on a cluster; the client's public `get_version` gives that of its API alone."""
+    return str(client._do_request("GET", "/api/version").json()["ray_version"])
+
+
+def quiet_job_client() -> None:
+    """The jobs client logs at level INFO what we say in one line."""
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Lets accelerate shard over gloo as it does over GPUs, which torch can: it passes over FSDP there in silence."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    state = PartialState()
+    if state.distributed_type == DistributedType.MULTI_CPU:  # type: ignore[attr-defined]
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
+def layer_classes(model: Any) -> set[str]:
+    """Names of the classes of a transformers model's layers, each of which stays on one device."""
+    return {type(module).__name__ for module in model.modules()} & set(model._no_split_modules)
