@@ -78,7 +78,7 @@ class Mu2Processor(ProcessorMixin):
         """input_ids, attention_mask, labels, question_ids, question_mask, each (B, L).
 
         Labels are the answer and its end, −100 elsewhere; without `answers` there are none. Pads on the right
-        for training and on the left for generation, unless told. Raises UserError where a text is too long.
+        for training and on the left for generation, or on `padding_side`. Raises UserError where a text is too long.
         """
         pairs = zip(questions, answers if answers is not None else [None] * len(questions), strict=True)
         rows = [self.token_ids(question, answer) for question, answer in pairs]
@@ -158,9 +158,9 @@ class Mu2Processor(ProcessorMixin):
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _prompt_ids(self, prompt: str, expected: tuple[int, ...] = (1,)) -> list[int]:
-        given = prompt.count(self.volume_token)
-        if given not in expected:
-            raise UserError(f"a text has {given} placeholders {self.volume_token}, expected 1: {prompt!r:.80}")
+        found = prompt.count(self.volume_token)
+        if found not in expected:
+            raise UserError(f"a text has {found} placeholders {self.volume_token}, expected 1: {prompt!r:.80}")
         expanded = prompt.replace(self.volume_token, self.volume_token * self.queries)
         return list(self.tokenizer(expanded, add_special_tokens=False).input_ids)
 
