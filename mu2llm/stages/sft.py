@@ -278,11 +278,12 @@ def collate(
     """Rows → inputs."""
     parts = zip(rows["report"], rows["questions"], rows["row"], strict=True)
     asked = [instructions(report, questions, int(row)) for report, questions, row in parts]
+    aligned = texts.targets(rows["report"]) if texts else None
     name = "vision_features" if scan == "features" else "volumes"
     return {
         "case_ids": list(rows["id"]),
         name: torch.as_tensor(np.asarray(rows[scan])),
         "chunk_mask": torch.as_tensor(np.asarray(rows["chunk_mask"])),
         **processor.encode([q for q, _ in asked], [a for _, a in asked]),
-        **(texts.targets(rows["report"]) if texts else {}),
+        **({name: aligned[name] for name in ("text_embeddings", "targets")} if aligned else {}),
     }
