@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from mu2llm.model.contrastive import Mu2ForContrastive
 from mu2llm.model.initialisation import initialise
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.model.processing import PLAIN_TEMPLATE, VOLUME_TOKEN, Mu2Processor
-from mu2llm.records import PreprocessSpec
+from mu2llm.records import Checkpoint, PreprocessSpec
 from mu2llm.settings.model import LoraSettings, ModelConfig
 from mu2llm.settings.stages import ContrastiveConfig
 
@@ -140,13 +142,25 @@ def build_contrastive(
 
 
 def load(uri: str) -> tuple[Mu2ForConditionalGeneration, Mu2Processor]:
-    """A checkpoint's model, in evaluation mode on the CPU, and its processor; UserError where it writes no reports."""
+    """A checkpoint's model, in evaluation mode on the CPU, and its processor.
+
+    Raises UserError where it writes no reports, or its processor writes other prompts than it was trained on.
+    """
     with storage.local_copy(uri) as folder:
         if not (folder / "processor_config.json").is_file():
             raise UserError(f"{uri} has no language model: it is no checkpoint of sft, dpo or convert")
-        return (
-            Mu2ForConditionalGeneration.from_pretrained(folder).eval(),
-            Mu2Processor.from_pretrained(folder),
+        processor = Mu2Processor.from_pretrained(folder)
+        _check_prompt(uri, folder, processor)
+        return Mu2ForConditionalGeneration.from_pretrained(folder).eval(), processor
+
+
+def _check_prompt(uri: str, folder: Path, processor: Mu2Processor) -> None:
+    description = folder / Checkpoint.FILE
+    trained = json.loads(description.read_text())["lineage"].get("prompt") if description.is_file() else None
+    if trained and trained != processor.prompt_hash:
+        raise UserError(
+            f"{uri} was trained on prompts of {trained}, its processor now writes {processor.prompt_hash}: its chat "
+            "template, tokenizer or transformers' reading of them has changed; put back the files it was saved with"
         )
 
 

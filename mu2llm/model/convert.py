@@ -201,7 +201,7 @@ def _publish(model: Mu2ForConditionalGeneration, processor: Any, experiment: Exp
         checkpoint = Checkpoint(
             uri=out,
             experiment=experiment.model_dump(mode="json"),
-            lineage=Lineage(stage="converted", spec_hash=experiment.data.spec.hash),
+            lineage=Lineage(stage="converted", spec_hash=experiment.data.spec.hash, prompt=processor.prompt_hash),
         )
         publish(checkpoint, folder)
 

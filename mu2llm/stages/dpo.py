@@ -120,7 +120,7 @@ def loop(job: Job, resume: Resume) -> None:
             data_collator=examples.collator,
             processing_class=processor.tokenizer,
         )
-        trainer.batches = batches
+        trainer.batches, trainer.prompt_hash = batches, processor.prompt_hash
         if job.watch:
             trainer.add_callback(Validation(job, trainer, processor, shards))
 

@@ -105,6 +105,7 @@ def loop(job: Job, resume: Resume) -> None:
         unused = {"ddp_find_unused_parameters": settings.thaw_vision is not None or alone > 0}
         trainer = SftTrainer(model=model, args=TrainingArguments(**arguments(job, folder, model, **unused)))
         trainer.batches, trainer.processor = batches, processor
+        trainer.prompt_hash = processor.prompt_hash
         trainer.alignment, trainer.alone = settings.alignment, alone
         if settings.thaw_vision is not None:
             trainer.add_callback(UnfreezeVision(whole.model.vision, int(settings.thaw_vision * job.total_steps)))
