@@ -293,6 +293,7 @@ class Lineage(BaseModel):
     data: str | None = Field(None, description="URI of the shards or pairs")
     data_checksum: str | None = None
     spec_hash: str
+    prompt: str = Field("", description="hash of a rendered prompt; empty where no reports are written")
     parent: str | None = Field(None, description="URI of the checkpoint it started from")
     judge: str | None = None
     seed: int = 0

@@ -93,8 +93,8 @@ class TextEncoder:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """(n, width) float32, each of length 1, in the order given."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths pad little
+        """(n, width) float32, each of unit length, in the order of `texts`."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths pad little
         out = torch.zeros(len(texts), self.width)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]

@@ -1,6 +1,6 @@
 """One scan: any file → CTVolume in HU → model input. Knows nothing of Ray, of models, or of many scans."""
 
-from mu2llm.ct.augment import augment
+from mu2llm.ct.augment import augment, augment_batch
 from mu2llm.ct.codes import REASONS, WARNINGS
 from mu2llm.ct.inspection import describe, inspect, three_planes
 from mu2llm.ct.preprocess import SPECS, ModelInput, input_key, prepare
@@ -19,6 +19,7 @@ __all__ = [
     "Rejection",
     "admit",
     "augment",
+    "augment_batch",
     "describe",
     "input_key",
     "inspect",

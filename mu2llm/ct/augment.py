@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+
+def augment_batch(scans: np.ndarray, rows: Sequence[int], seed: int) -> np.ndarray:
+    """Scans (B, T, C, K, H, W) → the same shape and dtype, each augmented by `seed` and its row of the stream: the same
+    whichever worker reads it, and after a resume."""
+    return np.stack(
+        [augment(scan, np.random.default_rng([seed, int(row)])) for scan, row in zip(scans, rows, strict=True)]
+    )
 
 
 def augment(voxels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

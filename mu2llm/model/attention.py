@@ -18,7 +18,10 @@ from mu2llm.model.initialisation import Initialised
 
 
 class RelativeBias1d(Initialised):
-    """P_r(j − i) of each head: a table over the offsets in a sequence of at most `max_positions`."""
+    """Relative position bias (RPE), 1-D: P_r(j − i) of each head (METHOD.md §1.2, A_ij; Shaw et al. 2018).
+
+    A table over the offsets in a sequence of at most `max_positions`.
+    """
 
     def __init__(self, max_positions: int, heads: int) -> None:
         super().__init__()
@@ -29,7 +32,7 @@ class RelativeBias1d(Initialised):
         init.zeros_(self.table)
 
     def forward(self, length: int) -> Tensor:
-        """(1, heads, length, length)"""
+        """Bias (1, heads, length, length); UserError where `length` is more than the table holds."""
         if length > self.max_positions:
             raise UserError(
                 f"relative positions reach over {self.max_positions} tokens, the sequence has {length}: "
@@ -41,7 +44,10 @@ class RelativeBias1d(Initialised):
 
 
 class RelativeBias3d(Initialised):
-    """A table over the offsets (z, y, x) between two tokens of a chunk's grid, for each head."""
+    """Relative position bias (RPE), 3-D: a table over the offsets (z, y, x) within a chunk's grid, for each head.
+
+    The published bias is over flattened offsets (METHOD.md §2.8, 7).
+    """
 
     def __init__(self, grid: tuple[int, ...], heads: int) -> None:
         super().__init__()
@@ -62,7 +68,10 @@ class RelativeBias3d(Initialised):
 
 
 class Rotary(nn.Module):
-    """Rotates pairs of channels by position × frequency; 3-D shares the pairs out to (z, y, x)."""
+    """Rotary position embedding (RoPE, arXiv 2104.09864): pairs of channels rotated by position × frequency.
+
+    With a `grid` it is 3-D: the pairs are divided among (z, y, x).
+    """
 
     def __init__(self, head_size: int, grid: tuple[int, ...] | None = None, base: float = 10000.0) -> None:
         super().__init__()
@@ -100,7 +109,7 @@ def _per_head(bias: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """(B, n, E) → (B, n, E), with a position of the kinds above or none."""
+    """Multi-head self-attention, with a position of the kinds above or none."""
 
     def __init__(self, width: int, heads: int, position: nn.Module | None = None) -> None:
         super().__init__()
@@ -110,7 +119,7 @@ class SelfAttention(nn.Module):
         self.position = position
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`mask` (B, n) is True for the tokens that may be attended to."""
+        """x (B, n, E) → (B, n, E); `mask` (B, n) is True for the tokens that may be attended to."""
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         bias = additive_mask(mask, x.dtype)
@@ -124,7 +133,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries (B, q, E) attend to a context (B, n, E)."""
+    """Multi-head cross-attention, without positions."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -134,6 +143,7 @@ class CrossAttention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """query (B, q, E), context (B, n, E) → (B, q, E); `mask` (B, n) is True where it may be attended to."""
         batch, length, width = query.shape
         q = self.query(query).view(batch, length, self.heads, -1).transpose(1, 2)
         k, v = self.key_value(context).view(batch, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -142,7 +152,10 @@ class CrossAttention(nn.Module):
 
 
 class LinearAggregation(nn.Module):
-    """Each query is given a weighted mean of the context's own values, head by head: a linear combination."""
+    """TTA's linear aggregation: each query becomes a weighted mean of the context itself, head by head.
+
+    No value or output projection: what comes out is a linear combination of the tokens (METHOD.md §1.1, "linearity").
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -151,6 +164,7 @@ class LinearAggregation(nn.Module):
         self.key = nn.Linear(width, width)
 
     def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """query (B, q, E), context (B, n, E) → (B, q, E); `mask` (B, n) is True where it may be attended to."""
         batch, length, width = query.shape
         q, k, v = self._heads(self.query(query)), self._heads(self.key(context)), self._heads(context)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=additive_mask(mask, query.dtype))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class BatchNorm3d(nn.BatchNorm3d):
-    """torch's, but several workers normalise by the statistics of their whole batch, with the gradient."""
+    """Synchronised batch norm: several workers normalise by the statistics of their whole batch, with the gradient."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, K, H, W), where the workers' B may differ → the same shape"""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from mu2llm.model.contrastive import Mu2ForContrastive
 from mu2llm.model.initialisation import initialise
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.model.processing import PLAIN_TEMPLATE, VOLUME_TOKEN, Mu2Processor
-from mu2llm.records import PreprocessSpec
+from mu2llm.records import Checkpoint, PreprocessSpec
 from mu2llm.settings.model import LoraSettings, ModelConfig
 from mu2llm.settings.stages import ContrastiveConfig
 
@@ -74,6 +76,7 @@ def configuration(model: ModelConfig, spec: PreprocessSpec, text_config: Any, vo
 
 
 def vision_configuration(model: ModelConfig, spec: PreprocessSpec) -> Mu2VisionConfig:
+    """The vision encoder's configuration for chunks (C, K, H, W) of the spec; ValueError where sizes do not divide."""
     chunks, channels, *chunk = spec.shape
     return Mu2VisionConfig(
         chunks=chunks, channels=channels, chunk_shape=tuple(chunk), **model.vision.model_dump(exclude={"weights"})
@@ -83,6 +86,7 @@ def vision_configuration(model: ModelConfig, spec: PreprocessSpec) -> Mu2VisionC
 def tokenizer_configuration(
     model: ModelConfig, spec: PreprocessSpec, vision: Mu2VisionConfig, width: int
 ) -> Mu2TokenizerConfig:
+    """The μ²Tokenizer's, for tokens (B, chunks, z·y·x, `width`) ; ValueError where sizes do not divide."""
     return Mu2TokenizerConfig(
         hidden_size=width, chunks=spec.chunks, grid=vision.pooled_grid, **model.tokenizer.model_dump()
     )
@@ -91,6 +95,8 @@ def tokenizer_configuration(
 def processor_for(
     config: Mu2Config, spec: PreprocessSpec, tokenizer: PreTrainedTokenizerBase, volume_token: str = VOLUME_TOKEN
 ) -> Mu2Processor:
+    """The processor of a model: its spec, its number of visual tokens, and its tokenizer's chat template (a plain one
+    where it has none)."""
     return Mu2Processor(
         tokenizer,
         chat_template=tokenizer.chat_template or PLAIN_TEMPLATE,
@@ -112,7 +118,7 @@ def build_contrastive(
 ) -> Mu2ForContrastive:
     """The vision encoder of such a model under a contrastive head; `parent` is a checkpoint to start from.
 
-    A `text_encoder` given here becomes part of the model and is trained with it.
+    A `text_encoder` becomes part of the model and is trained with it.
     """
     set_seed(seed)
     config = Mu2ContrastiveConfig(
@@ -136,13 +142,25 @@ def build_contrastive(
 
 
 def load(uri: str) -> tuple[Mu2ForConditionalGeneration, Mu2Processor]:
-    """A checkpoint's model, in evaluation mode, and its processor."""
+    """A checkpoint's model, in evaluation mode on the CPU, and its processor.
+
+    Raises UserError where it writes no reports, or its processor writes other prompts than it was trained on.
+    """
     with storage.local_copy(uri) as folder:
         if not (folder / "processor_config.json").is_file():
             raise UserError(f"{uri} has no language model: it is no checkpoint of sft, dpo or convert")
-        return (
-            Mu2ForConditionalGeneration.from_pretrained(folder).eval(),
-            Mu2Processor.from_pretrained(folder),
+        processor = Mu2Processor.from_pretrained(folder)
+        _check_prompt(uri, folder, processor)
+        return Mu2ForConditionalGeneration.from_pretrained(folder).eval(), processor
+
+
+def _check_prompt(uri: str, folder: Path, processor: Mu2Processor) -> None:
+    description = folder / Checkpoint.FILE
+    trained = json.loads(description.read_text())["lineage"].get("prompt") if description.is_file() else None
+    if trained and trained != processor.prompt_hash:
+        raise UserError(
+            f"{uri} was trained on prompts of {trained}, its processor now writes {processor.prompt_hash}: its chat "
+            "template, tokenizer or transformers' reading of them has changed; put back the files it was saved with"
         )
 
 
@@ -205,20 +223,25 @@ def _small(model: ModelConfig, texts: Sequence[str] | None) -> tuple[PreTrainedM
     special = [VOLUME_TOKEN, "<user>", "<assistant>", "<system>"]
     tokenizer = weights.train_tokenizer(texts, model.small.vocabulary, special)
     tokenizer.chat_template = _SMALL_TEMPLATE
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=model.small.hidden_size,
-        intermediate_size=model.small.mlp_dim,
-        num_hidden_layers=model.small.num_layers,
-        num_attention_heads=model.small.num_heads,
-        num_key_value_heads=model.small.num_heads,
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return AutoModelForCausalLM.from_config(small_configuration(model, len(tokenizer), **tokens)), tokenizer
+
+
+def small_configuration(model: ModelConfig, vocabulary: int, **tokens: Any) -> LlamaConfig:
+    """Of the language model `small`, with the ids of its special `tokens`."""
+    small = model.small
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=small.hidden_size,
+        intermediate_size=small.mlp_dim,
+        num_hidden_layers=small.num_layers,
+        num_attention_heads=small.num_heads,
+        num_key_value_heads=small.num_heads,
         max_position_embeddings=model.max_text_tokens + model.tokenizer.queries,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **tokens,
     )
-    return AutoModelForCausalLM.from_config(config), tokenizer
 
 
 def _add_volume_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

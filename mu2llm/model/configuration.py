@@ -20,7 +20,7 @@ class Mu2VisionConfig(PreTrainedConfig):
     """The 3-D vision transformer that reads one chunk (C, K, H, W), and the spatial-pooling projector behind it.
 
     `true_grid` (mend 6): the projector pools cubes of the true patch grid; the published default took the
-    chunk for (H, W, K), which pools patches that are not neighbours.
+    chunk for (H, W, K), which pools patches that do not adjoin.
     """
 
     model_type = "mu2llm_vision"
@@ -74,7 +74,7 @@ class Mu2VisionConfig(PreTrainedConfig):
 
 @strict
 class Mu2TokenizerConfig(PreTrainedConfig):
-    """The μ²Tokenizer (METHOD.md §1.2). Tokens come in as (B, chunks, z·y·x, hidden_size).
+    """The μ²Tokenizer: RPE, DTS, DMTP and TTA (METHOD.md §1.2). Tokens come in as (B, chunks, z·y·x, hidden_size).
 
     Mends, each undone by the value in brackets: `batch_first` [False] attention over the tokens and not, as
     published for `absolute`, over the batch (1); `attention` relative_3d [relative_1d] true 3-D offsets (7);

@@ -25,11 +25,15 @@ Gather = Callable[[Tensor], Tensor]
 
 @dataclass
 class ContrastiveOutput(ModelOutput):
-    """`logits` (M, B) of every text with every scan, and which of them belong together, `targets` (M, B)."""
+    """`logits` (M, B) of every text with every scan, and which of them belong together, `targets` (M, B).
+
+    `positives` is how many pairs of a distinct text and a scan belong together: what the loss has to pull.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     targets: Tensor | None = None
+    positives: Tensor | None = None
 
 
 class TextConditionedPooling(Initialised):
@@ -124,15 +128,19 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         targets: Tensor | None = None,
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
+        text_keys: Tensor | None = None,
         gather: Gather | None = None,
         **_: Any,
     ) -> ContrastiveOutput:
-        """text_embeddings (M, D), or text_ids and text_mask (M, L) for a text encoder that is trained too.
+        """volumes (B, T, C, K, H, W), chunk_mask (B, T), and texts → the loss over all their pairs.
 
-        `owner` (M,) is each text's scan, or `targets` (M, B) all scans it is true of.
+        text_embeddings (M, D), or text_ids and text_mask (M, L) for a text encoder that is trained too. `owner` (M,)
+        is each text's scan, or `targets` (M, B) all scans it is true of. Texts of the same key, text_keys (M,) int64,
+        are one text, whoever brought them; without keys each is a text of its own. Keys and not embeddings: in bf16
+        no embedding's product with itself is 1.
 
         `gather` brings (n, …) of this worker to (N, …) of all, in the same order on each, with the gradient.
-        Texts of the same embedding, or tokens, are one text, whoever brought them.
+        Raises UserError where InfoNCE has a text that no scan has.
         """
         features = self.encode_vision(volumes, chunk_mask)
         scans, mask = self.head.scan(features), chunk_mask.bool().repeat_interleave(features.shape[2], dim=1)
@@ -140,17 +148,18 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         if targets is None:
             assert owner is not None
             targets = F.one_hot(owner, len(volumes)).bool()
-        ids = (text_ids + 1) * text_mask if text_ids is not None and text_mask is not None else None
         if gather is not None:
             targets = _gather_targets(targets, gather)
             scans, texts, mask = gather(scans), gather(texts), gather(mask.float()) > 0
-            ids = None if ids is None else _gather_ids(ids, gather)
-        same = _same(texts.detach(), ids)
-        targets = (same.float() @ targets.float()) > 0
+            text_keys = None if text_keys is None else gather(text_keys)
         logits = self.head(texts, scans, mask)
-        first = ~same.tril(-1).any(1)
-        losses = {"sigmoid": _sigmoid, "infonce": _infonce}[self.config.loss](logits[first], targets[first])
-        return ContrastiveOutput(loss=losses, logits=logits, targets=targets)
+        first = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+        if text_keys is not None:
+            same = text_keys[:, None] == text_keys[None]
+            targets = (same.float() @ targets.float()) > 0
+            first = ~same.tril(-1).any(1)
+        loss = {"sigmoid": _sigmoid, "infonce": _infonce}[self.config.loss](logits[first].float(), targets[first])
+        return ContrastiveOutput(loss=loss, logits=logits, targets=targets, positives=targets[first].sum())
 
 
 def _gather_targets(targets: Tensor, gather: Gather) -> Tensor:
@@ -162,20 +171,6 @@ def _gather_targets(targets: Tensor, gather: Gather) -> Tensor:
     return torch.block_diag(*blocks) > 0
 
 
-def _gather_ids(ids: Tensor, gather: Gather) -> Tensor:
-    """(M, L) of each worker, whose L may differ → (N, longest)"""
-    longest = int(gather(torch.tensor([ids.shape[1]], device=ids.device, dtype=torch.float32)).max())
-    return gather(F.pad(ids, (0, longest - ids.shape[1])).float()).long()
-
-
-def _same(embeddings: Tensor, ids: Tensor | None) -> Tensor:
-    """(M, M): which texts are one. By their tokens where these are given: an encoder from scratch embeds all alike."""
-    if ids is not None:
-        return (ids[:, None] == ids[None]).all(-1)
-    unit = F.normalize(embeddings, dim=-1)
-    return unit @ unit.T > 1 - 1e-4
-
-
 def _sigmoid(logits: Tensor, targets: Tensor) -> Tensor:
     """SigLIP: every pair is its own yes or no."""
     return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
@@ -185,6 +180,9 @@ def _infonce(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each text over the scans and of each scan over the texts, any positive being right."""
     hit = logits.masked_fill(~targets, float("-inf"))
     by_text = logits.logsumexp(1) - hit.logsumexp(1)
+    lonely = int((~targets.any(1)).sum())
+    if lonely:
+        raise UserError(f"{lonely} of {len(targets)} texts are of no scan: InfoNCE has nothing to pull them to")
     owned = targets.any(0)
     by_scan = (logits.logsumexp(0) - hit.logsumexp(0))[owned]
     return (by_text.mean() + by_scan.mean()) / 2

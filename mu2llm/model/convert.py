@@ -26,16 +26,7 @@ from mu2llm.model.building import configuration, processor_for
 from mu2llm.model.configuration import Mu2TokenizerConfig, Mu2VisionConfig
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.model.mu2_tokenizer import Mu2Tokenizer
-from mu2llm.model.published import (
-    PROJECTOR,
-    TOKENIZER,
-    VISION,
-    Rules,
-    differences,
-    read_tensors,
-    rename,
-    without_effect,
-)
+from mu2llm.model.published import PROJECTOR, VISION, below, differences, read_tensors, rename, without_effect
 from mu2llm.model.vision import Projector, VisionTower, pool_patches
 from mu2llm.records import Checkpoint, Lineage
 from mu2llm.settings.data import DataConfig
@@ -69,8 +60,9 @@ def load_reference_tokenizer(weights: Mapping[str, Tensor], **arguments: Any) ->
 
     Raises Failure where keys are missing or left over.
     """
-    tokenizer = Mu2Tokenizer(reference_tokenizer_config(**arguments))
-    published.load(tokenizer, rename(weights, TOKENIZER, tokenizer))
+    config = reference_tokenizer_config(**arguments)
+    tokenizer = Mu2Tokenizer(config)
+    published.load(tokenizer, rename(weights, published.tokenizer_rules(config), tokenizer))
     return ReferenceTokenizer(tokenizer).eval()
 
 
@@ -98,7 +90,7 @@ def load_reference_vision(
     """
     config = Mu2VisionConfig(chunk_shape=tuple(img_size), projector_layers=layers, **arguments)
     module = ReferenceVision(config, projector_out)
-    rules = _below("vision", VISION, "") + _below("projector", PROJECTOR, "")
+    rules = below("vision.", "", VISION) + below("projector.", "", PROJECTOR)
     published.load(module, rename(weights, rules, module))
     return module.double().eval()
 
@@ -164,13 +156,14 @@ def _convert(directory: str, folder: Path, out: str) -> dict[str, Any]:
     config = configuration(model_settings, spec, _text_config(settings, tensors), placeholder)
     with torch.device("meta"):
         model = Mu2ForConditionalGeneration(config)
-    renamed = rename(tensors, _whole_rules(), model)
+    rules = published.model_rules(config.tokenizer)
+    renamed = rename(tensors, rules, model)
     if config.tie_word_embeddings:
         renamed.setdefault("lm_head.weight", renamed["model.language_model.embed_tokens.weight"])
     report = differences(model, renamed)
     if report["missing"] or report["unused"]:
-        missing = sorted(set(published.names(config, model)) - set(tensors)) or report["missing"]
-        unused = published.sources(tensors, _whole_rules(), report["unused"])
+        missing = sorted(published.names(own_names(model), rules) - set(tensors)) or report["missing"]
+        unused = published.sources(tensors, rules, report["unused"])
         raise Failure(f"{directory} does not convert: missing {missing}, unused {unused}")
     whole = Mu2ForConditionalGeneration.from_pretrained(None, config=config, state_dict=renamed, dtype=_dtype(renamed))
     if (folder / "generation_config.json").is_file():
@@ -178,6 +171,11 @@ def _convert(directory: str, folder: Path, out: str) -> dict[str, Any]:
     experiment = Experiment(name="converted", data=DataConfig(spec=spec), model=model_settings)
     _publish(whole, _raw_processor(config, spec, tokenizer), experiment, out)
     return {"checkpoint": out, **report, "dropped": sorted(n for n in tensors if without_effect(n, whole))}
+
+
+def own_names(model: Mu2ForConditionalGeneration) -> list[str]:
+    """Of the weights that a checkpoint must hold: a tied head has none of its own."""
+    return [name for name in model.state_dict() if not (model.config.tie_word_embeddings and name == "lm_head.weight")]
 
 
 def _dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
@@ -203,7 +201,7 @@ def _publish(model: Mu2ForConditionalGeneration, processor: Any, experiment: Exp
         checkpoint = Checkpoint(
             uri=out,
             experiment=experiment.model_dump(mode="json"),
-            lineage=Lineage(stage="converted", spec_hash=experiment.data.spec.hash),
+            lineage=Lineage(stage="converted", spec_hash=experiment.data.spec.hash, prompt=processor.prompt_hash),
         )
         publish(checkpoint, folder)
 
@@ -213,19 +211,6 @@ def _raw_processor(config: Any, spec: Any, tokenizer: PreTrainedTokenizerBase) -
     processor = processor_for(config, spec, tokenizer, volume_token=PLACEHOLDER)
     processor.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return processor
-
-
-def _whole_rules() -> Rules:
-    return [
-        *_below("model.u2tokenizer", TOKENIZER, "model.mu2_tokenizer."),
-        *_below("model.vision_tower.vision_tower", VISION, "model.vision."),
-        *_below("model.mm_projector", PROJECTOR, "model."),
-        (r"model\.(?!u2tokenizer|vision_tower|mm_projector)", "model.language_model.", []),
-    ]
-
-
-def _below(prefix: str, rules: Rules, ours: str) -> Rules:
-    return [(re.escape(prefix) + r"\." + pattern, ours + target, inner) for pattern, target, inner in rules]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Mu2Model(Mu2PreTrainedModel):
     def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
         """(B, T, C, K, H, W) → pooled features (B, T, n, vision width); integer volumes stand for 0…1 in 255 steps.
 
-        Raises UserError where the shape is not the one that the model was made for.
+        Raises UserError where the shape is not the configuration's, or a scan has no chunk.
         """
         self._check_volumes(volumes)
         if chunk_mask is None:
@@ -136,10 +136,17 @@ class Mu2Model(Mu2PreTrainedModel):
         return_selection: bool = False,
         **kwargs: Any,
     ) -> Mu2ModelOutput:
-        """B scans may serve k·B sequences: each scan's tokens then serve k neighbouring rows, or with `tile_scans`
-        rows i, B + i, 2B + i … (DPO: all chosen before all rejected). `selection` is of the scans, not the rows.
+        """input_ids (R, L) with their `<volume>` placeholders, and scans → last hidden states (R, L, hidden).
 
-        Without input_ids and inputs_embeds the scans' visual tokens are all that is made."""
+        Scans are `volumes` (B, T, C, K, H, W), or `vision_features` (B, T, n, vision width) as `encode_vision` gives,
+        or `visual_tokens` (B, queries, hidden) as `encode_volumes` gives; chunk_mask (B, T), question_ids and
+        question_mask (B, L') go with the first two. B scans may serve R = k·B sequences: each scan k adjoining rows,
+        or with `tile_scans` rows i, B + i, 2B + i … (DPO: all chosen before all rejected). `selection` is of the
+        scans, not the rows.
+
+        Without input_ids and inputs_embeds it ends with the visual tokens. Raises UserError where rows are not a
+        multiple of the scans, or a row's placeholders are not as many as the visual tokens.
+        """
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if visual_tokens is None and (volumes is not None or vision_features is not None):
@@ -176,10 +183,10 @@ class Mu2Model(Mu2PreTrainedModel):
         if not self.config.placeholder_aligned:
             return torch.cat([embeds[:, :1], tokens, embeds[:, count + 1 :]], dim=1)
         here = input_ids == self.config.volume_token_id
-        given = here.sum(1)
-        if not _shapes_only(here) and bool((given != count).any()):
+        found = here.sum(1)
+        if not _shapes_only(here) and bool((found != count).any()):
             raise UserError(
-                f"a text has {sorted(set(given.tolist()))} volume placeholders, the scan has {count} visual tokens: "
+                f"a text has {sorted(set(found.tolist()))} volume placeholders, the scan has {count} visual tokens: "
                 "build the text with Mu2Processor"
             )
         return embeds.masked_scatter(here[..., None], tokens)
@@ -196,7 +203,7 @@ class Mu2Model(Mu2PreTrainedModel):
 
 
 class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
-    """Writes the report. See `Mu2Model` for what the arguments are; `labels` are −100 where there is no loss."""
+    """The μ²LLM with its language model's head: writes the report."""
 
     def __init__(self, config: Mu2Config) -> None:
         super().__init__(config)
@@ -215,9 +222,11 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
+        """As `Mu2Model.encode_vision`."""
         return self.model.encode_vision(volumes, chunk_mask)
 
     def encode_volumes(self, *args: Any, **kwargs: Any) -> VisualTokens:
+        """As `Mu2Model.encode_volumes`."""
         return self.model.encode_volumes(*args, **kwargs)
 
     def freeze_vision(self) -> None:
@@ -249,6 +258,11 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
         return_selection: bool = False,
         **kwargs: Any,
     ) -> Mu2CausalLMOutput:
+        """`Mu2Model.forward`'s arguments → logits (R, L, vocabulary), and with `labels` (R, L) the loss.
+
+        Labels are −100 where there is no loss; they are shifted here. `logits_to_keep`: of the last so many
+        positions, or of these indices; 0 is all. Without input_ids and inputs_embeds there are visual tokens alone.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -340,7 +354,7 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
 
 
 def _serve(x: Tensor, rows: int, what: str, tile: bool = False) -> Tensor:
-    """B rows for k·B: each repeated for its k neighbours, or all of them k times over."""
+    """B rows for k·B: each repeated k times in place, or all of them k times over; UserError for another number."""
     if rows % len(x):
         raise UserError(f"{len(x)} scans cannot serve {rows} {what}: give a multiple of {len(x)}")
     if rows == len(x):

@@ -45,7 +45,7 @@ class VisualTokens(ModelOutput):
 
 
 class PlaceEmbedding(Initialised):
-    """Learned embedding of chunk, z, y and x, added to every token."""
+    """Absolute position embedding of chunk, z, y and x, learned and added to every token (METHOD.md §2.8, 7)."""
 
     def __init__(self, chunks: int, grid: tuple[int, ...], width: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class PlaceEmbedding(Initialised):
 
 
 class SpatioTemporalLayer(GradientCheckpointingLayer):
-    """Attention among the tokens of each chunk, then among the chunks at each place; x is (B, T, n, E)."""
+    """Spatio-temporal attention: among the tokens of a chunk, then among the chunks at a place (METHOD.md §1.1)."""
 
     def __init__(self, config: Mu2TokenizerConfig) -> None:
         super().__init__()
@@ -76,6 +76,7 @@ class SpatioTemporalLayer(GradientCheckpointingLayer):
             self.feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
+        """x (B, T, n, E) → the same shape; chunk_mask (B, T) is False for padded chunks."""
         if not self.config.residual:
             return self._temporal(self._spatial(x), chunk_mask)
         x = x + self._spatial(self.norms[0](x))
@@ -98,7 +99,8 @@ class SpatioTemporalLayer(GradientCheckpointingLayer):
 
 
 class TextConditionedLayer(GradientCheckpointingLayer):
-    """Queries attend to each other, to the visual tokens, and to the question."""
+    """Text-conditioned token aggregation (TTA, METHOD.md §1.2): queries attend to each other, to the visual tokens,
+    and to the question."""
 
     def __init__(self, config: Mu2TokenizerConfig) -> None:
         super().__init__()
@@ -119,6 +121,7 @@ class TextConditionedLayer(GradientCheckpointingLayer):
         visual_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor:
+        """query (B, q, E), visual (B, n, E), text (B, L, E) or None → (B, q, E); masks (B, n), (B, L)."""
         among = self.among(query) if self.batch_first else self.among(query.transpose(0, 1)).transpose(0, 1)
         query = self.norm_among(query + among)
         query = self.norm_visual(query + self.visual(query, visual, visual_mask))
@@ -128,7 +131,7 @@ class TextConditionedLayer(GradientCheckpointingLayer):
 
 
 class Mu2Tokenizer(Initialised):
-    """(B, T, n, E) visual tokens and (B, L, E) text → (B, queries, E)."""
+    """The μ²Tokenizer: spatio-temporal attention → DTS → DMTP → TTA → linear aggregation (METHOD.md §1.2)."""
 
     def __init__(self, config: Mu2TokenizerConfig) -> None:
         super().__init__()
@@ -156,7 +159,10 @@ class Mu2Tokenizer(Initialised):
         text_mask: Tensor | None = None,
         return_selection: bool = False,
     ) -> VisualTokens:
-        """chunk_mask (B, T) and text_mask (B, L) are False for padding; no `text`, no conditioning on it."""
+        """visual (B, T, n, E), text (B, L, E) → tokens (B, queries, E).
+
+        chunk_mask (B, T) and text_mask (B, L) are False for padding; no `text`, no conditioning on it.
+        """
         if not self.config.mask_padding:
             chunk_mask = text_mask = None
         significant = self.significance(visual, chunk_mask)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ from mu2llm.errors import UserError
 from mu2llm.records import PreprocessSpec
 
 VOLUME_TOKEN = "<volume>"
+PROMPT_DATE = "2024-07-26"  # what Llama-3.2's template writes where it knows no date
+_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")  # transformers lets no function of ours take its place
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -23,7 +29,11 @@ PLAIN_TEMPLATE = (
 
 
 class Mu2Processor(ProcessorMixin):
-    """Scans by the spec, text by the chat template, in which one `<volume>` stands for all visual tokens."""
+    """Scans by the spec, text by the chat template, in which one `<volume>` stands for all visual tokens.
+
+    What a template takes beside the messages is fixed and saved, so that a checkpoint reads the same prompt every day:
+    `prompt_date` (ISO) is its today (Llama-3.2's writes it), `template_variables` all else.
+    """
 
     def __init__(
         self,
@@ -33,9 +43,12 @@ class Mu2Processor(ProcessorMixin):
         queries: int = 256,
         max_text_tokens: int = 512,
         volume_token: str = VOLUME_TOKEN,
+        prompt_date: str = PROMPT_DATE,
+        template_variables: dict[str, Any] | None = None,
     ) -> None:
         self.preprocess, self.queries = preprocess, queries
         self.max_text_tokens, self.volume_token = max_text_tokens, volume_token
+        self.prompt_date, self.template_variables = prompt_date, template_variables or {}
         super().__init__(tokenizer, chat_template=chat_template)
 
     @property
@@ -58,13 +71,13 @@ class Mu2Processor(ProcessorMixin):
 
     def prompt(self, question: str) -> str:
         """The chat-formatted instruction with its `<volume>`, up to where the answer begins."""
-        messages = [{"role": "user", "content": f"{self.volume_token}{question}"}]
-        template = self.chat_template or self.tokenizer.chat_template or PLAIN_TEMPLATE
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        )
+        return self._render([{"role": "user", "content": f"{self.volume_token}{question}"}])
+
+    @property
+    def prompt_hash(self) -> str:
+        """Twelve hex digits of a rendered prompt, as text and as ids: template, its variables and the tokenizer."""
+        prompt = self.prompt("Write the report.")
+        return hashlib.sha256(json.dumps([prompt, self._prompt_ids(prompt)]).encode()).hexdigest()[:12]
 
     def token_ids(self, question: str, answer: str | None = None) -> tuple[list[int], list[int]]:
         """The prompt's ids, with all placeholders, and the answer's with its end; UserError if too long together."""
@@ -78,7 +91,7 @@ class Mu2Processor(ProcessorMixin):
         """input_ids, attention_mask, labels, question_ids, question_mask, each (B, L).
 
         Labels are the answer and its end, −100 elsewhere; without `answers` there are none. Pads on the right
-        for training and on the left for generation, unless told. Raises UserError where a text is too long.
+        for training and on the left for generation, or on `padding_side`. Raises UserError where a text is too long.
         """
         pairs = zip(questions, answers if answers is not None else [None] * len(questions), strict=True)
         rows = [self.token_ids(question, answer) for question, answer in pairs]
@@ -132,15 +145,20 @@ class Mu2Processor(ProcessorMixin):
 
     def _render(self, messages: Any, add_generation_prompt: bool = True, **kwargs: Any) -> str:
         template = kwargs.pop("chat_template", None) or self.chat_template or self.tokenizer.chat_template
+        dated = _NOW.sub(lambda call: repr(self._today().strftime(call[2])), str(template or PLAIN_TEMPLATE))
+        fixed = {"date_string": self._today().strftime("%d %b %Y"), **self.template_variables}
         return str(
             self.tokenizer.apply_chat_template(
                 [{**message, "content": self._content(message)} for message in messages],
-                chat_template=template or PLAIN_TEMPLATE,
+                chat_template=dated,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **kwargs,
+                **{**fixed, **kwargs},
             )
         )
+
+    def _today(self) -> date:
+        return date.fromisoformat(self.prompt_date)
 
     def _content(self, message: dict[str, Any]) -> str:
         """A message's content as text; parts of type volume or image become the placeholder."""
@@ -158,9 +176,9 @@ class Mu2Processor(ProcessorMixin):
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _prompt_ids(self, prompt: str, expected: tuple[int, ...] = (1,)) -> list[int]:
-        given = prompt.count(self.volume_token)
-        if given not in expected:
-            raise UserError(f"a text has {given} placeholders {self.volume_token}, expected 1: {prompt!r:.80}")
+        found = prompt.count(self.volume_token)
+        if found not in expected:
+            raise UserError(f"a text has {found} placeholders {self.volume_token}, expected 1: {prompt!r:.80}")
         expanded = prompt.replace(self.volume_token, self.volume_token * self.queries)
         return list(self.tokenizer(expanded, add_special_tokens=False).input_ids)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,42 +17,60 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mu2llm.errors import Failure, UserError
-from mu2llm.model.configuration import Mu2Config, Mu2TokenizerConfig, Mu2VisionConfig
+from mu2llm.model.configuration import Mu2TokenizerConfig
 
-Rules = list[tuple[str, str, list[tuple[str, str]]]]
+# (published prefixes, ours): what begins by one of them is ours, what follows staying as it is; several are the parts
+# of one tensor of ours, one below the other. `*` is one part of a name between dots, the same on both sides.
+Rules = list[tuple[tuple[str, ...], str]]
 
-_ATTENTION = [
-    (r"w([qkv])\.(weight|bias)", r"qkv.\2#\1"),
-    (r"dense\.", "output."),
-    (r"relative_bias", "position.table"),
-    (r"in_proj_(weight|bias)", r"qkv.\1"),
-    (r"out_proj\.", "output."),
-]
-_CROSS = [
-    (r"wq\.", "query."),
-    (r"w([kv])\.(weight|bias)", r"key_value.\2#\1"),
-    (r"dense\.", "output."),
-]
-TOKENIZER = [
-    (r"query_tokens", "queries", []),
-    (r"svt_module\.attention_network\.layers\.(\d+)\.(spatial|temporal)_attention\.", r"layers.\1.\2.", _ATTENTION),
-    (r"svt_module\.token_selection\.score_net\.", "selection.score.", []),
-    (r"svt_module\.dynamic_pool\.gate_fc\.", "pooling.gate.", []),
-    (r"tta_module\.layers_vt\.(\d+)\.self_attention\.", r"aggregation_layers.\1.among.", _ATTENTION),
-    (r"tta_module\.layers_vt\.(\d+)\.visual_cross_attention\.", r"aggregation_layers.\1.visual.", _CROSS),
-    (r"tta_module\.layers_vt\.(\d+)\.text_cross_attention\.", r"aggregation_layers.\1.text.", _CROSS),
-    (r"tta_module\.layers_vt\.(\d+)\.norm_self\.", r"aggregation_layers.\1.norm_among.", []),
-    (r"tta_module\.layers_vt\.(\d+)\.norm_cross_v\.", r"aggregation_layers.\1.norm_visual.", []),
-    (r"tta_module\.layers_vt\.(\d+)\.norm_cross_t\.", r"aggregation_layers.\1.norm_text.", []),
-    (r"tta_module\.layer_linagg\.linear_aggregator\.wq\.", "aggregation.query.", []),
-    (r"tta_module\.layer_linagg\.linear_aggregator\.wk\.", "aggregation.key.", []),
-]
+
+def below(published: str, ours: str, rules: Rules) -> Rules:
+    """The rules for a module that lies below other names on either side."""
+    return [(tuple(published + name for name in names), ours + target) for names, target in rules]
+
+
+_SEPARATE: Rules = [(("wq.", "wk.", "wv."), "qkv."), (("dense.",), "output."), (("relative_bias",), "position.table")]
+_TOGETHER: Rules = [(("in_proj_",), "qkv."), (("out_proj.",), "output.")]  # torch's MultiheadAttention
+_CROSS: Rules = [(("wq.",), "query."), (("wk.", "wv."), "key_value."), (("dense.",), "output.")]
+_LAYER, _OUR_LAYER = "tta_module.layers_vt.*.", "aggregation_layers.*."
 VISION: Rules = [
-    (r"patch_embedding\.patch_embeddings\.1\.", "tower.stem.projection.", []),
-    (r"patch_embedding\.position_embeddings", "tower.position_embeddings", []),
-    (r"(cls_token|norm\.|blocks\.)", r"tower.\1", []),
+    (("patch_embedding.patch_embeddings.1.",), "tower.stem.projection."),
+    (("patch_embedding.position_embeddings",), "tower.position_embeddings"),
+    *[((name,), f"tower.{name}") for name in ("cls_token", "norm.", "blocks.")],
 ]
-PROJECTOR: Rules = [(r"projector\.", "projector.layers.", [])]
+PROJECTOR: Rules = [(("projector.",), "projector.layers.")]
+
+
+def tokenizer_rules(config: Mu2TokenizerConfig) -> Rules:
+    """The μ²Tokenizer's: its self-attention has projections of other names where it is torch's own (`absolute`)."""
+    attention = _TOGETHER if config.attention == "absolute" else _SEPARATE
+    return [
+        (("query_tokens",), "queries"),
+        (("svt_module.token_selection.score_net.",), "selection.score."),
+        (("svt_module.dynamic_pool.gate_fc.",), "pooling.gate."),
+        *below("svt_module.attention_network.layers.*.spatial_attention.", "layers.*.spatial.", attention),
+        *below("svt_module.attention_network.layers.*.temporal_attention.", "layers.*.temporal.", attention),
+        *below(f"{_LAYER}self_attention.", f"{_OUR_LAYER}among.", attention),
+        *below(f"{_LAYER}visual_cross_attention.", f"{_OUR_LAYER}visual.", _CROSS),
+        *below(f"{_LAYER}text_cross_attention.", f"{_OUR_LAYER}text.", _CROSS),
+        ((f"{_LAYER}norm_self.",), f"{_OUR_LAYER}norm_among."),
+        ((f"{_LAYER}norm_cross_v.",), f"{_OUR_LAYER}norm_visual."),
+        ((f"{_LAYER}norm_cross_t.",), f"{_OUR_LAYER}norm_text."),
+        (("tta_module.layer_linagg.linear_aggregator.wq.",), "aggregation.query."),
+        (("tta_module.layer_linagg.linear_aggregator.wk.",), "aggregation.key."),
+    ]
+
+
+def model_rules(config: Mu2TokenizerConfig) -> Rules:
+    """A whole checkpoint's; what is none of the three modules is the language model's."""
+    return [
+        *below("model.u2tokenizer.", "model.mu2_tokenizer.", tokenizer_rules(config)),
+        *below("model.vision_tower.vision_tower.", "model.vision.", VISION),
+        *below("model.mm_projector.", "model.", PROJECTOR),
+        (("model.",), "model.language_model."),
+    ]
+
+
 WITHOUT_EFFECT = re.compile(
     r"layer_linagg\.linear_aggregator\.(wv|dense)\.|dynamic_pool\.gate_fc\.bias|norm_cross_attn\."
     r"|patch_embedding\.cls_token|rotary_emb\.inv_freq"
@@ -61,19 +79,13 @@ WITHOUT_EFFECT = re.compile(
 
 def rename(weights: Mapping[str, Tensor], rules: Rules, module: nn.Module) -> dict[str, Tensor]:
     """Published names → those of `module`; q, k and v of one attention become one tensor."""
-    renamed: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in weights.items():
-        if without_effect(name, module):
-            continue
-        whole, separator, part = _target(name, rules).partition("#")
-        if separator:
-            parts.setdefault(whole, {})[part] = tensor
-        else:
-            renamed[whole] = tensor
-    for whole, tensors in parts.items():
-        renamed[whole] = torch.cat([tensors[part] for part in sorted(tensors, key="qkv".index)])
-    return renamed
+        if not without_effect(name, module):
+            ours, part = _ours(name, rules)
+            parts.setdefault(ours, {})[part] = tensor
+    whole = {ours: [each[i] for i in sorted(each)] for ours, each in parts.items()}
+    return {ours: torch.cat(each) if len(each) > 1 else each[0] for ours, each in whole.items()}
 
 
 def without_effect(name: str, module: nn.Module) -> bool:
@@ -102,83 +114,50 @@ def vision_weights(weights: Mapping[str, Tensor], encoder: nn.Module) -> dict[st
     return renamed
 
 
-def _target(name: str, rules: Rules) -> str:
-    for pattern, replacement, inner in rules:
-        match = re.match(pattern, name)
-        if not match:
-            continue
-        rest = name[match.end() :]
-        for inner_pattern, inner_replacement in inner:
-            if re.match(inner_pattern, rest):
-                rest = re.sub(f"^{inner_pattern}", inner_replacement, rest)
-                break
-        return match.expand(replacement) + rest
-    return name
+def _ours(name: str, rules: Rules) -> tuple[str, int]:
+    """Our name of a published one, and which part of the tensor it is; what no rule knows keeps its name."""
+    for published, ours in rules:
+        for part, prefix in enumerate(published):
+            found = _replaced(name, prefix, ours)
+            if found:
+                return found, part
+    return name, 0
+
+
+def _replaced(name: str, prefix: str, by: str) -> str | None:
+    match = re.match(re.escape(prefix).replace(r"\*", "([^.]+)"), name)
+    return match and by.replace("*", "{}").format(*match.groups()) + name[match.end() :]
 
 
 def sources(weights: Mapping[str, Tensor], rules: Rules, ours: list[str]) -> list[str]:
     """The published names of weights that `rename` puts under any of our names."""
-    return sorted(name for name in weights if _target(name, rules).partition("#")[0] in ours)
+    return sorted(name for name in weights if _ours(name, rules)[0] in ours)
+
+
+def names(ours: Iterable[str], rules: Rules) -> set[str]:
+    """What weights of ours are called in a published checkpoint: the rules read the other way."""
+    return {published for name in ours for published in _published(name, rules)}
+
+
+def _published(name: str, rules: Rules) -> list[str]:
+    for prefixes, ours in rules:
+        found = [published for prefix in prefixes if (published := _replaced(name, ours, prefix))]
+        if found:
+            return found
+    return [name]
 
 
 def differences(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
     """Names that the module lacks weights for (`missing`, wrong shapes too) and weights without a place (`unused`)."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [
-        f"{n}: {given[n]}, expected {expected[n]}" for n in expected.keys() & given.keys() if given[n] != expected[n]
+        f"{n}: {shapes[n]}, expected {expected[n]}" for n in expected.keys() & shapes.keys() if shapes[n] != expected[n]
     ]
     return {
-        "missing": sorted([*(expected.keys() - given.keys()), *wrong]),
-        "unused": sorted(given.keys() - expected.keys()),
+        "missing": sorted([*(expected.keys() - shapes.keys()), *wrong]),
+        "unused": sorted(shapes.keys() - expected.keys()),
     }
-
-
-def names(config: Mu2Config, model: nn.Module) -> Iterator[str]:
-    """What a published checkpoint of this configuration must hold, by the published code's names."""
-    for name in model.state_dict():
-        if name.startswith("model.language_model."):
-            yield name.replace("language_model.", "", 1)
-        elif name.startswith("model.projector."):
-            yield name.replace("projector.layers", "mm_projector.projector", 1)
-        elif name.startswith("lm_head.") and not config.tie_word_embeddings:
-            yield name
-    yield from (f"model.vision_tower.vision_tower.{name}" for name in _vision_names(config.vision))
-    yield from (f"model.u2tokenizer.{name}" for name in _tokenizer_names(config.tokenizer))
-
-
-def _vision_names(config: Mu2VisionConfig) -> Iterator[str]:
-    yield from ("cls_token", "patch_embedding.position_embeddings")
-    yield from _layer("patch_embedding.patch_embeddings.1", "norm")
-    for block in (f"blocks.{i}" for i in range(config.num_layers)):
-        yield f"{block}.attn.qkv.weight"
-        yield from _layer(*(f"{block}.{part}" for part in ("norm1", "norm2", "attn.out_proj")))
-        yield from _layer(*(f"{block}.mlp.{part}" for part in ("linear1", "linear2")))
-
-
-def _tokenizer_names(config: Mu2TokenizerConfig) -> Iterator[str]:
-    yield from ("query_tokens", "svt_module.token_selection.score_net.weight")
-    if config.pooling == "dynamic":
-        yield "svt_module.dynamic_pool.gate_fc.weight"
-    for i in range(config.num_layers):
-        own, tta = f"svt_module.attention_network.layers.{i}", f"tta_module.layers_vt.{i}"
-        for name in (f"{own}.spatial_attention", f"{own}.temporal_attention", f"{tta}.self_attention"):
-            if config.attention == "absolute":
-                yield from (f"{name}.in_proj_weight", f"{name}.in_proj_bias")
-                yield from _layer(f"{name}.out_proj")
-                continue
-            yield from _layer(*(f"{name}.{part}" for part in ("wq", "wk", "wv", "dense")))
-            if config.attention == "relative_1d":
-                yield f"{name}.relative_bias"
-        for name in (f"{tta}.visual_cross_attention", f"{tta}.text_cross_attention"):
-            yield from _layer(*(f"{name}.{part}" for part in ("wq", "wk", "wv", "dense")))
-        yield from _layer(*(f"{tta}.norm_{part}" for part in ("self", "cross_v", "cross_t")))
-    yield from _layer(*(f"tta_module.layer_linagg.linear_aggregator.{part}" for part in ("wq", "wk")))
-
-
-def _layer(*names: str) -> Iterator[str]:
-    for name in names:
-        yield from (f"{name}.weight", f"{name}.bias")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -24,7 +24,8 @@ class Selected(NamedTuple):
 
 
 class DifferentiableSelection(Initialised):
-    """k soft tokens, each a softmax-weighted mean over all tokens of all chunks: one product, no loop.
+    """Differentiable token selection (DTS, METHOD.md §1.2): k soft tokens, each a softmax-weighted mean over all tokens
+    of all chunks. One product, no loop.
 
     With `normalise_scores` the scores come from normalised tokens and start with unit-free spread, so that the
     soft tokens do not begin as k copies of the mean.
@@ -62,7 +63,7 @@ class DifferentiableSelection(Initialised):
         return config.temperature
 
     def forward(self, x: Tensor, mask: Tensor | None = None, return_weights: bool = False) -> Selected:
-        """x (B, n, E), mask (B, n) → k soft tokens."""
+        """x (B, n, E), mask (B, n) False for padding → k soft tokens (B, k, E)."""
         if self.training and self.config.temperature_mode == "annealed":
             self.step.add_(1)
         scores = self.score.weight @ (x if self.norm is None else self.norm(x)).transpose(1, 2)
@@ -74,7 +75,7 @@ class DifferentiableSelection(Initialised):
 
 
 class TopKSelection(nn.Module):
-    """The k tokens of the highest score, in that order.
+    """Hard top-k token selection, LinVT's: the k tokens of the highest score, in that order.
 
     `straight_through` leaves the tokens as they are and hands the gradient of σ(score) on to the scores.
     """
@@ -85,7 +86,10 @@ class TopKSelection(nn.Module):
         self.score = nn.Linear(config.hidden_size, 1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, return_weights: bool = False) -> Selected:
-        """x (B, n, E), mask (B, n) → k tokens; those beyond the unmasked ones are zero and not valid."""
+        """x (B, n, E), mask (B, n) → k tokens (B, k, E); those beyond the unmasked ones are zero and not valid.
+
+        Raises UserError where k is more than n.
+        """
         if self.config.top_k > x.shape[1]:
             raise UserError(f"top_k {self.config.top_k} is more than the {x.shape[1]} tokens there are")
         scores = self.score(x).squeeze(-1)
@@ -104,7 +108,8 @@ class TopKSelection(nn.Module):
 
 
 class MultiScalePooling(nn.Module):
-    """The selected tokens averaged in runs of each scale, one after another; dynamic: weighted by a gate."""
+    """Dynamic multi-scale token pooling (DMTP, METHOD.md §1.2): the selected tokens averaged in runs of each scale, one
+    after another, each scale weighted by a gate; `static` pooling has no weights."""
 
     def __init__(self, config: Mu2TokenizerConfig) -> None:
         super().__init__()

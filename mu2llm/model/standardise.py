@@ -1,4 +1,4 @@
-"""Standardisation by running statistics, kept in the checkpoint."""
+"""Batch standardisation by running statistics, kept in the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mu2llm.model.initialisation import Initialised
 
 
 class RunningStandardise(Initialised):
-    """(…, E) → per channel zero mean and unit variance over all tokens, by running statistics.
+    """Batch standardisation: per channel zero mean and unit variance over all tokens, by running statistics.
 
     All scans share the same anatomy: unstandardised, their tokens are nearly one vector. In training mode the
     statistics follow the batch (of all workers); they are constants to the gradient and are also what
@@ -36,7 +36,7 @@ class RunningStandardise(Initialised):
         init.zeros_(self.updates)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`mask` is over x's leading dimensions: False tokens do not count in the statistics."""
+        """(…, E) → the same; `mask` is over x's leading dimensions: False tokens do not count in the statistics."""
         if self.training:
             self._update(x.detach(), mask)
         return ((x - self.mean) * torch.rsqrt(self.variance + self.epsilon)).to(x.dtype)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from mu2llm import weights
-from mu2llm.model.building import configuration
+from mu2llm.model.building import configuration, small_configuration
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.records import PreprocessSpec
 from mu2llm.settings.model import ModelConfig
@@ -113,16 +113,7 @@ def text_config(model: ModelConfig) -> PreTrainedConfig:
     """Of the backbone, without its weights; of `small` with its vocabulary as large as it may become."""
     if model.language_model != "small":
         return weights.language_config(model.language_model)
-    small = model.small
-    return LlamaConfig(
-        vocab_size=small.vocabulary,
-        hidden_size=small.hidden_size,
-        intermediate_size=small.mlp_dim,
-        num_hidden_layers=small.num_layers,
-        num_attention_heads=small.num_heads,
-        num_key_value_heads=small.num_heads,
-        tie_word_embeddings=True,
-    )
+    return small_configuration(model, model.small.vocabulary)
 
 
 def _count(whole: nn.Module) -> dict[str, int]:

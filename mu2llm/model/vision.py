@@ -40,7 +40,7 @@ class LinearStem(nn.Module):
 
 
 class ConvStem(Initialised):
-    """Patches of half the size, then a strided convolution over their neighbours; learns from few scans what a
+    """Convolutional patch embedding: patches of half the size, then a strided 3 × 3 × 3; learns from few scans what a
     linear patch embedding does not. Its batch norm is over the batch of all workers.
     """
 
@@ -66,6 +66,8 @@ class ConvStem(Initialised):
 
 
 class VisionAttention(nn.Module):
+    """Multi-head self-attention as in MONAI's ViT: no bias on q, k and v."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -73,6 +75,7 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, n, hidden) → the same"""
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v)
@@ -92,12 +95,13 @@ class VisionBlock(GradientCheckpointingLayer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, n, hidden) → the same"""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp["linear2"](F.gelu(self.mlp["linear1"](self.norm2(x))))
 
 
 class VisionTower(Initialised):
-    """(B, C, K, H, W) → (B, [class +] patches, hidden)"""
+    """The 3-D ViT of M3D-CLIP (METHOD.md §1.1) on the chunks of scans."""
 
     def __init__(self, config: Mu2VisionConfig) -> None:
         super().__init__()
@@ -114,6 +118,7 @@ class VisionTower(Initialised):
             init.zeros_(self.cls_token)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, K, H, W) → (B, [class +] patches, hidden)"""
         x = self.stem(x) + self.position_embeddings
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
@@ -122,8 +127,8 @@ class VisionTower(Initialised):
         return cast(Tensor, self.norm(x))
 
 
-class CommonAnatomy(Initialised):
-    """Each voxel less its mean over the first scans that were seen: what is left is what is particular to a scan.
+class MeanImageSubtraction(Initialised):
+    """Mean-image subtraction: each voxel less its mean over the first scans that were seen.
 
     All scans of one field of view are nearly the same image; a network from scratch spends most of its time
     on learning that. Only for specs that put every body on the same grid. The mean is over the first `BATCHES`
@@ -169,7 +174,7 @@ class CommonAnatomy(Initialised):
 
 
 class Projector(nn.Module):
-    """An MLP from pooled patches to the language model's width."""
+    """Spatial-pooling projector: an MLP from pooled patches to the language model's width."""
 
     def __init__(self, config: Mu2VisionConfig, width: int) -> None:
         super().__init__()
@@ -205,7 +210,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: Mu2VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.anatomy = CommonAnatomy(config) if config.standardise_input else None
+        self.anatomy = MeanImageSubtraction(config) if config.standardise_input else None
         self.tower = VisionTower(config)
         self.frozen = False
 
@@ -214,7 +219,7 @@ class VisionEncoder(nn.Module):
         self.frozen = True
         self.requires_grad_(False).eval()
 
-    def thaw(self) -> None:
+    def unfreeze(self) -> None:
         """Undoes `freeze`."""
         self.frozen = False
         self.requires_grad_(True).train()

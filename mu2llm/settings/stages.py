@@ -41,11 +41,15 @@ class StageConfig(Section):
     )
 
 
+AUGMENT = "another gain, noise and place in the plane for each scan each time; left stays left"
+
+
 class ContrastiveConfig(StageConfig):
     loss: Literal["infonce", "sigmoid"] = "sigmoid"
     positives: Literal["report", "section", "sentence", "finding"] = Field(
         "sentence", description="what of a report is held against the scan; finding: what the rules read in it"
     )
+    augment: bool = Field(False, description=AUGMENT)
     train_text_encoder: bool = Field(False, description="with the vision side; it is then kept in the checkpoint")
 
 
@@ -75,12 +79,15 @@ class SftConfig(StageConfig):
     alignment_first: float = Field(
         0, ge=0, lt=1, description="fraction of the steps, at the start, that train by the alignment alone: cheap ones"
     )
+    augment: bool = Field(False, description=AUGMENT)
     report_share: float = Field(0.8, ge=0, le=1, description="fraction of reports; the rest are the case's questions")
 
     @model_validator(mode="after")
     def _thaws_what_is_frozen(self) -> Self:
         if self.thaw_vision is not None and (not self.freeze_vision or self.fsdp):
             raise ValueError("thaw_vision needs freeze_vision, and does not go with fsdp")
+        if self.augment and self.cached:
+            raise ValueError("augment changes voxels, and cache_vision reads features: set sft.cache_vision=false")
         if self.alignment_first and not self.alignment:
             raise ValueError("alignment_first needs alignment above 0: it is all that those steps learn by")
         if self.thaw_vision is not None and self.alignment and self.workers not in (0, 1):

@@ -52,6 +52,8 @@ def loop(job: Job, resume: Resume) -> None:
         if trained
         else TextBank(encoder, settings.positives, reports, experiment.seed)
     )
+    if settings.loss == "infonce":
+        texts.compared = []  # it can only compare what some scan of the batch has
     model = build_contrastive(
         experiment.model, shards.spec, settings, texts.width, job.parent, experiment.seed, trained
     )
@@ -71,13 +73,28 @@ def loop(job: Job, resume: Resume) -> None:
 
 
 class ContrastiveTrainer(Streamed, Trainer):
-    """The loss sees the embeddings of all workers; the gradient flows back through the gathering."""
+    """The loss sees the embeddings of all workers; the gradient flows back through the gathering.
+
+    Logs with the loss `positives`, the pairs that counted as positive in a step.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.positives: list[torch.Tensor] = []
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         output = model(**inputs, gather=gather if torch.distributed.is_initialized() else None)
+        self.positives.append(output.positives)
         return (output.loss, output) if return_outputs else output.loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self.positives:
+            mean = torch.stack(self.positives).double().mean()
+            logs["positives"] = float(mean) * self.args.gradient_accumulation_steps
+            self.positives.clear()
+        super().log(logs, *args, **kwargs)
 
 
 def gather(local: torch.Tensor) -> torch.Tensor:

@@ -65,12 +65,12 @@ def run(
 
 
 def prepared(job: Job, shards: Shards, pairs: list[PreferencePair], progress: Progress | None = None) -> Job:
-    """The job with what is made once for all jobs on these pairs from this parent: features, log-probabilities."""
+    """The job with what is computed once for all jobs on these pairs from this parent: features, log-probabilities."""
     settings = job.resolved.dpo
     assert job.parent
     if settings.freeze_vision:
-        told = scan_by_scan(progress)
-        features = encode_scans(job.parent, shards, settings.cpus_per_worker, settings.gpus_per_worker, told)
+        report = scan_by_scan(progress)
+        features = encode_scans(job.parent, shards, settings.cpus_per_worker, settings.gpus_per_worker, report)
         job = job.model_copy(update={"features": features.uri})
     return job.model_copy(update={"reference": reference_logps(job, pairs)})
 
@@ -120,7 +120,7 @@ def loop(job: Job, resume: Resume) -> None:
             data_collator=examples.collator,
             processing_class=processor.tokenizer,
         )
-        trainer.batches = batches
+        trainer.batches, trainer.prompt_hash = batches, processor.prompt_hash
         if job.watch:
             trainer.add_callback(Validation(job, trainer, processor, shards))
 
@@ -162,13 +162,15 @@ class Mu2DPOTrainer(Streamed, DPOTrainer):
     KL(reference ‖ policy), in nats a report.
     """
 
-    def __init__(self, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.is_fsdp_enabled = self.accelerator.is_fsdp2
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        self.is_fsdp_enabled = False  # while trl is made: it would load a reference model, which nothing here needs
+        self.is_fsdp_enabled = (
+            False  # while trl sets itself up: it would load a reference model, which nothing here needs
+        )
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -202,8 +204,8 @@ class Examples:
     def collate(self, rows: dict[str, Any], scan: str) -> dict[str, Any]:
         """Streamed rows (`item` is the pair's number) → trl's batch: chosen, then rejected, over B scans.
 
-        The model serves each scan's tokens to neighbouring rows, trl puts all chosen before all rejected: so the
-        scans are given as they are and the model is told to tile them.
+        The model serves each scan's tokens to adjoining rows, trl puts all chosen before all rejected: so the
+        scans come as they are, and `tile_scans` is set.
         """
         numbers = [int(item) for item in rows["item"]]
         batch = self.collator([self.example(number) for number in numbers])
@@ -233,7 +235,7 @@ class Examples:
 
 
 def reference_logps(job: Job, pairs: list[PreferencePair]) -> str:
-    """URI of the pairs' reference log-probabilities under the parent, made unless they are there.
+    """URI of the pairs' reference log-probabilities under the parent, computed unless they are there.
 
     They lie beside the pairs under the parent's digest (and `ld_alpha`, which weighs tokens), one row a pair.
     """

@@ -61,15 +61,15 @@ def run(
     settings = experiment.sft
     placement.check(job)
     if job.validation and not shards.count("validation"):
-        raise UserError(f"sft.validation.steps is given, but {shards.uri} has no rows in split validation")
+        raise UserError(f"sft.validation.steps is set, but {shards.uri} has no rows in split validation")
     if settings.cached:
         if parent is None or init is None:
             raise UserError(
                 "sft.cache_vision caches what a trained checkpoint's vision sees: name one with --init, or with "
                 "model.vision.weights set sft.cache_vision=false"
             )
-        told = scan_by_scan(progress)
-        features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker, told)
+        report = scan_by_scan(progress)
+        features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker, report)
         job = job.model_copy(update={"features": features.uri})
     return launch.run(job, loop, progress, HeldOut(settings.validation, measure, export))
 
@@ -95,7 +95,7 @@ def loop(job: Job, resume: Resume) -> None:
         resume,
         shards,
         [*COLUMNS, scan],
-        lambda rows: collate(rows, scan, processor, texts, Asking(question, settings.report_share, seed)),
+        lambda rows: collate(rows, scan, processor, texts, Instructions(question, settings.report_share, seed)),
         ids=ids if len(ids) < shards.count("train") else None,
         lengths=[len(report) for report in reports] if settings.group_by_length else None,
     )
@@ -105,9 +105,10 @@ def loop(job: Job, resume: Resume) -> None:
         unused = {"ddp_find_unused_parameters": settings.thaw_vision is not None or alone > 0}
         trainer = SftTrainer(model=model, args=TrainingArguments(**arguments(job, folder, model, **unused)))
         trainer.batches, trainer.processor = batches, processor
+        trainer.prompt_hash = processor.prompt_hash
         trainer.alignment, trainer.alone = settings.alignment, alone
         if settings.thaw_vision is not None:
-            trainer.add_callback(Thaw(whole.model.vision, int(settings.thaw_vision * job.total_steps)))
+            trainer.add_callback(UnfreezeVision(whole.model.vision, int(settings.thaw_vision * job.total_steps)))
         if job.watch:
             trainer.add_callback(Validation(job, trainer, processor, shards))
 
@@ -160,7 +161,7 @@ class SftTrainer(Streamed, Trainer):
         return self.alignment * loss / self.args.gradient_accumulation_steps
 
 
-class Thaw(TrainerCallback):
+class UnfreezeVision(TrainerCallback):
     """Vision is frozen up to a step; its weights are in the optimiser from the start, which passes them over."""
 
     def __init__(self, vision: Any, step: int) -> None:
@@ -172,7 +173,7 @@ class Thaw(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.step:
-            self.vision.thaw()
+            self.vision.unfreeze()
 
 
 def save(model: Any, processor: Mu2Processor, folder: str) -> None:
@@ -254,7 +255,7 @@ def export(job: Job, folder: str, target: str) -> None:
 
 
 @dataclass(frozen=True)
-class Asking:
+class Instructions:
     """What is asked of a case: `question`, with its report as the answer, or in the share that `report_share`
     leaves one of the case's own questions."""
 
@@ -273,16 +274,17 @@ class Asking:
 
 
 def collate(
-    rows: dict[str, Any], scan: str, processor: Mu2Processor, texts: TextBank | None, asking: Asking
+    rows: dict[str, Any], scan: str, processor: Mu2Processor, texts: TextBank | None, instructions: Instructions
 ) -> dict[str, Any]:
     """Rows → inputs."""
     parts = zip(rows["report"], rows["questions"], rows["row"], strict=True)
-    asked = [asking(report, questions, int(row)) for report, questions, row in parts]
+    asked = [instructions(report, questions, int(row)) for report, questions, row in parts]
+    aligned = texts.targets(rows["report"]) if texts else None
     name = "vision_features" if scan == "features" else "volumes"
     return {
         "case_ids": list(rows["id"]),
         name: torch.as_tensor(np.asarray(rows[scan])),
         "chunk_mask": torch.as_tensor(np.asarray(rows["chunk_mask"])),
         **processor.encode([q for q, _ in asked], [a for _, a in asked]),
-        **(texts.targets(rows["report"]) if texts else {}),
+        **({name: aligned[name] for name in ("text_embeddings", "targets")} if aligned else {}),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -23,11 +24,12 @@ class Positives:
     MOST_COMPARED = 256
     width: int
 
-    def __init__(self, positives: str, reports: Sequence[str]) -> None:
-        self.positives = positives
+    def __init__(self, encoder: weights.TextEncoder, positives: str, reports: Sequence[str]) -> None:
+        self.encoder, self.positives = encoder, positives
         self.distinct = sorted({text for report in reports for text in self.split(report)})
         if not self.distinct:
             raise UserError(f"no report has a {positives}: choose other contrastive.positives")
+        self._keys: dict[str, int] = {}
         self.compared = self.distinct if len(self.distinct) <= self.MOST_COMPARED else []
 
     def split(self, report: str) -> list[str]:
@@ -46,11 +48,21 @@ class Positives:
         raise NotImplementedError
 
     def targets(self, reports: Sequence[str]) -> dict[str, Tensor]:
-        """The inputs of the reports' texts, and `targets` (M, B): which report has which text."""
+        """The inputs of the reports' texts, `text_keys` (M), and `targets` (M, B): which report has which text."""
         parts = [set(self.split(report)) for report in reports]
         distinct = self.compared or sorted(set().union(*parts))
         has = np.array([[text in part for part in parts] for text in distinct], dtype=bool)
-        return {**self.inputs(distinct), "targets": torch.as_tensor(has)}
+        return {**self.inputs(distinct), "text_keys": self.keys(distinct), "targets": torch.as_tensor(has)}
+
+    def keys(self, texts: Sequence[str]) -> Tensor:
+        """(M,) int64: equal for texts that the encoder reads as the same tokens, on any worker."""
+        return torch.tensor([self._key(text) for text in texts], dtype=torch.int64)
+
+    def _key(self, text: str) -> int:
+        if text not in self._keys:
+            tokens = self.encoder.tokenizer(text, truncation=True, max_length=self.encoder.max_tokens)["input_ids"]
+            self._keys[text] = int(hashlib.sha256(repr(list(tokens)).encode()).hexdigest()[:15], 16)
+        return self._keys[text]
 
 
 class TextBank(Positives):
@@ -62,8 +74,7 @@ class TextBank(Positives):
     MOST_COMPONENTS, SAMPLE = 128, 2048
 
     def __init__(self, encoder: weights.TextEncoder, positives: str, reports: Sequence[str], seed: int) -> None:
-        super().__init__(positives, reports)
-        self.encoder = encoder
+        super().__init__(encoder, positives, reports)
         rng = np.random.default_rng(seed)
         sample = [self.distinct[i] for i in sorted(rng.permutation(len(self.distinct))[: self.SAMPLE])]
         embedded = np.asarray(encoder.embed(sample), dtype=np.float32)
@@ -90,8 +101,8 @@ class TextTokens(Positives):
     """As tokens, for a text encoder that is trained with the scans' side."""
 
     def __init__(self, encoder: weights.TextEncoder, positives: str, reports: Sequence[str]) -> None:
-        super().__init__(positives, reports)
-        self.encoder, self.width = encoder, encoder.width
+        super().__init__(encoder, positives, reports)
+        self.width = encoder.width
 
     def inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`text_ids` and `text_mask` (M, L)"""

@@ -34,7 +34,7 @@ def train(
     `finish(model, folder)` writes the final `save_pretrained` folder and returns the stage's own metrics; only rank 0
     calls it. With FSDP no rank has the whole model: `restore` makes it of what HF's trainer saves.
     """
-    reports = _Reports(job, resume, trainer.batches.stream)  # type: ignore[attr-defined]  # a Streamed one
+    reports = _Reports(job, resume, trainer.batches.stream, trainer.prompt_hash)  # type: ignore[attr-defined]  # a Streamed one
     trainer.add_callback(reports)
     trainer.epochs_a_step = job.settings.batch_size * job.settings.accumulation / job.rows  # type: ignore[attr-defined]
     rank = current_worker.get().rank
@@ -53,7 +53,7 @@ def train(
             progress = reports.progress(trainer.state.global_step)
             storage.copy(folder, job.out)
             # what describes it waits for `_publish`, on the driver, which makes the folder whole
-            described = description(job, progress, resume.step, trainer.state, metrics)
+            described = description(job, progress, resume.step, trainer.state, metrics, reports.prompt)
             storage.write_json(storage.join(job.state, FINISHED_FILE), described.model_dump(mode="json"))
 
 
@@ -112,6 +112,7 @@ class Streamed:
     batches: Batches
     first_scan: dict[str, torch.Tensor]
     epochs_a_step: float = 0.0
+    prompt_hash: str = ""  # where the model reads prompts
 
     def create_accelerator_and_postprocess(self) -> None:
         if self.args.fsdp:  # type: ignore[attr-defined]
@@ -160,8 +161,8 @@ class _NotFinite(Exception):
 class _Reports(TrainerCallback):
     """HF Trainer → Ray Train: metrics at every log, a checkpoint at every save, one when a node is to go."""
 
-    def __init__(self, job: Job, before: Resume, stream: Stream) -> None:
-        self.job, self.before, self.stream = job, before, stream
+    def __init__(self, job: Job, before: Resume, stream: Stream, prompt: str) -> None:
+        self.job, self.before, self.stream, self.prompt = job, before, stream, prompt
         self.started = time.monotonic()
         self.saved_on_preemption = False
         self.save_seconds = 0.0
@@ -206,7 +207,8 @@ class _Reports(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         if state.is_world_process_zero:
-            described = description(self.job, self.progress(state.global_step), self.before.step, state, {})
+            progress = self.progress(state.global_step)
+            described = description(self.job, progress, self.before.step, state, {}, self.prompt)
             (folder / INTERMEDIATE_FILE).write_text(json.dumps(described.model_dump(mode="json")))
         started, step = time.monotonic(), state.global_step
         metrics = {**self.progress(step), "saved_step": step}
@@ -223,7 +225,7 @@ def history(state: TrainerState) -> list[dict[str, float]]:
 
 
 def description(
-    job: Job, progress: dict[str, Any], resumed_from: int, state: TrainerState, metrics: dict[str, float]
+    job: Job, progress: dict[str, Any], resumed_from: int, state: TrainerState, metrics: dict[str, float], prompt: str
 ) -> Checkpoint:
     """What a checkpoint says of itself, between and at the end of the training alike."""
     logged = history(state)
@@ -235,6 +237,7 @@ def description(
             data=storage.lasting(job.data),
             data_checksum=job.data_checksum,
             spec_hash=job.spec_hash,
+            prompt=prompt,
             parent=job.parent and storage.lasting(job.parent),
             judge=job.judge,
             seed=job.resolved.seed,

@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from mu2llm import storage
 from mu2llm.cases import Shards, Stream
+from mu2llm.ct import augment_batch
 from mu2llm.errors import UserError
 from mu2llm.model.memory import check_memory
 from mu2llm.records import Training
@@ -124,7 +125,7 @@ class Batches:
     ) -> None:
         worker, settings = current_worker.get(), job.settings
         rows_a_step = settings.batch_size * settings.accumulation
-        self.collate = collate
+        self.collate, self.seed, self.augment = collate, job.resolved.seed, getattr(settings, "augment", False)
         self.stream = Stream(
             shards,
             job.split,
@@ -140,4 +141,7 @@ class Batches:
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self.collate, self.stream)
+        return map(self.collate, map(self._augmented, self.stream) if self.augment else self.stream)
+
+    def _augmented(self, rows: dict[str, Any]) -> dict[str, Any]:
+        return {**rows, "voxels": augment_batch(rows["voxels"], rows["row"], self.seed)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mu2llm.ct import augment
+from mu2llm.ct import augment, augment_batch
 
 SHAPE = (2, 1, 8, 64, 64)
 
@@ -49,3 +49,11 @@ def test_floats_stay_between_0_and_1_and_padding_black(dtype):
     assert changed.dtype == dtype
     assert changed.min() >= 0 and 0.5 < changed.max() <= 1
     assert not changed[0].any()
+
+
+def test_a_scan_is_augmented_by_its_row_whichever_batch_it_is_in():
+    scans = np.stack([lesion_on_one_side()] * 3)
+    whole = augment_batch(scans, [4, 5, 6], seed=1)
+    np.testing.assert_array_equal(augment_batch(scans[1:2], [5], seed=1)[0], whole[1])
+    assert all((whole[i] != whole[i + 1]).any() for i in range(2))
+    assert (augment_batch(scans, [4, 5, 6], seed=2) != whole).any()

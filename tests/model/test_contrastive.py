@@ -70,13 +70,55 @@ def test_a_text_that_two_scans_share_is_a_positive_of_both_and_counts_once(loss)
     model, given = make(loss), inputs()
     shared = given["text_embeddings"].clone()
     shared[2] = shared[0]  # scans 0 and 1 say the same
-    doubled = model(**{**given, "text_embeddings": shared}, owner=OWNER)
+    keys = torch.tensor([0, 1, 0, 2, 3, 4])
+    doubled = model(**{**given, "text_embeddings": shared}, owner=OWNER, text_keys=keys)
     assert doubled.targets[0].tolist() == doubled.targets[2].tolist() == [True, True, False, False]
     kept = [0, 1, 3, 4, 5]
     targets = F.one_hot(OWNER, 4).bool()
     targets[0, 1] = True
     once = model(**{**given, "text_embeddings": shared[kept]}, targets=targets[kept])
     torch.testing.assert_close(doubled.loss, once.loss)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
+def test_bf16_keeps_the_positives_of_fp32(loss):
+    """Under autocast no product of two bf16 embeddings reaches 1: texts are known by their keys."""
+    model, given = make(loss), inputs()
+    given["text_embeddings"][2] = given["text_embeddings"][0]
+    given |= {"owner": OWNER, "text_keys": torch.tensor([0, 1, 0, 2, 3, 4])}
+    exact = model(**given)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(**given)
+    assert torch.equal(rough.targets, exact.targets) and exact.targets.any(1).all()
+    assert rough.positives == exact.positives == 6
+    torch.testing.assert_close(rough.loss.float(), exact.loss, rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
+def test_ten_steps_in_bf16_lose_as_much_as_in_fp32(loss):
+    losses = {dtype: learn(loss, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    assert losses[torch.float32][-1] < 0.9 * losses[torch.float32][0]
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.03)
+
+
+def learn(loss, dtype, steps=10):
+    model, given = make(loss, vision={"stem": "conv"}).train(), inputs()
+    optimiser, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for _ in range(steps):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = model(**given, owner=OWNER, text_keys=torch.arange(6))
+        losses.append(float(out.loss.detach()))
+        optimiser.zero_grad()
+        out.loss.backward()
+        optimiser.step()
+    return losses
+
+
+def test_infonce_refuses_a_text_that_no_scan_has():
+    targets = F.one_hot(OWNER, 4).bool()
+    targets[3] = False
+    with pytest.raises(UserError, match="1 of 6 texts are of no scan"):
+        make("infonce")(**inputs(), targets=targets)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "infonce"])

@@ -4,14 +4,13 @@ import pytest
 import torch
 from small_models import QUESTION, make, scans, text, tokenizer, visual
 
-from mu2llm import config
 from mu2llm.errors import UserError
 from mu2llm.model import Mu2VisionConfig
 from mu2llm.model.attention import RelativeBias1d, RelativeBias3d
 from mu2llm.model.initialisation import initialise
 from mu2llm.model.mu2_tokenizer import entropy, similarity
 from mu2llm.model.vision import pool_patches
-from mu2llm.settings.model import ModelConfig
+from mu2llm.settings.model import _REFERENCE_FACE, ModelConfig
 
 
 def differs(a, b):
@@ -125,6 +124,6 @@ def test_10_padding_takes_no_part(mended):
 def test_the_reference_face_sets_every_mend_back_and_leaves_what_is_set_by_hand():
     face = ModelConfig.model_validate({"face": "reference", "tokenizer": {"residual": True}})
     assert not face.vision.true_grid and not face.placeholder_aligned and face.tokenizer.attention == "relative_1d"
-    undone = {name: getattr(face.tokenizer, name) for name in config._REFERENCE_FACE["tokenizer"]}
+    undone = {name: getattr(face.tokenizer, name) for name in _REFERENCE_FACE["tokenizer"]}
     assert undone.pop("attention") == "relative_1d" and undone.pop("residual")
     assert not any(undone.values())

@@ -1,5 +1,7 @@
 """Text and scans to model inputs."""
 
+from datetime import datetime
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from small_models import QUESTION, TEXTS, make
 from mu2llm import ct
 from mu2llm.ct import phantom
 from mu2llm.errors import UserError
+from mu2llm.model import Mu2Processor, load
+from mu2llm.records import Checkpoint, Lineage
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +116,54 @@ def test_what_is_no_ct_is_refused_or_accepted_on_request(processor):
     assert rejected.value.reason == "not_hu"
     assert processor.prepare(mr, accept=("not_hu",))["volumes"].shape == (1, *processor.spec.shape)
     assert processor(questions=QUESTION, volumes=mr, accept=("not_hu",))["volumes"].shape[0] == 1
+
+
+LLAMA_3_2 = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}"
+    "{%- endif %}{%- endif %}Today Date: {{ date_string }}\n{{ messages[0]['content'] }}"
+)
+
+
+@pytest.mark.parametrize("template", [LLAMA_3_2, "{{ strftime_now('%d %b %Y') }}{{ messages[0]['content'] }}"])
+def test_a_prompt_is_of_no_day(tmp_path, template):
+    """Llama-3.2's template, and SmolLM3's, write today's date: a checkpoint would read another prompt each day."""
+    _, processor = make()
+    processor.chat_template = template
+    prompt = processor.prompt(QUESTION)
+    assert "26 Jul 2024" in prompt and datetime.now().strftime("%Y") not in prompt.replace("2024", "")
+    assert processor.apply_chat_template([{"role": "user", "content": f"<volume>{QUESTION}"}]) == prompt
+    processor.prompt_date = "2025-03-02"
+    assert "02 Mar 2025" in processor.prompt(QUESTION)
+    processor.save_pretrained(tmp_path)
+    read = Mu2Processor.from_pretrained(tmp_path)
+    assert read.prompt(QUESTION) == processor.prompt(QUESTION) and read.prompt_hash == processor.prompt_hash
+    read.prompt_date = "2025-03-03"
+    assert read.prompt_hash != processor.prompt_hash
+
+
+def test_a_template_s_other_variables_are_saved_and_used(tmp_path):
+    _, processor = make()
+    processor.chat_template = "{{ 'think ' if enable_thinking else '' }}{{ messages[0]['content'] }}"
+    thinking = processor.prompt_hash
+    processor.template_variables = {"enable_thinking": True}
+    assert processor.prompt(QUESTION).startswith("think ") and processor.prompt_hash != thinking
+    processor.save_pretrained(tmp_path)
+    assert Mu2Processor.from_pretrained(tmp_path).prompt(QUESTION) == processor.prompt(QUESTION)
+
+
+def test_a_checkpoint_whose_prompt_has_changed_is_refused(tmp_path):
+    model, processor = make()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    lineage = Lineage(stage="sft", spec_hash=processor.spec.hash, prompt=processor.prompt_hash)
+    described = Checkpoint(uri=str(tmp_path), experiment={}, lineage=lineage)
+    (tmp_path / Checkpoint.FILE).write_text(described.model_dump_json())
+    load(str(tmp_path))
+    processor.chat_template = "Another: " + processor.tokenizer.chat_template
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"trained on prompts of {lineage.prompt}.* now writes"):
+        load(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["volume", "image"])

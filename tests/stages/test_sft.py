@@ -1,13 +1,16 @@
 """SFT's parts without workers: LoRA with all that is trained beside it, frozen vision, what is asked."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mu2llm import config
+from mu2llm.ct import augment_batch
 from mu2llm.errors import UserError
 from mu2llm.model import add_lora, build, load, load_lora, merge_lora
 from mu2llm.stages import sft
+from mu2llm.stages.worker import Batches
 
 REPORTS = ["There is a large left pleural effusion.", "There is a cyst in the right kidney.", "No finding."]
 
@@ -69,7 +72,7 @@ def test_vision_is_passed_over_until_it_thaws(lora):
     vision = [p for name, p in model.named_parameters() if "vision" in name and p.requires_grad]
     optimiser = torch.optim.AdamW(vision, lr=0.1)
     before = [p.detach().clone() for p in vision]
-    thaw, state, control = sft.Thaw(whole.model.vision, step=1), TrainerState(), TrainerControl()
+    thaw, state, control = sft.UnfreezeVision(whole.model.vision, step=1), TrainerState(), TrainerControl()
     thaw.on_train_begin(None, state, control)
     for step in range(2):
         state.global_step = step
@@ -121,7 +124,20 @@ def test_settings_that_contradict_each_other_are_refused():
         config.load("tiny", ["sft.workers=2", "sft.thaw_vision=0.5"])
     with pytest.raises(UserError, match="alignment_first needs alignment"):
         config.load("tiny", ["sft.alignment=0", "sft.alignment_first=0.5"])
+    with pytest.raises(UserError, match="augment changes voxels, and cache_vision reads features"):
+        config.load("tiny", ["sft.augment=true"])
     with pytest.raises(UserError, match="1 loss_weights for 2 losses"):
         config.load("tiny", ["dpo.loss=sigmoid+sft", "dpo.loss_weights=[1]"])
     with pytest.raises(UserError, match=r"dpo\.beta: Input should be greater than 0, given -0\.1"):
         config.load("tiny", ["dpo.beta=-0.1"])
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_voxels_are_augmented_where_it_is_asked_for_and_not_otherwise(augment):
+    rows = {"voxels": np.full((2, 1, 1, 4, 64, 64), 90, np.uint8), "row": np.array([6, 7])}
+    batches = Batches.__new__(Batches)
+    batches.stream, batches.seed, batches.augment, batches.collate = [rows], 3, augment, lambda rows: rows
+    (seen,) = batches
+    expected = augment_batch(rows["voxels"], rows["row"], 3) if augment else rows["voxels"]
+    np.testing.assert_array_equal(seen["voxels"], expected)
+    assert (expected != 90).any() == augment and (rows["voxels"] == 90).all()
