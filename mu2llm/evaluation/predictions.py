@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
-from mu2llm import artefacts
-from mu2llm.artefacts import open_checkpoint
+from mu2llm.artefacts import Identity, open_checkpoint, weights_of
 from mu2llm.cases import Shards
 from mu2llm.evaluation.decoding import Decoding
 from mu2llm.records import Case, Record
@@ -71,12 +70,14 @@ class Request:
     gpus: float = 0
 
     @property
-    def identity(self) -> str:
-        """Digest of all that decides what is written: not of how many cases are written at a time."""
-        runs = {run: open_checkpoint(uri).lineage.identity or uri for run, uri in self.checkpoints.items()}
-        decides = [self.split, self.question, asdict(self.decoding), self.variants, self.regions, self.max_cases]
-        decides += [] if self.ids is None else [self.ids]
-        return artefacts.digest([runs, Shards.open(self.data).checksum, *decides])
+    def identity(self) -> Identity:
+        """All that decides what is written: not how many cases are written at a time, nor whether scans are cached."""
+        weights = {
+            f"checkpoint.{run}": weights_of(open_checkpoint(uri)).weights for run, uri in self.checkpoints.items()
+        }
+        inputs: dict[str, Any] = {"split": self.split, "question": self.question, **asdict(self.decoding)}
+        inputs |= {"variants": self.variants, "regions": self.regions, "max_cases": self.max_cases, "ids": self.ids}
+        return Identity.of({**inputs, "data": Shards.open(self.data).origin_checksum, **weights})
 
     def cases(self, shards: Shards) -> list[Case]:
         """The cases that are meant, in the shards' order."""
