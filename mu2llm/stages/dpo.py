@@ -250,7 +250,7 @@ def reference_logps(job: Job, pairs: list[PreferencePair]) -> str:
     scans and `ld_alpha`, which weighs tokens.
     """
     settings = job.resolved.dpo
-    inputs = {"parent": job.parent_weights, "data": Shards.open(job.shards).checksum}
+    inputs: dict[str, Any] = {"parent": job.parent_weights, "data": Shards.open(job.shards).checksum}
     inputs |= {} if settings.ld_alpha is None else {"ld_alpha": settings.ld_alpha}
     uri, keys = storage.join(job.data, "reference", f"{Identity.of(inputs).digest}.parquet"), [p.key for p in pairs]
     if storage.exists(uri) and _read_table(uri).column("pair").to_pylist() == keys:

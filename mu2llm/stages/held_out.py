@@ -80,7 +80,7 @@ class HeldOut:
         return [_numbers(entry) for entry in _entries(job) if LOSS in entry]
 
     def publish_best(self, job: Job) -> tuple[int, artefacts.Weights] | None:
-        """Replaces what is at `out` by the checkpoint of least loss of those that are still kept; its step, its weights."""
+        """Replaces what is at `out` by the checkpoint of least loss of those still kept; its step and its weights."""
         for entry in sorted((entry for entry in _entries(job) if LOSS in entry), key=lambda entry: entry[LOSS]):
             uri = storage.join(job.state, "train", entry["checkpoint"])
             if not storage.exists(uri):

@@ -81,8 +81,9 @@ def prefer(
 ) -> Preferences:
     """Samples, judges and pairs; `corrections` (a URI of JSON lines) of the split's scans are added as they are.
 
-    Run again it goes on, or gives what is done; `fresh` removes what it wrote at `out` before and starts over. Raises UserError where checkpoint and shards do not fit or no correction is of one of the split's scans, Failure
-    without any pair.
+    Run again it goes on, or gives what is done; `fresh` removes what it wrote at `out` before and starts over. Raises
+    UserError where checkpoint and shards do not fit, no correction is of one of the split's scans or other pairs lie at
+    `out`; Failure without any pair.
     """
     shards = Shards.open(data)
     kept_under = experiment.judge.cache or storage.join(out, "judging")
