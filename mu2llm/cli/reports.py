@@ -18,6 +18,7 @@ from mu2llm.cli.app import (
     CheckpointUri,
     Data,
     DryRun,
+    Fresh,
     Json,
     JudgeName,
     Out,
@@ -43,6 +44,7 @@ def evaluate(
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
     address: Address = None,
+    fresh: Fresh = False,
     dry: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -54,7 +56,7 @@ def evaluate(
 
     with work_on_ray(address) as bars:
         result = evaluation.evaluate(
-            checkpoint, data, out, experiment, split, lambda done, all_: bars("evaluate", done, all_, {})
+            checkpoint, data, out, experiment, split, lambda done, all_: bars("evaluate", done, all_, {}), fresh
         )
     show(result, as_json)
 
