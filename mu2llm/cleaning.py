@@ -1,22 +1,26 @@
-"""What lies below a URI that no checkpoint and no registry entry refers to: shards, pairs, caches, remains of kills.
+"""What lies below a URI that nothing refers to any more: shards, pairs, caches, remains of kills, and what a pipeline
+made by an earlier configuration.
 
-Checkpoints themselves are never among it, nor what an interrupted stage needs to go on.
+A pipeline's result is of an earlier configuration where its last finished run did not take it; it stays where the
+registry, or a checkpoint that stays, refers to it. Other checkpoints are never among it, nor what an interrupted stage
+needs to go on.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pyarrow.fs as pafs
 from pydantic import BaseModel
 
-from mu2llm import storage, tracking
+from mu2llm import artefacts, places, storage, tracking
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases.shards import INDEX
 from mu2llm.errors import UserError
+from mu2llm.places import Places
 from mu2llm.records import Checkpoint
 from mu2llm.stages.preferences import Preferences
 
@@ -67,9 +71,10 @@ def find(root: str, older_than_days: float = 1) -> list[Leftover]:
     Raises UserError where there is nothing, or the registry, which says what is needed, cannot be asked.
     """
     tree = _Tree.of(storage.absolute(root))
-    referred = _referred(tree)
+    earlier = _earlier(tree)
+    referred = _referred(tree, earlier)
     found = []
-    for path, kind, why in (*_folders(tree, referred), *_partial(tree)):
+    for path, kind, why in _outermost([*_steps(tree, earlier - referred), *_folders(tree, referred), *_partial(tree)]):
         files = tree.below(path)
         age = (time.time() - max(file.mtime.timestamp() for file in files)) / DAY_S
         if age >= older_than_days:
@@ -80,25 +85,35 @@ def find(root: str, older_than_days: float = 1) -> list[Leftover]:
 
 def remove(leftovers: list[Leftover]) -> None:
     for each in leftovers:
-        storage.delete(each.uri)
+        artefacts.discard(each.uri) if each.kind == "step" else storage.delete(each.uri)
 
 
-def _referred(tree: _Tree) -> set[str]:
-    """Every URI that a checkpoint below the root or in the registry came from: shards, pairs, and the pairs' shards."""
-    open_ = [tree.uri(path) for path in tree.folders_with(Checkpoint.FILE)] + sorted(tracking.checkpoints())
-    seen: set[str] = set()
+def _earlier(tree: _Tree) -> set[str]:
+    """The places of pipelines below the root that their last run did not take."""
+    outs = [tree.uri(path.removesuffix(f"/{places.FILE}")) for path in tree.files if path.endswith(f"/{places.FILE}")]
+    outs += [tree.root] if places.FILE in tree.files else []
+    return {_same(uri) for out in outs for uri in Places.open(out).unused()}
+
+
+def _referred(tree: _Tree, earlier: set[str]) -> set[str]:
+    """Every URI that the registry, or a checkpoint below the root, leads to: of an earlier configuration's checkpoints
+    only those that another one came from. Checkpoints, shards, pairs, and what the pairs were made of."""
+    open_ = [uri for path in tree.folders_with(Checkpoint.FILE) if (uri := _same(tree.uri(path))) not in earlier]
+    open_ += sorted(tracking.checkpoints())
     referred: set[str] = set()
     while open_:
         uri = _same(open_.pop())
-        if uri in seen or not storage.exists(storage.join(uri, Checkpoint.FILE)):
+        if uri in referred or not storage.exists(storage.join(uri, Checkpoint.FILE)):
             continue
-        seen.add(uri)
+        referred.add(uri)
         lineage = open_checkpoint(uri).lineage
         open_ += [lineage.parent] if lineage.parent else []
         if lineage.data:
             referred.add(_same(lineage.data))
             if storage.exists(storage.join(lineage.data, Preferences.FILE)):
-                referred.add(_same(Preferences.open(lineage.data).shards))
+                preferences = Preferences.open(lineage.data)
+                referred.add(_same(preferences.shards))
+                open_.append(preferences.checkpoint)
     return referred
 
 
@@ -107,17 +122,34 @@ def _same(uri: str) -> str:
     return storage.absolute(storage.lasting(uri)).removeprefix("file://").rstrip("/")
 
 
+def _steps(tree: _Tree, unused: set[str]) -> Iterator[tuple[str, str, str]]:
+    """Results of a pipeline's earlier configurations, with what an interrupted one left."""
+    root = f"{_same(tree.root)}/"
+    for uri in sorted(unused):
+        for path in (uri.removeprefix(root), uri.removeprefix(root) + STATE):
+            if uri.startswith(root) and tree.below(path):
+                yield path, "step", "of an earlier configuration of its pipeline; nothing refers to it"
+
+
+def _outermost(found: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Of folders within each other the outer ones, each once."""
+    kept: dict[str, tuple[str, str, str]] = {}
+    for each in sorted(found, key=lambda each: each[0].count("/")):
+        parts = each[0].split("/")
+        if not any("/".join(parts[:n]) in kept for n in range(1, len(parts) + 1)):
+            kept[each[0]] = each
+    return list(kept.values())
+
+
 def _folders(tree: _Tree, referred: set[str]) -> Iterator[tuple[str, str, str]]:
-    """(path, kind, why) of whole folders; of nested ones the outermost."""
+    """(path, kind, why) of whole folders."""
     unused = "no checkpoint and no registry entry refers to it"
-    gone: list[str] = []
-    for path in sorted(tree.folders_with(INDEX), key=len):
-        inside = any(path.startswith(f"{outer}/") for outer in gone)
-        if not inside and "/features/" not in f"/{path}" and _same(tree.uri(path)) not in referred:
-            gone.append(path)
+    for path in tree.folders_with(INDEX):
+        if "/features/" in f"/{path}":
+            why = _useless(tree.uri(path))
+            yield from [(path, "features", why)] if why else []
+        elif _same(tree.uri(path)) not in referred:
             yield path, "shards", unused
-        elif not inside and "/features/" in f"/{path}" and not _encoder_is_there(tree.uri(path)):
-            yield path, "features", "the checkpoint whose vision made them is gone"
     for path in tree.folders_with(Preferences.FILE):
         if _same(tree.uri(path)) not in referred:
             yield path, "preferences", unused
@@ -134,9 +166,16 @@ def _states(tree: _Tree) -> Iterator[tuple[str, str, str]]:
             yield path, "state", "the evaluation that it was kept for is done"
 
 
-def _encoder_is_there(features: str) -> bool:
-    made_by = storage.read_json(storage.join(features, INDEX)).get("checkpoint")
-    return made_by is None or storage.exists(storage.join(made_by, Checkpoint.FILE))
+def _useless(features: str) -> str:
+    """Why cached features are not read any more; "" where they may be."""
+    index, shards = storage.read_json(storage.join(features, INDEX)), features.rpartition("/features/")[0]
+    made_by = index.get("checkpoint")
+    if made_by is not None and not storage.exists(storage.join(made_by, Checkpoint.FILE)):
+        return "the checkpoint whose vision made them is gone"
+    made_of, described = index.get("parent_checksum"), storage.join(shards, INDEX)
+    if made_of and storage.exists(described) and storage.read_json(described).get("checksum") != made_of:
+        return "the shards have changed since they were made"
+    return ""
 
 
 def _partial(tree: _Tree) -> Iterator[tuple[str, str, str]]:

@@ -1,7 +1,9 @@
 """The whole way as one resumable function: scans in a bucket → shards → three stages → evaluation → registry.
 
-A step that is done is not done again unless what decides its result has changed: its own part of the
-configuration, or an earlier step. What each took lies in `<out>/steps/<step>.json`.
+A step is done once for what decides its result: its settings and the content of its inputs. Another configuration goes
+beside what is there and nothing is deleted: the first one's result has the plain name (`checkpoints/sft`), each other's
+the plain name and its identity (`checkpoints/sft-4f0c…`); summary.json names those of the last run. `<out>/steps` keeps
+whose each place is (places.json), and what was given and how long it took by the step that made each (sft-4f0c….json).
 """
 
 from __future__ import annotations
@@ -14,25 +16,27 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from rich.table import Table
 
-from mu2llm import artefacts, cluster, storage, tracking
-from mu2llm.artefacts import open_checkpoint
+from mu2llm import artefacts, cluster, green, storage, summary, tracking
+from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards, ingest, read_manifest
-from mu2llm.cases.shards import INDEX
 from mu2llm.config import Experiment
 from mu2llm.ct import phantom
 from mu2llm.errors import UserError
-from mu2llm.evaluation.evaluate import compare
+from mu2llm.evaluation.evaluate import compare, render, request_of, scoring
 from mu2llm.evaluation.promotion import promote
-from mu2llm.evaluation.results import TITLES, Results
+from mu2llm.evaluation.report import PAGE
+from mu2llm.evaluation.results import Results
 from mu2llm.evaluation.scans import report_scans
 from mu2llm.memory import PeakMemory
+from mu2llm.places import Places
 from mu2llm.progress import Counted, Logged, Steps, counted, logged
 from mu2llm.records import Checkpoint
 from mu2llm.stages import contrastive, dpo, sft
-from mu2llm.stages.preferences import Preferences, prefer
+from mu2llm.stages.job import finished
+from mu2llm.stages.preferences import Preferences, identify, prefer
 
+STAGES: dict[str, Any] = {"contrastive": contrastive, "sft": sft, "dpo": dpo}
 BUCKET = "s3://mu2llm-demo"
 
 
@@ -49,6 +53,7 @@ class Step(BaseModel):
     """A finished step: what decided it, what it gave, how long it took."""
 
     identity: str
+    inputs: dict[str, Any]
     seconds: float
     result: dict[str, Any]
 
@@ -58,56 +63,45 @@ class Pipeline:
 
     def __init__(self, out: str, experiment: Experiment, show: Steps) -> None:
         self.out, self.experiment, self.show = out, experiment, show
+        self.places = Places.open(out)
         self.done: dict[str, Step] = {}
-        self.identity = ""
 
-    def step(self, name: str, decides: Any, work: Callable[[], dict[str, Any]], outputs: list[str]) -> dict[str, Any]:
-        """Does a step, or takes its result from an earlier run; `outputs` are removed before it is done otherwise."""
-        self.identity = artefacts.digest([self.identity, name, decides])
-        path = storage.join(self.out, "steps", f"{name}.json")
-        marker = storage.join(self.out, "steps", f"{name}.started")
-        made = storage.exists(path) or storage.exists(marker)
-        if storage.exists(path):
-            found = Step.model_validate(storage.read_json(path))
-            if found.identity == self.identity:
-                self.done[name] = found
-                return found.result
-            storage.write_bytes(marker, b"")  # outputs are there, and of another configuration
-            storage.delete(path)
-        if not storage.exists(marker) or storage.read_bytes(marker).decode() != self.identity:
-            for output in outputs:  # of another configuration; what an interrupted run left of this one is kept
-                _remove(output, made)
-            storage.write_bytes(marker, self.identity.encode())
+    def step(
+        self, name: str, identity: Identity, work: Callable[[], dict[str, Any]], place: str | None = None
+    ) -> dict[str, Any]:
+        """Does a step, or takes what it gave before if that still lies at `place` and was the same."""
+        made = place.rpartition("/")[2] if place else name
+        path = storage.join(self.out, "steps", f"{made}.json")
+        found = Step.model_validate(storage.read_json(path)) if storage.exists(path) else None
+        if found and found.identity == identity.digest and (place is None or storage.exists(place)):
+            self.done[name] = found
+            return found.result
         started = time.monotonic()
         result = work()
-        self.done[name] = Step(identity=self.identity, seconds=round(time.monotonic() - started, 2), result=result)
+        seconds = time.monotonic() - started + (found.seconds if found and place else 0)  # of what is gone on with
+        self.done[name] = Step(
+            identity=identity.digest, inputs=identity.inputs, seconds=round(seconds, 2), result=result
+        )
         storage.write_json(path, self.done[name].model_dump(mode="json"))
-        storage.delete(marker)
         return result
+
+    def place(self, plain: str, identity: Identity) -> str:
+        """Where the result of that identity lies, or is to: `plain` if it was the first there, else beside it."""
+        return self.places.take(plain, identity.digest)
+
+    def spent(self, peak_gib: float) -> dict[str, Any]:
+        """Seconds by step and peak memory, of all runs that it took."""
+        path = storage.join(self.out, "steps", "peak.json")
+        before = storage.read_json(path)["gib"] if storage.exists(path) else 0.0
+        storage.write_json(path, {"gib": (peak := round(max(peak_gib, before), 3))})
+        seconds = {name: step.seconds for name, step in self.done.items()}
+        return {"seconds": {**seconds, "total": round(sum(seconds.values()), 2)}, "peak_memory_gib": peak}
 
     def progress(self, name: str) -> Counted:
         return counted(self.show, name)
 
     def training(self, name: str) -> Logged:
         return logged(self.show, name)
-
-
-def _remove(output: str, made: bool) -> None:
-    """Deletes what a step made; an alias of the registry does not go over to what takes its place."""
-    if not storage.exists(output):
-        return
-    if not made:
-        raise UserError(f"{output} is there already and no pipeline made it: give another --out, or delete it yourself")
-    _release(output)
-    storage.delete(output)
-
-
-def _release(checkpoint: str) -> None:
-    """Takes the registry's aliases from a checkpoint that goes."""
-    if storage.exists(storage.join(checkpoint, Checkpoint.FILE)):
-        gone = storage.absolute(storage.lasting(checkpoint))
-        for alias in [alias for alias, uri in tracking.aliases().items() if uri == gone]:
-            tracking.drop_alias(alias)
 
 
 def demo(experiment: Experiment, out: str, scans: list[str], show: Steps) -> dict[str, Any]:
@@ -118,14 +112,15 @@ def demo(experiment: Experiment, out: str, scans: list[str], show: Steps) -> dic
         filesystem, _ = storage.resolve(BUCKET)
         filesystem.create_dir(BUCKET.removeprefix("s3://"))
         pipeline = Pipeline(str(folder), experiment, show)
-        raw, settings = f"{BUCKET}/scans", experiment.data.phantom
+        settings = experiment.data.phantom
+        identity = Identity.of({**artefacts.decides("data.phantom", settings), "seed": experiment.seed})
+        raw = pipeline.place(f"{BUCKET}/scans", identity)
 
         def phantoms() -> dict[str, Any]:
             phantom.write(raw, settings.cases, experiment.seed, settings.prevalence, pipeline.progress("phantoms"))
             return {"cases": settings.cases}
 
-        decides = [settings.model_dump(), experiment.seed]
-        pipeline.step("phantoms", decides, phantoms, [raw])
+        pipeline.step("phantoms", identity, phantoms, raw)
         return _whole(pipeline, Source(f"{raw}/manifest.jsonl", raw), f"{BUCKET}/shards", scans)
 
 
@@ -134,8 +129,9 @@ def run(
 ) -> dict[str, Any]:
     """The pipeline on cases of one's own, everything below the URI `out`, on the Ray that is joined.
 
-    Run again with the same `out`, it goes on at the step that is not done. Raises UserError where the manifest gives
-    no case, Failure where a step failed; what was finished is kept.
+    Run again with the same `out`, it goes on at the step that is not done; `fresh` removes what it made there and
+    starts over. Raises UserError where the manifest gives no case, Failure where a step failed; what was finished is
+    kept.
     """
     out = storage.absolute(out)
     if fresh:
@@ -143,40 +139,44 @@ def run(
     return _whole(Pipeline(out, experiment, show), source, storage.join(out, "shards"), scans)
 
 
-def _whole(pipeline: Pipeline, source: Source, shards: str, scans: Sequence[str]) -> dict[str, Any]:
+def _whole(pipeline: Pipeline, source: Source, plain_shards: str, scans: Sequence[str]) -> dict[str, Any]:
     """Everything from a manifest to the summary, below the pipeline's `out`."""
+    started = time.time()
     with PeakMemory() as memory:
-        ingestion = _ingest(pipeline, source, shards)
-        checkpoints = _train(pipeline, shards)
-        results = _evaluate(pipeline, shards, checkpoints)
+        shards, ingestion = _ingest(pipeline, source, plain_shards)
+        checkpoints, pairs = _train(pipeline, shards)
+        evaluation = _evaluate(pipeline, shards, checkpoints)
+        results = Results.open(evaluation)
         best = _register(pipeline, checkpoints, results)
-        reports = (
-            report_scans(best["checkpoint"], scans, pipeline.experiment.evaluation, pipeline.experiment.data.accept)
-            if scans
-            else []
-        )
-    page = storage.join(pipeline.out, "evaluation", "report.html")
+        settings = pipeline.experiment
+        reports = report_scans(best["checkpoint"], scans, settings.evaluation, settings.data.accept) if scans else []
+    page = storage.join(evaluation, PAGE)
     if storage.exists(page):
-        storage.write_bytes(storage.join(pipeline.out, "report.html"), storage.read_bytes(page))
-    summary = summarise(pipeline, ingestion, checkpoints, results, best, reports, memory.gib)
-    storage.write_json(storage.join(pipeline.out, "summary.json"), summary)
-    return summary
+        storage.write_bytes(storage.join(pipeline.out, PAGE), storage.read_bytes(page))
+    told = {
+        **summary.results_of(settings, checkpoints, Preferences.open(pairs), results),
+        **{"ingest": ingestion, "registered": best, "scans": reports},
+        "checkpoints": {**checkpoints, "best": best["checkpoint"]},
+        **pipeline.spent(memory.gib),
+    }
+    storage.write_json(storage.join(pipeline.out, summary.FILE), told)
+    pipeline.places.finished(started)
+    return told
 
 
-def _ingest(pipeline: Pipeline, source: Source, shards: str) -> dict[str, Any]:
+def _ingest(pipeline: Pipeline, source: Source, plain: str) -> tuple[str, dict[str, Any]]:
+    """The shards' URI, and what `ingest` told. A manifest that has grown is gone on with at the same place."""
     data = pipeline.experiment.data
+    settings = artefacts.decides("data", data, leave_out=("phantom", "fraction", "shuffle_rows"))
+    whence = {"manifest": source.manifest, "format": source.format, "volumes": source.volumes, **settings}
+    shards = pipeline.place(plain, Identity.of(whence))
 
     def work() -> dict[str, Any]:
-        storage.delete(storage.join(shards, "features"))
         table = read_manifest(source.manifest, source.format, source.volumes, data)
         return ingest(table, shards, pipeline.experiment, pipeline.progress("ingest"))
 
-    decides = [source.manifest, _contents(source.manifest), source.format, source.volumes]
-    settings = data.model_dump(mode="json", exclude={"phantom", "fraction"})
-    # shards of the same spec are gone on with, when the manifest has grown; those of another are in the way
-    same = storage.exists(storage.join(shards, INDEX)) and Shards.open(shards).spec.hash == data.spec.hash
-    outputs = [] if same else [shards]
-    return pipeline.step("ingest", [*decides, settings], work, outputs)
+    identity = Identity.of({**whence, "contents": _contents(source.manifest)})
+    return shards, pipeline.step("ingest", identity, work, shards)
 
 
 def _contents(manifest: str) -> str:
@@ -186,54 +186,59 @@ def _contents(manifest: str) -> str:
     return artefacts.digest([[each.path, each.size] for each in storage.list_files(manifest)])
 
 
-def _train(pipeline: Pipeline, shards: str) -> dict[str, str]:
-    """The three stages and the pairs between them; the checkpoints' URIs by stage."""
-    experiment, out = pipeline.experiment, pipeline.out
-    uris = {stage: storage.join(out, "checkpoints", stage) for stage in ("contrastive", "sft", "dpo")}
-    pairs = storage.join(out, "preferences")
-    values = experiment.model_dump(mode="json")
+def _train(pipeline: Pipeline, shards: str) -> tuple[dict[str, str], str]:
+    """The three stages and the pairs between them: the checkpoints' URIs by stage, and the pairs'."""
+    experiment = pipeline.experiment
 
-    def trained(stage: str, work: Callable[[], Checkpoint]) -> dict[str, Any]:
-        decides = [values[stage], values["model"], experiment.seed]
-        outputs = [uris[stage], f"{uris[stage]}.state"]
-        return pipeline.step(stage, decides, lambda: work().training.model_dump(), outputs)
+    def trained(stage: str, data: str, init: str | None) -> str:
+        plain = storage.join(pipeline.out, "checkpoints", stage)
+        job = STAGES[stage].job_of(data, plain, experiment, init)
+        out = pipeline.place(plain, job.identity)
+        finished(job.model_copy(update={"out": out}))  # refuses what somebody else trained there
 
-    trained(
-        "contrastive",
-        lambda: contrastive.run(shards, uris["contrastive"], experiment, None, pipeline.training("contrastive")),
-    )
-    trained("sft", lambda: sft.run(shards, uris["sft"], experiment, uris["contrastive"], pipeline.training("sft")))
-    pipeline.step(
-        "preferences",
-        [values["preferences"], values["judge"], values["evaluation"]["question"]],
-        lambda: prefer(uris["sft"], shards, pairs, experiment, None, pipeline.progress("preferences")).model_dump(),
-        [pairs],
-    )
-    trained("dpo", lambda: dpo.run(pairs, uris["dpo"], experiment, uris["sft"], pipeline.training("dpo")))
-    return uris
+        def work() -> dict[str, Any]:
+            made = STAGES[stage].run(data, out, experiment, init, pipeline.training(stage))
+            return dict(made.training.model_dump())
+
+        pipeline.step(stage, job.identity, work, out)
+        return out
+
+    vision = trained("contrastive", shards, None)
+    writer = trained("sft", shards, vision)
+    identity = identify(writer, Shards.open(shards), experiment)
+    pairs = pipeline.place(storage.join(pipeline.out, "preferences"), identity)
+
+    def preferred() -> dict[str, Any]:
+        return prefer(writer, shards, pairs, experiment, None, pipeline.progress("preferences")).model_dump()
+
+    pipeline.step("preferences", identity, preferred, pairs)
+    return {"contrastive": vision, "sft": writer, "dpo": trained("dpo", pairs, writer)}, pairs
 
 
-def _evaluate(pipeline: Pipeline, shards: str, checkpoints: dict[str, str]) -> Results:
-    """SFT and DPO on the held-out patients, in one pass."""
-    experiment, out = pipeline.experiment, storage.join(pipeline.out, "evaluation")
+def _evaluate(pipeline: Pipeline, shards: str, checkpoints: dict[str, str]) -> str:
+    """SFT and DPO on the held-out patients, in one pass: the evaluation's URI."""
+    experiment = pipeline.experiment
     compared = {stage: checkpoints[stage] for stage in ("sft", "dpo")}
+    request = request_of(compared, Shards.open(shards), "test", experiment).identity.inputs
+    judge = green.decides(experiment.judge)
+    out = pipeline.place(storage.join(pipeline.out, "evaluation"), Identity.of({**request, **judge}))
 
     def work() -> dict[str, Any]:
         results = compare(compared, shards, out, experiment, "test", pipeline.progress("evaluate"))
         return {run: results.summary(run)["green"] for run in compared}
 
-    values = experiment.model_dump(mode="json")
-    pipeline.step("evaluate", [values["evaluation"], values["judge"]], work, [out])
-    return Results.open(out)
+    pipeline.step("evaluate", Identity.of({**request, **scoring(experiment).inputs}), work, out)
+    render(out, experiment)  # which does nothing unless another number of pages is asked for
+    return out
 
 
 def _register(pipeline: Pipeline, checkpoints: dict[str, str], results: Results) -> dict[str, Any]:
     """The best by GREEN of those that pass their audit becomes champion; if none does, the best has no alias."""
 
     def work() -> dict[str, Any]:
-        green = {run: results.runs[run].metrics["green"] for run in ("sft", "dpo")}
-        audits = {run: results.runs[run].audit for run in green}
-        ranked = sorted(green, key=lambda run: -estimate.value if (estimate := green[run]) else 0.0)
+        scores = {run: results.runs[run].metrics["green"] for run in ("sft", "dpo")}
+        audits = {run: results.runs[run].audit for run in scores}
+        ranked = sorted(scores, key=lambda run: -estimate.value if (estimate := scores[run]) else 0.0)
         passing = [run for run in ranked if (audit := audits[run]) and audit.passed]
         best = (passing or ranked)[0]
         if not passing:
@@ -242,64 +247,8 @@ def _register(pipeline: Pipeline, checkpoints: dict[str, str], results: Results)
         promoted = promote(checkpoints[best])
         return {"run": best, "checkpoint": checkpoints[best], "version": promoted.version, "alias": promoted.alias}
 
-    return pipeline.step("register", tracking.store(), work, [])
-
-
-def summarise(
-    pipeline: Pipeline,
-    ingestion: dict[str, Any],
-    checkpoints: dict[str, str],
-    results: Results,
-    best: dict[str, Any],
-    reports: list[dict[str, Any]],
-    peak_gib: float,
-) -> dict[str, Any]:
-    """What summary.json holds (issue "The whole way"); seconds and peak memory are of all runs that it took."""
-    experiment, done = pipeline.experiment, pipeline.done
-    peak_path = storage.join(pipeline.out, "steps", "peak.json")
-    before = storage.read_json(peak_path)["gib"] if storage.exists(peak_path) else 0.0
-    peak = round(max(peak_gib, before), 3)
-    storage.write_json(peak_path, {"gib": peak})
-    seconds = {name: step.seconds for name, step in done.items()}
-    training = {stage: open_checkpoint(uri).training for stage, uri in checkpoints.items()}
-    matched = training["contrastive"].metrics
-    preferences = Preferences.open(storage.join(pipeline.out, "preferences"))
-    return {
-        "preset": experiment.name,
-        "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
-        "peak_memory_gib": peak,
-        "ingest": ingestion,
-        "training": {stage: _numbers(each) for stage, each in training.items()},
-        "contrastive": {
-            "recall_at_1": matched.get("recall_at_1"),
-            "recall_at_5": matched.get("recall_at_5"),
-            "chance_at_1": matched.get("chance_at_1"),
-            "n": int(matched.get("recall_n", 0)),
-        },
-        "preferences": preferences.model_dump(exclude={"identity", "shards", "checkpoint"}),
-        **{run: results.summary(run) for run in ("sft", "dpo")},
-        "dpo_minus_sft": results.difference("dpo", "sft"),
-        "checkpoints": {**checkpoints, "best": best["checkpoint"]},
-        "registered": best,
-        "scans": reports,
-        "judge": results.judge,
-        "seed": experiment.seed,
-        "git_commit": tracking.git_commit(),
-        "versions": tracking.versions(),
-    }
-
-
-def _numbers(training: Any) -> dict[str, Any]:
-    losses = [entry["loss"] for entry in training.history]
-    return {
-        "steps": training.steps,
-        "cases_seen": training.cases_seen,
-        "seconds": training.seconds,
-        "resumed_from_step": training.resumed_from_step,
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
-        "losses": losses,
-    }
+    decides = {"store": tracking.store(), "evaluation": results.header.identity, **results.scored_by}
+    return pipeline.step("register", Identity.of({**decides, **checkpoints}), work)
 
 
 def check_out(out: str) -> None:
@@ -310,34 +259,10 @@ def check_out(out: str) -> None:
 
 def clear(out: str) -> None:
     """Removes what the pipeline made below `out`: what `--fresh` does. Other files there are left alone."""
-    if not storage.exists(storage.join(out, "steps")):
-        return
-    for stage in ("contrastive", "sft", "dpo"):
-        _release(storage.join(out, "checkpoints", stage))
-    for name in ("s3", "shards", "steps", "checkpoints", "preferences", "evaluation", "summary.json", "report.html"):
+    for place in Places.open(out).uris():
+        if storage.exists(storage.join(place, Checkpoint.FILE)):
+            tracking.release(place)
+        artefacts.discard(place)
+        storage.delete(f"{place}.state")
+    for name in (summary.FILE, PAGE, "steps"):
         storage.delete(storage.join(out, name))
-
-
-def table(summary: dict[str, Any]) -> Table:
-    """The summary's numbers for a terminal: SFT, DPO and their paired difference, with 95 % intervals."""
-    title = f"preset {summary['preset']}: {summary['seconds']['total']:.0f} s, {summary['peak_memory_gib']:.1f} GiB"
-    shown = Table("", "SFT", "DPO", "DPO − SFT", title=title)
-    for metric in ("finding_f1", "finding_f1_shuffled", "green", "bleu_1", "rouge_l"):
-        runs = [_cell(summary[run].get(metric)) for run in ("sft", "dpo")]
-        shown.add_row(TITLES.get(metric, metric), *runs, _cell(summary["dpo_minus_sft"].get(metric)))
-    shown.add_row("distinct reports", *(f"{summary[run]['distinct_reports']:.2f}" for run in ("sft", "dpo")), "")
-    for run in ("sft", "dpo"):
-        if not summary[run]["audits"]["passed"]:
-            shown.add_row(f"[red]{run}: {'; '.join(summary[run]['audits']['reasons'])}[/]")
-    alias = summary["registered"]["alias"]
-    best = f"registered {summary['registered']['run']} as version {summary['registered']['version']}"
-    shown.caption = (
-        f"{best}, {'champion' if alias else 'not as champion: no run passed its audit'}; judge {summary['judge']}"
-    )
-    return shown
-
-
-def _cell(estimate: dict[str, float] | None) -> str:
-    if not estimate:
-        return "–"
-    return f"{estimate['value']:.3f} [dim]{estimate['low']:.3f}…{estimate['high']:.3f}, n {estimate['n']}[/]"

@@ -244,6 +244,12 @@ class PreferencePair(Record):
         ]
     )
 
+    @property
+    def key(self) -> str:
+        """Sixteen hex digits of what a model learns from it: case, prompt and both reports."""
+        texts = (self.case_id, self.prompt, self.chosen, self.rejected)
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
 
 class Correction(Record):
     """A radiologist's version (`chosen`) of a report that the service wrote (`rejected`): a preference pair to be.
@@ -300,7 +306,10 @@ class Lineage(BaseModel):
     git_commit: str | None = None
     run: str = Field("", description="key of the run that made it, in the tracking store")
     versions: dict[str, str] = {}
-    identity: str = Field("", description="digest of all that decides what the stage would produce")
+    identity: str = Field("", description="digest of `inputs`")
+    inputs: dict[str, Any] = Field({}, description="all that decides what the stage would produce, by dotted key")
+    weights: str = Field("", description="digest of the checkpoint's own safetensors (`artefacts.Weights`)")
+    vision: str = Field("", description="digest of its vision tower: what cached features are known by")
 
 
 class Training(BaseModel):

@@ -93,6 +93,11 @@ class Shards:
     def checksum(self) -> str:
         return self.index.checksum
 
+    @property
+    def origin_checksum(self) -> str:
+        """The checksum of the shards that a derived table was made of; else its own."""
+        return str(getattr(self.index, "parent_checksum", self.checksum))
+
     def count(self, split: str) -> int:
         """Rows of a split; 0 for one that is not there."""
         return sum(file.rows for file in self.index.splits.get(split, []))

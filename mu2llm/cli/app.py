@@ -28,6 +28,7 @@ Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Over
 Address = Annotated[
     str | None, typer.Option("--address", help="Ray cluster to join; default RAY_ADDRESS, else one of its own.")
 ]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what this command made at --out before, and start over.")]
 Out = Annotated[str, typer.Option("--out", help="Where to write: a local path, s3:// or gs://.")]
 CheckpointUri = Annotated[
     str,

@@ -224,7 +224,10 @@ def clean(
     older_than: Annotated[float, typer.Option(help="Days; what was written to since then stays.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """List, and with --yes then remove, what no checkpoint and no registry entry refers to. Checkpoints always stay."""
+    """List, and with --yes then remove, what nothing refers to: also what a pipeline made by an earlier configuration.
+
+    Other checkpoints, and what the registry refers to, always stay.
+    """
     from mu2llm import cleaning
 
     found = cleaning.find(root, older_than)

@@ -18,6 +18,7 @@ from mu2llm.cli.app import (
     CheckpointUri,
     Data,
     DryRun,
+    Fresh,
     Json,
     JudgeName,
     Out,
@@ -45,6 +46,7 @@ def evaluate(
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
     address: Address = None,
+    fresh: Fresh = False,
     dry: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -55,7 +57,7 @@ def evaluate(
     from mu2llm.evaluation import evaluate as evaluation
 
     with work_on_ray(address) as bars:
-        result = evaluation.evaluate(checkpoint, data, out, experiment, split, counted(bars, "evaluate"))
+        result = evaluation.evaluate(checkpoint, data, out, experiment, split, counted(bars, "evaluate"), fresh)
     show(result, as_json)
 
 

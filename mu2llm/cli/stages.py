@@ -12,6 +12,7 @@ from mu2llm.cli.app import (
     CheckpointUri,
     Data,
     DryRun,
+    Fresh,
     Json,
     JudgeName,
     Out,
@@ -33,13 +34,20 @@ Init = Annotated[
 
 
 def _train(
-    stage: str, data: str, out: str, init: str | None, experiment: config.Experiment, address: str | None, as_json: bool
+    stage: str,
+    data: str,
+    out: str,
+    init: str | None,
+    experiment: config.Experiment,
+    address: str | None,
+    fresh: bool,
+    as_json: bool,
 ) -> None:
     from importlib import import_module
 
     module = import_module(f"mu2llm.stages.{stage}")
     with work_on_ray(address) as bars:
-        checkpoint = module.run(data, out, experiment, init, logged(bars, stage))
+        checkpoint = module.run(data, out, experiment, init, logged(bars, stage), fresh=fresh)
     training = checkpoint.training
     show({"checkpoint": out, **training.model_dump(exclude={"history"})}, as_json)
 
@@ -55,6 +63,7 @@ def _stage_command(stage: str, help: str) -> None:
         workers: Annotated[str | None, typer.Option(help="N, or MIN-MAX for elastic training.")] = None,
         gpus: Annotated[float | None, typer.Option(help="GPUs a worker.")] = None,
         address: Address = None,
+        fresh: Fresh = False,
         dry: DryRun = False,
         as_json: Json = False,
     ) -> None:
@@ -72,7 +81,7 @@ def _stage_command(stage: str, help: str) -> None:
             needs = f"{settings.workers} workers of {settings.cpus_per_worker:g} CPU, {settings.gpus_per_worker:g} GPU"
             needs += f" and {training_memory(experiment, stage)}"  # type: ignore[arg-type]
             dry_run(experiment, [data, *([init] if init else [])], [out], needs)
-        _train(stage, data, out, init, experiment, address, as_json)
+        _train(stage, data, out, init, experiment, address, fresh, as_json)
 
 
 _stage_command("contrastive", "Scans and what their reports say meet in one space: the vision tower.")
@@ -93,6 +102,7 @@ def prefer(
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
     address: Address = None,
+    fresh: Fresh = False,
     dry: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -112,6 +122,7 @@ def prefer(
             experiment,
             progress=counted(bars, "candidates"),
             corrections=corrections,
+            fresh=fresh,
         )
     keys = {"cases", "candidates", "pairs", "cases_with_pairs", "dropped", "green_best", "green_worst", "judge"}
     show(result.model_dump(include=keys), as_json)

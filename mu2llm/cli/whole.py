@@ -14,6 +14,7 @@ from mu2llm.cli.app import (
     Address,
     DryRun,
     Format,
+    Fresh,
     Json,
     Manifest,
     Out,
@@ -29,7 +30,6 @@ from mu2llm.cli.app import (
 )
 
 Scans = Annotated[list[str], typer.Option("--scan", help="A scan to report at the end; repeatable.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
 
 
 @app.command()
@@ -47,6 +47,7 @@ def demo(
     if dry:
         dry_run(experiment, scan, [out], "2 CPU cores, 8 GiB of memory, 3 GB of disk")
     from mu2llm import pipeline
+    from mu2llm.summary import table
 
     pipeline.check_out(out)
     if fresh:
@@ -58,7 +59,7 @@ def demo(
         print(json.dumps(summary, default=str))
         return
     console.print(f"{time.monotonic() - started:.0f} s; {out}/summary.json, {out}/report.html")
-    Console().print(pipeline.table(summary))
+    Console().print(table(summary))
     for entry in summary["scans"]:
         Console().print(f"[bold]{entry['path']}[/]\n{entry.get('report') or entry['message']}\n")
 
@@ -82,6 +83,7 @@ def pipeline(
     if dry:
         dry_run(experiment, [manifest, volumes, *scan], [out], f"what {experiment.name}.yaml says in its first lines")
     from mu2llm import pipeline as way
+    from mu2llm.summary import table
 
     source = way.Source(manifest, volumes, format)
     with work_on_ray(address) as bars:
@@ -90,4 +92,4 @@ def pipeline(
         print(json.dumps(summary, default=str))
         return
     console.print(f"{out}/summary.json, {out}/report.html")
-    Console().print(way.table(summary))
+    Console().print(table(summary))

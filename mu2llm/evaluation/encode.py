@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from mu2llm import storage
-from mu2llm.artefacts import open_checkpoint
+from mu2llm.artefacts import Identity, open_checkpoint, weights_of
 from mu2llm.cases import Shards, dataset, write_rows
 from mu2llm.errors import UserError
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2ForContrastive, load
@@ -33,18 +32,17 @@ def encode_scans(
 ) -> Shards:
     """A table with `features` (T, n, E) float16 in place of voxels, for all splits; made unless it is there.
 
-    It lies at `<shards>/features/<digest of the vision weights>`: checkpoints with the same frozen vision, such
+    It lies at `<shards>/features/<digest of scans and vision weights>`: checkpoints with the same frozen vision, such
     as SFT's and DPO's after one contrastive stage, share it. Without `actors` there are as many as the cluster has
     room for. Raises UserError where the specs differ.
     """
-    encoder = load_encoder(checkpoint)
-    given = encoder.config.spec["name"] if encoder.config.spec else "none"
-    if open_checkpoint(checkpoint).lineage.spec_hash != shards.spec.hash:
+    given = open_checkpoint(checkpoint).lineage.spec_hash
+    if given != shards.spec.hash:
         raise UserError(
             f"{checkpoint} expects spec {given}, {shards.uri} has {shards.spec.name} ({shards.spec.hash}): "
             "ingest the scans with the checkpoint's preset"
         )
-    uri = storage.join(shards.uri, "features", vision_digest(encoder))
+    uri = features_uri(checkpoint, shards)
     if storage.exists(storage.join(uri, "shards.json")):
         return Shards.open(uri)
     splits = [split for split in ("train", "validation", "test") if shards.count(split)]
@@ -63,12 +61,17 @@ def encode_scans(
 
 def cached_features(checkpoints: Collection[str], shards: Shards) -> str | None:
     """The table of features of the checkpoints' vision, if they share it and an earlier stage has cached them."""
-    folder = storage.join(shards.uri, "features")
-    if not storage.exists(folder):
+    if not storage.exists(storage.join(shards.uri, "features")):
         return None
-    uris = {storage.join(folder, vision_digest(load_encoder(uri))) for uri in checkpoints}
+    uris = {features_uri(uri, shards) for uri in checkpoints}
     uri = uris.pop()
     return uri if not uris and storage.exists(storage.join(uri, "shards.json")) else None
+
+
+def features_uri(checkpoint: str, shards: Shards) -> str:
+    """Where the features of a checkpoint's vision lie: not those of other weights, nor of what the shards were once."""
+    inputs = {"data": shards.checksum, "vision": weights_of(open_checkpoint(checkpoint)).vision}
+    return storage.join(shards.uri, "features", Identity.of(inputs).digest)
 
 
 def actor_pool(actors: int | None, batches: int) -> ActorPoolStrategy:
@@ -114,14 +117,3 @@ def load_encoder(uri: str) -> Encoder:
         return load(uri)[0]
     with storage.local_copy(uri) as folder:
         return Mu2ForContrastive.from_pretrained(folder).eval()
-
-
-def vision_digest(encoder: Encoder) -> str:
-    """Sixteen hex digits over the vision encoder's weights, running statistics and what else decides its features."""
-    vision = encoder.vision if isinstance(encoder, Mu2ForContrastive) else encoder.model.vision
-    settings = encoder.config.vision
-    digest = hashlib.sha256(f"pooling {settings.pooling} heads {settings.num_heads}".encode())
-    for name, tensor in sorted(vision.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mu2llm import artefacts, storage, tracking
-from mu2llm.artefacts import open_checkpoint
+from mu2llm import artefacts, green, storage, tracking
+from mu2llm.artefacts import Identity, open_checkpoint, weights_of
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
@@ -19,7 +19,7 @@ from mu2llm.evaluation.assess import PRIOR, assess
 from mu2llm.evaluation.audits import prior_report
 from mu2llm.evaluation.decoding import Decoding
 from mu2llm.evaluation.encode import cached_features
-from mu2llm.evaluation.generate import generate
+from mu2llm.evaluation.generate import checked, generate
 from mu2llm.evaluation.leaderboard import rows, track
 from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
 from mu2llm.evaluation.report import PAGE, write_report
@@ -31,14 +31,23 @@ from mu2llm.settings.green import JudgeConfig
 
 STATE = "predictions.state"
 """Below `out`, while reports are written: finished batches."""
+JUDGEMENTS = "judgements.parquet"
+MADE = (Header.FILE, METRICS, "metrics.parquet", JUDGEMENTS, "predictions.parquet", "cases.parquet", PAGE, STATE)
+_OF_THE_PREDICTIONS = ("max_new_tokens", "max_cases", "regions", "question")
 
 
 def evaluate(
-    checkpoint: str, data: str, out: str, experiment: Experiment, split: str = "test", progress: Counted | None = None
+    checkpoint: str,
+    data: str,
+    out: str,
+    experiment: Experiment,
+    split: str = "test",
+    progress: Counted | None = None,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """One checkpoint's metrics, audits and report; see `compare`."""
     run = open_checkpoint(checkpoint).lineage.stage
-    return compare({run: checkpoint}, data, out, experiment, split, progress).summary(run)
+    return compare({run: checkpoint}, data, out, experiment, split, progress, fresh).summary(run)
 
 
 def compare(
@@ -48,24 +57,55 @@ def compare(
     experiment: Experiment,
     split: str = "test",
     progress: Counted | None = None,
+    fresh: bool = False,
 ) -> Results:
     """Several checkpoints (run → URI) on the same cases in one pass, with paired differences of later ones to earlier.
 
-    Reports that are already in `out` are not written again; results that are new there go to the tracking store too.
-    Raises UserError where checkpoints and shards do not fit, or `out` holds another evaluation.
+    Reports that are already in `out` are not written again, and not judged again unless a setting of scoring changed;
+    another number of pages only renders the report anew. `fresh` removes what is in `out` and starts over. Results that
+    are new go to the tracking store too. Raises UserError where checkpoints and shards do not fit, or `out` holds
+    another evaluation or the judgements of another judge.
     """
     shards = Shards.open(data)
-    request = _request(checkpoints, shards, split, experiment)
+    request = request_of(checkpoints, shards, split, experiment)
+    checked(request)
+    if fresh:
+        for name in MADE:
+            storage.delete(storage.join(out, name))
+    _check_same(out, request.identity, experiment)
     if not Header.there(out):
+        artefacts.claim(storage.join(out, STATE), request.identity, "an interrupted evaluation")
         _write_predictions(request, shards, out, progress)
-    elif Header.open(out).identity != request.identity:
-        raise UserError(f"{out} holds another evaluation; give another --out or delete it")
     before = Results.open(out) if storage.exists(storage.join(out, METRICS)) else None
+    if before and before.scored_by == scoring(experiment).inputs:
+        return render(out, experiment)
     results = rescore(out, experiment)
-    if results != before:
+    if before is None or _numbers(results) != _numbers(before):
         for row in rows(results, storage.lasting(storage.join(out, PAGE))):
             track(row)
     return results
+
+
+def scoring(experiment: Experiment) -> Identity:
+    """What decides the scores of saved predictions."""
+    settings = artefacts.decides("evaluation", experiment.evaluation, leave_out=_OF_THE_PREDICTIONS)
+    return Identity.of({**green.decides(experiment.judge), **settings})
+
+
+def _check_same(out: str, identity: Identity, experiment: Experiment) -> None:
+    """A UserError where `out` holds other predictions, or another judge's verdicts, which would be lost."""
+    if not Header.there(out):
+        return
+    header = Header.open(out)
+    identity.check(out, "an evaluation", header.identity, header.inputs)
+    if storage.exists(storage.join(out, METRICS)):
+        by = Identity.of({key: v for key, v in Results.open(out).scored_by.items() if key.startswith("judge")})
+        more = ", mu2llm rescore judges its reports anew"
+        Identity.of(green.decides(experiment.judge)).check(out, "an evaluation", by.digest, by.inputs, more)
+
+
+def _numbers(results: Results) -> dict[str, Any]:
+    return results.model_dump(exclude={"scored_by", "pages"})
 
 
 def rescore(out: str, experiment: Experiment) -> Results:
@@ -73,11 +113,24 @@ def rescore(out: str, experiment: Experiment) -> Results:
     header = Header.open(out)
     cases, predictions = read_predictions(out)
     results, judgements = assess(header, cases, predictions, experiment)
-    storage.write_table(storage.join(out, "judgements.parquet"), judgements)
+    results = results.model_copy(update={"scored_by": scoring(experiment).inputs})
+    storage.write_table(storage.join(out, JUDGEMENTS), judgements)
     storage.write_table(storage.join(out, "metrics.parquet"), results.table())
     storage.write_json(storage.join(out, METRICS), results.model_dump(mode="json"))
-    judged = {(row["run"], row["case_id"]): Judgement.from_row(row) for row in judgements.to_pylist()}
-    write_report(out, results, cases, predictions, judged, experiment.evaluation.pages)
+    return render(out, experiment)
+
+
+def render(out: str, experiment: Experiment) -> Results:
+    """Writes the report of saved results, unless it is there with as many pages."""
+    results, pages = Results.open(out), experiment.evaluation.pages
+    if results.pages == pages and storage.exists(storage.join(out, PAGE)):
+        return results
+    cases, predictions = read_predictions(out)
+    rows = storage.read_table(storage.join(out, JUDGEMENTS)).to_pylist()
+    judged = {(row["run"], row["case_id"]): Judgement.from_row(row) for row in rows}
+    results = results.model_copy(update={"pages": pages})
+    write_report(out, results, cases, predictions, judged, pages)
+    storage.write_json(storage.join(out, METRICS), results.model_dump(mode="json"))
     return results
 
 
@@ -93,9 +146,11 @@ def compare_saved(evaluations: Sequence[str], out: str, experiment: Experiment) 
         if {case.id: case.report for case in others} != cases:
             raise UserError(f"{folder} and {evaluations[0]} are of different cases; only the same can be paired")
     names = _told_apart(evaluations, headers)
+    identity = Identity.of({f"evaluation.{i}": each.identity for i, each in enumerate(headers)})
     header = headers[0].model_copy(
         update={
-            "identity": artefacts.digest([each.identity for each in headers]),
+            "identity": identity.digest,
+            "inputs": identity.inputs,
             "checkpoints": {
                 names[i, run]: each.checkpoints[run] for i, each in enumerate(headers) for run in each.checkpoints
             },
@@ -107,8 +162,7 @@ def compare_saved(evaluations: Sequence[str], out: str, experiment: Experiment) 
             "histories": {stage: losses for each in headers for stage, losses in each.histories.items()},
         }
     )
-    if Header.there(out) and Header.open(out).identity != header.identity:
-        raise UserError(f"{out} holds another evaluation; give another --out or delete it")
+    _check_same(out, identity, experiment)
     predictions = [p for p in saved[0][1] if p.run == PRIOR]
     for i, (_, found) in enumerate(saved):
         predictions += [p.model_copy(update={"run": names[i, p.run]}) for p in found if p.run != PRIOR]
@@ -141,7 +195,8 @@ def read_predictions(out: str) -> tuple[list[Case], list[Prediction]]:
 # ---- writing reports
 
 
-def _request(checkpoints: Mapping[str, str], shards: Shards, split: str, experiment: Experiment) -> Request:
+def request_of(checkpoints: Mapping[str, str], shards: Shards, split: str, experiment: Experiment) -> Request:
+    """What an evaluation asks for."""
     settings = experiment.evaluation
     return Request(
         checkpoints=checkpoints,
@@ -169,9 +224,10 @@ def _write_predictions(request: Request, shards: Shards, out: str, progress: Cou
     storage.write_table(storage.join(out, "cases.parquet"), Case.table(cases))
     storage.write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
     Header(
-        identity=request.identity,
+        identity=request.identity.digest,
+        inputs=request.identity.inputs,
         checkpoints={run: tracking.place(uri) for run, uri in request.checkpoints.items()},
-        identities={run: open_checkpoint(uri).lineage.identity for run, uri in request.checkpoints.items()},
+        identities={run: weights_of(open_checkpoint(uri)).weights for run, uri in request.checkpoints.items()},
         data=tracking.place(shards.uri),
         split=request.split,
         question=request.question,

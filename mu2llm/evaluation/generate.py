@@ -37,17 +37,18 @@ def generate(request: Request, state: str | None = None, progress: Progress | No
     With `state` (a URI) finished cases are kept there and an interrupted request goes on, also with another batch
     size. Raises UserError where a checkpoint cannot write, or expects another preprocessing than the shards have.
     """
-    shards = _checked(request)
+    shards = checked(request)
     cases = request.cases(shards)
     order = ring([case.patient for case in cases], request.decoding.seed)
-    tables = _finished(state, request) if state else []
+    kept = storage.join(state, request.identity.digest) if state else None
+    tables = _finished(kept) if kept else []
     done = {case for table in tables for case in table["case_id"].unique().to_pylist()}
     left = runs([place for place, i in enumerate(order) if cases[i].id not in done], request.batch_size)
     ends, written = dict(left), len(cases) - sum(end - first for first, end in left)
     for first, table in _written(request, shards, cases, order, left):
-        if state:
+        if kept:
             name = f"{first:06d}-{ends[first]:06d}.parquet"
-            with storage.staged(storage.join(state, request.identity, name)) as path:
+            with storage.staged(storage.join(kept, name)) as path:
                 pq.write_table(table, path)
         tables.append(table)
         written += ends[first] - first
@@ -85,7 +86,8 @@ def ring(patients: Sequence[str], seed: int) -> np.ndarray:
     return np.array([i for _, _, i in sorted(keys)], dtype=int)
 
 
-def _checked(request: Request) -> Shards:
+def checked(request: Request) -> Shards:
+    """The shards of a request; a UserError where a checkpoint cannot write of them."""
     shards = Shards.open(request.data)
     shards.schema(request.split)
     for uri in request.checkpoints.values():
@@ -100,9 +102,8 @@ def _checked(request: Request) -> Shards:
     return shards
 
 
-def _finished(state: str, request: Request) -> list[pa.Table]:
+def _finished(folder: str) -> list[pa.Table]:
     """What an interrupted request had finished."""
-    folder = storage.join(state, request.identity)
     names = sorted(info.base_name for info in storage.list_files(folder))
     return [
         pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(folder, name))))

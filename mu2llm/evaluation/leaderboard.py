@@ -27,7 +27,7 @@ ROW = "leaderboard_row"
 class Row(BaseModel):
     """One line: numbers (a plain one has no interval) with what they must share to be comparable.
 
-    `identity` is of what the checkpoint was then; `source` names a publication, "" is ours.
+    `identity` is the digest of the checkpoint's weights then; `source` names a publication, "" is ours.
     """
 
     run: str

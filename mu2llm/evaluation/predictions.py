@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
 from mu2llm import artefacts
-from mu2llm.artefacts import open_checkpoint
+from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.evaluation.decoding import Decoding
 from mu2llm.records import Case, Record
@@ -17,6 +17,7 @@ from mu2llm.records import Case, Record
 Variant = Literal["as_is", "shuffled", "zeroed"]
 VARIANTS: tuple[Variant, ...] = ("as_is", "shuffled", "zeroed")
 """With the case's own scan, with another patient's, with an empty one."""
+_DECIDES = {"variants", "regions", "max_cases", "max_new_tokens", "samples", "temperature", "top_p", "seed"}
 
 
 class Prediction(Record):
@@ -71,12 +72,19 @@ class Request:
     gpus: float = 0
 
     @property
-    def identity(self) -> str:
-        """Digest of all that decides what is written: not of how many cases are written at a time."""
-        runs = {run: open_checkpoint(uri).lineage.identity or uri for run, uri in self.checkpoints.items()}
-        decides = [self.split, self.question, asdict(self.decoding), self.variants, self.regions, self.max_cases]
-        decides += [] if self.ids is None else [self.ids]
-        return artefacts.digest([runs, Shards.open(self.data).checksum, *decides])
+    def identity(self) -> Identity:
+        """All that decides what is written: not how many cases are written at a time, nor whether scans are cached."""
+        inputs: dict[str, Any] = {"split": self.split, "question": self.question}
+        for prefix, values in (("", self), ("decoding.", self.decoding)):
+            for each in fields(values):
+                value = getattr(values, each.name)
+                if each.name in _DECIDES and value != each.default:
+                    inputs[f"{prefix}{each.name}"] = value
+        inputs |= {} if self.ids is None else {"ids": artefacts.digest(self.ids)}
+        inputs["data"] = Shards.open(self.data).origin_checksum
+        for run, uri in self.checkpoints.items():
+            inputs[f"checkpoint.{run}"] = artefacts.weights_of(open_checkpoint(uri)).weights
+        return Identity.of(inputs)
 
     def cases(self, shards: Shards) -> list[Case]:
         """The cases that are meant, in the shards' order."""

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from pydantic import BaseModel
 
 from mu2llm import storage, tracking
-from mu2llm.artefacts import open_checkpoint
+from mu2llm.artefacts import open_checkpoint, weights_of
 from mu2llm.config import validate
 from mu2llm.errors import UserError
 from mu2llm.evaluation import leaderboard
@@ -77,8 +77,8 @@ def go_back(alias: Alias = "champion") -> Promotion:
     before = tracking.version_tags(now).get("replaced")
     if not before:
         raise UserError(f"version {now} was the first {alias}: there is nothing to go back to")
+    checkpoint = tracking.source(before)
     tracking.set_alias(alias, before)
-    checkpoint = tracking.registered(alias)
     return _record(Promotion(alias=alias, version=before, checkpoint=checkpoint, replaced=now, back=True))
 
 
@@ -92,9 +92,9 @@ def _record(promotion: Promotion, why: str = "") -> Promotion:
 
 def evaluations(checkpoint: Checkpoint) -> list[Row]:
     """The rows of a checkpoint in the tracking store, newest first; not those of what was at its place before."""
-    uri, identity = tracking.place(checkpoint.uri), checkpoint.lineage.identity
+    uri, weights = tracking.place(checkpoint.uri), weights_of(checkpoint).weights
     rows = leaderboard.tracked(tracking.tags("evaluate"))
-    return [row for row in rows if row.checkpoint == uri and row.identity == identity]
+    return [row for row in rows if row.checkpoint == uri and row.identity == weights]
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:

@@ -66,11 +66,12 @@ class Difference(BaseModel):
 
 
 class Header(BaseModel):
-    """request.json: what the saved predictions are of. `identities` are of the checkpoints' lineages; `histories` is
-    what each stage logged while it trained."""
+    """request.json: what the saved predictions are of. `identity` is the digest of `inputs`, all that decided them;
+    `identities` are the digests of the checkpoints' weights; `histories` is what each stage logged while it trained."""
 
     FILE: ClassVar[str] = "request.json"
     identity: str
+    inputs: dict[str, Any] = {}
     checkpoints: dict[str, str]
     identities: dict[str, str] = {}
     data: str
@@ -96,9 +97,14 @@ class Header(BaseModel):
 
 
 class Results(BaseModel):
-    """metrics.json. `truth` says what the findings were compared with; `notes` what metrics need to be comparable."""
+    """metrics.json. `truth` says what the findings were compared with; `notes` what metrics need to be comparable.
+
+    `scored_by` is what decided the scores, as inputs of an identity, `pages` how many cases the report shows.
+    """
 
     format_version: int = 1
+    scored_by: dict[str, Any] = {}
+    pages: int | None = None
     header: Header
     cases: int
     judge: str

@@ -11,8 +11,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from mu2llm.artefacts import open_checkpoint, weights_of
 from mu2llm.evaluation.decoding import Text, write
-from mu2llm.evaluation.encode import vision_digest
 from mu2llm.evaluation.predictions import Prediction, Request, Variant
 from mu2llm.model import Mu2ForConditionalGeneration, load
 
@@ -36,7 +36,7 @@ class Writer:
         self.request, self.patients = request, patients
         device = "cuda" if request.gpus else "cpu"
         loaded = {run: load(uri) for run, uri in request.checkpoints.items()}
-        self.visions = {run: vision_digest(model) for run, (model, _) in loaded.items()}
+        self.visions = {run: weights_of(open_checkpoint(uri)).vision for run, uri in request.checkpoints.items()}
         self.models = {run: (model.to(device), processor) for run, (model, processor) in loaded.items()}  # type: ignore[arg-type]
         self.of_nothing: dict[Hashable, list[Text]] = {}
 

@@ -1,6 +1,7 @@
 """GREEN: the score of a report against a reference (METHOD.md §4.1), its judges, and what rules read in a report."""
 
 from mu2llm.green.findings import findings, labels
+from mu2llm.green.identity import decides
 from mu2llm.green.judge import Judge
 from mu2llm.green.judges import load_judge
 from mu2llm.green.lexicon import LABELS
@@ -12,6 +13,7 @@ from mu2llm.green.sentences import sentences
 __all__ = [
     "LABELS",
     "Judge",
+    "decides",
     "findings",
     "label_lines",
     "labels",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import logging
 import os
 import time
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mu2llm import tracking
-from mu2llm.artefacts import open_checkpoint
+from mu2llm.artefacts import open_checkpoint, weights_of
 from mu2llm.errors import UserError
 from mu2llm.evaluation.decoding import Decoding, read_text
 from mu2llm.model import load
@@ -44,7 +43,7 @@ class Loaded:
         self.model, self.processor = load(uri)
         self.model.requires_grad_(False).to(device)  # type: ignore[arg-type]
         self.spec = self.processor.spec
-        identity = checkpoint.lineage.identity or hashlib.sha256(uri.encode()).hexdigest()[:12]
+        identity = weights_of(checkpoint).weights[:12]
         stage = checkpoint.lineage.stage
         name = uri.rstrip("/").rsplit("/", 1)[-1]
         self.facts = {"id": f"mu2llm-{stage}-{identity}", "stage": stage, "checkpoint": name}

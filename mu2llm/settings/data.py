@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from mu2llm.records import PreprocessSpec
-from mu2llm.settings.section import Section
+from mu2llm.settings.section import Execution, Section
 
 
 class PhantomConfig(Section):
@@ -22,7 +22,9 @@ class DataConfig(Section):
     split: dict[Literal["train", "validation", "test"], float] = Field(
         {"train": 0.8, "validation": 0.1, "test": 0.1}, description="fraction of the patients in each"
     )
-    rejection_budget: float = Field(0.05, ge=0, le=1, description="fraction of rejected scans over which ingest fails")
+    rejection_budget: Execution[float] = Field(
+        0.05, ge=0, le=1, description="fraction of rejected scans over which ingest fails"
+    )
     accept: tuple[str, ...] = Field((), description="warning or reason codes that are let in, such as not_hu")
     reconstructions: Literal["one", "all"] = Field("one", description="CT-RATE: one reconstruction a scan, or all")
     shard_mb: int = Field(128, ge=1, description="aimed size of a Parquet shard")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+
+T = TypeVar("T")
+EXECUTION = "execution"
+Execution = Annotated[T, EXECUTION]
+"""The type of a setting that says how work is done, followed or shown, and not what comes of it: where it differs,
+nothing is done again (`artefacts.decides`)."""
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mu2llm.settings.section import Section
+from mu2llm.settings.section import Execution, Section
 
 
 class StageConfig(Section):
@@ -22,17 +22,17 @@ class StageConfig(Section):
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    save_steps: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(1, ge=1)
-    log_steps: int = Field(10, ge=1)
-    workers: int | tuple[int, int] = Field(
+    save_steps: Execution[int] = Field(100, ge=1)
+    keep_checkpoints: Execution[int] = Field(1, ge=1)
+    log_steps: Execution[int] = Field(10, ge=1)
+    workers: Execution[int | tuple[int, int]] = Field(
         1, description="N, or (MIN, MAX) for elastic training; 0 trains in the calling process, without resume"
     )
-    gpus_per_worker: float = 0
-    cpus_per_worker: float = 1
-    max_failures: int = 2
+    gpus_per_worker: Execution[float] = 0
+    cpus_per_worker: Execution[float] = 1
+    max_failures: Execution[int] = 2
     freeze_vision: bool = False
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Execution[bool] = Field(
         False, description="compute activations again in the backward pass: less memory, a third more time"
     )
     compile: bool = False
@@ -58,11 +58,11 @@ class ValidationConfig(Section):
 
     steps: int | None = Field(None, ge=1, description="save and validate every so many steps; None: never")
     cases: int = Field(64, ge=1, description="cases of split validation that the loss is over")
-    reports: int = Field(16, ge=0, description="of these cases the reports are also written and judged")
-    reports_every: int = Field(1, ge=1, description="validations from one judging of reports to the next")
+    reports: Execution[int] = Field(16, ge=0, description="of these cases the reports are also written and judged")
+    reports_every: Execution[int] = Field(1, ge=1, description="validations from one judging of reports to the next")
     publish: Literal["last", "best"] = Field("last", description="best: the checkpoint of least validation loss")
-    cpus: float = Field(1, ge=0)
-    gpus: float = Field(0, ge=0)
+    cpus: Execution[float] = Field(1, ge=0)
+    gpus: Execution[float] = Field(0, ge=0)
 
 
 class SftConfig(StageConfig):
@@ -112,8 +112,8 @@ class PreferencesConfig(Section):
     negatives: Literal["sampled", "corrupted"] = "sampled"
     split: Literal["train", "validation"] = "train"
     max_cases: int | None = Field(None, ge=0, description="cases to sample for; 0: pairs from corrections alone")
-    batch_size: int = Field(16, ge=1, description="cases that an actor writes at a time")
-    actors: int | None = Field(
+    batch_size: Execution[int] = Field(16, ge=1, description="cases that an actor writes at a time")
+    actors: Execution[int | None] = Field(
         None, ge=1, description="that write candidates; None: as many as the cluster has room for"
     )
 

@@ -32,12 +32,24 @@ COLUMNS = ["id", "report", "voxels", "chunk_mask"]
 
 
 def run(
-    data: str, out: str, experiment: Experiment, init: str | None = None, progress: Progress | None = None
+    data: str,
+    out: str,
+    experiment: Experiment,
+    init: str | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
 ) -> Checkpoint:
-    """Trains on the `train` split of the shards at `data`; the checkpoint appears at `out`."""
-    shards = Shards.open(data)
-    job = new_job("contrastive", shards, out, experiment, parent=init)
+    """Trains on the `train` split of the shards at `data`; the checkpoint appears at `out`.
+
+    Run again it goes on, or gives what is done; `fresh` removes what is at `out` and starts over.
+    """
+    job = job_of(data, out, experiment, init, fresh=fresh)
     return launch.run(job, loop, progress)
+
+
+def job_of(data: str, out: str, experiment: Experiment, init: str | None = None, **more: Any) -> Job:
+    """What `run` does, as plain values; a UserError where its inputs do not fit together."""
+    return new_job("contrastive", Shards.open(data), out, experiment, init, **more)
 
 
 def loop(job: Job, resume: Resume) -> None:

@@ -21,7 +21,7 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from mu2llm import storage
-from mu2llm.artefacts import open_checkpoint
+from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards, dataset
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
@@ -32,7 +32,7 @@ from mu2llm.settings.stages import DpoConfig
 from mu2llm.stages import launch, placement
 from mu2llm.stages.job import Job, Progress, Watch, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
-from mu2llm.stages.preferences import Preferences, read_pairs
+from mu2llm.stages.preferences import Preferences, content, read_pairs
 from mu2llm.stages.trainer import Streamed, arguments, train
 from mu2llm.stages.validation import Validation
 from mu2llm.stages.worker import Batches, Resume
@@ -47,21 +47,32 @@ def run(
     init: str | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    fresh: bool = False,
 ) -> Checkpoint:
-    """Trains on the pairs that `prefer` wrote at `data`, from `init` (default: the checkpoint that wrote them)."""
+    """Trains on the pairs that `prefer` wrote at `data`, from `init` (default: the checkpoint that wrote them).
+
+    Run again it goes on, or gives what is done; `fresh` removes what is at `out` and starts over.
+    """
+    job = job_of(data, out, experiment, init, watch=watch, fresh=fresh)
+    done = finished(job)
+    if done:
+        return done
+    placement.check(job)
+    return launch.run(prepared(job, Shards.open(job.shards), read_pairs(job.data), progress), loop, progress)
+
+
+def job_of(data: str, out: str, experiment: Experiment, init: str | None = None, **more: Any) -> Job:
+    """What `run` does, as plain values; a UserError where its inputs do not fit together."""
     data = storage.absolute(data)
     preferences, pairs = Preferences.open(data), read_pairs(data)
     init = init or preferences.checkpoint
     shards = Shards.open(preferences.shards)
     check(preferences, shards, pairs, init)
-    job = new_job(
-        "dpo", shards, out, experiment, init, data=data, data_checksum=preferences.identity, rows=len(pairs)
-    ).model_copy(update={"judge": preferences.judge, "shards": shards.uri, "split": preferences.split, "watch": watch})
-    done = finished(job)
-    if done:
-        return done
-    placement.check(job)
-    return launch.run(prepared(job, shards, pairs, progress), loop, progress)
+    of_the_pairs = {
+        **{"data": data, "data_checksum": content(pairs, shards), "rows": len(pairs), "shards": shards.uri},
+        **{"judge": preferences.judge, "split": preferences.split},
+    }
+    return new_job("dpo", shards, out, experiment, init, **of_the_pairs, **more)
 
 
 def prepared(job: Job, shards: Shards, pairs: list[PreferencePair], progress: Progress | None = None) -> Job:
@@ -237,12 +248,14 @@ class Examples:
 def reference_logps(job: Job, pairs: list[PreferencePair]) -> str:
     """URI of the pairs' reference log-probabilities under the parent, computed unless they are there.
 
-    They lie beside the pairs under the parent's digest (and `ld_alpha`, which weighs tokens), one row a pair.
+    They lie beside the pairs, one row a pair, which the row names; the file is named by the parent's weights, the
+    scans and `ld_alpha`, which weighs tokens.
     """
     settings = job.resolved.dpo
-    name = job.parent_identity + (f"-ld{settings.ld_alpha:g}" if settings.ld_alpha is not None else "")
-    uri = storage.join(job.data, "reference", f"{name}.parquet")
-    if storage.exists(uri):
+    inputs: dict[str, Any] = {"parent": job.parent_weights, "data": Shards.open(job.shards).checksum}
+    inputs |= {} if settings.ld_alpha is None else {"ld_alpha": settings.ld_alpha}
+    uri, keys = storage.join(job.data, "reference", f"{Identity.of(inputs).digest}.parquet"), [p.key for p in pairs]
+    if storage.exists(uri) and storage.read_table(uri).column("pair").to_pylist() == keys:
         return uri
     shards, scan = Shards.open(job.features or job.shards), "features" if job.features else "voxels"
     ids = [pair.case_id for pair in pairs]
@@ -257,6 +270,7 @@ def reference_logps(job: Job, pairs: list[PreferencePair]) -> str:
     )
     columns = list(logps.iter_batches(batch_size=None, batch_format="numpy"))
     table = pa.table({name: np.concatenate([part[name] for part in columns]) for name in columns[0]}).sort_by("item")
+    table = table.append_column("pair", [keys])
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     storage.write_bytes(uri, sink.getvalue().to_pybytes())
@@ -265,7 +279,7 @@ def reference_logps(job: Job, pairs: list[PreferencePair]) -> str:
 
 def read_reference(uri: str) -> np.ndarray:
     """(pairs, 2): log-probability of chosen and of rejected."""
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+    table = storage.read_table(uri)
     return np.stack([table.column("chosen").to_numpy(), table.column("rejected").to_numpy()], axis=1)
 
 

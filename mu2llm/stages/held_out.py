@@ -19,7 +19,7 @@ from typing import Any
 import ray.train
 import torch
 
-from mu2llm import storage
+from mu2llm import artefacts, storage
 from mu2llm.settings.stages import ValidationConfig
 from mu2llm.stages.job import LOSS, SCORE, Job
 
@@ -79,16 +79,15 @@ class HeldOut:
         """What was measured so far, by step, also before an interruption."""
         return [_numbers(entry) for entry in _entries(job) if LOSS in entry]
 
-    def publish_best(self, job: Job) -> int | None:
-        """Replaces what is at `out` by the checkpoint of least loss of those that are still kept; its step."""
+    def publish_best(self, job: Job) -> tuple[int, artefacts.Weights] | None:
+        """Replaces what is at `out` by the checkpoint of least loss of those still kept; its step and its weights."""
         for entry in sorted((entry for entry in _entries(job) if LOSS in entry), key=lambda entry: entry[LOSS]):
             uri = storage.join(job.state, "train", entry["checkpoint"])
             if not storage.exists(uri):
                 continue
             with storage.local_copy(uri) as folder, tempfile.TemporaryDirectory() as target:
                 self.export(job, str(folder), target)
-                storage.copy(target, job.out)
-            return int(entry["step"])
+                return int(entry["step"]), artefacts.upload(target, job.out)
         logger.warning("%s: no validated checkpoint is there, so the last one is published, not the best", job.out)
         return None
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from mu2llm import artefacts, config, storage, tracking
-from mu2llm.artefacts import open_checkpoint
+from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
@@ -16,12 +16,10 @@ from mu2llm.records import Checkpoint
 from mu2llm.settings.stages import StageConfig, ValidationConfig
 
 Progress = Callable[[dict[str, float]], None]
-_NOT_OF_THE_RESULT: set[str] = {
-    *("workers", "gpus_per_worker", "cpus_per_worker", "max_failures"),
-    *("save_steps", "keep_checkpoints", "log_steps", "validation", "gradient_checkpointing"),
-}
+_NOT_OF_THE_VISION = ("language_model", "face", "tokenizer", "small", "lora", "placeholder_aligned", "max_text_tokens")
 LOSS = "validation/loss"
 SCORE = "less_loss"  # −LOSS: where lower is better, Ray takes a checkpoint without any for the best
+STOPPED_FILE = "stopped.json"  # in the state: why a worker gave up, which a retry would not mend
 FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, until the driver publishes it
 
 
@@ -51,7 +49,7 @@ class Job(BaseModel):
     data_checksum: str
     out: str
     parent: str | None = None
-    parent_identity: str = ""
+    parent_weights: str = Field("", description="digest of the parent's weights")
     spec_hash: str
     rows: int
     judge: str | None = None
@@ -62,6 +60,7 @@ class Job(BaseModel):
     reference: str | None = Field(None, description="dpo: URI of the reference's log-probabilities")
     features: str | None = Field(None, description="URI of the cached vision features that are read in place of voxels")
     watch: Watch | None = Field(None, description="held-out reports while it trains")
+    fresh: bool = Field(False, description="what lies at `out`, finished or not, is removed before it starts")
 
     @property
     def resolved(self) -> Experiment:
@@ -90,15 +89,25 @@ class Job(BaseModel):
         )
 
     @property
-    def identity(self) -> str:
-        """Digest of all that decides the result: not of workers, progress or how often one saves."""
-        settings = self.settings.model_dump(mode="json", exclude=_NOT_OF_THE_RESULT)
-        parts = [self.stage, settings, self.experiment["model"], self.experiment["seed"]]
-        share = self.experiment["data"]["fraction"]
-        parts += [] if share == 1 else [share]
+    def identity(self) -> Identity:
+        """All that decides the result: not workers, progress or how often one saves."""
+        experiment, data = self.resolved, self.resolved.data
+        vision_alone = _NOT_OF_THE_VISION if self.stage == "contrastive" else ()
+        inputs: dict[str, Any] = {
+            "stage": self.stage,
+            **artefacts.decides(self.stage, self.settings, leave_out=("validation",)),
+            **artefacts.decides("model", experiment.model, vision_alone),
+            "seed": experiment.seed,
+        }
+        if data.shuffle_rows != 1:
+            inputs["data.shuffle_rows"] = data.shuffle_rows
+        if self.stage == "sft":
+            inputs["evaluation.question"] = experiment.evaluation.question
+            inputs |= {"data.fraction": data.fraction} if data.fraction != 1 else {}
         validation = self.validation
-        parts += [validation.steps, validation.cases] if validation and validation.publish == "best" else []
-        return artefacts.digest([*parts, self.data_checksum, self.parent_identity])
+        if validation and validation.publish == "best":
+            inputs |= artefacts.decides(f"{self.stage}.validation", validation)
+        return Identity.of({**inputs, "data": self.data_checksum, "parent": self.parent_weights})
 
 
 def new_job(
@@ -127,7 +136,7 @@ def new_job(
         "data_checksum": shards.checksum,
         "out": storage.absolute(out),  # workers stand in another folder
         "parent": parent and storage.absolute(parent),
-        "parent_identity": origin.lineage.identity if origin else "",
+        "parent_weights": artefacts.weights_of(origin).weights if origin else "",
         "spec_hash": shards.spec.hash,
         "rows": len(shards.subset("train", experiment.data.fraction, experiment.seed)),
         "git_commit": tracking.git_commit(),
@@ -164,13 +173,10 @@ def _different(name: str, theirs: Any, ours: Any) -> list[str]:
 
 
 def finished(job: Job) -> Checkpoint | None:
-    """The checkpoint at `out` if this very job made it; a UserError if another one did."""
-    if not storage.exists(storage.join(job.out, Checkpoint.FILE)):
+    """The checkpoint at `out` if this very job made it and is not to start over; a UserError if another one did."""
+    if job.fresh or not storage.exists(storage.join(job.out, Checkpoint.FILE)):
         return None
     checkpoint = open_checkpoint(job.out)
-    if checkpoint.lineage.identity != job.identity:
-        raise UserError(
-            f"{job.out} holds a {checkpoint.lineage.stage} checkpoint of another configuration or data; "
-            "give another --out or delete it"
-        )
+    lineage = checkpoint.lineage
+    job.identity.check(job.out, f"a {lineage.stage} checkpoint", lineage.identity, lineage.inputs)
     return checkpoint

@@ -20,12 +20,12 @@ from typing import Any
 import ray.train
 import ray.train.torch
 
-from mu2llm import storage, telemetry, tracking
+from mu2llm import artefacts, storage, telemetry, tracking
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.errors import Failure, UserError
 from mu2llm.records import Checkpoint
 from mu2llm.stages.held_out import HeldOut
-from mu2llm.stages.job import FINISHED_FILE, SCORE, Job, Progress, finished
+from mu2llm.stages.job import FINISHED_FILE, SCORE, STOPPED_FILE, Job, Progress, finished
 from mu2llm.stages.placement import check, resources
 from mu2llm.stages.worker import InProcessWorker, Resume, current_worker, work
 
@@ -54,7 +54,10 @@ def run(
     if done:
         return done
     check(job)
-    _drop_other_state(job)
+    if job.fresh:
+        _clear(job)
+    artefacts.claim(job.state, job.identity, f"an interrupted {job.stage}")
+    storage.delete(storage.join(job.state, STOPPED_FILE))
     settings = job.settings
     tracked = _track(job)
     job = job.model_copy(update={"run": tracked.key})
@@ -62,7 +65,7 @@ def run(
         _run_here(job, loop, tracked, progress)
     else:
         _run_on_workers(job, loop, tracked, progress, held_out if job.validation else None)
-    stopped = storage.join(job.state, "stopped.json")
+    stopped = storage.join(job.state, STOPPED_FILE)
     if storage.exists(stopped):
         told = storage.read_json(stopped)
         tracking.end_stage(tracked, {"why": told["why"]}, "FAILED")
@@ -170,24 +173,23 @@ def _publish(job: Job, held_out: HeldOut | None) -> Checkpoint:
     checkpoint = Checkpoint(uri=job.out, **storage.read_json(storage.join(job.state, FINISHED_FILE)))
     if held_out:
         numbers = held_out.results(job)
-        chosen = held_out.publish_best(job) if held_out.settings.publish == "best" else None
+        best = held_out.publish_best(job) if held_out.settings.publish == "best" else None
+        chosen = best[0] if best else None
+        checkpoint = artefacts.weighed(checkpoint, best[1]) if best else checkpoint
         last = next((each for each in numbers if each["step"] == chosen), numbers[-1] if numbers else {})
         metrics = checkpoint.training.metrics | {f"validation/{k}" if k == "step" else k: v for k, v in last.items()}
         training = checkpoint.training.model_copy(update={"validation": numbers, "metrics": metrics})
         checkpoint = checkpoint.model_copy(update={"training": training})
-    storage.write_json(storage.join(job.out, Checkpoint.FILE), checkpoint.model_dump(mode="json"))
+    artefacts.describe(checkpoint)
     return checkpoint
 
 
-def _drop_other_state(job: Job) -> None:
-    """What an interrupted run left is used if it was this job, and goes if it was another."""
-    marker = storage.join(job.state, "identity.json")
-    if storage.exists(marker) and storage.read_json(marker)["identity"] == job.identity:
-        storage.delete(storage.join(job.state, "stopped.json"))
-        return
-    if storage.exists(job.state):
-        storage.delete(job.state)
-    storage.write_json(marker, {"identity": job.identity, "stage": job.stage})
+def _clear(job: Job) -> None:
+    """Removes what lies at `out`, finished or not: what `--fresh` asks for."""
+    if storage.exists(storage.join(job.out, Checkpoint.FILE)):
+        tracking.release(job.out)
+    artefacts.discard(job.out)
+    storage.delete(job.state)
 
 
 def _mend_snapshot(job: Job) -> None:

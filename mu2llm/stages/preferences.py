@@ -16,15 +16,15 @@ from typing import Any, ClassVar, Self
 import pyarrow as pa
 from pydantic import BaseModel
 
-from mu2llm import artefacts, storage
-from mu2llm.artefacts import open_checkpoint
+from mu2llm import artefacts, green, storage
+from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards, dataset
 from mu2llm.config import Experiment
 from mu2llm.ct import input_key
 from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation.decoding import Decoding
 from mu2llm.evaluation.encode import cached_features
-from mu2llm.evaluation.generate import generate
+from mu2llm.evaluation.generate import checked, generate
 from mu2llm.evaluation.predictions import Request
 from mu2llm.green import Judge, load_judge
 from mu2llm.progress import Counted
@@ -32,6 +32,10 @@ from mu2llm.records import Candidate, Case, Correction, Judgement, PreferencePai
 from mu2llm.stages.corrections import read_corrections
 from mu2llm.stages.corruption import corrupt
 from mu2llm.stages.pairs import Judged, make_pairs, screen
+
+SAMPLING = "sampling"
+MADE = ("pairs.parquet", "candidates.parquet", "judgements.parquet", "reference", SAMPLING)
+"""What lies beside the description: not the cache of judgements, which names what it holds by content."""
 
 
 class Preferences(BaseModel):
@@ -46,6 +50,7 @@ class Preferences(BaseModel):
     checkpoint: str
     judge: str
     identity: str
+    inputs: dict[str, Any] = {}
     cases: int
     candidates: int
     pairs: int
@@ -71,31 +76,34 @@ def prefer(
     judge: Judge | None = None,
     progress: Counted | None = None,
     corrections: str | None = None,
+    fresh: bool = False,
 ) -> Preferences:
     """Samples, judges and pairs; `corrections` (a URI of JSON lines) of the split's scans are added as they are.
 
-    Raises UserError where checkpoint and shards do not fit or no correction is of one of the split's scans, Failure
-    without any pair.
+    Run again it goes on, or gives what is done; `fresh` removes what it wrote at `out` before and starts over. Raises
+    UserError where checkpoint and shards do not fit, no correction is of one of the split's scans or other pairs lie at
+    `out`; Failure without any pair.
     """
-    shards, origin = Shards.open(data), open_checkpoint(checkpoint)
+    shards = Shards.open(data)
     kept_under = experiment.judge.cache or storage.join(out, "judging")
-    judge = judge or load_judge(experiment.judge.model_copy(update={"cache": kept_under}))
+    judged_by = {"judge": judge.identity} if judge else green.decides(experiment.judge)
     corrected = read_corrections(corrections) if corrections else []
     settings = experiment.preferences
-    decides: list[Any] = [settings.model_dump(mode="json", exclude={"actors", "batch_size"}), judge.identity]
-    decides += [experiment.seed, experiment.evaluation.question]
-    decides += [] if experiment.data.fraction == 1 else [experiment.data.fraction]
-    decides += [correction.row() for correction in corrected]
-    identity = artefacts.digest([origin.lineage.identity, shards.checksum, *decides])
-    if storage.exists(storage.join(out, Preferences.FILE)):
+    identity = identify(checkpoint, shards, experiment, judged_by, corrected)
+    if not fresh and storage.exists(storage.join(out, Preferences.FILE)):
         there = Preferences.open(out)
-        if there.identity != identity:
-            raise UserError(f"{out} holds pairs made otherwise; name another --out or delete it")
+        identity.check(out, "preference pairs", there.identity, there.inputs)
         return there
+    judge = judge or load_judge(experiment.judge.model_copy(update={"cache": kept_under}))
     human, unused = correction_pairs(corrected, case_of_scan(corrected, shards, settings.split))
     if corrected and not human:
         raise UserError(f"{corrections}: none of {len(corrected)} corrections makes a pair: {_listed(unused)}")
     request = _request(checkpoint, shards, experiment)
+    checked(request)
+    if fresh:
+        for name in (Preferences.FILE, *MADE):
+            storage.delete(storage.join(out, name))
+    artefacts.claim(storage.join(out, SAMPLING), identity, "interrupted sampling")
     cases = {case.id: case for case in request.cases(shards)}
     sampled = _sample(request, out, progress)
     if settings.negatives == "corrupted":
@@ -117,7 +125,8 @@ def prefer(
         split=settings.split,
         checkpoint=storage.lasting(checkpoint),
         judge=judge.identity,
-        identity=identity,
+        identity=identity.digest,
+        inputs=identity.inputs,
         cases=len(cases),
         candidates=len(kept),
         pairs=len(pairs),
@@ -130,6 +139,33 @@ def prefer(
         raise Failure(f"{len(cases)} cases gave no pair ({result.dropped}); lower preferences.margin or add candidates")
     storage.write_json(storage.join(out, Preferences.FILE), result.model_dump(mode="json"))
     return result
+
+
+def identify(
+    checkpoint: str,
+    shards: Shards,
+    experiment: Experiment,
+    judge: Mapping[str, Any] | None = None,
+    corrected: Sequence[Correction] = (),
+) -> Identity:
+    """What decides the pairs; `judge` is what decides the verdicts on candidates, if not the experiment's."""
+    fraction = experiment.data.fraction
+    inputs = {
+        **artefacts.decides("preferences", experiment.preferences),
+        **(judge or green.decides(experiment.judge)),
+        "seed": experiment.seed,
+        "evaluation.question": experiment.evaluation.question,
+        **({} if fraction == 1 else {"data.fraction": fraction}),
+        **({"corrections": artefacts.digest([each.row() for each in corrected])} if corrected else {}),
+        "data": shards.checksum,
+        "checkpoint": artefacts.weights_of(open_checkpoint(checkpoint)).weights,
+    }
+    return Identity.of(inputs)
+
+
+def content(pairs: Sequence[PreferencePair], shards: Shards) -> str:
+    """Digest of pairs and of the scans that they are about: what of them decides a training."""
+    return artefacts.digest([shards.checksum, *(pair.key for pair in pairs)])
 
 
 def case_of_scan(corrections: Sequence[Correction], shards: Shards, split: str) -> dict[str, str]:
@@ -221,7 +257,7 @@ def _request(checkpoint: str, shards: Shards, experiment: Experiment) -> Request
 
 def _sample(request: Request, out: str, progress: Counted | None) -> list[Candidate]:
     """The candidates; what is finished is kept below `out` and not done again."""
-    written = generate(request, storage.join(out, "sampling"), progress)
+    written = generate(request, storage.join(out, SAMPLING), progress)
     seed = request.decoding.seed
     return [Candidate(case_id=p.case_id, index=p.index, text=p.text, origin="sampled", seed=seed) for p in written]
 

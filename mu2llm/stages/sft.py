@@ -50,11 +50,14 @@ def run(
     init: str | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    fresh: bool = False,
 ) -> Checkpoint:
-    """Trains on the `train` split of the shards at `data`, from the vision (or the whole model) of `init`."""
+    """Trains on the `train` split of the shards at `data`, from the vision (or the whole model) of `init`.
+
+    Run again it goes on, or gives what is done; `fresh` removes what is at `out` and starts over.
+    """
     shards = Shards.open(data)
-    parent = open_checkpoint(init) if init else None
-    job = new_job("sft", shards, out, experiment, parent=init, watch=watch)
+    job = job_of(data, out, experiment, init, watch=watch, fresh=fresh)
     done = finished(job)
     if done:
         return done
@@ -63,7 +66,7 @@ def run(
     if job.validation and not shards.count("validation"):
         raise UserError(f"sft.validation.steps is set, but {shards.uri} has no rows in split validation")
     if settings.cached:
-        if parent is None or init is None:
+        if init is None:
             raise UserError(
                 "sft.cache_vision caches what a trained checkpoint's vision sees: name one with --init, or with "
                 "model.vision.weights set sft.cache_vision=false"
@@ -72,6 +75,11 @@ def run(
         features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker, report)
         job = job.model_copy(update={"features": features.uri})
     return launch.run(job, loop, progress, HeldOut(settings.validation, measure, export))
+
+
+def job_of(data: str, out: str, experiment: Experiment, init: str | None = None, **more: Any) -> Job:
+    """What `run` does, as plain values; a UserError where its inputs do not fit together."""
+    return new_job("sft", Shards.open(data), out, experiment, init, **more)
 
 
 def loop(job: Job, resume: Resume) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from mu2llm import private_apis, storage, tracking
+from mu2llm import artefacts, private_apis, storage, tracking
 from mu2llm.cases import Stream
 from mu2llm.records import Checkpoint, Lineage, Training
-from mu2llm.stages.job import FINISHED_FILE, Job
+from mu2llm.stages.job import FINISHED_FILE, STOPPED_FILE, Job
 from mu2llm.stages.worker import INTERMEDIATE_FILE, Batches, Resume, current_worker
 
 _OF_THE_SCAN = ("volumes", "vision_features", "chunk_mask", "question_ids", "question_mask")
@@ -42,7 +42,7 @@ def train(
         trainer.train(resume_from_checkpoint=resume.folder)
     except _NotFinite as error:
         # not raised on: the same batch would fail again on every retry
-        storage.write_json(storage.join(job.state, "stopped.json"), {"why": str(error), "case_ids": error.cases})
+        storage.write_json(storage.join(job.state, STOPPED_FILE), {"why": str(error), "case_ids": error.cases})
         return
     with tempfile.TemporaryDirectory() as saved, tempfile.TemporaryDirectory() as folder:
         if job.settings.fsdp:
@@ -51,9 +51,10 @@ def train(
             model = restore(saved) if job.settings.fsdp else trainer.accelerator.unwrap_model(trainer.model)
             metrics = finish(model, folder)
             progress = reports.progress(trainer.state.global_step)
-            storage.copy(folder, job.out)
+            weights = artefacts.upload(folder, job.out)
             # what describes it waits for `_publish`, on the driver, which makes the folder whole
             described = description(job, progress, resume.step, trainer.state, metrics, reports.prompt)
+            described = artefacts.weighed(described, weights)
             storage.write_json(storage.join(job.state, FINISHED_FILE), described.model_dump(mode="json"))
 
 
@@ -244,7 +245,8 @@ def description(
             git_commit=job.git_commit,
             run=job.run,
             versions=tracking.versions(),
-            identity=job.identity,
+            identity=job.identity.digest,
+            inputs=job.identity.inputs,
         ),
         training=Training(
             steps=progress["step"],

@@ -20,7 +20,7 @@ from mu2llm.ct import augment_batch
 from mu2llm.errors import UserError
 from mu2llm.model.memory import check_memory
 from mu2llm.records import Training
-from mu2llm.stages.job import Job, Progress
+from mu2llm.stages.job import STOPPED_FILE, Job, Progress
 
 # in every intermediate checkpoint: its description, by which a resume goes on. Not named as a whole checkpoint's is,
 # which others would take such a folder for: its weights may be an adapter's alone
@@ -38,7 +38,7 @@ def work(settings: dict[str, Any]) -> None:
         settings["loop"](job, Resume.point())
     except UserError as error:
         # not raised on: a retry would end the same way
-        storage.write_json(storage.join(job.state, "stopped.json"), {"why": str(error), "mistake": True})
+        storage.write_json(storage.join(job.state, STOPPED_FILE), {"why": str(error), "mistake": True})
 
 
 class RayTrainWorker:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from typing import Literal
 
 from mu2llm import storage
+from mu2llm.artefacts import open_checkpoint, weights_of
 from mu2llm.errors import UserError
 from mu2llm.records import Checkpoint
 from mu2llm.tracking.client import MODEL, is_server, reachable, shown, store
 
 Alias = Literal["champion", "challenger"]
 SCHEME = "registry://"
+logger = logging.getLogger(__name__)
 
 
 def locate(uri: str) -> str:
@@ -30,7 +33,7 @@ def locate(uri: str) -> str:
             return registered(alias)
         except LookupError as error:
             raise UserError(f"{error}; mu2llm promote gives a checkpoint the alias") from None
-    return _source(version)
+    return _numbered(version)
 
 
 def register(
@@ -44,7 +47,10 @@ def register(
         MODEL,
         source=uri if "://" in uri else _local(uri),
         run_id=run_id,
-        tags={"checkpoint": uri, "spec": checkpoint.lineage.spec_hash, **(tags or {})},
+        tags={
+            **{"checkpoint": uri, "spec": checkpoint.lineage.spec_hash},
+            **{"weights": weights_of(checkpoint).weights, **(tags or {})},
+        },
     )
     if alias:
         client.set_registered_model_alias(MODEL, alias, entry.version)
@@ -76,21 +82,43 @@ def set_alias(alias: str, version: str) -> None:
     reachable().set_registered_model_alias(MODEL, alias, version)
 
 
-def drop_alias(alias: str) -> None:
-    reachable().delete_registered_model_alias(MODEL, alias)
+def release(uri: str) -> list[str]:
+    """Takes the aliases from a checkpoint that is to go: what takes its place does not get them. Which there were."""
+    gone = storage.absolute(storage.lasting(uri))
+    names = [alias for alias, named in aliases().items() if named == gone]
+    for alias in names:
+        reachable().delete_registered_model_alias(MODEL, alias)
+        logger.warning("%s is removed: nothing is %s@%s any more", uri, MODEL, alias)
+    return names
 
 
 def aliases() -> dict[str, str]:
     """Alias → URI of the checkpoint that it names, for those that somebody has."""
-    return {alias: registered(alias) for alias in ("champion", "challenger") if version_of(alias)}
+    named = {alias: version_of(alias) for alias in ("champion", "challenger")}
+    return {alias: version_tags(version)["checkpoint"] for alias, version in named.items() if version}
 
 
 def registered(alias: str = "champion") -> str:
-    """The URI of the checkpoint that an alias names; a LookupError where there is none."""
+    """The URI of the checkpoint that an alias names; a LookupError where there is none, a UserError where other
+    weights than the registered ones lie there."""
     version = version_of(alias)
     if version is None:
         raise LookupError(f"{shown(store())} has no {MODEL}@{alias}")
-    return version_tags(version)["checkpoint"]
+    return source(version)
+
+
+def source(version: str) -> str:
+    """The URI of a version's checkpoint; a UserError where other weights than the registered ones lie there."""
+    tags = version_tags(version)
+    uri = tags["checkpoint"]
+    if tags.get("weights") and storage.exists(storage.join(uri, Checkpoint.FILE)):
+        now = weights_of(open_checkpoint(uri)).weights
+        if now != tags["weights"]:
+            raise UserError(
+                f"version {version} of {MODEL} was registered with weights {tags['weights'][:12]}, {uri} holds "
+                f"{now[:12]} now: promote it anew (mu2llm promote {uri})"
+            )
+    return uri
 
 
 def checkpoints() -> set[str]:
@@ -104,11 +132,11 @@ def checkpoints() -> set[str]:
             return found
 
 
-def _source(version: str) -> str:
+def _numbered(version: str) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
-        return version_tags(version)["checkpoint"]
+        return source(version)
     except MlflowException:
         raise UserError(f"{shown(store())} has no version {version} of {MODEL}; see mu2llm runs list") from None
 

@@ -1,0 +1,23 @@
+"""What decides a judge's verdicts, told by its configuration: a language model is not loaded for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mu2llm import artefacts, storage
+from mu2llm.settings.green import JudgeConfig
+
+
+def decides(config: JudgeConfig) -> dict[str, Any]:
+    """Inputs of an identity: the rules by their version, a model in a folder by its weights, a prompt by its text."""
+    if config.name == "rules":
+        from mu2llm.green.rules import RulesJudge
+
+        return {"judge": RulesJudge().identity}
+    found = {**artefacts.decides("judge", config), "judge": config.name}
+    kind, _, name = config.name.partition(":")
+    if kind == "hf" and storage.exists(name):
+        found["judge.weights"] = artefacts.folder_weights(name).weights
+    if config.prompt and storage.exists(config.prompt):
+        found["judge.prompt"] = artefacts.digest(storage.read_bytes(config.prompt).decode())
+    return found
