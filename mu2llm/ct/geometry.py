@@ -12,13 +12,15 @@ import numpy as np
 from nibabel import affines
 from scipy import ndimage
 
-from mu2llm.ct.codes import AIR_HU, MAX_BYTES
+from mu2llm.ct.codes import AIR_HU, MAX_VOXELS
 from mu2llm.records import Rejection
 
 _STRAIGHT = 1e-3  # cosine between axes below which a grid counts as straight (0.06°)
 _MAX_SHEAR = 0.71  # cosine: 45°; gantries tilt by 30° at most
 _SPACING_MM = (0.01, 30.0)
 _OBLIQUE_DEGREES = 1.0
+_MOST_RESAMPLED = 1.5  # slices of the result for one that was scanned
+SAME_PLACE_MM = 0.01
 
 
 def check_affine(affine: np.ndarray, uri: str) -> None:
@@ -68,7 +70,7 @@ def straighten(hu: np.ndarray, affine: np.ndarray, uri: str) -> tuple[np.ndarray
     places = (np.linalg.inv(straight) @ affine[:3, :3] @ corners.T).T
     first = places.min(axis=0)
     shape = tuple(int(n) for n in np.ceil(places.max(axis=0) - first - 1e-6).astype(int) + 1)
-    if np.prod(shape, dtype=np.float64) * hu.itemsize > MAX_BYTES:
+    if np.prod(shape, dtype=np.float64) > MAX_VOXELS:
         raise Rejection(uri, "too_large", f"straightened it would have {'×'.join(map(str, shape))} voxels")
     grid = np.eye(4)
     grid[:3, :3] = straight
@@ -151,17 +153,39 @@ def check_gaps(positions: np.ndarray, uri: str) -> None:
         raise Rejection(uri, "slice_gap", f"two neighbouring slices are {widest:.1f} mm apart, usually {usual:.2f} mm")
 
 
-def has_even_steps(positions: np.ndarray) -> bool:
-    gaps = np.diff(positions)
-    usual = np.median(gaps)
-    return bool(np.abs(gaps - usual).max() <= max(0.02, 0.02 * usual))
+def has_even_steps(places: np.ndarray) -> bool:
+    """Whether two or more ascending places (mm) lie on a line, but for what rounding does to them (a decimal of each coordinate)."""
+    off = float(np.abs(places - fitted_places(places)).max())
+    step = (places[-1] - places[0]) / (len(places) - 1)
+    return off <= min(max(0.09, 0.05 * step), 0.25 * step)  # a missing slice is half a step off
+
+
+def fitted_places(places: np.ndarray) -> np.ndarray:
+    """The equal steps (mm) that ascending places are closest to, with no more digits than rounded places determine."""
+    index = np.arange(len(places)) - (len(places) - 1) / 2
+    step = float(index @ places / (index @ index))
+    off = np.abs(places - places.mean() - step * index).max()
+    digits = int(np.ceil(-np.log10(max(2 * off / (len(places) - 1), 1e-12))))
+    return np.asarray(places.mean() + round(step, digits) * index)
+
+
+def check_even_count(places: np.ndarray, uri: str) -> None:
+    """Rejects unequal steps whose interpolation would make many more slices than there are."""
+    count = _even_count(places)
+    if count > _MOST_RESAMPLED * len(places):
+        raise Rejection(
+            uri, "irregular_positions", f"{len(places)} slices at unequal steps would become {count} at equal ones"
+        )
+
+
+def _even_count(places: np.ndarray) -> int:
+    return max(2, round((places[-1] - places[0]) / float(np.median(np.diff(places)))) + 1)
 
 
 def even_steps(planes: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Planes (n, h, w) at ascending positions (mm) → planes at equal steps of the median gap, by linear
     interpolation; both ends are kept within half a step."""
-    step = float(np.median(np.diff(positions)))
-    count = max(2, round((positions[-1] - positions[0]) / step) + 1)
+    count = _even_count(positions)
     wanted = np.linspace(positions[0], positions[-1], count)
     after = np.clip(np.searchsorted(positions, wanted), 1, len(positions) - 1)
     weight = (wanted - positions[after - 1]) / (positions[after] - positions[after - 1])
