@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pydicom
@@ -18,7 +17,8 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.filereader import read_dataset
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from mu2llm.ct.codes import MAX_BYTES
+from mu2llm.ct.codes import MAX_BYTES, MAX_FILES
+from mu2llm.ct.dicom_tags import Unreadable, holder, numbers, text, value
 from mu2llm.ct.sources import DICOM, GZIP, NIFTI, ZIP, Part, check_sizes, kind_of, zip_parts
 from mu2llm.records import Rejection
 
@@ -58,26 +58,20 @@ WEAK_CLUES = {
     "FrameAcquisitionDateTime", "FrameReferenceDateTime", "TriggerTime", "ContentTime",
 }  # fmt: skip
 
-_NUMBERS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "RescaleSlope": 1,
-            "RescaleIntercept": 1}  # fmt: skip
-_GROUPS = {
-    "ImagePositionPatient": "PlanePositionSequence",
-    "ImageOrientationPatient": "PlaneOrientationSequence",
-    "PixelSpacing": "PixelMeasuresSequence",
-    "RescaleSlope": "PixelValueTransformationSequence",
-    "RescaleIntercept": "PixelValueTransformationSequence",
-}
+_NUMBERS = [  # tag, the functional group that holds it in enhanced objects, how many numbers
+    ("ImagePositionPatient", "PlanePositionSequence", 3),
+    ("ImageOrientationPatient", "PlaneOrientationSequence", 6),
+    ("PixelSpacing", "PixelMeasuresSequence", 2),
+    ("RescaleSlope", "PixelValueTransformationSequence", 1),
+    ("RescaleIntercept", "PixelValueTransformationSequence", 1),
+]
 _TAGS = [
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesDescription", "Modality", "Rows", "Columns",
     "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence", "DimensionIndexSequence", "ConcatenationUID", "InConcatenationNumber",
-    "InConcatenationTotalNumber", *_NUMBERS, *CLUES,
+    "InConcatenationTotalNumber", *(name for name, *_ in _NUMBERS), *CLUES,
 ]  # fmt: skip
 _PLACES = {tag_for_keyword(each) for each in ("InStackPositionNumber", "ImagePositionPatient", "ImagePositionVolume")}
-
-
-class Unreadable(ValueError):
-    """A tag whose value cannot be read; its message names both."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +81,7 @@ class Slice:
     from 0; `clues` are the values of CLUES, `piece` is which of how many objects of a concatenation."""
 
     part: Part
-    frame: int
     frames: int
-    instance: str
     series: str
     description: str
     modality: str
@@ -97,16 +89,17 @@ class Slice:
     rows: int
     columns: int
     grey: bool
-    localiser: bool
-    projection: bool
-    original: bool
-    position: tuple[float, ...] | None
-    orientation: tuple[float, ...] | None
-    spacing: tuple[float, ...] | None
-    slope: float | None
-    intercept: float | None
-    clues: tuple[str, ...]
     piece: tuple[str, int, int]
+    frame: int = 0
+    localiser: bool = False
+    projection: bool = False
+    original: bool = False
+    position: tuple[float, ...] | None = None
+    orientation: tuple[float, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+    slope: float | None = None
+    intercept: float | None = None
+    clues: tuple[str, ...] = ()
 
     def dataset(self, uri: str) -> pydicom.Dataset:
         """The whole file; Rejection `corrupt` where it is damaged."""
@@ -192,128 +185,79 @@ def _check_deflated(data: bytes, uri: str) -> None:
 
 
 def _slices(part: Part, data: bytes) -> Iterator[Slice]:
+    """The slice of a classic object, or those of a multi-frame one, in the file's order."""
     header = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True, specific_tags=[*_TAGS])
-    frames = int(_value(header, "NumberOfFrames") or 1)
-    groups = list(_value(header, "PerFrameFunctionalGroupsSequence") or [])
-    shared = list(_value(header, "SharedFunctionalGroupsSequence") or [])[:1]
-    if groups and len(groups) != frames:
-        raise Unreadable(f"PerFrameFunctionalGroupsSequence has {len(groups)} items for {frames} frames")
-    photometric = str(_value(header, "PhotometricInterpretation") or "MONOCHROME2")
-    common = {
-        "part": part,
-        "frames": frames,
-        "instance": _text(header, "SOPInstanceUID"),
-        "series": _text(header, "SeriesInstanceUID"),
-        "description": str(_value(header, "SeriesDescription") or ""),
-        "modality": _modality(header),
-        "syntax": UID(str(getattr(header.file_meta, "TransferSyntaxUID", "") or "")),
-        "rows": int(_value(header, "Rows") or 0),
-        "columns": int(_value(header, "Columns") or 0),
-        "grey": int(_value(header, "SamplesPerPixel") or 1) == 1 and photometric.startswith("MONOCHROME"),
-        "piece": _piece(header),
-    }
-    capture = _text(header, "SOPClassUID").startswith(_SECONDARY_CAPTURE)
+    frames = int(value(header, "NumberOfFrames") or 1)
+    groups = list(value(header, "PerFrameFunctionalGroupsSequence") or [])
+    shared = list(value(header, "SharedFunctionalGroupsSequence") or [])[:1]
+    if not 1 <= frames <= MAX_FILES or (groups and len(groups) != frames):
+        raise Unreadable(f"NumberOfFrames is {frames}, PerFrameFunctionalGroupsSequence has {len(groups)} items")
+    photometric = str(value(header, "PhotometricInterpretation") or "MONOCHROME2")
+    whole = Slice(
+        part=part,
+        frames=frames,
+        series=text(header, "SeriesInstanceUID"),
+        description=str(value(header, "SeriesDescription") or ""),
+        modality=_modality(header),
+        syntax=UID(str(getattr(header.file_meta, "TransferSyntaxUID", "") or "")),
+        rows=int(value(header, "Rows") or 0),
+        columns=int(value(header, "Columns") or 0),
+        grey=int(value(header, "SamplesPerPixel") or 1) == 1 and photometric.startswith("MONOCHROME"),
+        piece=_piece(header),
+    )
+    capture = text(header, "SOPClassUID").startswith(_SECONDARY_CAPTURE)
     dimensions = _dimensions(header)
     for frame in range(frames):
         holders = [*groups[frame : frame + 1], *shared]
-        numbers = {name: _numbers(_holder(header, holders, _GROUPS[name], name), name) for name in _NUMBERS}
-        if frames > 1 and not groups:
-            numbers["ImagePositionPatient"] = None  # it is one frame's at most
+        position, orientation, spacing, slope, intercept = (
+            numbers(holder(header, holders, sequence, name), name, count) for name, sequence, count in _NUMBERS
+        )
         clues = {name: _clue(header, holders, name, dimensions) for name in CLUES}
-        clues["SOPInstanceUID"] = common["instance"] if frames > 1 else ""
+        clues["SOPInstanceUID"] = text(header, "SOPInstanceUID") if frames > 1 else ""
         kinds = clues["ImageType"].upper().split("\\")
-        yield Slice(
-            **common,
+        yield replace(
+            whole,
             frame=frame,
             localiser="LOCALIZER" in kinds or capture,
             projection=bool(_PROJECTIONS & set(kinds)),
             original=kinds[0] == "ORIGINAL",
-            position=numbers["ImagePositionPatient"],
-            orientation=numbers["ImageOrientationPatient"],
-            spacing=numbers["PixelSpacing"],
-            slope=(numbers["RescaleSlope"] or (None,))[0],
-            intercept=(numbers["RescaleIntercept"] or (None,))[0],
+            position=position if groups or frames == 1 else None,  # of many frames, it is one's at most
+            orientation=orientation,
+            spacing=spacing,
+            slope=slope[0] if slope else None,
+            intercept=intercept[0] if intercept else None,
             clues=tuple(clues.values()),
         )
 
 
 def _modality(header: pydicom.Dataset) -> str:
     """What the file calls itself: its Modality; where pixels come without one, their class, if that is none of CT."""
-    stated = str(_value(header, "Modality") or "").strip().upper()
-    kind = UID(_text(header, "SOPClassUID")).keyword
+    stated = str(value(header, "Modality") or "").strip().upper()
+    kind = UID(text(header, "SOPClassUID")).keyword
     if stated or not header.get("Rows") or kind.startswith(_CLASSES_OF_CT):
         return stated
     return kind
 
 
 def _piece(header: pydicom.Dataset) -> tuple[str, int, int]:
-    number, total = (_value(header, name) or 0 for name in ("InConcatenationNumber", "InConcatenationTotalNumber"))
-    return _text(header, "ConcatenationUID"), int(number), int(total)
+    number, total = (value(header, name) or 0 for name in ("InConcatenationNumber", "InConcatenationTotalNumber"))
+    return text(header, "ConcatenationUID"), int(number), int(total)
 
 
 def _dimensions(header: pydicom.Dataset) -> list[int]:
     """Which of the dimension indices say something else than a frame's place in its stack."""
-    dimensions = _value(header, "DimensionIndexSequence") or []
+    dimensions = value(header, "DimensionIndexSequence") or []
     return [index for index, each in enumerate(dimensions) if each.get("DimensionIndexPointer") not in _PLACES]
 
 
-def _holder(header: pydicom.Dataset, frame_and_shared: list[pydicom.Dataset], group: str, name: str) -> pydicom.Dataset:
-    """Where an attribute of a frame stands: its own functional group, the shared one, or the top level."""
-    for groups in frame_and_shared:
-        for item in list(groups.get(group) or [])[:1] if group else []:
-            if name in item:
-                return item
-    return header
-
-
-def _clue(header: pydicom.Dataset, frame_and_shared: list[pydicom.Dataset], name: str, dimensions: list[int]) -> str:
-    group = CLUES[name]
+def _clue(header: pydicom.Dataset, groups: list[pydicom.Dataset], name: str, dimensions: list[int]) -> str:
+    """The value of one of CLUES for a frame with these functional groups."""
+    sequence = CLUES[name]
     if name == "ImageType":
-        typed = _holder(header, frame_and_shared, group, "FrameType")
-        return _text(typed, "FrameType") if typed is not header else _text(header, "ImageType")
-    holder = _holder(header, frame_and_shared, group, name)
+        typed = holder(header, groups, sequence, "FrameType")
+        return text(typed, "FrameType") or text(header, "ImageType")
+    found = holder(header, groups, sequence, name)
     if name != "DimensionIndexValues":
-        return _text(holder, name)
-    values = np.ravel(_value(holder, name) or [])
+        return text(found, name)
+    values = np.ravel(value(found, name) or [])
     return "\\".join(f"{values[index]:06d}" for index in dimensions if index < len(values))
-
-
-def _value(dataset: pydicom.Dataset, name: str) -> Any:
-    try:
-        return dataset.get(name)
-    except Exception as error:  # pydicom raises many kinds
-        raise Unreadable(f"{name} {_raw(dataset, name)!r} cannot be read") from error
-
-
-def _raw(dataset: pydicom.Dataset, name: str) -> Any:
-    element = dataset.get_item(name)
-    return None if element is None else element.value
-
-
-def _text(dataset: pydicom.Dataset, name: str) -> str:
-    """A value as text, its parts between backslashes. Most are read as they stand in the file, without pydicom."""
-    element = dataset.get_item(name)
-    value = None if element is None else element.value
-    if value is None:
-        return ""
-    if isinstance(value, bytes):
-        if element.VR in ("US", "UL", "SS", "SL", "FD", "FL"):
-            value = _value(dataset, name)
-        else:
-            return value.decode("latin-1").strip(" \0")
-    return "\\".join(map(str, value)) if isinstance(value, list | pydicom.multival.MultiValue) else str(value)
-
-
-def _numbers(dataset: pydicom.Dataset, name: str) -> tuple[float, ...] | None:
-    """The numbers of a tag, whatever VR it was written with, a decimal comma read as meant; None where it is missing
-    or empty, Unreadable where it is neither."""
-    text = _text(dataset, name).replace("\0", "").strip()
-    if not text:
-        return None
-    try:
-        numbers = tuple(float(each.replace(",", ".")) for each in text.split("\\"))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != _NUMBERS[name] or not np.isfinite(numbers).all():
-        raise Unreadable(f"{name} is {text!r}, expected {_NUMBERS[name]} number(s)")
-    return numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings as python_warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -87,10 +88,8 @@ def _runs_over(dataset: pydicom.Dataset) -> bool:
     frame = get_frame(dataset.PixelData, 0, number_of_frames=int(dataset.get("NumberOfFrames") or 1))
     count = int.from_bytes(frame[:4], "little")
     starts = [int.from_bytes(frame[4 * n : 4 * n + 4], "little") for n in range(1, min(count, 15) + 1)]
-    pixels = dataset.Rows * dataset.Columns
-    return any(
-        _decoded_size(frame[start:end]) > pixels for start, end in zip(starts, [*starts[1:], len(frame)], strict=True)
-    )
+    sizes = [_decoded_size(frame[start:end]) for start, end in itertools.pairwise([*starts, len(frame)])]
+    return max(sizes, default=0) > dataset.Rows * dataset.Columns
 
 
 def _decoded_size(segment: bytes) -> int:

@@ -38,13 +38,12 @@ def order(slices: list[Slice], uri: str) -> tuple[list[Slice], np.ndarray, set[s
 
     Rejection: `no_positions`, `enhanced_unreadable`, `single_slice`, `duplicate_positions`."""
     for each in slices:
-        missing = {"ImagePositionPatient": each.position, "PixelSpacing": each.spacing}
-        if None in missing.values():
-            name = next(name for name, value in missing.items() if value is None)
-            reason, what = (
-                ("no_positions", "") if each.frames == 1 else ("enhanced_unreadable", f" of frame {each.frame}")
-            )
-            raise Rejection(uri, reason, f"no {name}{what} in {each.part.name}")
+        missing = each.position is None, each.spacing is None
+        if any(missing):
+            name = "ImagePositionPatient" if missing[0] else "PixelSpacing"
+            if each.frames > 1:
+                raise Rejection(uri, "enhanced_unreadable", f"no {name} of frame {each.frame + 1} in {each.part.name}")
+            raise Rejection(uri, "no_positions", f"no {name} in {each.part.name}")
     if len(slices) == 1:
         raise Rejection(uri, "single_slice", "one slice alone is no volume")
     placed = place(slices)

@@ -154,7 +154,7 @@ def check_gaps(positions: np.ndarray, uri: str) -> None:
 
 
 def has_even_steps(places: np.ndarray) -> bool:
-    """Whether two or more ascending places (mm) lie on a line, but for what rounding does to them (a decimal of each coordinate)."""
+    """Whether two or more ascending places (mm) are equal steps, but for what rounding to a decimal does to them."""
     off = float(np.abs(places - fitted_places(places)).max())
     step = (places[-1] - places[0]) / (len(places) - 1)
     return off <= min(max(0.09, 0.05 * step), 0.25 * step)  # a missing slice is half a step off

@@ -43,7 +43,8 @@ def to_hu_by_plane(
     """As `to_hu`, of planes (h, w) that come one by one and make a volume of `shape` (n, h, w)."""
     warnings = set()
     hu = np.empty(shape, np.int16)
-    for index, (plane, scaling, padding) in enumerate(zip(planes, scalings, paddings or [None] * len(scalings))):
+    paddings = paddings or [None] * len(scalings)
+    for index, (plane, scaling, padding) in enumerate(zip(planes, scalings, paddings, strict=True)):
         values = _scale(plane, *scaling)
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             warnings.add("nonfinite_filled")
