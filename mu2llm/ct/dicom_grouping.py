@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mu2llm.ct.dicom_headers import CLUES, WEAK_CLUES, Slice
-from mu2llm.ct.geometry import SAME_PLACE_MM, has_even_steps
+from mu2llm.ct.geometry import SAME_PLACE_MM, has_even_steps, same_place_mm
 
 _ENOUGH = 3  # slices that show that steps are even
 _BORDER_MM = 0.1  # slices of two stations no farther apart are at the same place
@@ -123,13 +123,13 @@ def _is_even(group: Placed) -> bool:
 
 
 def _runs(parts: list[Placed]) -> list[Placed]:
-    """Successive parts that go on in one direction, each beyond the ones before, put together."""
+    """Successive parts that go on in one direction, each the next step beyond the ones before, put together."""
     runs: list[Placed] = []
     direction = 0
     for part in parts:
-        if runs and direction >= 0 and part[0][0] > runs[-1][-1][0] + SAME_PLACE_MM:
+        if runs and direction >= 0 and _is_next(runs[-1], part):
             runs[-1], direction = runs[-1] + part, 1
-        elif runs and direction <= 0 and part[-1][0] < runs[-1][0][0] - SAME_PLACE_MM:
+        elif runs and direction <= 0 and _is_next(part, runs[-1]):
             runs[-1], direction = part + runs[-1], -1
         else:
             runs.append(part)
@@ -137,52 +137,53 @@ def _runs(parts: list[Placed]) -> list[Placed]:
     return runs
 
 
+def _is_next(lower: Placed, upper: Placed) -> bool:
+    """Whether one run begins a step, as far as that is known, above where the other ends."""
+    gap = upper[0][0] - lower[-1][0]
+    steps = [step for run in (lower, upper) for step in np.diff([at for at, _ in run[:2]])]
+    return gap > SAME_PLACE_MM if not steps else 0.5 * min(steps) < gap < 1.5 * max(steps)
+
+
 def _chains(runs: list[Placed]) -> list[Group]:
     """Runs that follow one another put together; of slices that two of them share the earlier run's are kept."""
     chains: list[list[Placed]] = []
-    shared: set[int] = set()
+    kept: list[Placed] = []
+    joined: set[int] = set()
     for run in runs:
         for index, chain in enumerate(chains):
-            rest: Placed | None = run
-            for other in chain:
-                rest = rest and _beyond(other, rest)
-            if rest:
-                chain.append(rest)
-                shared |= {index} if len(rest) < len(run) else set()
+            shared = [_shared(other, run) for other in chain]
+            if not any(each is None for each in shared):
+                rest = [item for item, *both in zip(run, *shared, strict=True) if not any(both)]
+                chain.append(run)
+                kept[index] = kept[index] + rest
+                joined |= {index} if len(rest) < len(run) else set()
                 break
         else:
             chains.append([run])
-    joined = [sorted((item for run in chain for item in run), key=lambda item: item[0]) for chain in chains]
-    return [Group(placed, index in shared) for index, placed in enumerate(joined)]
+            kept.append(run)
+    return [Group(sorted(placed, key=lambda item: item[0]), index in joined) for index, placed in enumerate(kept)]
 
 
-def _beyond(one: Placed, other: Placed) -> Placed | None:
-    """What `other` adds to `one`, if it is a station that follows: all of it, or all but the few slices that are at
-    the same places. None where both cover the same region."""
+def _shared(one: Placed, other: Placed) -> np.ndarray | None:
+    """Which slices of `other` are at places of `one`, if it is a station that follows or precedes it: a few at their
+    common border, or none. None where both cover the same region."""
     places, others = (np.array([at for at, _ in group]) for group in (one, other))
     step = float(np.median(np.diff(places))) if len(places) > 1 else 0.0
     near = max(SAME_PLACE_MM, min(_BORDER_MM, step / 4))
     low, high = max(places[0], others[0]) - near, min(places[-1], others[-1]) + near
-    if high - low < 2 * near - SAME_PLACE_MM:  # their ranges do not meet, or by less than they may be off
-        shared = np.abs(others[:, None] - places[[0, -1]]).min(axis=1) <= near
-        return other if not shared.any() else _without(one, other, shared)
     inner, shared = (places >= low) & (places <= high), (others >= low) & (others <= high)
-    if inner.sum() != shared.sum() or np.abs(places[inner] - others[shared]).max(initial=0) > near:
+    if high < low or not (inner.any() or shared.any()):
+        return np.zeros(len(others), bool)
+    if inner.sum() != shared.sum() or np.abs(places[inner] - others[shared]).max() > near:
         return None
-    return _without(one, other, shared)
-
-
-def _without(one: Placed, other: Placed, shared: np.ndarray) -> Placed | None:
     count, fewest = int(shared.sum()), min(len(one), len(other))
-    if count * _ENOUGH > fewest and not count == 1 < fewest:
-        return None
-    return [item for item, both in zip(other, shared, strict=True) if not both]
+    return None if count * _ENOUGH > fewest and not count == 1 < fewest else shared
 
 
 def _interleaved(group: Placed) -> list[Placed]:
     """Two regular grids of the same step whose slices alternate, each by itself; else the group as it was."""
     places = np.array([at for at, _ in group])
-    if len(places) < 2 * _ENOUGH or has_even_steps(places) or np.diff(places).min() < SAME_PLACE_MM:
+    if len(places) < 2 * _ENOUGH or has_even_steps(places) or np.diff(places).min() < same_place_mm(places):
         return [group]
     step = float(np.median(places[2:] - places[:-2]))
     on = [0]
@@ -192,6 +193,8 @@ def _interleaved(group: Placed) -> list[Placed]:
     off = np.setdiff1d(np.arange(len(places)), on)
     grids = [places[on], places[off]]
     if min(map(len, grids)) < _ENOUGH or not all(map(has_even_steps, grids)):
+        return [group]
+    if abs((grids[1][0] - grids[0][0]) / step % 1 - 0.5) < 0.05:  # one grid of half the step that lacks slices
         return [group]
     if abs(np.diff([np.diff(grid).mean() for grid in grids])[0]) > 0.02 * step or grids[1][0] > grids[0][-1]:
         return [group]

@@ -257,6 +257,9 @@ def _clue(header: pydicom.Dataset, groups: list[pydicom.Dataset], name: str, dim
         typed = holder(header, groups, sequence, "FrameType")
         return text(typed, "FrameType") or text(header, "ImageType")
     found = holder(header, groups, sequence, name)
+    if name == "SliceThickness":
+        thickness = numbers(found, name, 1)
+        return "" if thickness is None else f"{thickness[0]:.1f}"
     if name != "DimensionIndexValues":
         return text(found, name)
     values = np.ravel(value(found, name) or [])

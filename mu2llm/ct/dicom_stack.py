@@ -10,7 +10,7 @@ import numpy as np
 from mu2llm.ct.dicom_grouping import Placed, place
 from mu2llm.ct.dicom_headers import Slice
 from mu2llm.ct.dicom_pixels import stored
-from mu2llm.ct.geometry import SAME_PLACE_MM
+from mu2llm.ct.geometry import same_place_mm
 from mu2llm.records import Rejection
 
 
@@ -66,7 +66,7 @@ def leftovers(slices: list[Slice], left: list[Slice], uri: str) -> set[str]:
 
 def _unique(placed: Placed, uri: str) -> Placed:
     """Drops slices whose pixels are already there at the same place; Rejection where they are others."""
-    near = max(SAME_PLACE_MM, min(0.1, 0.02 * float(np.diff([at for at, _ in placed]).max())))
+    near = same_place_mm(np.array([at for at, _ in placed]))
     kept = placed[:1]
     for at, each in placed[1:]:
         if at - kept[-1][0] >= near:

@@ -154,10 +154,12 @@ def check_gaps(positions: np.ndarray, uri: str) -> None:
 
 
 def has_even_steps(places: np.ndarray) -> bool:
-    """Whether two or more ascending places (mm) are equal steps, but for what rounding to a decimal does to them."""
+    """Whether two or more ascending places (mm) are equal steps, but for what rounding them has done."""
     off = float(np.abs(places - fitted_places(places)).max())
-    step = (places[-1] - places[0]) / (len(places) - 1)
-    return off <= min(max(0.09, 0.05 * step), 0.25 * step)  # a missing slice is half a step off
+    step = float(places[-1] - places[0]) / (len(places) - 1)
+    whole = np.abs(places - np.rint(places)).max() < 1e-3
+    rounding = 0.51 if whole else 0.09  # a decimal of each coordinate
+    return off <= min(max(rounding, 0.05 * step), 0.2 * step)  # by a missing slice they are further off
 
 
 def fitted_places(places: np.ndarray) -> np.ndarray:
@@ -169,27 +171,40 @@ def fitted_places(places: np.ndarray) -> np.ndarray:
     return np.asarray(places.mean() + round(step, digits) * index)
 
 
+def same_place_mm(places: np.ndarray) -> float:
+    """How near two of ascending places (mm) are that no scan has apart: 2 % of the widest gap, 0.1 mm at most."""
+    return max(SAME_PLACE_MM, min(0.1, 0.02 * float(np.diff(places).max())))
+
+
 def check_even_count(places: np.ndarray, uri: str) -> None:
     """Rejects unequal steps whose interpolation would make many more slices than there are."""
-    count = _even_count(places)
+    count = len(_even_places(places)[1])
     if count > _MOST_RESAMPLED * len(places):
         raise Rejection(
             uri, "irregular_positions", f"{len(places)} slices at unequal steps would become {count} at equal ones"
         )
 
 
-def _even_count(places: np.ndarray) -> int:
-    return max(2, round((places[-1] - places[0]) / float(np.median(np.diff(places)))) + 1)
+def _even_places(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where ascending places (mm) are taken to be, and equal steps over them: of slices that lie on a grid which lacks
+    some, the grid's, so that each stays as it is; else steps of the median gap."""
+    gaps = np.diff(places)
+    usual = float(np.median(gaps))
+    index = np.cumsum([0, *np.maximum(1, np.rint(gaps / usual))])
+    step, start = np.polyfit(index, places, 1)
+    if np.abs(start + step * index - places).max() <= max(0.09, 0.05 * step):
+        return start + step * index, start + step * np.arange(index[-1] + 1)
+    count = max(2, round((places[-1] - places[0]) / usual) + 1)
+    return places, np.linspace(places[0], places[-1], count)
 
 
-def even_steps(planes: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Planes (n, h, w) at ascending positions (mm) → planes at equal steps of the median gap, by linear
-    interpolation; both ends are kept within half a step."""
-    count = _even_count(positions)
-    wanted = np.linspace(positions[0], positions[-1], count)
-    after = np.clip(np.searchsorted(positions, wanted), 1, len(positions) - 1)
-    weight = (wanted - positions[after - 1]) / (positions[after] - positions[after - 1])
-    even = np.empty((count, *planes.shape[1:]), planes.dtype)
+def even_steps(planes: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Planes (n, h, w) at ascending places (mm) → planes at equal steps and their places, by linear interpolation;
+    both ends are kept within half a step."""
+    places, wanted = _even_places(places)
+    after = np.clip(np.searchsorted(places, wanted), 1, len(places) - 1)
+    weight = np.clip((wanted - places[after - 1]) / (places[after] - places[after - 1]), 0, 1)
+    even = np.empty((len(wanted), *planes.shape[1:]), planes.dtype)
     for index, (right, share) in enumerate(zip(after, weight, strict=True)):
         mixed = planes[right - 1] * (1 - share) + planes[right] * share
         even[index] = np.rint(mixed) if planes.dtype.kind == "i" else mixed
