@@ -151,9 +151,9 @@ def _chains(runs: list[Placed]) -> list[Group]:
     joined: set[int] = set()
     for run in runs:
         for index, chain in enumerate(chains):
-            shared = [_shared(other, run) for other in chain]
-            if not any(each is None for each in shared):
-                rest = [item for item, *both in zip(run, *shared, strict=True) if not any(both)]
+            shared = [mask for mask in (_shared(other, run) for other in chain) if mask is not None]
+            if len(shared) == len(chain):
+                rest = [item for item, there in zip(run, np.any(shared, axis=0), strict=True) if not there]
                 chain.append(run)
                 kept[index] = kept[index] + rest
                 joined |= {index} if len(rest) < len(run) else set()

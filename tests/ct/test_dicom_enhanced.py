@@ -12,6 +12,15 @@ from mu2llm.ct import SPECS, Rejection, prepare, read
 HU = chest()
 DIMENSION = {"StackID": 0x00209056, "InStackPositionNumber": 0x00209057, "TemporalPositionIndex": 0x00209128}
 
+TELLING = [
+    "TemporalPositionIndex",
+    "StackID",
+    "FrameAcquisitionNumber",
+    "FrameReferenceDateTime",
+    "FrameAcquisitionDateTime",
+    "DimensionIndexValues",
+]
+
 
 def dimensions(*names: str) -> list[Dataset]:
     items = []
@@ -93,13 +102,12 @@ def test_missing_rescale_is_said_and_a_table_applied():
 def concatenation(pieces: int = 3) -> list[Dataset]:
     scan = slices(HU)
     bounds = np.linspace(0, 16, pieces + 1).astype(int)
-    return [
-        enhanced(
-            scan[bounds[n] : bounds[n + 1]], SOPInstanceUID=f"1.9.{n}", ConcatenationUID="1.9", InConcatenationNumber=n + 1,
-            InConcatenationTotalNumber=pieces, ConcatenationFrameOffsetNumber=int(bounds[n]),
-        )
-        for n in range(pieces)
-    ]  # fmt: skip
+    made = []
+    for n in range(pieces):
+        made.append(enhanced(scan[bounds[n] : bounds[n + 1]], SOPInstanceUID=f"1.9.{n}", ConcatenationUID="1.9"))
+        made[n].InConcatenationNumber, made[n].InConcatenationTotalNumber = n + 1, pieces
+        made[n].ConcatenationFrameOffsetNumber = int(bounds[n])
+    return made
 
 
 def test_a_concatenation_is_joined_and_one_that_lacks_pieces_is_partial():
@@ -118,8 +126,7 @@ def test_one_frame_a_file():
 
 
 @pytest.mark.parametrize("offset", [0, 0.015, 1.5])
-@pytest.mark.parametrize("name", ["TemporalPositionIndex", "StackID", "FrameAcquisitionNumber", "FrameReferenceDateTime",
-                                  "FrameAcquisitionDateTime", "DimensionIndexValues"])  # fmt: skip
+@pytest.mark.parametrize("name", TELLING)
 def test_phases_in_one_object_are_told_apart(name, offset):
     def value(phase: int, z: int) -> object:
         if name == "DimensionIndexValues":
