@@ -11,13 +11,15 @@ import nibabel as nib
 import numpy as np
 from nibabel import affines
 
-from mu2llm.ct.codes import AIR_HU, MAX_BYTES
+from mu2llm.ct.codes import AIR_HU, MAX_VOXELS
 from mu2llm.errors import Rejection
 
 _STRAIGHT = 1e-3  # cosine between axes below which a grid counts as straight (0.06°)
 _MAX_SHEAR = 0.71  # cosine: 45°; gantries tilt by 30° at most
 _SPACING_MM = (0.01, 30.0)
 _OBLIQUE_DEGREES = 1.0
+_MOST_RESAMPLED = 1.5  # slices of the result for one that was scanned
+SAME_PLACE_MM = 0.01
 
 
 def check_affine(affine: np.ndarray, uri: str) -> None:
@@ -67,7 +69,7 @@ def straighten(hu: np.ndarray, affine: np.ndarray, uri: str) -> tuple[np.ndarray
     places = (np.linalg.inv(straight) @ affine[:3, :3] @ corners.T).T
     first = places.min(axis=0)
     shape = tuple(int(n) for n in np.ceil(places.max(axis=0) - first - 1e-6).astype(int) + 1)
-    if np.prod(shape, dtype=np.float64) * hu.itemsize > MAX_BYTES:
+    if np.prod(shape, dtype=np.float64) > MAX_VOXELS:
         raise Rejection(uri, "too_large", f"straightened it would have {'×'.join(map(str, shape))} voxels")
     grid = np.eye(4)
     grid[:3, :3] = straight
@@ -152,21 +154,58 @@ def check_gaps(positions: np.ndarray, uri: str) -> None:
         raise Rejection(uri, "slice_gap", f"two neighbouring slices are {widest:.1f} mm apart, usually {usual:.2f} mm")
 
 
-def has_even_steps(positions: np.ndarray) -> bool:
-    gaps = np.diff(positions)
-    usual = np.median(gaps)
-    return bool(np.abs(gaps - usual).max() <= max(0.02, 0.02 * usual))
+def has_even_steps(places: np.ndarray) -> bool:
+    """Whether two or more ascending places (mm) are equal steps, but for what rounding them has done."""
+    off = float(np.abs(places - fitted_places(places)).max())
+    step = float(places[-1] - places[0]) / (len(places) - 1)
+    whole = np.abs(places - np.rint(places)).max() < 1e-3
+    rounding = 0.51 if whole else 0.09  # a decimal of each coordinate
+    return off <= min(max(rounding, 0.05 * step), 0.2 * step)  # by a missing slice they are further off
 
 
-def even_steps(planes: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Planes (n, h, w) at ascending positions (mm) → planes at equal steps of the median gap, by linear
-    interpolation; both ends are kept within half a step."""
-    step = float(np.median(np.diff(positions)))
-    count = max(2, round((positions[-1] - positions[0]) / step) + 1)
-    wanted = np.linspace(positions[0], positions[-1], count)
-    after = np.clip(np.searchsorted(positions, wanted), 1, len(positions) - 1)
-    weight = (wanted - positions[after - 1]) / (positions[after] - positions[after - 1])
-    even = np.empty((count, *planes.shape[1:]), planes.dtype)
+def fitted_places(places: np.ndarray) -> np.ndarray:
+    """The equal steps (mm) that ascending places are closest to, with no more digits than rounded places determine."""
+    index = np.arange(len(places)) - (len(places) - 1) / 2
+    step = float(index @ places / (index @ index))
+    off = np.abs(places - places.mean() - step * index).max()
+    digits = int(np.ceil(-np.log10(max(2 * off / (len(places) - 1), 1e-12))))
+    return np.asarray(places.mean() + round(step, digits) * index)
+
+
+def same_place_mm(places: np.ndarray) -> float:
+    """How near two of ascending places (mm) are that no scan has apart: 2 % of the widest gap, 0.1 mm at most."""
+    return max(SAME_PLACE_MM, min(0.1, 0.02 * float(np.diff(places).max())))
+
+
+def check_even_count(places: np.ndarray, uri: str) -> None:
+    """Rejects unequal steps whose interpolation would make many more slices than there are."""
+    count = len(_even_places(places)[1])
+    if count > _MOST_RESAMPLED * len(places):
+        raise Rejection(
+            uri, "irregular_positions", f"{len(places)} slices at unequal steps would become {count} at equal ones"
+        )
+
+
+def _even_places(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where ascending places (mm) are taken to be, and equal steps over them: of slices that lie on a grid which lacks
+    some, the grid's, so that each stays as it is; else steps of the median gap."""
+    gaps = np.diff(places)
+    usual = float(np.median(gaps))
+    index = np.cumsum([0, *np.maximum(1, np.rint(gaps / usual))])
+    step, start = np.polyfit(index, places, 1)
+    if np.abs(start + step * index - places).max() <= max(0.09, 0.05 * step):
+        return start + step * index, start + step * np.arange(index[-1] + 1)
+    count = max(2, round((places[-1] - places[0]) / usual) + 1)
+    return places, np.linspace(places[0], places[-1], count)
+
+
+def even_steps(planes: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Planes (n, h, w) at ascending places (mm) → planes at equal steps and their places, by linear interpolation;
+    both ends are kept within half a step."""
+    places, wanted = _even_places(places)
+    after = np.clip(np.searchsorted(places, wanted), 1, len(places) - 1)
+    weight = np.clip((wanted - places[after - 1]) / (places[after] - places[after - 1]), 0, 1)
+    even = np.empty((len(wanted), *planes.shape[1:]), planes.dtype)
     for index, (right, share) in enumerate(zip(after, weight, strict=True)):
         mixed = planes[right - 1] * (1 - share) + planes[right] * share
         even[index] = np.rint(mixed) if planes.dtype.kind == "i" else mixed

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import nibabel as nib
 import numpy as np
+from nibabel import affines
 
 from mu2llm.ct import sources
-from mu2llm.ct.codes import MAX_BYTES
-from mu2llm.ct.hounsfield import apply_table, to_hu
+from mu2llm.ct.codes import MAX_BYTES, MAX_VOXELS
+from mu2llm.ct.hounsfield import apply_table, to_hu, to_hu_by_plane
 from mu2llm.ct.volume import CTVolume, build
 from mu2llm.errors import Rejection
 
@@ -30,9 +31,16 @@ def read(
     affine, geometry_warnings = _affine(header, shape, uri, accept)
     warnings |= geometry_warnings
     scalings = [_scaling(header, uri)] * shape[2]
-    planes = _read_voxels(stream, header, shape, dtype, uri)
-    scalings, table_warnings = apply_table(planes, scalings, rescale)
-    hu, scaling_warnings = to_hu(planes, scalings)
+    _skip_to_voxels(stream, header, uri)
+    if dtype.itemsize > 2 and rescale is None:  # wide ones take several times the memory of their HU
+        planes = (_read_voxels(stream, (1, *shape[1::-1]), dtype, uri)[0] for _ in range(shape[2]))
+        hu, scaling_warnings = to_hu_by_plane(planes, shape[::-1], scalings)
+        table_warnings: set[str] = set()
+    else:
+        voxels = _read_voxels(stream, shape[::-1], dtype, uri)
+        scalings, table_warnings = apply_table(voxels, scalings, rescale)
+        hu, scaling_warnings = to_hu(voxels, scalings)
+    sources.check_end(stream, uri)
     warnings |= table_warnings | scaling_warnings
     return build(hu.transpose(2, 1, 0), affine, uri, warnings, format=sources.NIFTI)
 
@@ -78,8 +86,8 @@ def _layout(header: Header, uri: str) -> tuple[tuple[int, int, int], np.dtype]:
         shape = shape[:-1]
     if len(shape) != 3:
         raise Rejection(uri, "not_3d", f"{len(shape)}-D of shape {shape}, expected one 3-D volume")
-    if np.prod(shape, dtype=np.float64) * dtype.itemsize > MAX_BYTES:
-        raise Rejection(uri, "too_large", f"{shape} voxels of {dtype} are more than {MAX_BYTES} bytes")
+    if np.prod(shape, dtype=np.float64) > MAX_VOXELS:
+        raise Rejection(uri, "too_large", f"{'×'.join(map(str, shape))} voxels; a scan has at most {MAX_VOXELS}")
     return (shape[0], shape[1], shape[2]), dtype
 
 
@@ -105,6 +113,8 @@ def _affine(header: Header, shape: tuple[int, ...], uri: str, accept: frozenset[
     corner = np.array([*shape, 1.0])
     if len(forms) == 2 and np.abs(forms[0] @ corner - forms[1] @ corner).max() > 1.0:
         warnings.add("forms_differ")
+    elif not np.allclose(affines.voxel_sizes(affine), header["pixdim"][1:4], rtol=0.01):
+        warnings.add("spacing_differs")
     unit = _UNITS_MM.get(int(header["xyzt_units"]) & 7)
     if unit:
         affine[:3] *= unit
@@ -124,16 +134,17 @@ def _forms(header: Header, uri: str) -> Iterator[np.ndarray]:
             raise Rejection(uri, "bad_geometry", f"damaged qform: {error}") from error
 
 
-def _read_voxels(
-    stream: sources.Stream, header: Header, shape: tuple[int, int, int], dtype: np.dtype, uri: str
-) -> np.ndarray:
-    """Voxels as (z, y, x), C order, in the machine's byte order."""
+def _skip_to_voxels(stream: sources.Stream, header: Header, uri: str) -> None:
     offset = int(header.get_data_offset())
     gap = offset - int(header["sizeof_hdr"])
     if gap < 0 or gap > MAX_BYTES:
         raise Rejection(uri, "corrupt", f"the voxels are said to start at byte {offset}")
     if len(stream.read(gap)) < gap:
         raise Rejection(uri, "truncated", "the file ends before its voxels begin")
-    planes = np.empty(shape[::-1], dtype)
+
+
+def _read_voxels(stream: sources.Stream, shape: tuple[int, ...], dtype: np.dtype, uri: str) -> np.ndarray:
+    """The next voxels as (z, y, x), C order, in the machine's byte order."""
+    planes = np.empty(shape, dtype)
     sources.fill(stream, planes.view(np.uint8).reshape(-1).data, uri)
     return planes if dtype.isnative else planes.byteswap(inplace=True).view(dtype.newbyteorder())

@@ -10,7 +10,7 @@ import io
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,10 +43,12 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """One file of several: its name, and its bytes when they are wanted (the first ones if it is not DICOM)."""
+    """One file of several: its name, and its bytes when they are wanted: of DICOM all, gzipped or not, of other files
+    the first ones. `whole` gives all of any file."""
 
     name: str
     load: Callable[[], bytes]
+    whole: Callable[[], bytes] = bytes
 
 
 def kind_of(head: bytes) -> str:
@@ -89,7 +91,7 @@ def open_stream(filesystem: pafs.FileSystem, path: str) -> Iterator[io.BufferedR
 
 
 @contextmanager
-def gunzip(stream: io.BufferedReader, uri: str) -> Iterator[Stream]:
+def gunzip(stream: io.BufferedReader, uri: str) -> Iterator[igzip.IGzipFile]:
     """The decompressed stream; what is wrong with the gzip becomes a Rejection."""
     try:
         with igzip.IGzipFile(fileobj=stream, mode="rb") as inner:
@@ -100,40 +102,70 @@ def gunzip(stream: io.BufferedReader, uri: str) -> Iterator[Stream]:
         raise Rejection(uri, "corrupt", f"damaged gzip: {error}") from error
 
 
+def gunzipped_dicom(stream: Stream, packed: int, uri: str) -> bytes:
+    """All of a DICOM file from its decompressed stream; Rejection `too_large` where its `packed` bytes hold more than
+    pixels can."""
+    limit = min(MAX_BYTES, max(_BOMB_BYTES, _BOMB_RATIO * packed))
+    data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise Rejection(uri, "too_large", f"{packed} bytes of gzip unpack to more than {limit}")
+    return data
+
+
 def fill(stream: Stream, buffer: memoryview, uri: str) -> None:
-    """Reads exactly the buffer's bytes, then the stream's end; Rejection where there are fewer or many more."""
+    """Reads exactly the buffer's bytes; Rejection `truncated` where there are fewer."""
     done = 0
     while done < len(buffer):
         block = stream.read(min(_BLOCK, len(buffer) - done))
         if not block:
-            raise Rejection(uri, "truncated", f"{done} bytes of voxels where the header promises {len(buffer)}")
+            raise Rejection(uri, "truncated", f"{len(buffer) - done} bytes of the voxels are missing")
         buffer[done : done + len(block)] = block
         done += len(block)
+
+
+def check_end(stream: Stream, uri: str) -> None:
+    """Reads on to the stream's end, and so to its checksum; Rejection `corrupt` where much follows the voxels."""
     if len(stream.read(_SLACK + 1)) > _SLACK:
         raise Rejection(uri, "corrupt", f"more than {_SLACK} bytes follow the voxels that the header promises")
 
 
 def folder_parts(filesystem: pafs.FileSystem, path: str, uri: str) -> list[Part]:
-    """The files below a folder or prefix. Remote ones are fetched at once, in parallel."""
+    """The files below a folder or prefix, and those in its zips. Remote ones are fetched at once, in parallel."""
     found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
     files = sorted((each for each in found if each.type == pafs.FileType.File), key=lambda each: each.path)
     check_sizes(uri, len(files), 0)
 
-    def load(each: pafs.FileInfo) -> bytes:
+    def load(each: pafs.FileInfo, whole: bool = False) -> bytes:
         with filesystem.open_input_stream(each.path, compression=None, buffer_size=_BLOCK) as stream:
-            return _load(stream, each.size, uri)
+            return _load(stream, each.size, uri, whole)
 
     names = [PurePosixPath(each.path).name for each in files]
     if isinstance(filesystem, pafs.LocalFileSystem):
-        return [Part(name, partial(load, each)) for name, each in zip(names, files, strict=True)]
+        return [
+            Part(name, partial(load, each), partial(load, each, True)) for name, each in zip(names, files, strict=True)
+        ]
     check_sizes(uri, len(files), sum(each.size for each in files))
     with ThreadPoolExecutor(_REMOTE_READS) as pool:
         contents = list(pool.map(load, files))
-    return [Part(name, partial(bytes, data)) for name, data in zip(names, contents, strict=True)]
+    return [
+        Part(name, partial(bytes, data), partial(load, each, True))
+        for name, data, each in zip(names, contents, files, strict=True)
+    ]
+
+
+def byte_parts(files: Sequence[bytes], uri: str) -> list[Part]:
+    """Files that are in memory already."""
+
+    def load(data: bytes) -> bytes:
+        return _load(io.BytesIO(data), len(data), uri)
+
+    return [Part(f"file {n}", partial(load, data), partial(bytes, data)) for n, data in enumerate(files, 1)]
 
 
 def zip_parts(data: bytes, uri: str) -> list[Part]:
-    """The files in a zip, decompressed in memory when wanted: nothing is ever written to disk."""
+    """The files in a zip, decompressed in memory when wanted: nothing is ever written to disk.
+
+    Rejection: `corrupt`, `unsafe_archive`, `too_large`."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
         members = [member for member in archive.infolist() if not member.is_dir()]
@@ -143,23 +175,39 @@ def zip_parts(data: bytes, uri: str) -> list[Part]:
     for member in members:
         _check_member(member, uri)
 
-    def load(member: zipfile.ZipInfo) -> bytes:
+    def load(member: zipfile.ZipInfo, whole: bool = False) -> bytes:
         try:
             with archive.open(member) as stream:
-                return _load(stream, member.file_size, uri)
+                return _load(stream, member.file_size, uri, whole)
+        except Rejection:
+            raise
         except Exception as error:  # zipfile and zlib raise many kinds
             raise Rejection(uri, "corrupt", f"damaged zip member {member.filename}: {error}") from error
 
-    return [Part(member.filename, partial(load, member)) for member in members]
+    return [Part(member.filename, partial(load, member), partial(load, member, True)) for member in members]
 
 
-def _load(stream: Stream, size: int, uri: str) -> bytes:
-    """All of a DICOM file of `size` bytes; of any other file its first bytes only."""
+def _load(stream: Stream, size: int, uri: str, whole: bool = False) -> bytes:
+    """All of a DICOM file of `size` bytes, of a gzipped one what it unpacks to; of any other file its first bytes only,
+    unless the `whole` of it is wanted."""
     head = stream.read(_HEAD)
-    if kind_of(head) != DICOM:
+    packed = _holds_dicom(head)
+    if not (packed or whole or kind_of(head) == DICOM):
         return head
     check_sizes(uri, 1, size)
-    return head + stream.read()
+    data = head + stream.read()
+    if not packed:
+        return data
+    with gunzip(io.BufferedReader(io.BytesIO(data)), uri) as inner:
+        return gunzipped_dicom(inner, size, uri)
+
+
+def _holds_dicom(head: bytes) -> bool:
+    """Whether the first bytes are those of a gzipped DICOM file."""
+    try:
+        return kind_of(head) == GZIP and kind_of(isal_zlib.decompressobj(wbits=31).decompress(head, _HEAD)) == DICOM
+    except isal_zlib.IsalError:  # type: ignore[misc]  # its stub is wrong; damaged: then nothing says that it was DICOM
+        return False
 
 
 def _check_member(member: zipfile.ZipInfo, uri: str) -> None:

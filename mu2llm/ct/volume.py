@@ -72,13 +72,13 @@ def build(
         raise Rejection(uri, "single_slice", f"a volume of {'×'.join(map(str, hu.shape))} voxels is one slice or less")
     codes = set(warnings)
     hu, affine, stored = geometry.canonical(hu, affine)
+    if cannot_be_hu(hu, bool(codes & {"padding_clipped", "nonfinite_filled"})):
+        codes.add("not_hu")
     if geometry.is_sheared(affine):
         hu, affine = geometry.straighten(hu, affine, uri)
         codes.add("tilt_resampled")
     if geometry.is_oblique(affine):
         codes.add("oblique")
-    if cannot_be_hu(hu):
-        codes.add("not_hu")
     return CTVolume(hu, affine, uri, in_order(codes), modality, series, stored, format)
 
 

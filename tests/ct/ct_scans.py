@@ -10,7 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian
 
 SERIES = "1.2.826.0.1.3680043.8.498.1"
 AFFINE = np.array([[2.0, 0, 0, -20], [0, 2.5, 0, -30], [0, 0, 3, -40], [0, 0, 0, 1]])  # RAS+, mm
@@ -106,6 +106,54 @@ def _slice(stored: np.ndarray, index: int, scaling: tuple[float, float]) -> Data
     dataset.RescaleSlope, dataset.RescaleIntercept = scaling
     dataset.PixelData = stored.astype("<i2").tobytes()
     return dataset
+
+
+def moved(hu: np.ndarray, by_mm: float, **tags: Any) -> list[Dataset]:
+    """Slices as of `slices`, the whole scan higher by `by_mm`."""
+    affine = AFFINE.copy()
+    affine[2, 3] += by_mm
+    return slices(hu, affine, **tags)
+
+
+FRAME_TAGS = {  # functional group: what it takes from a classic slice
+    "PlanePositionSequence": ["ImagePositionPatient"],
+    "PlaneOrientationSequence": ["ImageOrientationPatient"],
+    "PixelMeasuresSequence": ["PixelSpacing", "SliceThickness"],
+    "PixelValueTransformationSequence": ["RescaleSlope", "RescaleIntercept"],
+}
+
+
+def enhanced(datasets: list[Dataset], content: list[dict[str, Any]] | None = None, **tags: Any) -> Dataset:
+    """One enhanced multi-frame object of classic slices, in their order; `content` is each frame's FrameContent,
+    `tags` are set at the top level."""
+    frames = Dataset()
+    for element in datasets[0]:
+        if element.keyword not in [name for names in FRAME_TAGS.values() for name in names]:
+            frames.add(element)
+    frames.file_meta = FileMetaDataset()
+    frames.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    frames.file_meta.MediaStorageSOPClassUID = frames.SOPClassUID = EnhancedCTImageStorage
+    frames.file_meta.MediaStorageSOPInstanceUID = frames.SOPInstanceUID
+    frames.ImageType = [*datasets[0].ImageType[:2], "VOLUME", "NONE"]
+    frames.NumberOfFrames = len(datasets)
+    frames.PixelData = b"".join(each.PixelData for each in datasets)
+    shared, groups = Dataset(), []
+    for index, each in enumerate(datasets):
+        groups.append(Dataset())
+        for sequence, names in FRAME_TAGS.items():
+            item = Dataset()
+            for name in names:
+                if name in each:
+                    setattr(item, name, each[name].value)
+            setattr(groups[-1] if sequence == "PlanePositionSequence" else shared, sequence, [item])
+        item = Dataset()
+        for name, value in (content[index] if content else {"InStackPositionNumber": index + 1}).items():
+            setattr(item, name, value)
+        groups[-1].FrameContentSequence = [item]
+    frames.SharedFunctionalGroupsSequence, frames.PerFrameFunctionalGroupsSequence = [shared], groups
+    for name, value in tags.items():
+        setattr(frames, name, value)
+    return frames
 
 
 def to_bytes(dataset: Dataset) -> bytes:

@@ -184,7 +184,7 @@ def test_of_two_phases_in_one_series_the_larger_is_taken():
     for index, each in enumerate(second):
         each.SOPInstanceUID = f"1.9.{index}"
     volume = read(as_bytes([*first, *second]))
-    assert volume.warnings == ("files_set_aside",)
+    assert volume.warnings == ("partial",)
     np.testing.assert_array_equal(volume.hu, chest())
     for each in (*first, *second):
         del each.AcquisitionNumber
@@ -243,7 +243,7 @@ def test_implicit_without_preamble_and_deflated():
 
 
 def test_a_deflate_bomb_is_refused(monkeypatch):
-    monkeypatch.setattr("mu2llm.ct.dicom_series.MAX_BYTES", 2**20)
+    monkeypatch.setattr("mu2llm.ct.dicom_headers.MAX_BYTES", 2**20)
     dataset = slices(chest())[0]
     dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     head = to_bytes(dataset)
@@ -256,6 +256,68 @@ def test_a_deflate_bomb_is_refused(monkeypatch):
     with pytest.raises(Rejection) as rejected:
         read(bomb)
     assert rejected.value.reason == "too_large"
+
+
+def test_numbers_are_read_whatever_their_vr_or_decimal_sign():
+    expected = read(as_bytes(slices(chest())))
+    for name, text in {
+        "PixelSpacing": "2.5\\2",
+        "ImagePositionPatient": None,
+        "RescaleIntercept": "-1024",
+        "ImageOrientationPatient": "1\\0\\0\\0\\1\\0",
+    }.items():
+        for vr, sign in [("UT", "."), ("LO", "."), ("UT", ","), ("ST", ","), ("UN", "."), ("DS", ",")]:
+            datasets = slices(chest())
+            for each in datasets:
+                value = (text or "\\".join(map(str, each[name].value))).replace(".", sign)
+                tag = pydicom.tag.Tag(name)
+                raw = value.encode() + b" " * (len(value) % 2)
+                each[name] = pydicom.dataelem.RawDataElement(tag, vr, len(raw), raw, 0, False, True)
+            volume = read(as_bytes(datasets))
+            assert volume.sha256 == expected.sha256 and volume.spacing_mm == expected.spacing_mm, (name, vr, sign)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PixelSpacing", b"abc "),
+        ("PixelSpacing", b"1.5 "),
+        ("ImagePositionPatient", b"1\\2 "),
+        ("RescaleSlope", b"1e9999"),
+    ],
+)
+def test_a_tag_that_cannot_be_read_is_named(name, value):
+    datasets = slices(chest())
+    for each in datasets:
+        raw = pydicom.dataelem.RawDataElement(pydicom.tag.Tag(name), "DS", len(value), value, 0, False, True)
+        each[name] = raw
+    with pytest.raises(Rejection, match=name) as rejected:
+        read(as_bytes(datasets))
+    assert rejected.value.reason == "corrupt" and value.decode().strip() in rejected.value.message.replace("\\\\", "\\")
+
+
+def test_rle_segments_with_more_bytes_than_pixels():
+    datasets = slices(chest((25, 21, 6)))
+    for each in datasets:
+        each.compress(RLELossless, generate_instance_uid=False)
+        frame = pydicom.encaps.get_frame(each.PixelData, 0, number_of_frames=1)
+        starts = [int.from_bytes(frame[4 * n : 4 * n + 4], "little") for n in (1, 2)]
+        high = frame[starts[0] : starts[1]] + b"\0\7\0\7"  # two literal bytes more
+        header = b"".join(n.to_bytes(4, "little") for n in (2, 64, 64 + len(high), *[0] * 13))
+        each.PixelData = pydicom.encaps.encapsulate([header + high + frame[starts[1] :] + b"\0\7"])
+    np.testing.assert_array_equal(read(as_bytes(datasets)).hu, chest((25, 21, 6)))
+
+
+@pytest.mark.parametrize("slope", ["", None])
+def test_a_slope_that_is_not_given_is_one(slope):
+    volume = read(as_bytes(slices(chest(), RescaleSlope=slope)))
+    np.testing.assert_array_equal(volume.hu, chest())
+    assert volume.warnings == ("no_rescale",)
+
+
+def test_many_voxels_are_refused(monkeypatch):
+    monkeypatch.setattr("mu2llm.ct.dicom_pixels.MAX_VOXELS", 24 * 20 * 16 - 1)
+    assert reason(slices(chest())) == "too_large"
 
 
 def test_an_unknown_transfer_syntax_is_named():

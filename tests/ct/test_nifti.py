@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
@@ -72,6 +73,31 @@ def test_sform_wins_and_the_difference_is_said():
     volume = read(nifti(chest(), other, **fields))
     np.testing.assert_allclose(volume.affine, AFFINE)
     assert volume.warnings == ("forms_differ",)
+
+
+def test_pixdim_that_contradicts_an_sform_alone_is_said():
+    volume = read(nifti(chest(), np.diag([1.0, 1, 1, 1]), qform_code=0, pixdim=[1, 1.5, 1.25, 2.5, 0, 0, 0, 0]))
+    assert volume.spacing_mm == (1, 1, 1)
+    assert volume.warnings == ("spacing_differs",)
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float64"])
+def test_voxels_are_counted_not_bytes(dtype):
+    """Both would be refused by what their header says, if they were too large."""
+    for slices, expected in [(4096, "truncated"), (4097, "too_large")]:
+        data = nifti(chest().astype(dtype), dim=[3, 512, 512, slices, 1, 1, 1, 1])
+        assert reason(data) == expected
+
+
+def test_wide_voxels_are_read_plane_by_plane(tmp_path):
+    hu = chest((256, 256, 64))
+    (tmp_path / "scan.nii").write_bytes(nifti(hu.astype(np.float64), compress=False))
+    tracemalloc.start()
+    volume = read(tmp_path / "scan.nii")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(volume.hu, hu)
+    assert peak < 2 * hu.nbytes + 2**24  # of which the stream's buffer is half
 
 
 def test_qform_where_the_sform_is_singular():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ct_scans import chest, nifti, slices, to_bytes, zipped
+from ct_scans import chest, enhanced, nifti, slices, to_bytes, zipped
 
 from mu2llm import storage
 from mu2llm.ct import Rejection, read
@@ -153,6 +153,49 @@ def test_a_nifti_in_a_folder_or_zip_is_to_be_named_itself(tmp_path):
     with pytest.raises(Rejection, match="name the NIfTI") as rejected:
         read(tmp_path)
     assert rejected.value.reason == "unsupported_format"
+
+
+def test_gzipped_dicom_files_are_read_wherever_they_lie(tmp_path):
+    packed = {f"IM{n}.dcm.gz": gzip.compress(to_bytes(each)) for n, each in enumerate(slices(chest()))}
+    (tmp_path / "study").mkdir()
+    for name, data in packed.items():
+        (tmp_path / "study" / name).write_bytes(data)
+    expected = read(nifti(chest())).sha256
+    assert read(tmp_path / "study").sha256 == read(zipped(packed)).sha256 == read([*packed.values()]).sha256 == expected
+    one = tmp_path / "scan.dcm.gz"
+    one.write_bytes(gzip.compress(to_bytes(enhanced(slices(chest())))))
+    assert read(one).sha256 == expected
+    assert read(one).format == "DICOM"
+    wrong = one.rename(tmp_path / "scan.nii.gz")
+    assert reason(wrong) == "wrong_suffix"
+    broken = tmp_path / "broken.dcm.gz"
+    broken.write_bytes(packed["IM0.dcm.gz"][:-9])
+    assert reason(broken) == "truncated"
+
+
+def test_a_gzip_bomb_that_begins_as_dicom_is_refused(monkeypatch):
+    monkeypatch.setattr("mu2llm.ct.sources._BOMB_BYTES", 2**16)
+    data = gzip.compress(to_bytes(slices(chest())[0]) + bytes(2**24))
+    assert reason(data) == reason([data, data]) == "too_large"
+
+
+def test_zips_in_a_zip_or_folder(tmp_path):
+    files = {f"IM{n}": to_bytes(each) for n, each in enumerate(slices(chest()))}
+    other = {f"IM{n}": to_bytes(each) for n, each in enumerate(slices(chest((24, 20, 4)), SeriesInstanceUID="1.9"))}
+    expected = read(nifti(chest())).sha256
+    nested = zipped({"one.zip": zipped(files), "two.ZIP": zipped(other), "note.txt": b"a note"})
+    assert (read(nested).sha256, read(nested).warnings) == (expected, ("files_set_aside",))
+    assert read(zipped({"no-suffix": zipped(files)})).sha256 == expected
+    (tmp_path / "series.zip").write_bytes(zipped(files))
+    assert read(tmp_path).sha256 == expected
+    assert read([zipped(files), b"a note"]).sha256 == expected
+    for name, data in other.items():  # where there is DICOM, zips are left alone
+        (tmp_path / name).write_bytes(data)
+    assert read(tmp_path).hu.shape[2] == 4
+    assert reason(zipped({"a.zip": zipped({"b.zip": zipped({"c.zip": zipped(files)})})})) == "unsafe_archive"
+    assert reason(zipped({"a.zip": zipped({"../slip": b"x"})})) == "unsafe_archive"
+    with pytest.raises(Rejection, match="zip"):
+        read(zipped({"a.zip": zipped(files)[:-10]}))
 
 
 def test_empty_lists_and_folders(tmp_path):
