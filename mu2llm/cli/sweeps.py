@@ -86,12 +86,13 @@ def _named(bars: Callable[..., None]) -> Callable[[str, float, float, dict[str, 
 
 def _print(planned: Any, found: dict[str, Any]) -> None:
     from mu2llm.sweeps import results
-    from mu2llm.sweeps.trial import Trial
+    from mu2llm.sweeps.sweep import trials_of
 
-    objective = planned.experiment.sweep.objective
-    rows = results.ranked(Trial.read_all(planned.out), objective)
+    sweep = planned.base.sweep
     console = Console()
-    console.print(results.terminal(rows, objective))
+    console.print(
+        results.terminal(results.ranked(trials_of(planned.out, sweep.storage), sweep.objective), sweep.objective)
+    )
     if found["final"]:
         console.print(found["final"]["said"])
     console.print(f"{found['page']}\n{found['command']}", soft_wrap=True, highlight=False)
@@ -109,7 +110,9 @@ def ablation(
     out: Out,
     init: Init = None,
     seeds: Annotated[int, typer.Option(min=1, help="Times that each variant is trained.")] = 3,
-    fractions: Annotated[str, typer.Option(help="Shares of the training patients for the last two: 0.1,0.3,1")] = "1",
+    fractions: Annotated[
+        str, typer.Option(help="Fractions of the training patients for the last two: 0.1,0.3,1")
+    ] = "1",
     preset: Preset = "sweep",
     set_: Set = [],  # noqa: B006
     workers_per_trial: Annotated[int | None, typer.Option(help="0: in the trial's own, warm process.")] = None,
@@ -127,11 +130,10 @@ def ablation(
     overrides = [f"sweep.{name}={value}" for name, value in given.items() if value is not None]
     experiment = config.load(preset, [*set_, *overrides])
     from mu2llm.sweeps import ablation as experiments
-    from mu2llm.sweeps.ablation_page import terminal
 
-    planned = experiments.plan(data, init, out, experiment, seeds, _shares(fractions))
+    planned = experiments.plan(data, init, out, experiment, seeds, _fractions(fractions))
     if dry:
-        needs = f"{len(planned.sft_points())} runs of sft, {seeds * len(planned.fractions)} of prefer and dpo"
+        needs = f"{len(planned.points())} runs of sft, {seeds * len(planned.fractions)} of prefer and dpo"
         dry_run(experiment, [data, *([init] if init else [])], [out], needs)
     with work_on_ray(address) as bars:
         found = experiments.run(data, init, out, experiment, seeds, planned.fractions, _named(bars))
@@ -139,11 +141,11 @@ def ablation(
         show(found, as_json)
         return
     cells = [experiments.Cell.model_validate(cell) for cell in found["cells"]]
-    Console().print(terminal(cells, found))
+    Console().print(experiments.terminal(cells, found))
     Console().print(f"{found['note']}\n{found['page']}", highlight=False)
 
 
-def _shares(text: str) -> list[float]:
+def _fractions(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:

@@ -6,31 +6,27 @@ evaluated in full, and without an evaluation `promote` takes none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from mu2llm import storage
 from mu2llm.cases import Shards
 from mu2llm.errors import Failure
-from mu2llm.evaluation.bootstrap import Bootstrap, Statistic
+from mu2llm.evaluation.bootstrap import Bootstrap
 from mu2llm.evaluation.evaluate import evaluate
-from mu2llm.evaluation.predictions import Prediction
-from mu2llm.green import load_judge
-from mu2llm.records import Estimate
+from mu2llm.green import Judge, load_judge
+from mu2llm.records import Case, Estimate
 from mu2llm.stages.job import Watch
 from mu2llm.stages.validation import METRICS, statistics
-from mu2llm.sweeps import results
-from mu2llm.sweeps.runner import run_points
-from mu2llm.sweeps.trial import REPORTS, Plan, Point, Trial
-
-if TYPE_CHECKING:
-    from mu2llm.sweeps.sweep import Sweep
+from mu2llm.sweeps.results import TITLES, cell, pooled
+from mu2llm.sweeps.runner import Progress, run_trials
+from mu2llm.sweeps.space import Params
+from mu2llm.sweeps.study import Study
+from mu2llm.sweeps.trial import Plan, Trial
 
 SEEDS_FROM = 100  # beyond those that the search used
+Metrics = dict[str, Estimate | None]
 
 
 class Final(BaseModel):
@@ -40,9 +36,9 @@ class Final(BaseModel):
     split: str
     cases: int
     decided_by: str
-    winner: dict[str, Estimate | None]
-    default: dict[str, Estimate | None]
-    difference: dict[str, Estimate | None]
+    winner: Metrics
+    default: Metrics
+    difference: Metrics
     by_seed: dict[str, dict[str, list[float]]]
     better: bool
     said: str
@@ -50,72 +46,61 @@ class Final(BaseModel):
     evaluation: str | None = None
 
 
-def compare(
-    plan: Plan, best: results.Row, sweep: Sweep, progress: Callable[[int, int, dict[str, float]], None]
-) -> Final:
+def final(plan: Plan, study: Study, best: Params, progress: Progress) -> Final:
     """Trains both sides and compares them; a Failure where one of them could not be trained."""
-    settings, experiment = sweep.experiment.sweep, sweep.experiment
-    out = storage.join(sweep.out, "final")
-    watch = Watch(times=1, split=settings.final_split, kl=plan.watch.kl)
-    plan = plan.model_copy(update={"out": out, "watch": watch})
-    seeds = [experiment.seed + SEEDS_FROM + i for i in range(settings.final_seeds)]
-    sides = {"winner": best.params, "default": {}}
+    base = plan.base
+    split, start = base.sweep.final_split, study.start
+    watch = Watch(times=1, split=split, kl=plan.watch.kl)
+    plan = plan.model_copy(update={"folder": "final/trials", "watch": watch})
+    seeds = [base.seed + SEEDS_FROM + i for i in range(base.sweep.final_seeds)]
+    sides = {"winner": best, "default": {}}
     points = [
-        sweep.start.model_copy(update={"params": params, "seed": seed, "name": name, "keep": True})
+        start.model_copy(update={"params": params, "seed": seed, "name": name, "keep": True})
         for seed in seeds
         for name, params in sides.items()
     ]
-    trials = run_points(plan, points, settings, progress)
-    for trial in trials:
+    trained = run_trials(plan, study, points, progress)
+    for trial in trained:
         if trial.status != "done":
             raise Failure(f"the {trial.point.name} with seed {trial.point.seed} did not come to its end: {trial.why}")
-    if len(trials) < len(points):
-        raise Failure(f"{len(points) - len(trials)} final trials were not run in time; --resume goes on")
-    return _compared(plan, trials, sweep, seeds)
-
-
-def _compared(plan: Plan, trials: Sequence[Trial], sweep: Sweep, seeds: list[int]) -> Final:
-    experiment = sweep.experiment
-    shards = Shards.open(sweep.shards)
-    cases = shards.cases(plan.watch.split)
-    bootstrap = Bootstrap([case.patient for case in cases], experiment.evaluation.bootstrap, experiment.seed)
-    judge = load_judge(experiment.judge)
-    sides: dict[str, dict[str, Statistic]] = {}
-    by_seed: dict[str, dict[str, list[float]]] = {}
-    for name in ("winner", "default"):
-        own = [trial for trial in trials if trial.point.name == name]
-        found = [statistics(cases, read_reports(plan, trial.point), judge) for trial in own]
-        sides[name] = {metric: pooled([each[metric] for each in found]) for metric in METRICS}
-        by_seed[name] = {
-            metric: [trial.metrics[metric] for trial in own] for metric in own[0].metrics if metric in METRICS
-        }
-    differences = {m: bootstrap.difference(sides["winner"][m], sides["default"][m]) for m in METRICS}
-    decided_by = next((name for name in experiment.sweep.objective if name in METRICS), METRICS[0])
-    difference = differences[decided_by]
+    if len(trained) < len(points):
+        raise Failure(f"{len(points) - len(trained)} final trials were not run in time; --resume goes on")
+    own = {name: [trial for trial in trained if trial.point.name == name] for name in sides}
+    cases = Shards.open(plan.shards).cases(split)
+    bootstrap = Bootstrap([case.patient for case in cases], base.evaluation.bootstrap, base.seed)
+    reports = {name: [plan.reports(trial.point) for trial in trials] for name, trials in own.items()}
+    compared = compare(cases, reports["winner"], reports["default"], load_judge(base.judge), bootstrap)
+    decided_by = next((name for name in base.sweep.objective if name in METRICS), METRICS[0])
+    difference = compared["difference"][decided_by]
     better = difference is not None and difference.low > 0
-    checkpoints = [storage.join(plan.place(t.point), "checkpoint") for t in trials if t.point.name == "winner"]
+    checkpoints = [plan.checkpoint(trial.point) for trial in own["winner"]]
     verdict, then = ("is", f"promote {checkpoints[0]}") if better else ("is not", "keep the default")
-    by = f"{results.TITLES[decided_by]} {results.cell(difference, signed=True)}"
-    said = f"the winner {verdict} better than the default: {by}; {then}"
-    final = Final(
-        **{"seeds": seeds, "split": plan.watch.split, "cases": len(cases), "decided_by": decided_by},
-        **{name: {m: bootstrap.estimate(s) for m, s in side.items()} for name, side in sides.items()},
-        **{"difference": differences, "by_seed": by_seed, "better": better, "said": said, "checkpoints": checkpoints},
+    by = f"{TITLES[decided_by]} {cell(difference, signed=True)}"
+    evaluation = storage.join(plan.out, "final", "evaluation") if better else None
+    if evaluation:
+        evaluate(checkpoints[0], plan.shards, evaluation, base, split)
+    return Final(
+        **{"seeds": seeds, "split": split, "cases": len(cases), "decided_by": decided_by, "better": better, **compared},
+        **{"said": f"the winner {verdict} better than the default: {by}; {then}", "checkpoints": checkpoints},
+        **{"by_seed": {name: _by_seed(trials) for name, trials in own.items()}, "evaluation": evaluation},
     )
-    if not better:
-        return final
-    evaluation = storage.join(plan.out, "evaluation")
-    evaluate(checkpoints[0], sweep.shards, evaluation, experiment, plan.watch.split)
-    return final.model_copy(update={"evaluation": evaluation})
 
 
-def pooled(statistics: Sequence[Statistic]) -> Statistic:
-    """The seeds' statistics of the same cases as one: each case counts with the sum over its seeds."""
-    first = statistics[0]
-    return Statistic(sum(each.rows for each in statistics), first.metric, first.n)  # type: ignore[arg-type]
+def compare(
+    cases: list[Case], winner: Sequence[list[str]], default: Sequence[list[str]], judge: Judge, bootstrap: Bootstrap
+) -> Mapping[str, Metrics]:
+    """Reports of the same cases, a list a seed → `METRICS` of both sides over their seeds, and their difference."""
+    sides = []
+    for seeds in (winner, default):
+        found = [statistics(cases, reports, judge) for reports in seeds]
+        sides.append({name: pooled([each[name] for each in found]) for name in METRICS})
+    ours, theirs = sides
+    return {
+        "winner": {name: bootstrap.estimate(ours[name]) for name in METRICS},
+        "default": {name: bootstrap.estimate(theirs[name]) for name in METRICS},
+        "difference": {name: bootstrap.difference(ours[name], theirs[name]) for name in METRICS},
+    }
 
 
-def read_reports(plan: Plan, point: Point) -> list[str]:
-    """A trial's reports, in the order of the cases."""
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(plan.place(point), REPORTS))))
-    return [Prediction.from_row(row).text for row in table.to_pylist()]
+def _by_seed(trials: Sequence[Trial]) -> dict[str, list[float]]:
+    return {name: [trial.metrics[name] for trial in trials] for name in METRICS if name in trials[0].metrics}

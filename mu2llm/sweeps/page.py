@@ -1,72 +1,49 @@
-"""sweep.html: everything that a sweep found, in one file that needs nothing beside it."""
+"""sweep.html and ablation.html: everything that was found, in one file that needs nothing beside it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from mu2llm import storage
 from mu2llm.evaluation.report.charts import as_png, as_svg, source
 from mu2llm.stages.validation import METRICS
 from mu2llm.sweeps import charts, results
 from mu2llm.sweeps.final import Final
-from mu2llm.sweeps.trial import Trial
+from mu2llm.sweeps.results import TITLES, Row
+from mu2llm.sweeps.trial import Plan, Trial
 
-if TYPE_CHECKING:
-    from mu2llm.sweeps.sweep import Sweep
-
-PAGE, PICTURE = "sweep.html", "sweep.png"
+PAGE = "sweep.html"
 
 
 def write_page(
-    sweep: Sweep, trials: Sequence[Trial], rows: Sequence[results.Row], found: dict[str, Any], final: Final | None
-) -> str:
-    """Writes the page into the sweep's `out` and gives its URI; beside it the points as a picture."""
-    objective = sweep.experiment.sweep.objective
-    points = charts.ranking(rows, objective[0])
-    shown = {"Finished points": as_svg(points, f"{results.TITLES[objective[0]]} of every finished point")}
-    storage.write_bytes(storage.join(sweep.out, PICTURE), as_png(points))
-    shown |= _charts(sweep, trials, rows, found)
-    html = (
-        environment()
-        .get_template("sweep.html")
-        .render(
-            sweep=sweep,
-            found=found,
-            rows=rows,
-            names=results.measured(rows, objective),
-            keys=list(sweep.space.domains),
-            best=results.front(rows, objective),
-            final=final,
-            charts={name: Markup(svg) for name, svg in shown.items() if svg},
-            style=Markup(source("page.css")),
-        )
-    )
-    storage.write_bytes(storage.join(sweep.out, PAGE), html.encode())
-    return storage.join(sweep.out, PAGE)
-
-
-def _charts(
-    sweep: Sweep, trials: Sequence[Trial], rows: Sequence[results.Row], found: dict[str, Any]
-) -> dict[str, str]:
-    objective = sweep.experiment.sweep.objective
-    best = results.winner(rows, objective)
-    assert best
+    plan: Plan, trials: Sequence[Trial], rows: Sequence[Row], found: dict[str, Any], final: Final | None
+) -> None:
+    """Writes a sweep's page, and its finished points as a picture."""
+    space, (chief, *others) = plan.space, found["objective"]
+    objective, best = [chief, *others], results.front(rows, found["objective"])
     curve = next((name for name in objective if name in METRICS), METRICS[0])
-    return {
-        "Optimisation history": charts.history(trials, objective[0]),
-        "What mattered": charts.importance(found["importance"]),
-        "Parallel coordinates": charts.parallel(rows, sweep.space, objective[0]),
-        "Pareto front": charts.front(rows, results.front(rows, objective), objective) if len(objective) > 1 else "",
-        "Learning curves": charts.curves(trials, curve, best),
+    shown = {
+        "Optimisation history": charts.history(trials, chief),
+        "Importance of each key": charts.importance(found["importance"]),
+        "Slices": charts.slices(rows, space, chief),
+        "Parallel coordinates": charts.parallel(rows, space, chief),
+        "Pareto front": charts.front(rows, best, objective) if others else "",
+        "Learning curves": charts.curves(trials, curve, best[0]),
     }
+    picture = charts.ranking(rows, chief)
+    names = results.measured(rows, objective)
+    write(plan.out, "sweep", picture, shown, plan=plan, found=found, final=final, rows=rows, names=names, best=best)
 
 
-def environment() -> Environment:
+def write(out: str, kind: str, picture: Figure, shown: dict[str, str], **values: Any) -> None:
+    """Writes `kind`.html and, of its first chart, `kind`.png."""
+    first = as_svg(picture, f"{kind}: values with their 95 % intervals")
+    storage.write_bytes(storage.join(out, f"{kind}.png"), as_png(picture))
     made = Environment(
         loader=PackageLoader("mu2llm.sweeps", ""),
         autoescape=True,
@@ -74,7 +51,9 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["cell"] = results.cell
-    made.filters["json"] = lambda value: json.dumps(value).strip('"')
-    made.globals["titles"] = results.TITLES
-    return made
+    made.filters |= {"cell": results.cell, "plain": results.plain}
+    chart = {name: Markup(svg) for name, svg in shown.items() if svg}
+    html = made.get_template(f"{kind}.html").render(
+        picture=Markup(first), charts=chart, titles=TITLES, style=Markup(source("page.css")), **values
+    )
+    storage.write_bytes(storage.join(out, f"{kind}.html"), html.encode())

@@ -21,6 +21,11 @@ KEYS = ("preferences.margin", "preferences.pairs_per_case")
 """What of `preferences` a sweep may change without new candidates."""
 
 
+def place(out: str, settings: PreferencesConfig) -> str:
+    """Where below `out` the pairs by these settings are."""
+    return storage.join(out, f"margin{settings.margin:g}-most{settings.pairs_per_case}")
+
+
 def superset(preferences: str, out: str, settings: PreferencesConfig) -> str:
     """Every pair that some margin and number a case would give, as a folder that `dpo` takes."""
     return derived(preferences, out, settings.model_copy(update={"margin": 0.0, "pairs_per_case": 10**6}))
@@ -28,16 +33,14 @@ def superset(preferences: str, out: str, settings: PreferencesConfig) -> str:
 
 def derived(preferences: str, out: str, settings: PreferencesConfig) -> str:
     """The pairs by `settings` below `out`, made unless they are there; a UserError where there are none."""
-    origin = Preferences.open(preferences)
-    uri = place(out, settings)
+    origin, uri = Preferences.open(preferences), place(out, settings)
     identity = artefacts.digest([origin.identity, settings.margin, settings.pairs_per_case])
     if storage.exists(storage.join(uri, Preferences.FILE)) and Preferences.open(uri).identity == identity:
         return uri
-    judged, prompt = read_judged(preferences), read_pairs(preferences)[0].prompt
-    pairs: list[PreferencePair] = []
-    for _, group in groupby(judged, key=lambda item: item[0].case_id):
-        pairs += make_pairs(prompt, list(group), settings)[0]
-    pairs += [pair for pair in read_pairs(preferences) if pair.origin == "human"]  # corrections, of no margin
+    there = read_pairs(preferences)
+    pairs = [pair for pair in there if pair.origin == "human"]  # corrections, of no margin
+    for _, group in groupby(read_judged(preferences), key=lambda item: item[0].case_id):
+        pairs += make_pairs(there[0].prompt, list(group), settings)[0]
     if not pairs:
         raise UserError(f"preferences.margin {settings.margin:g} leaves no pair of {preferences}")
     _write(storage.join(uri, "pairs.parquet"), PreferencePair.table(pairs))
@@ -47,23 +50,20 @@ def derived(preferences: str, out: str, settings: PreferencesConfig) -> str:
     return uri
 
 
-def place(out: str, settings: PreferencesConfig) -> str:
-    """Where below `out` the pairs by these settings are."""
-    return storage.join(out, f"margin{settings.margin:g}-most{settings.pairs_per_case}")
+def part_with_reference(preferences: str, out: str, settings: PreferencesConfig) -> str:
+    """The pairs by `settings`, with their part of the reference log-probabilities that were made on all of them.
 
-
-def take_reference(whole: str, part: str) -> None:
-    """The part's reference log-probabilities out of the whole's; what the whole does not have, `dpo` makes itself."""
+    What the reference of all does not have, `dpo` makes itself.
+    """
+    whole, part = superset(preferences, out, settings), derived(preferences, out, settings)
     rows = {_key(pair): row for row, pair in enumerate(read_pairs(whole))}
-    pairs = read_pairs(part)
-    if any(_key(pair) not in rows for pair in pairs):
-        return
-    for info in storage.list_files(storage.join(whole, "reference")):
+    taken = [rows.get(_key(pair)) for pair in read_pairs(part)]
+    for info in storage.list_files(storage.join(whole, "reference")) if None not in taken else []:
         target = storage.join(part, "reference", info.base_name)
         if not storage.exists(target):
-            table = _read(storage.join(whole, "reference", info.base_name)).take([rows[_key(pair)] for pair in pairs])
-            numbered = table.set_column(table.column_names.index("item"), "item", pa.array(range(len(pairs))))
-            _write(target, numbered)
+            table = _read(storage.join(whole, "reference", info.base_name)).take(taken)
+            _write(target, table.set_column(table.column_names.index("item"), "item", pa.array(range(len(taken)))))
+    return part
 
 
 def read_judged(preferences: str) -> list[Judged]:
@@ -76,8 +76,7 @@ def read_judged(preferences: str) -> list[Judged]:
         )
     candidates, judgements = (_read(path).to_pylist() for path in paths)
     by_key = {(row["case_id"], row["index"]): Judgement.from_row(row) for row in judgements}
-    records = [Candidate.from_row(row) for row in candidates]
-    return [(record, by_key[record.case_id, record.index]) for record in records]
+    return [(Candidate.from_row(row), by_key[row["case_id"], row["index"]]) for row in candidates]
 
 
 def _key(pair: PreferencePair) -> tuple[str, str, str]:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from mu2llm import cluster, config, storage
 from mu2llm.sweeps import dpo, results
+from mu2llm.sweeps.sweep import FILE, trials_of
 from mu2llm.sweeps.trial import Trial
 
 SPACE = [
@@ -46,8 +47,8 @@ def main() -> None:
             losses = f"sweep.space.dpo.loss={{choice: {given.losses}}}"
             experiment = config.load(given.preset, [*SPACE, losses, *sets, f"sweep.trials={given.trials}", *given.sets])
             out = storage.join(given.out, name.partition(",")[0].replace(" + ", "-"))
-            dpo.sweep(given.data, given.init, out, experiment, resume=storage.exists(storage.join(out, "sweep.json")))
-            found[name] = Trial.read_all(out)
+            dpo.sweep(given.data, given.init, out, experiment, resume=storage.exists(storage.join(out, FILE)))
+            found[name] = trials_of(out, experiment.sweep.storage)
     Console(width=140).print(table(found))
 
 

@@ -1,15 +1,21 @@
-"""What trials say: repetitions, ranks, the Pareto front, importance, the table and the command."""
+"""What trials say: repetitions, ranks, the Pareto front, the table and the command."""
 
+import itertools
+import shlex
+
+import pyarrow.parquet as pq
 import pytest
 
 from mu2llm import config
+from mu2llm.evaluation.bootstrap import Bootstrap, Statistic
+from mu2llm.stages.job import Watch
 from mu2llm.sweeps import results
-from mu2llm.sweeps.space import Space
-from mu2llm.sweeps.trial import Point, Trial
+from mu2llm.sweeps.sweep import command
+from mu2llm.sweeps.trial import Plan, Point, Trial
 
 
 def trial(number, top_k=8, seed=0, status="done", **metrics):
-    point = Point(params={"model.tokenizer.top_k": top_k}, seed=seed, data="shards", init="contrastive")
+    point = Point(params={"model.tokenizer.top_k": top_k}, seed=seed)
     return Trial(id=f"t{number}", number=number, point=point, status=status, metrics=metrics)
 
 
@@ -39,6 +45,19 @@ def test_what_gave_nothing_is_last_and_wins_nothing():
     assert results.front(rows, ["green"]) == []
 
 
+def test_among_equals_by_the_first_objective_the_one_that_is_beaten_in_no_other_wins():
+    rows = results.ranked([trial(0, 4, green=0.5, kl=0.3), trial(1, 8, green=0.5, kl=0.1)], ["green", "kl"])
+    assert results.winner(rows, ["green", "kl"]).trials[0].id == "t1"
+
+
+def test_seeds_of_the_same_cases_are_one_statistic():
+    """Two seeds of a mean over three cases; the second has no value for the last."""
+    seeds = [Statistic.mean([0.0, 0.5, 1.0]), Statistic.mean([1.0, 0.5, None])]
+    whole = results.pooled(seeds)
+    assert whole.metric(whole.rows.sum(0)) == pytest.approx(3.0 / 5)
+    assert Bootstrap(["a", "b", "c"]).estimate(whole).value == pytest.approx(0.6)
+
+
 def test_the_front_is_beaten_in_no_objective():
     told = [(4, 0.5, 8), (8, 0.6, 16), (16, 0.55, 16), (32, 0.4, 4), (64, 0.4, 8)]
     trials = [trial(i, k, finding_f1=f1, visual_tokens=tokens) for i, (k, f1, tokens) in enumerate(told)]
@@ -47,39 +66,31 @@ def test_the_front_is_beaten_in_no_objective():
     assert best == {4, 8, 32}
 
 
-def test_importance_finds_the_key_that_matters():
-    given = config.load("tiny")
-    space = Space({key: Space.load("tokenizer", given).domains[key] for key in KEYS})
-    trials = []
-    for i in range(24):
-        params = dict(zip(KEYS, ([8, 16, 32, 64][i % 4], [8, 16, 24][i % 3]), strict=True))
-        point = Point(params=params, seed=0, data="", init="")
-        trials.append(Trial(id=str(i), number=i, point=point, status="done", metrics={"green": i % 4 / 4}))
-    shares = results.importance(trials, space, "green")
-    assert shares["model.tokenizer.top_k"] > 0.9
-    assert results.importance(trials[:3], space, "green") == {}
-
-
-KEYS = ("model.tokenizer.top_k", "model.tokenizer.queries")
-
-
 def test_the_table_keeps_every_trial(tmp_path):
-    uri = results.write_parquet(str(tmp_path), [trial(0, green=0.2), trial(1, 4, status="failed")])
-    import pyarrow.parquet as pq
-
-    rows = pq.read_table(uri).to_pylist()
-    assert [row["status"] for row in rows] == ["done", "failed"]
+    trials = [trial(0, green=0.2), trial(1, 4, status="failed").model_copy(update={"why": "a bug"})]
+    rows = pq.read_table(results.write_table(f"{tmp_path}/x.parquet", results.parquet(trials))).to_pylist()
+    assert [(row["status"], row["why"], row["seed"]) for row in rows] == [("done", "", 0), ("failed", "a bug", 0)]
     assert rows[0]["model.tokenizer.top_k"] == "8"
     assert rows[1]["green"] is None
 
 
-def test_the_command_names_what_differs_from_the_preset():
-    base = config.load("tiny")
-    swept = config.load("tiny", ["sft.epochs=7", "sweep.trials=3"])
-    told = results.command("sft", {"data": "D", "init": "C"}, {"model.tokenizer.scales": [1, 4]}, swept, base)
-    assert "--preset tiny" in told
-    assert "--set sft.epochs=7.0" in told
-    assert "--set 'model.tokenizer.scales=[1, 4]'" in told
-    assert "sweep" not in told
-    again = config.load("tiny", ["sft.epochs=7.0", "model.tokenizer.scales=[1, 4]"])
+def test_the_command_trains_the_winner_again():
+    swept = config.load("tiny", ["sft.epochs=7", "sweep.trials=3", "sft.cpus_per_worker=1"])
+    values = {"experiment": swept.model_dump(mode="json"), "shards": "D", "checksum": "0", "watch": Watch()}
+    plan = Plan(kind="tokenizer", stage="sft", data="my data", init="C", out="O", **values)
+    words = shlex.split(command(plan, {"model.tokenizer.scales": [1, 4]}))
+    assert words[:7] == ["mu2llm", "train", "sft", "--data", "my data", "--init", "C"]
+    assert words[words.index("--preset") + 1] == "tiny"
+    sets = [word for before, word in itertools.pairwise(words) if before == "--set"]
+    again = config.load("tiny", sets)
     assert again.model.tokenizer.scales == (1, 4)
+    assert again.sft == swept.sft
+    assert not any(word.startswith("sweep.") for word in sets)
+
+
+def test_the_command_of_a_dpo_winner_names_its_own_pairs():
+    values = {"experiment": config.load("tiny").model_dump(mode="json"), "shards": "D", "checksum": "0"}
+    plan = Plan(kind="dpo", stage="dpo", data="P", init="C", out="/O", watch=Watch(), **values)
+    words = shlex.split(command(plan, {"dpo.beta": 0.3, "preferences.margin": 0.2, "preferences.pairs_per_case": 2}))
+    assert words[words.index("--data") + 1] == "/O/pairs/margin0.2-most2"
+    assert [word for before, word in itertools.pairwise(words) if before == "--set"] == ["dpo.beta=0.3"]

@@ -4,7 +4,7 @@ import pytest
 
 from mu2llm import config
 from mu2llm.errors import UserError
-from mu2llm.sweeps.space import Domain, Space, apply, rounded
+from mu2llm.sweeps.space import Domain, Space
 
 
 def experiment(*overrides):
@@ -19,11 +19,13 @@ def only(*sets):
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "dpo"])
-def test_the_spaces_that_come_with_the_commands_fit_the_configuration(kind):
+def test_every_value_of_the_spaces_that_come_with_the_commands_goes_through_optuna_unchanged(kind):
     space = Space.load(kind, experiment())
-    for params in [{key: domain.values()[0] for key, domain in space.domains.items()}]:
-        apply(experiment(), params)
-        assert space.decode(space.encode(params)) == params
+    distributions = space.distributions()
+    for params in space.grid()[::7]:
+        encoded = space.encode(params)
+        assert all(distributions[key].to_internal_repr(value) is not None for key, value in encoded.items())
+        assert space.decode(encoded) == {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in params.items()}
 
 
 def test_scales_are_any_subset():
@@ -62,7 +64,7 @@ def test_a_grid_of_a_log_range_is_even_in_the_logarithm():
 def test_what_is_not_a_space_is_refused(text, says):
     given = experiment(text)
     with pytest.raises(UserError, match=says):
-        Space.load("tokenizer", given).known_good(given)
+        Space.load("tokenizer", given).first(given)
 
 
 def test_a_grid_needs_points_for_real_numbers():
@@ -74,10 +76,21 @@ def test_the_configuration_itself_is_tried_first_where_the_space_has_it():
     given = experiment("sweep.space.model.tokenizer.top_k={choice: [4, 8]}", "sweep.space.model.tokenizer.queries=null")
     given = config.validate(given.model_dump(mode="json"))
     space = Space.load("tokenizer", given)
-    assert space.known_good(given)[0] == space.default(given)
+    tokenizer = given.model_dump(mode="json")["model"]["tokenizer"]
+    assert space.first(given) == [{key: tokenizer[key.rpartition(".")[2]] for key in space.domains}]
     outside = experiment("sweep.space.model.tokenizer.top_k={choice: [4]}")
-    assert Space.load("tokenizer", outside).known_good(outside) == []
+    assert Space.load("tokenizer", outside).first(outside) == []
 
 
 def test_what_is_trained_is_what_is_shown():
-    assert rounded({"a": 0.123456, "b": [1, 2], "c": 3}) == {"a": 0.1235, "b": [1, 2], "c": 3}
+    space = Space({"a": Domain(uniform=(0, 1)), "b": Domain(subsets=(1, 2)), "c": Domain(integers=(1, 4))})
+    assert space.decode({"a": 0.123456, "b": "[1, 2]", "c": 3}) == {"a": 0.1235, "b": [1, 2], "c": 3}
+
+
+def test_a_section_that_is_null_is_left_out_and_one_that_only_begins_like_it_is_not():
+    assert not any(
+        key.startswith("preferences.") for key in Space.load("dpo", experiment("sweep.space.preferences=null")).domains
+    )
+    assert set(Space.load("dpo", experiment("sweep.space.dpo.be=null")).domains) == set(
+        Space.load("dpo", experiment()).domains
+    )

@@ -1,4 +1,4 @@
-"""The page and the tables of a sweep and of an ablation, from made-up trials."""
+"""A sweep's page and its table for a terminal, from recorded trials."""
 
 import io
 import re
@@ -9,109 +9,104 @@ from rich.console import Console
 
 from mu2llm import config
 from mu2llm.records import Estimate
-from mu2llm.sweeps import ablation, ablation_page, results
+from mu2llm.stages.job import Watch
+from mu2llm.sweeps import results
 from mu2llm.sweeps.final import Final
-from mu2llm.sweeps.page import write_page
 from mu2llm.sweeps.space import Space
-from mu2llm.sweeps.sweep import Sweep, _summary
-from mu2llm.sweeps.trial import Point, Trial
+from mu2llm.sweeps.study import Study, database
+from mu2llm.sweeps.sweep import _write
+from mu2llm.sweeps.trial import Plan, Point, Trial
+
+STATUSES = ["done", "stopped", "done", "done", "infeasible", "failed"]
 
 
-def made_up(space, n=12):
-    grid = space.grid()
-    statuses = ["done", "stopped", "done", "done", "infeasible", "failed"]
-    trials = []
+def recorded(study, grid, n=12):
+    """Twelve trials of five points."""
+    points = [Point(params=grid[i % 5 * 7 % len(grid)], seed=i // 5) for i in range(n)]
+    study.go_on(config.load("tiny").sweep, points)
     for i in range(n):
-        status = statuses[i % len(statuses)]
-        good = {"finding_f1": 0.1 + 0.03 * i, "visual_tokens": float(8 + i % 3), "green": 0.2 + 0.01 * i, "n": 20.0}
-        metrics = good if status in ("done", "stopped") else {}
+        status = STATUSES[i % len(STATUSES)]
+        metrics = {"finding_f1": 0.1 + 0.03 * i, "visual_tokens": float(8 + i % 3), "green": 0.2 + 0.01 * i, "n": 20.0}
+        metrics |= {"finding_f1_low": 0.05, "finding_f1_high": 0.5}
+        metrics = metrics if status in ("done", "stopped") else {}
         history = [{**metrics, "step": float(step)} for step in (5, 10)] if metrics else []
-        point = Point(params=grid[i % 5 * 7], seed=i // 5, data="D", init="C")
         why = "" if metrics else "CUDA out of memory <b>here</b>"
-        trials.append(
-            Trial(
-                id=f"t{i}", number=i, point=point, status=status, metrics=metrics, history=history, why=why, seconds=9
-            )
-        )
-    return trials
+        told = {"status": status, "metrics": metrics, "history": history, "why": why, "seconds": 9}
+        point = study.propose(str(i))
+        study.record(str(i), Trial(id=f"t{i}", point=point, **told))
+    return study.trials()
+
+
+@pytest.fixture(params=["finding_f1,visual_tokens", "finding_f1"])
+def plan(request, tmp_path):
+    given = config.load("tiny", [f"sweep.objective=[{request.param}]"])
+    domains = Space.load("tokenizer", given).domains
+    where = {"data": "D", "init": "C", "shards": "D", "checksum": "0", "out": str(tmp_path), "watch": Watch()}
+    values = given.model_dump(mode="json")
+    return Plan(kind="tokenizer", stage="sft", experiment=values, domains=domains, **where)
 
 
 @pytest.fixture
-def sweep(tmp_path):
-    given = config.load("tiny", ["sweep.objective=[finding_f1,visual_tokens]"])
-    space = Space.load("tokenizer", given)
-    return Sweep("tokenizer", "sft", space, given, "D", "C", "D", "0", str(tmp_path))
-
-
-def estimate(value):
-    return Estimate(value=value, low=value - 0.1, high=value + 0.1, n=20)
+def study(plan):
+    return Study(database(plan.out), "s", plan.base.sweep.objective, Point(seed=0), plan.space)
 
 
 @pytest.fixture
 def final():
-    sides = {
-        name: {"finding_f1": estimate(0.4), "green": estimate(0.3)} for name in ("winner", "default", "difference")
-    }
+    estimates = {name: Estimate(value=0.4, low=0.3, high=0.5, n=20) for name in ("finding_f1", "green")}
+    sides = dict.fromkeys(("winner", "default", "difference"), estimates)
     return Final(
         **sides, seeds=[100, 101], split="test", cases=20, decided_by="finding_f1", by_seed={}, better=False,
         said="the winner is not better than the default", checkpoints=["c"],
     )  # fmt: skip
 
 
-def test_a_page_needs_nothing_beside_it_and_says_all(sweep, final):
-    trials = made_up(sweep.space)
-    objective = sweep.experiment.sweep.objective
-    rows = results.ranked(trials, objective)
-    found = _summary(sweep, trials, rows, results.winner(rows, objective), final, 2)
-    uri = write_page(sweep, trials, rows, found, final)
-    page = Path(uri).read_text()
-    titles = ("Finished points", "Optimisation history", "What mattered", "Parallel coordinates", "Pareto front")
-    titles += ("Learning curves",)
+def test_a_page_needs_nothing_beside_it_and_shows_what_the_command_prints(plan, study, final):
+    trials = recorded(study, plan.space.grid())
+    found = _write(plan, study, trials, 2, final)
+    page = Path(found["page"]).read_text()
+    titles = ["Finished points", "Optimisation history", "Importance of each key", "Slices", "Parallel coordinates"]
+    titles += ["Learning curves", *(["Pareto front"] if len(study.objective) > 1 else [])]
     assert all(f"<h2>{title}</h2>" in page for title in titles)
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == len(titles)
     assert not re.search(r'(src|href)="?(https?:|/)', page)
-    assert "&lt;b&gt;here" in page
+    assert "&lt;b&gt;here" in page and "<b>here" not in page
     assert "mu2llm train sft --data D --init C" in page
+    assert final.said in page
     assert found["statuses"] == {"done": 6, "stopped": 2, "infeasible": 2, "failed": 2}
-    assert found["front"]
+    assert (found["front"] is None) == (len(study.objective) == 1)
+    assert Path(plan.out, "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_terminal_shows_what_was_repeated_with_its_interval(sweep):
-    rows = results.ranked(made_up(sweep.space), sweep.experiment.sweep.objective)
+def test_every_point_is_a_row_with_its_intervals_and_can_be_sorted_by_its_values(plan, study):
+    trials = recorded(study, plan.space.grid())
+    page = Path(_write(plan, study, trials, 2, None)["page"]).read_text()
+    rows = results.ranked(trials, study.objective)
+    table = page[page.index('<table class="sortable">') :]
+    assert table.count("<tr") == 1 + len(rows)
+    values = [float(value) for value in re.findall(r'<td data-value="([^"]+)">', table)]
+    for row in rows:
+        estimate = row.estimate("finding_f1")
+        if estimate:
+            assert estimate.value in values
+            assert f"<small>{estimate.low:.3g} … {estimate.high:.3g}</small>" in table
+    front = results.front(rows, study.objective)
+    assert table.count('class="front"') == len(front) > 0
+    assert "Winner and default" not in page
+
+
+def test_a_sweep_of_a_single_finished_trial_has_a_page(plan, study):
+    trials = recorded(study, plan.space.grid(), 1)
+    found = _write(plan, study, trials, 1, None)
+    assert found["trials"] == 1 and found["importance"]["finding_f1"] == {}
+    assert "Importance of each key" not in Path(found["page"]).read_text()
+
+
+def test_a_terminal_shows_what_was_repeated_with_its_interval(plan, study):
+    rows = results.ranked(recorded(study, plan.space.grid()), study.objective)
     console = Console(width=240, record=True, file=io.StringIO())
-    console.print(results.terminal(rows, sweep.experiment.sweep.objective))
-    told = console.export_text()
-    assert "Findings F1" in told and "visual tokens" in told
+    console.print(results.terminal(rows, study.objective))
+    text = console.export_text()
+    assert "Findings F1" in text
     assert any(len(row.trials) > 1 for row in rows)
-    assert "★" in told
-
-
-def test_an_ablation_stands_beside_the_paper(tmp_path):
-    cells = [
-        ablation.Cell(
-            variant=name,
-            fraction=share,
-            seeds=[0, 1, 2],
-            metrics={metric: estimate(0.2 + 0.05 * i) for metric in ablation.METRICS},
-            minus_baseline={metric: estimate(0.05 * i) if i else None for metric in ablation.METRICS},
-            published=dict(zip(ablation.OF_TABLE_2, ablation.PUBLISHED[name], strict=True)) if share == 1 else {},
-        )
-        for i, name in enumerate([*ablation.VARIANTS, ablation.DPO])
-        for share in ((1.0, 0.1) if name in ("all", ablation.DPO) else (1.0,))
-    ]
-    found = {
-        "cases": 20,
-        "split": "test",
-        "judge": "rules",
-        "note": ablation.NOTE,
-        "missing": {"all + DPO/0.1/0": "no pair"},
-    }
-    ablation_page.write_page(str(tmp_path), cells, found)
-    ablation_page.write_plot(str(tmp_path), cells)
-    page = (tmp_path / "ablation.html").read_text()
-    assert page.count("<svg") == 2
-    assert "0.204" in page and "no pair" in page and "over the batch" in page
-    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(ablation_page.terminal(cells, found))
-    assert "0.204" in console.export_text()
+    assert "1★" in text and results.cell(rows[0].estimate("finding_f1")) in text

@@ -20,8 +20,7 @@ def test_every_setting_takes_its_part_of_one_reference(pairs, least, tmp_path):
         {"item": range(len(every)), "chosen": np.arange(len(every)) * 1.0, "rejected": np.arange(len(every)) * 2.0}
     )
     derived_pairs._write(storage.join(whole, "reference", "parent.parquet"), logps)
-    part = derived_pairs.derived(pairs, str(tmp_path), settings.model_copy(update={"margin": 0.6}))
-    derived_pairs.take_reference(whole, part)
+    part = derived_pairs.part_with_reference(pairs, str(tmp_path), settings.model_copy(update={"margin": 0.6}))
     own = read_pairs(part)
     assert 0 < len(own) < len(every)
     assert all(pair.chosen_score - pair.rejected_score >= 0.6 for pair in own)

@@ -1,119 +1,36 @@
-"""Proposals and concurrency, without a trial being trained."""
+"""What Ray Tune is asked for and what it tells, without a trial being trained."""
+
+from types import SimpleNamespace
 
 import pytest
 import ray
 
 from mu2llm import config
 from mu2llm.errors import UserError
+from mu2llm.stages.job import Watch
 from mu2llm.sweeps import runner
-from mu2llm.sweeps.space import Space
-from mu2llm.sweeps.trial import Point, Trial
+from mu2llm.sweeps.space import Domain, Space
+from mu2llm.sweeps.study import Study, database
+from mu2llm.sweeps.trial import Plan, Point
 
-START = Point(params={}, seed=5, data="shards", init="contrastive")
-ONE_KEY = [
-    *(f"sweep.space.model.tokenizer.{key}=null" for key in ("scales", "queries", "attention", "num_layers")),
-    "sweep.space.model.tokenizer.temperature=null",
-    "sweep.space.model.tokenizer.top_k={choice: [4, 8, 16]}",
-]
-
-
-def proposals(out, before=(), *overrides, points=None):
-    given = config.load("tiny", [*ONE_KEY, *overrides])
-    space = Space.load("tokenizer", given)
-    database = runner.database(str(out), given.sweep)
-    first = space.known_good(given) if points is None else points
-    return runner._Proposals(space, START, given.sweep, database, before, first, "sft-a")
-
-
-def record(top_k, green, number=0, seed=5):
-    point = START.model_copy(update={"params": {"model.tokenizer.top_k": top_k}, "seed": seed})
-    metrics = {} if green is None else {"green": green}
-    return Trial(
-        id=f"t{number}", number=number, point=point, status="failed" if green is None else "done", metrics=metrics
-    )
-
-
-def test_known_good_points_come_first(tmp_path):
-    search = proposals(tmp_path, (), "sweep.first=[{model.tokenizer.top_k: 16}]")
-    proposed = [search.suggest(f"trial-{i}")["point"]["params"]["model.tokenizer.top_k"] for i in range(2)]
-    assert proposed == [8, 16]
-
-
-def test_the_same_proposal_again_is_the_next_seed(tmp_path):
-    search = proposals(tmp_path, (), points=[])
-    seeds = {}
-    for i in range(12):
-        point = search.suggest(f"trial-{i}")["point"]
-        seeds.setdefault(point["params"]["model.tokenizer.top_k"], []).append(point["seed"])
-    assert all(given == list(range(5, 5 + len(given))) for given in seeds.values())
-    assert max(map(len, seeds.values())) > 1
-
-
-def test_an_interrupted_proposal_is_made_again_and_a_recorded_one_is_not(tmp_path):
-    search = proposals(tmp_path, points=[{"model.tokenizer.top_k": top_k} for top_k in (8, 16)])
-    first, second = (search.suggest(f"trial-{i}")["point"] for i in range(2))
-    search.on_trial_complete("trial-0", {"green": 0.3})
-    ended = record(first["params"]["model.tokenizer.top_k"], 0.3)
-    again = proposals(tmp_path, [ended])
-    point = again.suggest("trial-2")["point"]
-    assert point["params"] == second["params"]
-    assert len(again._ot_study.trials) == 3  # the finished one is not told twice
-
-
-def test_a_proposal_that_was_only_half_made_is_let_go(tmp_path):
-    two = "sweep.space.model.tokenizer.queries={choice: [2, 4]}"
-    first = proposals(tmp_path, (), two, points=[])
-    key, distribution = next(iter(first.space.distributions().items()))
-    first._ot_study.ask().suggest_categorical(key, distribution.choices)  # as a kill leaves it: one value of two
-    sound = {"model.tokenizer.top_k": 16, "model.tokenizer.queries": 2}
-    again = proposals(tmp_path, (), two, points=[sound])
-    assert again.suggest("trial-0")["point"]["params"] == sound
-
-
-def test_a_study_that_is_gone_is_made_anew_from_the_records(tmp_path):
-    before = [record(4, 0.1), record(8, 0.4, 1), record(16, None, 2)]
-    study = proposals(tmp_path, before)._ot_study
-    assert [trial.value for trial in study.trials] == [0.1, 0.4, None]
-    assert study.best_trial.params == {"model.tokenizer.top_k": "8"}
-
-
-def test_what_cannot_be_trained_ranks_last_in_the_search(tmp_path):
-    search = proposals(tmp_path)
-    search.suggest("trial-0")
-    search.on_trial_result("trial-0", {"status": "infeasible", "why": "out of memory"})
-    search.on_trial_complete("trial-0", {"status": "infeasible", "why": "out of memory"})
-    assert search._ot_study.trials[0].state.name == "PRUNED"
-
-
-def test_a_grid_is_every_combination_once(tmp_path):
-    given = config.load("tiny", ONE_KEY)
-    space = Space.load("tokenizer", given)
-    search = proposals(tmp_path, (), "sweep.search=grid", points=space.grid())
-    proposed = [search.suggest(f"trial-{i}")["point"]["params"]["model.tokenizer.top_k"] for i in range(3)]
-    assert sorted(proposed) == [4, 8, 16]
-
-
-def test_a_database_that_is_none_is_a_mistake():
-    with pytest.raises(UserError, match=r"sweep\.storage"):
-        runner.database("s3://bucket/out", config.load("tiny", ["sweep.storage=nonsense://here"]).sweep)
+SPACE = Space({"model.tokenizer.top_k": Domain(choice=(4, 8, 16))})
 
 
 def nodes(monkeypatch, *resources):
-    found = [{"Alive": True, "Resources": each} for each in resources]
-    monkeypatch.setattr(ray, "nodes", lambda: found)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": each} for each in resources])
 
 
 @pytest.mark.parametrize(
     ("workers", "cpus", "gpus", "expected"),
-    [(1, 1, 0, 12), (0, 2, 0, 6), (2, 3, 0, 1), (1, 1, 0.25, 8), (2, 1, 2, 1)],
+    [(0, 4, 0, 3), (1, 4, 0, 3), (2, 2, 0, 3), (3, 4, 0, 1), (1, 1, 0.5, 4), (1, 1, 1, 2), (4, 1, 2, 1)],
 )
 def test_as_many_trials_as_their_workers_fit_the_nodes(monkeypatch, workers, cpus, gpus, expected):
     nodes(monkeypatch, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0})
-    given = config.load(
-        "tiny",
-        [f"sweep.workers_per_trial={workers}", f"sweep.gpus_per_trial={gpus}", f"sft.cpus_per_worker={cpus}"],
-    )
+    sets = [f"sweep.workers_per_trial={workers}", f"sweep.gpus_per_trial={gpus}", f"sft.cpus_per_worker={cpus}"]
+    given = config.load("tiny", [*sets, "sweep.max_concurrent=null"])
     assert runner.concurrency(given.sft, given.sweep) == expected
+    capped = config.load("tiny", [*sets, "sweep.max_concurrent=2"])
+    assert runner.concurrency(capped.sft, capped.sweep) == min(expected, 2)
 
 
 def test_a_worker_that_fits_no_node_is_refused_though_the_cluster_has_as_much(monkeypatch):
@@ -129,15 +46,91 @@ def test_trials_that_would_shard_their_model_are_refused_before_the_first():
         runner.concurrency(given.dpo, given.sweep)
 
 
-def test_asha_ends_no_trial_at_its_last_measurement():
-    plan = runner.Plan(stage="sft", experiment={}, out="", watch=runner_watch(4), identity="")
-    scheduler = runner._scheduler(plan, config.load("tiny", ["sweep.objective=[visual_tokens,green]"]).sweep)
-    assert scheduler._metric == "green"
-    assert max(rung for bracket in scheduler._brackets for rung, _ in bracket._rungs) < 4
-    assert not isinstance(runner._scheduler(plan, config.load("tiny", ["sweep.scheduler=none"]).sweep), type(scheduler))
+def test_asha_goes_by_the_first_objective_that_training_improves():
+    scheduler = runner.scheduler(
+        config.load("tiny", ["sweep.objective=[visual_tokens,green]", "sweep.reports=4"]).sweep
+    )
+    assert scheduler.metric == "green"
+    for sets in (["sweep.scheduler=none"], ["sweep.objective=[visual_tokens]"], ["sweep.reports=1"]):
+        assert not isinstance(runner.scheduler(config.load("tiny", sets).sweep), type(scheduler))
 
 
-def runner_watch(times):
-    from mu2llm.stages.job import Watch
+def told(scheduler, trial, values):
+    """What ASHA says to a trial's measurements, one after another."""
+    return [
+        scheduler.on_trial_result(None, trial, {"training_iteration": i, "green": value})
+        for i, value in enumerate(values, 1)
+    ]
 
-    return Watch(times=times)
+
+def test_asha_stops_what_falls_behind_and_ends_no_trial_at_its_last_measurement():
+    sweep = config.load("tiny", ["sweep.objective=[green]", "sweep.reports=4", "sweep.reduction=2"]).sweep
+    scheduler = runner.scheduler(sweep)
+    trials = [SimpleNamespace(trial_id=str(i)) for i in range(6)]
+    for trial in trials:
+        scheduler.on_trial_add(None, trial)
+    good = [told(scheduler, trial, [0.5 + i / 100, 0.6 + i / 100]) for i, trial in enumerate(trials[:4])]
+    assert all(decisions[0] == "CONTINUE" for decisions in good)
+    assert told(scheduler, trials[4], [0.1]) == ["STOP"]
+    assert "STOP" not in told(scheduler, trials[5], [0.9, 0.9])  # 3 is max_t: the fourth measurement ends a trial
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    plan = Plan(
+        **{"kind": "tokenizer", "stage": "sft", "experiment": config.load("tiny").model_dump(mode="json")},
+        **{"data": "D", "init": "C", "shards": "D", "checksum": "0", "out": str(tmp_path), "watch": Watch(times=2)},
+    )
+    return Recorder(plan, Study(database(str(tmp_path)), "s", ["green"], Point(seed=0), SPACE))
+
+
+class Recorder:
+    """Stands where Tune stands."""
+
+    def __init__(self, plan, study):
+        self.plan, self.study, self.shown = plan, study, []
+
+    def trial(self, *results, to_the_end=False, error=None):
+        recorder = runner._Recorder(self.plan, self.study, to_the_end, lambda *shown: self.shown.append(shown))
+        key = str(len(self.study.study.trials))
+        told = runner._Proposals(self.study).suggest(key)
+        trial = SimpleNamespace(trial_id=key, config=told, last_result={}, get_pickled_error=lambda: None)
+        trial.get_error = lambda: error
+        recorder.on_trial_start(0, [], trial)
+        for result in results:
+            trial.last_result = result
+            recorder.on_trial_result(0, [], trial, result)
+        (recorder.on_trial_error if error else recorder.on_trial_complete)(0, [], trial)
+        return next(iter(self.study.trials()[-1:]), None)
+
+
+def test_a_trial_that_came_to_its_end_is_told_from_one_that_was_stopped(recorder):
+    first, last = {"green": 0.1, "step": 3.0, "ended": False}, {"green": 0.2, "step": 6.0, "ended": True}
+    done = recorder.trial(first, {**last, "training_iteration": 2, "pid": 7})
+    assert (done.status, done.metrics) == ("done", {"green": 0.2, "step": 6.0})
+    assert [entry["step"] for entry in done.history] == [3.0, 6.0]
+    assert recorder.trial(last).status == "done"  # fewer steps than measurements
+    assert recorder.trial(first).status == "stopped"
+    assert [old.value for old in recorder.study.study.trials] == [0.2, 0.2, 0.1]
+    assert [number for number, _ in recorder.shown] == [1, 1, 1]
+
+
+def test_a_training_that_time_ended_is_no_result_where_all_must_come_to_their_end(recorder):
+    assert recorder.trial({"green": 0.1, "ended": False}, to_the_end=True) is None
+    assert recorder.study.study.trials[0].state.name == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(RuntimeError("ray.exceptions.OutOfMemoryError: killed"), "infeasible"), (ValueError("a bug\nof two"), "failed")],
+)
+def test_a_trial_whose_process_died_is_recorded_with_the_reason(recorder, error, status):
+    died = recorder.trial({"green": 0.1, "step": 3.0, "ended": False}, error=error)
+    assert died.status == status
+    assert died.why.startswith(type(error).__name__) and "\n" not in died.why
+    assert died.value("green") is None
+
+
+def test_what_a_trial_said_went_wrong_is_recorded(recorder):
+    refused = recorder.trial({"status": "infeasible", "why": "3 heads do not divide 32"})
+    assert (refused.status, refused.why, refused.history) == ("infeasible", "3 heads do not divide 32", [])
