@@ -32,13 +32,23 @@ def free_port() -> int:
 
 
 class Node:
-    """A running `ray start --block` and its children."""
+    """A running `ray start --block` and its children, with ports of its own."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, arguments: list[str], cpus: int, environment: dict[str, str], ip: str = "127.0.0.1") -> None:
         # short: a socket's path may have 107 characters
         self.folder = Path(tempfile.mkdtemp(prefix="mu", dir="/tmp"))
         self.log = self.folder / "start.log"
-        command = [str(RAY), "start", "--block", "--disable-usage-stats", *arguments, "--temp-dir", str(self.folder)]
+        common = [f"--num-cpus={cpus}", f"--node-ip-address={ip}", f"--object-store-memory={200 * 2**20}"]
+        common += ["--min-worker-port=0", "--max-worker-port=0"]  # else all nodes hand out the same ports
+        common += [
+            f"--{name}-port={free_port()}"
+            for name in (
+                *("node-manager", "object-manager", "dashboard-agent-grpc", "dashboard-agent-listen"),
+                "metrics-export",
+            )
+        ]
+        command = [str(RAY), "start", "--block", "--disable-usage-stats", *arguments, *common]
+        command += ["--temp-dir", str(self.folder)]
         with self.log.open("wb") as stream:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True
@@ -102,13 +112,7 @@ class Hosts:
         return self._start([f"--address={self.gcs}"], cpus)
 
     def _start(self, arguments: list[str], cpus: int) -> Node:
-        common = [f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", f"--object-store-memory={200 * 2**20}"]
-        common += ["--min-worker-port=0", "--max-worker-port=0"]  # else all nodes hand out the same ports
-        ports = [
-            f"--{name}-port={free_port()}"
-            for name in ("node-manager", "object-manager", "dashboard-agent-grpc", "dashboard-agent-listen")
-        ]
-        node = Node([*arguments, *common, *ports, f"--metrics-export-port={free_port()}"], self.environment)
+        node = Node(arguments, cpus, self.environment)
         self.nodes.append(node)
         return node
 
