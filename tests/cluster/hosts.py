@@ -16,13 +16,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import requests
 
 ROOT = Path(__file__).parents[2]
 RAY, COMMAND = (Path(sys.executable).parent / name for name in ("ray", "mu2llm"))
-START_S = 120
+GUARD_S = 500  # nothing is expected to take as long
 
 
 def free_port() -> int:
@@ -63,7 +64,7 @@ class Node:
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -117,7 +118,7 @@ class Hosts:
         return node
 
     def _wait_until_up(self) -> None:
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + GUARD_S
         while time.monotonic() < deadline and self.nodes[0].process.poll() is None:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.dashboard_port)) == 0:
@@ -125,19 +126,23 @@ class Hosts:
             time.sleep(0.2)
         raise AssertionError(f"the head did not start: {self.nodes[0].log.read_text()[-3000:]}")
 
-    def wait_for(self, count: int) -> None:
-        """Until so many nodes have joined."""
+    def _get(self, path: str) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.token}"}
-        deadline, alive = time.monotonic() + START_S, 0
-        while time.monotonic() < deadline:
-            told = requests.get(f"{self.address}/api/v0/nodes", headers=headers, timeout=30).json()
-            rows = (told.get("data") or {}).get("result", {}).get("result", [])
+        return requests.get(f"{self.address}/api/{path}", headers=headers, timeout=GUARD_S).json()
+
+    def job(self, id: str) -> dict[str, Any]:
+        """All that the cluster tells of a job: status, entrypoint, metadata, runtime environment."""
+        return self._get(f"jobs/{id}")
+
+    def wait_for(self, count: int) -> None:
+        """Until as many nodes are there, not more and not fewer."""
+        deadline, alive = time.monotonic() + GUARD_S, -1
+        while alive != count:
+            logs = "\n".join(node.log.read_text()[-1000:] for node in self.nodes if node.log.exists())
+            assert time.monotonic() < deadline, f"{alive} nodes are there, not {count}: {logs}"
+            time.sleep(0.2)
+            rows = (self._get("v0/nodes").get("data") or {}).get("result", {}).get("result", [])
             alive = sum(node["state"] == "ALIVE" for node in rows)
-            if alive >= count:
-                return
-            time.sleep(0.5)
-        logs = "\n".join(node.log.read_text()[-1000:] for node in self.nodes)
-        raise AssertionError(f"{alive} of {count} nodes joined: {logs}")
 
     def __exit__(self, *_: object) -> None:
         for node in reversed(self.nodes):
@@ -151,9 +156,7 @@ def user(hosts: Hosts, **environment: str | None) -> dict[str, str]:
     return {name: value for name, value in {**mine, **token, **environment}.items() if value is not None}
 
 
-def mu2llm(
-    hosts: Hosts, *arguments: object, timeout: float = 300, **environment: str | None
-) -> subprocess.CompletedProcess[str]:
+def mu2llm(hosts: Hosts, *arguments: object, **environment: str | None) -> subprocess.CompletedProcess[str]:
     """`mu2llm …` as a user of that cluster runs it, in the checkout."""
     return subprocess.run(
         [COMMAND, *map(str, arguments)],
@@ -161,6 +164,10 @@ def mu2llm(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=timeout,
         check=False,
     )
+
+
+def ingest(scans: Path, out: Path) -> list[object]:
+    """The job, and what it is told."""
+    return ["ingest", "--preset", "tiny", "--manifest", scans / "manifest.jsonl", "--volumes", scans, "--out", out]
