@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -44,9 +45,8 @@ class Server:
                 cwd=self.folder,
                 env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
             )
-        deadline = time.monotonic() + 90
         while not answers(self.uri):
-            assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "server.log").read_text()
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()
             time.sleep(0.2)
 
     def kill(self):
@@ -66,24 +66,26 @@ def server(empty_store, tmp_path, monkeypatch):
     server.kill()
 
 
+@pytest.fixture(autouse=True)
+def senders(monkeypatch):
+    """The threads that have turned to the store."""
+    found, deliver = set(), sender.deliver
+    monkeypatch.setattr(sender, "deliver", lambda uri: found.add(threading.current_thread()) or deliver(uri))
+    return found
+
+
 def log(run, steps):
-    """Logs steps; the longest that one took, in seconds."""
-    longest = 0.0
     for step in steps:
-        began = time.monotonic()
         run.log({"loss": 1 / (step + 1)}, step)
-        longest = max(longest, time.monotonic() - began)
-    return longest
 
 
-def test_work_goes_on_while_the_server_is_down_and_everything_arrives_once_and_in_order(server, caplog, capfd):
-    began = time.monotonic()
+def test_work_goes_on_while_the_server_is_down_and_everything_arrives_once_and_in_order(server, senders, caplog, capfd):
     sweep = tracking.start_stage("sweep", {"trials": 1}, {"data": "s3://b/s", "data_checksum": "abc"})
     with tracking.under(sweep):
         trial = tracking.start_stage("sft", {"seed": 1}, {})
-    assert log(trial, range(20)) < 0.5
+    log(trial, range(20))
     tracking.end_stage(trial, {"checkpoint": "/c/first"})
-    assert time.monotonic() - began < 10  # the imports of MLflow are in it
+    assert threading.main_thread() not in senders  # which goes on with its work
     assert "does not answer" in caplog.text
     with pytest.raises(Failure, match="does not answer"):
         tracking.runs()
@@ -93,17 +95,14 @@ def test_work_goes_on_while_the_server_is_down_and_everything_arrives_once_and_i
     server.start()
     second = tracking.start_stage("dpo", {"seed": 2}, {})
     log(second, range(10))
-    deadline = time.monotonic() + 60
     while tracking.waiting():  # nobody calls anything: the thread that sends has seen the server
-        assert time.monotonic() < deadline
         time.sleep(0.1)
 
     server.kill()
-    assert log(second, range(10, 20)) < 0.5
-    began = time.monotonic()
+    log(second, range(10, 20))
     tracking.end_stage(second, {"checkpoint": "/c/second"})
     tracking.end_stage(sweep, {})
-    assert time.monotonic() - began < 25
+    assert threading.main_thread() not in senders
     waiting = tracking.waiting()
     assert waiting >= 13
     told = CliRunner().invoke(app, ["runs", "sync"])
@@ -126,14 +125,14 @@ def test_work_goes_on_while_the_server_is_down_and_everything_arrives_once_and_i
     assert capfd.readouterr().out == ""  # MLflow would tell where runs can be viewed, in the midst of a command's JSON
 
 
-def test_a_server_that_takes_connections_and_never_answers_slows_nothing(monkeypatch):
+def test_a_server_that_takes_connections_and_never_answers_slows_nothing(monkeypatch, senders):
+    """Only its end waits, as long as it may and no longer: this test would not end."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setitem(sender.FLUSH_S, True, 1.0)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as hanging:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{hanging.getsockname()[1]}")
         run = tracking.start_stage("sft", {}, {})
-        assert log(run, range(50)) < 0.5
-        began = time.monotonic()
+        log(run, range(50))
         tracking.end_stage(run, {})
-        assert time.monotonic() - began < 3
+        assert threading.main_thread() not in senders
         assert tracking.waiting() == 52

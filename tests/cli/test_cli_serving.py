@@ -1,16 +1,11 @@
-"""The commands of the service: what they refuse, keys, the Serve config, and one real start and stop."""
+"""The commands of the service: what they refuse, keys, the Serve config. A real start and stop: tests/serving."""
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 
-import httpx
 import pytest
 import yaml
-from small_service import free_port, wait_until_ready
+from small_service import free_port
 from typer.testing import CliRunner
 
 from mu2llm.cli import app
@@ -73,26 +68,3 @@ def test_a_tracking_servers_password_stays_out_of_the_serve_config(monkeypatch):
         told = run("serve-config", "--preset", "paper").stdout
         assert (store in told) == written
         assert "hunter2" not in told
-
-
-@pytest.mark.slow
-def test_a_service_starts_answers_and_ends(checkpoint, tmp_path):
-    port = free_port()
-    command = [sys.executable, "-c", "from mu2llm.cli import main; main()", "serve"]
-    service = subprocess.Popen(
-        [*command, "--checkpoint", checkpoint, "--port", str(port)],
-        cwd=tmp_path,
-        env={**os.environ, "RAY_ADDRESS": ""},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url)
-        assert httpx.get(f"{url}/readyz", timeout=5).json()["model"]["checkpoint"] == "first"
-        assert httpx.get(url).status_code == 200
-    finally:
-        service.send_signal(signal.SIGTERM)
-        errors = service.communicate(timeout=120)[1]
-    assert service.returncode == 0, errors
-    assert f"{url}/docs" in errors.replace("\n", "")

@@ -1,7 +1,9 @@
-"""A cluster of its own for the tests that send jobs: a head with token authentication, over HTTP."""
+"""A cluster of its own for the tests that send jobs: a head with token authentication, over HTTP, started once."""
 
 import pytest
-from hosts import Hosts
+from hosts import Hosts, ingest, mu2llm
+
+from mu2llm.ct import phantom
 
 SECRET = "s3cr3t-that-must-not-be-seen"
 
@@ -13,9 +15,26 @@ def secret():
 
 
 @pytest.fixture(scope="session")
-def head(tmp_path_factory):
-    """A running head of two CPUs."""
-    store = f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mu2llm.db"
-    with Hosts(2, {"AWS_SECRET_ACCESS_KEY": SECRET, "MLFLOW_TRACKING_URI": store}) as hosts:
+def head(tmp_path_factory, empty_store):
+    """A running head of two CPUs, and whoever joins it."""
+    environment = {"AWS_SECRET_ACCESS_KEY": SECRET, "MLFLOW_TRACKING_URI": f"sqlite:///{empty_store}"}
+    with Hosts(2, environment) as hosts:
         hosts.wait_for(1)
         yield hosts
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory):
+    """A folder of 24 phantoms with their manifest, which all nodes share: they are one machine."""
+    folder = tmp_path_factory.mktemp("scans")
+    phantom.write(str(folder), 24, 0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ingested(head, scans, tmp_path_factory):
+    """(shards, the finished `mu2llm submit ingest` that wrote them)."""
+    shards = tmp_path_factory.mktemp("ingested") / "shards"
+    done = mu2llm(head, "submit", *ingest(scans, shards), "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return shards, done

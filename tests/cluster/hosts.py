@@ -16,13 +16,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import requests
 
 ROOT = Path(__file__).parents[2]
 RAY, COMMAND = (Path(sys.executable).parent / name for name in ("ray", "mu2llm"))
-START_S = 120
+GUARD_S = 500  # nothing is expected to take as long
 
 
 def free_port() -> int:
@@ -32,13 +33,23 @@ def free_port() -> int:
 
 
 class Node:
-    """A running `ray start --block` and its children."""
+    """A running `ray start --block` and its children, with ports of its own."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, arguments: list[str], cpus: int, environment: dict[str, str], ip: str = "127.0.0.1") -> None:
         # short: a socket's path may have 107 characters
         self.folder = Path(tempfile.mkdtemp(prefix="mu", dir="/tmp"))
         self.log = self.folder / "start.log"
-        command = [str(RAY), "start", "--block", "--disable-usage-stats", *arguments, "--temp-dir", str(self.folder)]
+        common = [f"--num-cpus={cpus}", f"--node-ip-address={ip}", f"--object-store-memory={200 * 2**20}"]
+        common += ["--min-worker-port=0", "--max-worker-port=0"]  # else all nodes hand out the same ports
+        common += [
+            f"--{name}-port={free_port()}"
+            for name in (
+                *("node-manager", "object-manager", "dashboard-agent-grpc", "dashboard-agent-listen"),
+                "metrics-export",
+            )
+        ]
+        command = [str(RAY), "start", "--block", "--disable-usage-stats", *arguments, *common]
+        command += ["--temp-dir", str(self.folder)]
         with self.log.open("wb") as stream:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True
@@ -53,7 +64,7 @@ class Node:
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -102,18 +113,12 @@ class Hosts:
         return self._start([f"--address={self.gcs}"], cpus)
 
     def _start(self, arguments: list[str], cpus: int) -> Node:
-        common = [f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", f"--object-store-memory={200 * 2**20}"]
-        common += ["--min-worker-port=0", "--max-worker-port=0"]  # else all nodes hand out the same ports
-        ports = [
-            f"--{name}-port={free_port()}"
-            for name in ("node-manager", "object-manager", "dashboard-agent-grpc", "dashboard-agent-listen")
-        ]
-        node = Node([*arguments, *common, *ports, f"--metrics-export-port={free_port()}"], self.environment)
+        node = Node(arguments, cpus, self.environment)
         self.nodes.append(node)
         return node
 
     def _wait_until_up(self) -> None:
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + GUARD_S
         while time.monotonic() < deadline and self.nodes[0].process.poll() is None:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.dashboard_port)) == 0:
@@ -121,19 +126,23 @@ class Hosts:
             time.sleep(0.2)
         raise AssertionError(f"the head did not start: {self.nodes[0].log.read_text()[-3000:]}")
 
-    def wait_for(self, count: int) -> None:
-        """Until so many nodes have joined."""
+    def _get(self, path: str) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.token}"}
-        deadline, alive = time.monotonic() + START_S, 0
-        while time.monotonic() < deadline:
-            told = requests.get(f"{self.address}/api/v0/nodes", headers=headers, timeout=30).json()
-            rows = (told.get("data") or {}).get("result", {}).get("result", [])
+        return requests.get(f"{self.address}/api/{path}", headers=headers, timeout=GUARD_S).json()
+
+    def job(self, id: str) -> dict[str, Any]:
+        """All that the cluster tells of a job: status, entrypoint, metadata, runtime environment."""
+        return self._get(f"jobs/{id}")
+
+    def wait_for(self, count: int) -> None:
+        """Until as many nodes are there, not more and not fewer."""
+        deadline, alive = time.monotonic() + GUARD_S, -1
+        while alive != count:
+            logs = "\n".join(node.log.read_text()[-1000:] for node in self.nodes if node.log.exists())
+            assert time.monotonic() < deadline, f"{alive} nodes are there, not {count}: {logs}"
+            time.sleep(0.2)
+            rows = (self._get("v0/nodes").get("data") or {}).get("result", {}).get("result", [])
             alive = sum(node["state"] == "ALIVE" for node in rows)
-            if alive >= count:
-                return
-            time.sleep(0.5)
-        logs = "\n".join(node.log.read_text()[-1000:] for node in self.nodes)
-        raise AssertionError(f"{alive} of {count} nodes joined: {logs}")
 
     def __exit__(self, *_: object) -> None:
         for node in reversed(self.nodes):
@@ -147,9 +156,7 @@ def user(hosts: Hosts, **environment: str | None) -> dict[str, str]:
     return {name: value for name, value in {**mine, **token, **environment}.items() if value is not None}
 
 
-def mu2llm(
-    hosts: Hosts, *arguments: object, timeout: float = 300, **environment: str | None
-) -> subprocess.CompletedProcess[str]:
+def mu2llm(hosts: Hosts, *arguments: object, **environment: str | None) -> subprocess.CompletedProcess[str]:
     """`mu2llm …` as a user of that cluster runs it, in the checkout."""
     return subprocess.run(
         [COMMAND, *map(str, arguments)],
@@ -157,6 +164,10 @@ def mu2llm(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=timeout,
         check=False,
     )
+
+
+def ingest(scans: Path, out: Path) -> list[object]:
+    """The job, and what it is told."""
+    return ["ingest", "--preset", "tiny", "--manifest", scans / "manifest.jsonl", "--volumes", scans, "--out", out]

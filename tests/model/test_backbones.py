@@ -6,7 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from small_models import QUESTION, TEXTS, experiment, scans
+from small_models import QUESTION, TEXTS, experiment, scans, unreached
 from transformers import AutoModelForCausalLM, GPT2Config, PhiConfig, Qwen3Config
 from transformers.trainer_utils import validate_quantization_for_training
 
@@ -79,8 +79,9 @@ def test_a_spare_row_of_the_table_becomes_the_placeholders(tmp_path):
 def test_trains_generates_saves_and_loads(on_backbone, tmp_path):
     _, model, processor = on_backbone
     inputs, volumes = processor.encode([QUESTION] * 2, TEXTS), scans(2)
-    model.train()(**inputs, volumes=volumes).loss.backward()
-    assert model.lm_head.weight.grad.abs().sum() > 0
+    model.double().train()(**inputs, volumes=volumes).loss.backward()
+    assert "lm_head.weight" not in unreached(model)
+    model.float()
     asked = processor.encode([QUESTION] * 2)
     written = model.eval().generate(**asked, volumes=volumes, max_new_tokens=4, do_sample=False)
     model.save_pretrained(tmp_path / "saved")
@@ -235,6 +236,7 @@ def test_smollm2_from_its_wheel():
     assert "Paris" in processor.tokenizer.decode(model.eval().generate(ids, max_new_tokens=3, do_sample=False)[0])
     inputs = processor.encode([QUESTION], ["No pleural effusion."])
     model.freeze_language_model()  # its own gradients would take most of the time
-    loss = model.train()(**inputs, volumes=scans(1)).loss
-    loss.backward()
-    assert loss.isfinite() and model.model.mu2_tokenizer.queries.grad.abs().sum() > 0
+    model.train()(**inputs, volumes=scans(1)).loss.backward()
+    reached = {name: p.grad.abs().max() for name, p in model.named_parameters() if p.grad is not None}
+    queries = reached["model.mu2_tokenizer.queries"]
+    assert queries > 1e-5 * max(reached.values())  # float32: float64 is slow here

@@ -1,11 +1,20 @@
 """One service for all serving tests, over real HTTP, on the Ray that all tests share."""
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import httpx
 import pytest
-from small_service import PATIENT, PATIENT_ID, STUDY, free_port, wait_until_ready
+import ray
+from ray import serve
+from small_service import GUARD_S, PATIENT, PATIENT_ID, STUDY, free_port, url_of, wait_until_ready
 from small_writer import FIRST, write_checkpoint
 
-from mu2llm.settings.serving import ServingConfig
+from mu2llm import config
 
 
 @pytest.fixture(scope="session")
@@ -14,44 +23,61 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def places(tmp_path_factory):
-    """Folders of the service: its state, kept scans, and one that clients may name by URI."""
+def places(tmp_path_factory, empty_store):
+    """Folders of the service: its state, kept scans, one that clients may name by URI; its tracking store."""
     root = tmp_path_factory.mktemp("service")
     for name in ("state", "kept", "allowed"):
         (root / name).mkdir()
+    shutil.copy(empty_store, root / "tracking.db")
     return root
 
 
 @pytest.fixture(scope="session")
-def settings(checkpoint, places):
-    from mu2llm.serving.app import Settings
-
-    serving = ServingConfig(
-        state=str(places / "state"),
-        keep_scans=str(places / "kept"),
-        allowed_uris=(f"file://{places}/allowed",),
-        max_body_mb=64,
-        max_queued_requests=16,
-        reading_seconds=60,
-        registry_seconds=1,
-        drain_seconds=10,
-    )
-    return Settings(checkpoint=checkpoint, tracking=f"sqlite:///{places}/tracking.db", loopback=True, serving=serving)
+def overrides(places):
+    """What `--set` says of the service."""
+    return [
+        f"serving.state={places}/state",
+        f"serving.keep_scans={places}/kept",
+        f"serving.allowed_uris=['file://{places}/allowed']",
+        "serving.max_body_mb=64",
+        "serving.max_queued_requests=16",
+        "serving.reading_seconds=60",
+        "serving.registry_seconds=1",
+        "serving.drain_seconds=10",
+    ]
 
 
 @pytest.fixture(scope="session")
-def service(ray_cluster, settings):
-    """The address of the running, ready service."""
-    from mu2llm.serving.running import running
+def settings(checkpoint, places, overrides):
+    from mu2llm.serving.app import Settings
 
-    with running(settings, "127.0.0.1", free_port()) as url:
-        wait_until_ready(url)
+    given = config.load("demo", overrides)
+    tracking = f"sqlite:///{places}/tracking.db"
+    return Settings(checkpoint=checkpoint, tracking=tracking, loopback=True, serving=given.serving, judge=given.judge)
+
+
+@pytest.fixture(scope="session")
+def service(ray_cluster, settings, overrides):
+    """The address of the running, ready service: one `mu2llm serve` for all tests, ended as an operator ends it."""
+    port, address = free_port(), ray.get_runtime_context().gcs_address
+    command = [Path(sys.executable).parent / "mu2llm", "serve", "--checkpoint", settings.checkpoint]
+    command += ["--port", str(port), "--address", address, *(word for each in overrides for word in ("--set", each))]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": settings.tracking}
+    running, url = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True), url_of(port)
+    try:
+        wait_until_ready(url, running)
         yield url
+    finally:
+        running.send_signal(signal.SIGTERM)
+        told = running.communicate()[1]
+    assert running.returncode == 0, told
+    assert f"{url}/docs" in told.replace("\n", "")
+    assert not serve.status().applications and ray.is_initialized()  # the Ray that was there before is left alone
 
 
 @pytest.fixture
 def client(service):
-    with httpx.Client(base_url=service, timeout=120) as made:
+    with httpx.Client(base_url=service, timeout=GUARD_S) as made:
         yield made
 
 

@@ -3,13 +3,12 @@
 import asyncio
 import json
 import threading
-import time
 
 import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
-from small_service import PATIENT, PATIENT_ID
+from small_service import PATIENT, PATIENT_ID, wait_for
 from small_writer import FIRST
 from test_reports import post, zipped
 
@@ -81,14 +80,16 @@ def test_corrections_that_belong_nowhere(client, phantom):
     assert client.post("/v1/corrections", json={"id": made["id"], "edited": FIRST}).json()["pair"] is False
 
 
-def wait_for(client, job, seconds=60):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        told = client.get(f"/v1/jobs/{job}").json()
-        if told["status"] in ("done", "failed"):
-            return told
-        time.sleep(0.1)
-    raise TimeoutError(told)
+def ended(client, job):
+    """What is told of a job that is done or has failed."""
+    told = {}
+
+    def over():
+        told.update(client.get(f"/v1/jobs/{job}").json())
+        return told["status"] in ("done", "failed")
+
+    wait_for(over, f"the end of job {job}")
+    return told
 
 
 @pytest.mark.slow
@@ -97,15 +98,13 @@ def test_jobs(client, phantom, dicom, places):
     assert answer.status_code == 202 and answer.json()["status"] == "queued"
     assert answer.headers["location"] == f"/v1/jobs/{answer.json()['id']}"
     bad = client.post("/v1/jobs", files={"scan": ("a.dcm", dicom[0])}).json()
-    done, failed = wait_for(client, answer.json()["id"]), wait_for(client, bad["id"])
+    done, failed = ended(client, answer.json()["id"]), ended(client, bad["id"])
     assert done["status"] == "done" and done["report"]["report"] == FIRST and done["attempts"] == 1
     assert done["report"]["saliency"]["sentences"]
     assert failed["status"] == "failed" and failed["problem"]["code"] == "single_slice"
     assert client.get("/v1/jobs/" + "0" * 32).status_code == 404
-    deadline = time.monotonic() + 5
-    while any((places / "state" / "uploads").rglob("0*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(path.is_file() for path in (places / "state" / "uploads").rglob("*"))
+    uploads = places / "state" / "uploads"
+    wait_for(lambda: not any(path.is_file() for path in uploads.rglob("*")), "the deletion of what was uploaded")
 
 
 @pytest.mark.slow

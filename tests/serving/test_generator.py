@@ -203,9 +203,8 @@ def test_a_registry_that_failed_once_is_asked_again(checkpoint, tmp_path, monkey
 
     async def use(generator):
         before = await generator.status()
-        deadline = asyncio.get_running_loop().time() + 20
-        while not (await generator.status()).ready and asyncio.get_running_loop().time() < deadline:
+        while not (await generator.status()).ready:
             await asyncio.sleep(0.1)
-        return before.ready, (await generator.status()).ready
+        return before.ready
 
-    assert with_generator("registry://mu2llm@champion", tmp_path, use) == (False, True)
+    assert not with_generator("registry://mu2llm@champion", tmp_path, use)

@@ -335,7 +335,7 @@ class SlowJudge:
     def judge(self, pairs):
         self.now += 1
         self.most = max(self.most, self.now)
-        self.go_on.wait(10)
+        self.go_on.wait()
         self.now -= 1
         return []
 
@@ -345,7 +345,8 @@ def test_a_judge_is_asked_by_one_at_a_time_and_no_more_wait_than_may():
         scorer = GreenScorer({}, max_ongoing_requests=3)
         scorer.judge = judge = SlowJudge()
         asked = [asyncio.create_task(scorer.score([])) for _ in range(5)]
-        await asyncio.sleep(0.1)
+        while judge.now == 0 or sum(each.done() for each in asked) < 2:
+            await asyncio.sleep(0.01)
         assert await scorer.answers() and scorer.waiting == 3
         judge.go_on.set()
         return judge.most, await asyncio.gather(*asked)
