@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from mu2llm import tracking
@@ -61,7 +62,7 @@ def table(summary: dict[str, Any]) -> Table:
     shown.add_row("distinct reports", *(f"{summary[run]['distinct_reports']:.2f}" for run in ("sft", "dpo")), "")
     for run in ("sft", "dpo"):
         if not summary[run]["audits"]["passed"]:
-            shown.add_row(f"[red]{run}: {'; '.join(summary[run]['audits']['reasons'])}[/]")
+            shown.add_row(f"[red]{run}: {escape('; '.join(summary[run]['audits']['reasons']))}[/]")
     alias = summary["registered"]["alias"]
     best = f"registered {summary['registered']['run']} as version {summary['registered']['version']}"
     shown.caption = (

@@ -69,6 +69,15 @@ def language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         raise UserError(f"language model {name!r}: {_first_line(error)}") from error
 
 
+def tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model alone; errors are those of `language_model`."""
+    place, options = _locate(name)
+    try:
+        return AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"language model {name!r}: {_first_line(error)}") from error
+
+
 def language_config(name: str) -> PreTrainedConfig:
     """The configuration alone, for sizes; of the presets' backbones it is known without their weights."""
     if name in _KNOWN:

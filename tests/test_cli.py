@@ -47,7 +47,7 @@ def test_inspect_lists_scans_in_the_order_given(scan, tmp_path):
 
 
 def test_labels_and_parse_read_lines_and_print_a_bare_list():
-    given = run("labels", "--json", stdin='{"text": "Bilateral pleural effusion."}\n')
+    given = run("labels", "--json", stdin='\ufeff{"text": "Bilateral pleural effusion."}\n')
     assert json.loads(given.stdout)[0]["Pleural effusion"] == 1
     errors = "\n".join(f"({letter}) Kind: {int(letter == 'a')}." for letter in "abcdef")
     answer = f"[Clinically Significant Errors]:\n{errors}\n\n[Clinically Insignificant Errors]:\n{errors}\n\n"
@@ -59,10 +59,10 @@ def test_labels_and_parse_read_lines_and_print_a_bare_list():
 def test_green_score(tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     rows = [{"reference": "Left pleural effusion.", "candidate": text} for text in ("Left pleural effusion.", "")]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs.write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     scored = json.loads(run("green", "score", "--pairs", pairs, "--judge", "rules", "--json").stdout)
-    assert [result["score"] for result in scored["results"]] == [1.0, None]
-    assert (scored["n_valid"], scored["n_invalid"]) == (1, 1)
+    assert [result["score"] for result in scored["results"]] == [1.0, 0.0]
+    assert (scored["n_valid"], scored["n_invalid"]) == (2, 0)
 
 
 def test_dry_run_writes_nothing(tmp_path):

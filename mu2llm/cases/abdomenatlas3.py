@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from mu2llm.cases.names import is_nothing
 from mu2llm.cases.rows import clean, number, read_folder, unused
 from mu2llm.cases.table import CaseTable
 from mu2llm.cases.volumes import Volumes
@@ -20,8 +21,9 @@ COUNT = re.compile(r"number of (.+ (?:lesion|tumor|cyst|PDAC)) instances")
 def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> Iterator[Case]:
     """`manifest` is one table or a folder of them: rows of one `BDMAP ID` are put together.
 
-    The report is the first there is of the fused narrative, narrative, fused structured and structured ones and the
-    notes. Counts of lesions become labels (any or none).
+    Of values that contradict each other the first stays, and is noted. The report is the first there is of the fused
+    narrative, narrative, fused structured and structured ones and the notes. Counts of lesions become labels (any or
+    none).
     """
     scans: dict[str, dict[str, str]] = {}
     for uri, rows in read_folder(manifest, table).items():
@@ -32,7 +34,11 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
         table.note("unknown_columns", unused(rows, (NAME, *REPORTS, *counted)))
         for place, row in enumerate(rows, 1):
             if identity := row[NAME].strip():
-                scans.setdefault(identity, {}).update({name: value for name, value in row.items() if value})
+                known = scans.setdefault(identity, {})
+                values = {name: value for name, value in row.items() if not is_nothing(value)}
+                if any(known.get(name, value) != value for name, value in values.items()):
+                    table.note("duplicate_id", [identity])
+                scans[identity] = {**values, **known}
             else:
                 table.note("invalid_row", [f"{uri} row {place}"])
     if not scans:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from mu2llm import storage
+from mu2llm.cases.names import is_nothing, name_of
 from mu2llm.cases.rows import compose, number, read_folder, unused
 from mu2llm.cases.table import CaseTable
 from mu2llm.cases.volumes import Volumes
@@ -26,10 +27,10 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
     """`manifest` is a folder with the tables, or the table of reports with the others beside it.
 
     One reconstruction a scan (the first that is there), all with `data.reconstructions=all`. Slope and intercept of
-    the metadata go into `rescale`; train and valid volumes keep their split.
+    the metadata go into `rescale`; train and valid volumes keep their split. Of rows that name one volume the first
+    counts, the others are noted.
     """
     reports, metadata, labels = _tables(manifest, table)
-    table.counts["rows"] = len(reports)
     chosen = list(reports) if data.reconstructions == "all" else _one_each(reports, found, table)
     for name in chosen:
         identity = name.removesuffix(".nii.gz")
@@ -59,24 +60,33 @@ def _tables(manifest: str, table: CaseTable) -> tuple[Rows, dict[str, tuple[floa
     reports: Rows = {}
     metadata: dict[str, tuple[float, float]] = {}
     labels: Rows = {}
+    counted = 0
     for uri, rows in beside.items():
         columns = rows[0]
         if NAME in columns and FINDINGS in columns:
             if uri in named:
-                reports.update((row[NAME], row) for row in rows if row[NAME])
+                for row in rows:
+                    if is_nothing(row[NAME]):
+                        table.note("invalid_row", [f"{uri}: a row without {NAME}"])
+                    elif reports.setdefault(name_of(row[NAME]), row) is not row:
+                        table.note("duplicate_id", [name_of(row[NAME])])
+                counted += len(rows)
                 table.note("unknown_columns", unused(rows, (NAME, FINDINGS, IMPRESSION)))
         elif NAME in columns and SLOPE in columns:
             for row in rows:
                 slope, intercept = number(row[SLOPE]), number(row.get(INTERCEPT))
                 if slope and intercept is not None:
-                    metadata[row[NAME]] = (slope, intercept)
+                    name = name_of(row[NAME])
+                    if metadata.setdefault(name, (slope, intercept)) != (slope, intercept):
+                        table.note("duplicate_id", [name])
             table.note("unknown_columns", unused(rows, (NAME, SLOPE, INTERCEPT)))
         elif NAME in columns and A_LABEL in columns:
-            labels.update((row.pop(NAME), row) for row in rows)
+            labels.update((name_of(row.pop(NAME)), row) for row in rows)
         else:
             table.note("unknown_files", [uri])
     if not reports:
         raise UserError(f"manifest {manifest}: no CT-RATE table of reports (columns {NAME} and {FINDINGS})")
+    table.counts["rows"] = counted
     return reports, metadata, labels
 
 

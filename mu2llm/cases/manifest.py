@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from mu2llm import storage
 from mu2llm.cases import abdomenatlas3, amos_mm, ct_rate, m3d_cap
+from mu2llm.cases.names import is_nothing, name_of, split_of
 from mu2llm.cases.rows import read_csv, read_json_lines, read_parquet, unused
 from mu2llm.cases.table import CaseTable, assign_splits
 from mu2llm.cases.volumes import Volumes
@@ -22,7 +23,6 @@ from mu2llm.errors import UserError
 from mu2llm.records import Case
 from mu2llm.settings.data import DataConfig
 
-SPLIT_NAMES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
 NESTED = [field.name for field in Case.arrow_schema if field.metadata]
 
 
@@ -61,41 +61,67 @@ def _counted(table: CaseTable) -> str:
 
 
 def _distinct(table: CaseTable, cases: Iterable[Case]) -> Iterator[Case]:
-    seen: set[str] = set()
+    """Cases with different ids; patients that differ in the case of letters alone become one."""
+    seen: dict[str, str] = {}
+    patients: dict[str, str] = {}
     for case in cases:
-        if case.id in seen:
-            table.reject(case.volume, "duplicate_id", f"an earlier row has the id {case.id}", case.id)
-        else:
-            seen.add(case.id)
+        if first := seen.get(case.id.casefold()):
+            table.reject(case.volume, "duplicate_id", f"an earlier row has the id {first}", case.id)
+            continue
+        seen[case.id.casefold()] = case.id
+        patient = patients.setdefault(case.patient.casefold(), case.patient)
+        if patient == case.patient:
             yield case
+        else:
+            table.note("patient_spelling", [f"{case.patient} ({patient})"])
+            yield case.model_copy(update={"patient": patient})
 
 
 def _own(rows: list[dict[str, Any]], manifest: str, found: Volumes, table: CaseTable) -> Iterator[Case]:
     """Rows of our own manifest → cases."""
+    rows = [{_column(name): value for name, value in row.items()} for row in rows]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if columns and not {"id", "volume"} <= set(columns):
+        wanted = ", ".join(name for name in ("id", "volume") if name not in columns)
+        raise UserError(
+            f"manifest {manifest} has no column {wanted}; it has {', '.join(columns)}; wanted are id, patient, volume, "
+            "report and what the documentation lists"
+        )
     table.counts["rows"] = len(rows)
     table.note("unknown_columns", unused(rows, Case.model_fields))
     for number, row in enumerate(rows, 1):
         try:
-            yield _own_case(row, manifest, found)
+            yield _own_case(row, manifest, found, table)
         except ValueError as error:
-            name = str(row.get("id") or f"row {number}")
+            name = name_of(row.get("id") or f"row {number}")
             table.reject(str(row.get("volume") or manifest), "invalid_row", f"row {number}: {_why(error)}", name)
 
 
-def _own_case(row: dict[str, Any], manifest: str, found: Volumes) -> Case:
-    values = {name: value for name, value in row.items() if name in Case.model_fields and value not in (None, "")}
+def _column(name: str) -> str:
+    """A column's name; ours in any case."""
+    plain = name.strip().lower()
+    return plain if plain in Case.model_fields else name
+
+
+def _own_case(row: dict[str, Any], manifest: str, found: Volumes, table: CaseTable) -> Case:
+    values = {name: value for name, value in row.items() if name in Case.model_fields and not is_nothing(value)}
     absent = [name for name in ("id", "volume") if name not in values]
     if absent:
         raise ValueError(f"no {' and no '.join(absent)}")
     for name in NESTED:
         if isinstance(values.get(name), str):
             values[name] = json.loads(values[name])
-    values["id"] = str(values["id"])
+    mended = [name for name in ("id", "patient") if name in values and name_of(values[name]) != str(values[name])]
+    values["id"] = name_of(values["id"])
     if "split" in values:
-        values["split"] = SPLIT_NAMES.get(str(values["split"]).lower(), values["split"])
-    values["patient"] = str(values.get("patient", values["id"]))
-    values["volume"] = found.name(str(values["volume"]))
-    return Case.model_validate({"report": "", "source": manifest, **values})
+        values["split"] = split_of(values["split"])
+    if "patient" in row and "patient" not in values:
+        table.note("no_patient", [values["id"]])
+    values["patient"] = name_of(values.get("patient", values["id"]))
+    values["volume"] = found.name(str(values["volume"]).strip())
+    case = Case.model_validate({"report": "", "source": manifest, **values})
+    table.note("name_mended", [f"{name} {values[name]}" for name in mended])
+    return case
 
 
 def _why(error: ValueError) -> str:
@@ -109,7 +135,7 @@ Format = Callable[[str, Volumes, DataConfig, CaseTable], Iterator[Case]]
 FORMATS: dict[str, Format] = {
     "jsonl": lambda manifest, found, _, table: _own(read_json_lines(manifest, table), manifest, found, table),
     "csv": lambda manifest, found, _, table: _own(list(read_csv(manifest, table)), manifest, found, table),
-    "parquet": lambda manifest, found, _, table: _own(read_parquet(manifest), manifest, found, table),
+    "parquet": lambda manifest, found, _, table: _own(read_parquet(manifest, table), manifest, found, table),
     "ct-rate": ct_rate.cases,
     "amos-mm": amos_mm.cases,
     "abdomenatlas3": abdomenatlas3.cases,

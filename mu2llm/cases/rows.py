@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -14,16 +15,19 @@ from typing import Any
 import pyarrow as pa
 
 from mu2llm import storage
+from mu2llm.cases.names import is_nothing
 from mu2llm.cases.table import CaseTable
 from mu2llm.errors import UserError
 
 READERS = 16  # small files read at once
-NOTHING = {"", "not given.", "not given", "nan", "none", "n/a"}
+DELIMITERS = ",;\t|"
 
 
 def read_text(uri: str, table: CaseTable) -> str:
-    """A text file; what is not UTF-8 is read as Windows-1252, and noted."""
+    """A text file, with or without a byte order mark; what is not UTF-8 is read as Windows-1252, and noted."""
     raw = storage.read_bytes(uri)
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return raw.decode("utf-16", errors="replace")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -45,10 +49,30 @@ def read_texts(uris: list[str], table: CaseTable) -> list[str | None]:
 
 
 def read_csv(uri: str, table: CaseTable) -> list[dict[str, str]]:
-    """Rows of a CSV file, also with line breaks in fields; cells that are missing are empty."""
+    """Rows of a CSV file, also with line breaks in fields; cells that are missing are empty.
+
+    Fields are parted by what parts the header: commas, semicolons, tabs or bars. Rows without any value are noted and
+    left out; cells beyond the header are noted.
+    """
     csv.field_size_limit(2**24)
-    rows = csv.DictReader(io.StringIO(read_text(uri, table), newline=""), restval="")
-    return [{name: value for name, value in row.items() if name} for row in rows]
+    text = read_text(uri, table).lstrip("\ufeff\r\n")
+    if marked := re.match(r"sep=(.)\r?\n", text):  # Excel's own mark
+        text = text[marked.end() :]
+    header = text.split("\n", 1)[0]
+    delimiter = (
+        marked[1] if marked else max(DELIMITERS, key=lambda each: len(next(csv.reader([header], delimiter=each), ())))
+    )
+    reader = csv.DictReader(io.StringIO(text, newline=""), restval="", delimiter=delimiter, skipinitialspace=True)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    rows = []
+    for number, row in enumerate(reader, 1):
+        if any(cell.strip() for cell in row.pop(None, ())):  # type: ignore[call-overload]
+            table.note("extra_cells", [f"row {number}"])
+        if any(value.strip() for value in row.values()):
+            rows.append({name: value for name, value in row.items() if name})
+        else:
+            table.note("blank_row", [f"row {number}"])
+    return rows
 
 
 def read_json_lines(uri: str, table: CaseTable) -> list[dict[str, Any]]:
@@ -65,13 +89,15 @@ def _object(line: str) -> dict[str, Any]:
     return row if isinstance(row, dict) else {}
 
 
-def read_parquet(uri: str) -> list[dict[str, Any]]:
-    """Rows of a Parquet file; a UserError where it is none."""
+def read_parquet(uri: str, table: CaseTable) -> list[dict[str, Any]]:
+    """Rows of a Parquet file, those without any value left out and noted; a UserError where it is none."""
     try:
         rows: list[dict[str, Any]] = storage.read_table(uri).to_pylist()
     except pa.ArrowInvalid as error:
         raise UserError(f"manifest {uri} is not Parquet: {str(error).splitlines()[0]}") from None
-    return rows
+    blank = [number for number, row in enumerate(rows, 1) if all(is_nothing(value) for value in row.values())]
+    table.note("blank_row", [f"row {number}" for number in blank])
+    return [row for number, row in enumerate(rows, 1) if number not in set(blank)]
 
 
 def read_json(uri: str) -> Any:
@@ -105,7 +131,7 @@ def number(text: Any) -> float | None:
 def clean(text: str | None) -> str:
     """Text with single spaces; what only says that there is none becomes empty."""
     joined = " ".join((text or "").split())
-    return "" if joined.lower() in NOTHING else joined
+    return "" if is_nothing(joined) else joined
 
 
 def compose(findings: str | None, impression: str | None) -> str:

@@ -11,15 +11,17 @@ from typing import Annotated, Any, NoReturn
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 import mu2llm
-from mu2llm import config, tracking
+from mu2llm import config, storage, tracking
 from mu2llm.progress import Steps, numbers_text
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=mu2llm.__doc__)
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be read, written and needed; do nothing.")]
@@ -30,16 +32,26 @@ Address = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what this command made at --out before, and start over.")]
 Out = Annotated[str, typer.Option("--out", help="Where to write: a local path, s3:// or gs://.")]
+
+
+def checkpoint_place(uri: str) -> str:
+    """A checkpoint's own URI, seen from where the command runs: Ray's workers stand in other folders."""
+    return storage.absolute(tracking.locate(uri))
+
+
 CheckpointUri = Annotated[
     str,
     typer.Option(
-        "--checkpoint", parser=tracking.locate, metavar="URI", help="A checkpoint; registry://mu2llm@champion."
+        "--checkpoint", parser=checkpoint_place, metavar="URI", help="A checkpoint; registry://mu2llm@champion."
     ),
 ]
 Manifest = Annotated[str, typer.Option(help="The table of cases.")]
 Volumes = Annotated[str, typer.Option(help="Root of the manifest's relative paths.")]
 Format = Annotated[str, typer.Option(help="jsonl, csv, parquet, ct-rate, amos-mm, abdomenatlas3 or m3d-cap")]
-Data = Annotated[str, typer.Option("--data", help="URI of the shards that `ingest` wrote.")]
+Data = Annotated[
+    str,
+    typer.Option("--data", parser=storage.absolute, metavar="URI", help="URI of the shards that `ingest` wrote."),
+]
 JUDGES = "rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS"
 JudgeName = Annotated[str | None, typer.Option("--judge", help=JUDGES)]
 
@@ -56,8 +68,14 @@ def show(value: Any, as_json: bool) -> None:
         return
     table = Table(show_header=False, box=None)
     for key, item in value.items():
-        table.add_row(str(key), json.dumps(item, default=str) if isinstance(item, dict | list) else str(item))
+        text = json.dumps(item, default=str) if isinstance(item, dict | list) else str(item)
+        table.add_row(escape(str(key)), escape(text))
     Console().print(table)
+
+
+def told(head: str, text: str, style: str | None = None) -> None:
+    """A head, in bold, and a text below it on stdout, as they are written: `[left]` in them is no markup."""
+    Console().print(Text(head, style="bold"), Text(f"{text}\n", style=style or ""), sep="\n", soft_wrap=True)
 
 
 def dry_run(experiment: config.Experiment, reads: list[str], writes: list[str], needs: str) -> NoReturn:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from mu2llm import config
 from mu2llm.cli.app import DryRun, Json, Preset, Set, app, console, progress_bars, result_alone_on_stdout
@@ -192,7 +194,9 @@ def _show_checks(checks: Sequence[Check]) -> None:
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     table = Table("check", "", "found", "fix")
     for check in checks:
-        table.add_row(check.name, f"[{colours[check.status]}]{check.status}[/]", check.found, check.mend)
+        table.add_row(
+            check.name, f"[{colours[check.status]}]{check.status}[/]", escape(check.found), escape(check.mend)
+        )
     Console().print(table)
 
 
@@ -235,11 +239,11 @@ def clean(
     table = Table("what", "kind", "MiB", "days", "why")
     for each in found:
         table.add_row(
-            each.uri.removeprefix(root).lstrip("/") or ".",
+            Text(each.uri.removeprefix(root).lstrip("/") or "."),
             each.kind,
             f"{each.bytes / 2**20:.1f}",
             f"{each.age_days:.1f}",
-            each.why,
+            Text(each.why),
         )
     (console if as_json else Console()).print(table)
     if yes:

@@ -30,6 +30,7 @@ from mu2llm.cli.app import (
     load_with_judge,
     progress_bars,
     show,
+    told,
     work_on_ray,
 )
 from mu2llm.errors import UserError
@@ -160,7 +161,8 @@ def generate(
         print(json.dumps(entries))
         return
     for entry in entries:
-        Console().print(f"[bold]{entry['path']}[/]\n{entry.get('report') or '[red]' + entry['message'] + '[/]'}\n")
+        report = entry.get("report")
+        told(entry["path"], entry["message"] if report is None else report, "red" if report is None else None)
 
 
 green_app = typer.Typer(no_args_is_help=True, help="The GREEN score.")
@@ -181,7 +183,7 @@ def green_score(
     experiment = config.load("demo", [*set_, f"judge.name={judge}"])
     if not pairs.is_file():
         raise UserError(f"--pairs {pairs}: there is no such file")
-    with pairs.open() as lines:
+    with pairs.open(encoding="utf-8") as lines:
         result = score_lines(lines, load_judge(experiment.judge))
     show(result, as_json)
 

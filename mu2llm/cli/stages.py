@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mu2llm import config, tracking
+from mu2llm import config
 from mu2llm.cli.app import (
     Address,
     CheckpointUri,
@@ -19,6 +19,7 @@ from mu2llm.cli.app import (
     Preset,
     Set,
     app,
+    checkpoint_place,
     dry_run,
     load_with_judge,
     show,
@@ -29,7 +30,7 @@ from mu2llm.progress import counted, logged
 train_app = typer.Typer(no_args_is_help=True, help="One stage of training.")
 app.add_typer(train_app, name="train")
 Init = Annotated[
-    str | None, typer.Option("--init", parser=tracking.locate, metavar="URI", help="Checkpoint to start from.")
+    str | None, typer.Option("--init", parser=checkpoint_place, metavar="URI", help="Checkpoint to start from.")
 ]
 
 

@@ -94,8 +94,8 @@ def _print(planned: Any, found: dict[str, Any]) -> None:
         results.terminal(results.ranked(trials_of(planned.out, sweep.storage), sweep.objective), sweep.objective)
     )
     if found["final"]:
-        console.print(found["final"]["said"])
-    console.print(f"{found['page']}\n{found['command']}", soft_wrap=True, highlight=False)
+        console.print(found["final"]["said"], markup=False)
+    console.print(f"{found['page']}\n{found['command']}", soft_wrap=True, highlight=False, markup=False)
 
 
 _sweep_command(
@@ -142,7 +142,7 @@ def ablation(
         return
     cells = [experiments.Cell.model_validate(cell) for cell in found["cells"]]
     Console().print(experiments.terminal(cells, found))
-    Console().print(f"{found['note']}\n{found['page']}", highlight=False)
+    Console().print(f"{found['note']}\n{found['page']}", highlight=False, markup=False)
 
 
 def _fractions(text: str) -> list[float]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import TypeAdapter
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mu2llm import tracking
@@ -58,7 +59,14 @@ def runs_list(
         seconds = _number(run.seconds)
         name = f"  {run.id[:SHORT]}" if run.parent else run.id[:SHORT]
         table.add_row(
-            name, run.stage, run.status, _moment(run.started), seconds, *numbers, run.checkpoint or "", style=style
+            name,
+            run.stage,
+            run.status,
+            _moment(run.started),
+            seconds,
+            *numbers,
+            escape(run.checkpoint or ""),
+            style=style,
         )
     Console().print(table)
 
@@ -118,7 +126,7 @@ def runs_compare(names: Annotated[list[str], typer.Argument(metavar="RUN RUN…"
         table.add_row(name, *(_number(value) for value in values))
     table.add_section()
     for name, texts in different.items():
-        table.add_row(name, *(text if text is not None else "–" for text in texts))
+        table.add_row(name, *(escape(text) if text is not None else "–" for text in texts))
     Console().print(table)
 
 
@@ -133,7 +141,7 @@ def runs_lineage(run: RunName, as_json: Json = False) -> None:
     for number, step in enumerate(chain):
         alias = f" [green]{named[step.checkpoint]}[/]" if step.checkpoint in named else ""
         Console().print(
-            f"{'from ' if number else ''}[bold]{step.stage}[/]{alias} {step.checkpoint or ''}", soft_wrap=True
+            f"{'from ' if number else ''}[bold]{step.stage}[/]{alias} {escape(step.checkpoint or '')}", soft_wrap=True
         )
         facts = step.model_dump(exclude={"stage", "checkpoint", "parent"}, exclude_none=True)
         show({f"    {name}": value for name, value in facts.items()}, False)

@@ -26,6 +26,7 @@ from mu2llm.cli.app import (
     dry_run,
     progress_bars,
     result_alone_on_stdout,
+    told,
     work_on_ray,
 )
 
@@ -61,7 +62,7 @@ def demo(
     console.print(f"{time.monotonic() - started:.0f} s; {out}/summary.json, {out}/report.html")
     Console().print(table(summary))
     for entry in summary["scans"]:
-        Console().print(f"[bold]{entry['path']}[/]\n{entry.get('report') or entry['message']}\n")
+        told(entry["path"], entry.get("report") or entry["message"])
 
 
 @app.command()

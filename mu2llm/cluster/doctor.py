@@ -303,7 +303,7 @@ def _tracking() -> Check:
     store = tracking.store()
     scheme = store.partition("://")[0]
     in_job = bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
-    if scheme == "sqlite" and in_job and not os.environ.get("MLFLOW_TRACKING_URI"):
+    if scheme.startswith("sqlite") and in_job and not os.environ.get("MLFLOW_TRACKING_URI"):
         return Check(
             name="tracking",
             status="warn",

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import ray
 import ray.data
 import ray.exceptions
+from ray._raylet import GcsClient
 
 from mu2llm.errors import Failure, UserError
 
+CONNECT_S = 2
 TOKEN_FIX = (
     "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (or RAY_AUTH_TOKEN); "
     "cluster/README.md says where it is kept"
@@ -46,6 +49,8 @@ def session(address: str | None = None, cpus: int | None = None) -> Iterator[Non
         except ray.exceptions.AuthenticationError as error:
             raise UserError(f"the Ray cluster at {address} refused the token: {TOKEN_FIX}") from error
         except (ConnectionError, RuntimeError, ValueError) as error:
+            if _wants_token(address):
+                raise UserError(f"the Ray cluster at {address} asks for a token: {TOKEN_FIX}") from error
             raise Failure(
                 f"no Ray cluster at {address}: {str(error).splitlines()[0]}; start one or drop --address"
             ) from error
@@ -63,6 +68,19 @@ def session(address: str | None = None, cpus: int | None = None) -> Iterator[Non
         yield
     finally:
         ray.shutdown()
+
+
+def _wants_token(address: str) -> bool:
+    """Whether the cluster at HOST:PORT is there and refuses who has no token: joining it says only that it failed."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        GcsClient(address=f"{host}:{port}")
+    except ray.exceptions.AuthenticationError:
+        return True
+    except (OSError, ValueError, ray.exceptions.RayError, RuntimeError):
+        return False
+    return False
 
 
 def quieten_ray_data() -> None:

@@ -88,7 +88,7 @@ def audit(
     return Audit(
         passed=not reasons,
         reasons=reasons,
-        warnings=_warnings(own, invalid, finished),
+        warnings=_warnings(own, judgements, finished),
         contrasts=contrasts,
         distinct_reports=len(texts) / len(own),
         most_frequent_report=frequent,
@@ -150,8 +150,9 @@ def _reasons(contrasts: Mapping[str, Mapping[str, Contrast]]) -> list[str]:
     return reasons
 
 
-def _warnings(own: Texts, invalid: Counter[str], finished: Sequence[bool]) -> list[str]:
+def _warnings(own: Texts, judgements: Sequence[Judgement], finished: Sequence[bool]) -> list[str]:
     warnings = []
+    invalid, silent = (Counter(j.why for j in judgements if j.why and j.valid is valid) for valid in (False, True))
     if invalid:
         why, times = invalid.most_common(1)[0]
         warnings.append(f"{invalid.total()} of {len(own)} judgements are invalid and not in the mean, {times}: {why}")
@@ -159,9 +160,9 @@ def _warnings(own: Texts, invalid: Counter[str], finished: Sequence[bool]) -> li
         warnings.append(
             f"{len(finished) - sum(finished)} of {len(finished)} reports were cut off at the longest length"
         )
-    empty = sum(not text for text in own.candidates)
-    if empty:
-        warnings.append(f"{empty} of {len(own)} reports are empty")
+    if silent:
+        why, times = silent.most_common(1)[0]
+        warnings.append(f"{silent.total()} of {len(own)} reports say nothing and score 0, {times}: {why}")
     return warnings
 
 

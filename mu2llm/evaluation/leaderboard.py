@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from markupsafe import Markup
 from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -163,21 +164,21 @@ def terminal(table: Sequence[Row]) -> list[Table]:
             if row.red_line:
                 caption.append(f"\n✗ {row.run} {row.red_line}", style="bold red")
         shown = Table(
-            title=league.title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD
+            title=Text(league.title), caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD
         )
         shown.add_column("run")
         for name in columns:
             shown.add_column(TITLES[name], justify="right", overflow="fold")
         for row in league.rows:
             numbers = [_wrapping(row.metrics.get(name)) for name in columns]
-            shown.add_row(row.run, *numbers, style="red" if row.red_line else "dim" if row.source else None)
+            shown.add_row(escape(row.run), *numbers, style="red" if row.red_line else "dim" if row.source else None)
         found.append(shown)
     return found
 
 
 def differences(results: Results) -> Table:
     """Paired differences with their intervals; those that exclude zero stand out."""
-    names = [f"{each.ours} − {each.theirs}" for each in results.differences]
+    names = [escape(f"{each.ours} − {each.theirs}") for each in results.differences]
     shown = Table(
         "", *names, title="Paired differences, 95 % bootstrap intervals", title_justify="left", box=SIMPLE_HEAD
     )

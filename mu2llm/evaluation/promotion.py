@@ -6,6 +6,7 @@ A promoted checkpoint gets a model card, README.md in the format of the Hugging 
 from __future__ import annotations
 
 import getpass
+import shlex
 from collections.abc import Sequence
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -113,7 +114,7 @@ def _reasons(checkpoint: Checkpoint, rows: Sequence[Row]) -> list[str]:
     held_out = [row for row in rows if row.split != "train"]
     if not held_out:
         evaluated = "no evaluation of it" if not rows else "evaluations of it on train alone"
-        command = f"mu2llm evaluate --checkpoint {checkpoint.uri} --data … --out …"
+        command = f"mu2llm evaluate --checkpoint {shlex.quote(checkpoint.uri)} --data … --out …"
         return [f"{tracking.shown(tracking.store())} has {evaluated} ({command})"]
     return [f"on {row.data}, {row.split}: {row.red_line}" for row in held_out if row.red_line]
 

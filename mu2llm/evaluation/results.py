@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any, ClassVar, Self
 
 import pyarrow as pa
@@ -89,7 +90,9 @@ class Header(BaseModel):
     def open(cls, out: str) -> Self:
         """A UserError where no evaluation has finished writing its predictions."""
         if not cls.there(out):
-            raise UserError(f"{out} holds no finished predictions (no {cls.FILE}); run mu2llm evaluate --out {out}")
+            raise UserError(
+                f"{out} holds no finished predictions (no {cls.FILE}); run mu2llm evaluate --out {shlex.quote(out)}"
+            )
         return cls.model_validate(storage.read_json(storage.join(out, cls.FILE)))
 
     def write(self, out: str) -> None:
@@ -118,7 +121,9 @@ class Results(BaseModel):
         """The results in a folder that `evaluate` wrote."""
         path = storage.join(out, METRICS)
         if not storage.exists(path):
-            raise UserError(f"{out} holds no evaluation: it has no {METRICS}; run mu2llm evaluate --out {out}")
+            raise UserError(
+                f"{out} holds no evaluation: it has no {METRICS}; run mu2llm evaluate --out {shlex.quote(out)}"
+            )
         return cls.model_validate(storage.read_json(path))
 
     def summary(self, run: str) -> dict[str, Any]:

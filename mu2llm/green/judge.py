@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -32,13 +33,36 @@ class Judge(Protocol):
         ...
 
 
-def unreadable(pair: Pair) -> str | None:
-    """Why no judge can say anything about a pair of reports, or None if one can."""
+def unreadable(pair: Pair) -> tuple[str, str] | None:
+    """Which of a pair's reports no judge can say anything about ("reference" or "candidate"), and why; or None."""
     for role, text in zip(("reference", "candidate"), pair, strict=True):
-        letters = re.findall(r"[^\W\d_]", text)
-        if not letters:
-            return f"the {role} report is empty"
-        latin, lower = sum(letter < "\u0250" for letter in letters), text.lower()
-        if latin < 0.7 * len(letters) or len(_FOREIGN.findall(lower)) > len(_ENGLISH.findall(lower)):
-            return f"the {role} report is not in English"
+        if why := _unreadable(text):
+            return role, f"the {role} report is {why}"
     return None
+
+
+def unjudged(pair: Pair, identity: str) -> Judgement | None:
+    """The judgement of a pair that no judge need see, or None.
+
+    A candidate that is empty or in no language is the model's failure: valid, 0.0. Such a reference is invalid.
+    """
+    found = unreadable(pair)
+    if not found:
+        return None
+    failed = found[0] == "candidate"
+    return Judgement(valid=failed, score=0.0 if failed else None, why=found[1], judge=identity)
+
+
+def _unreadable(text: str) -> str | None:
+    letters = re.findall(r"[^\W\d_]", unicodedata.normalize("NFKC", text))
+    if not letters:
+        return "empty"
+    if sum(letter < "\u0250" for letter in letters) < 0.7 * len(letters):
+        return "not in English"
+    words = re.findall(r"[^\W\d_]+", text)
+    shouted = text.isupper()
+    told = [word.lower() for word in words if shouted or not (word.isupper() and len(word) > 1)]  # LA, LES: no articles
+    foreign = [word for word in told if _FOREIGN.fullmatch(word)]
+    english = [word for word in told if _ENGLISH.fullmatch(word)]
+    telling = len(set(foreign)) > 1 or len(foreign) > 0.3 * len(told)
+    return "not in English" if telling and len(foreign) > len(english) else None

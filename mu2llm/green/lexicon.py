@@ -96,7 +96,7 @@ def _entry(
 ) -> Entry:
     return Entry(
         name=row["name"],
-        terms=tuple(Term(_compile(term), _literal(term)) for term in row["terms"].splitlines()),
+        terms=tuple(Term(_compile(_undenied(term)), _literal(term)) for term in row["terms"].splitlines()),
         label=row.get("label"),
         sided=first.get("sided", False),
         places=places[first["places"]] if "places" in first else (),
@@ -104,6 +104,11 @@ def _entry(
         outside=_compile(row["outside"]) if "outside" in row else None,
         unless=_compile(row["unless"]) if "unless" in row else None,
     )
+
+
+def _undenied(term: str) -> str:
+    """A term between whose words no denial stands: “effusion without thickening of the pleura” is two findings."""
+    return term.replace(r"\w+ )", r"(?!(?:no|not|without|never|neither|nor|absent|but|rather|cannot)\b)\w+ )")
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

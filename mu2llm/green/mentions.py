@@ -1,8 +1,4 @@
-"""One sentence → the findings that it mentions: asserted or denied, where, how large, changed since when.
-
-Negation and uncertainty have a scope, as in NegEx (Chapman et al. 2001): a cue before a finding reaches
-forward to the end of its clause or to a predicate, a cue behind it reaches back to the one before.
-"""
+"""One sentence → the findings that it mentions: asserted or denied, where, how large, changed since when."""
 
 from __future__ import annotations
 
@@ -13,7 +9,10 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
+from mu2llm.green.characters import plain
+from mu2llm.green.headings import speaks_elsewhere
 from mu2llm.green.lexicon import Change, Entry, lexicon
+from mu2llm.green.scope import denied
 from mu2llm.records import Side
 
 Status = Literal["present", "uncertain", "absent"]
@@ -21,11 +20,11 @@ Status = Literal["present", "uncertain", "absent"]
 _CLAUSE = re.compile(r"\s*;\s*|,?\s+(?=(?:but|however|although|whereas|while)\b)")
 _SIDES = re.compile(r"\b(?:(left)|(right)|(bilateral(?:ly)?|both|either))\b")
 _SIZE = re.compile(
-    r"(?<![\d.])((?:\d+(?:[.,]\d+)?\s*(?:mm|cm)?\s*[x×*]\s*){0,2}\d+(?:[.,]\d+)?)\s*(mm|millimet\w+|cm|centimet\w+)\b"
+    r"(?<![\d.])((?:\d+(?:[.,]\d+)?\s*(?:mm|cm)?\s*(?:[x*]|by)\s*){0,2}\d+(?:[.,]\d+)?)\s*(mm|millimet\w+|cm|centimet\w+)\b"
 )
 _QUESTION = re.compile(r"[\w\s/-]{0,40}\?")
 _HEADING = re.compile(r"\s*:\s*(?:no|none|not|nil|without|normal|unremarkable|negative|absent|clear)\b")
-_RELATIVE = re.compile(r", which (?:is|are|was|were|has|have)\b[^,;]*,")
+_PREDICATE = re.compile(r"\b(?:is|are|was|were|appears?|looks?) (?:\w+ly )?$")  # “the aorta is” dilated and the …
 _JOINT = re.compile(r"^\s*(?:,|and|or|/|&|with|,\s*and|as well as|accompanied by|-)?\s*$")
 _LINK = re.compile(r",|\band\b|\bor\b|(?<!compatible )(?<!consistent )\bwith\b|\bas well as\b|\baccompanied by\b")
 
@@ -55,7 +54,9 @@ class _Hit:
 @lru_cache(maxsize=131072)
 def mentions(sentence: str) -> tuple[Mention, ...]:
     """The findings that a sentence mentions, in its order."""
-    return tuple(mention for clause in _clauses(sentence.lower()) for mention in _in_clause(clause, sentence))
+    if speaks_elsewhere(sentence):
+        return ()
+    return tuple(mention for clause in _clauses(plain(sentence)) for mention in _in_clause(clause, sentence))
 
 
 def _clauses(sentence: str) -> Iterator[str]:
@@ -68,13 +69,13 @@ def _clauses(sentence: str) -> Iterator[str]:
 @lru_cache(maxsize=131072)
 def states_normal(sentence: str) -> bool:
     """Whether a sentence says that something is as it should be."""
-    return bool(lexicon().cues["normal"].search(sentence.lower()))
+    return not speaks_elsewhere(sentence) and bool(lexicon().cues["normal"].search(plain(sentence)))
 
 
 @lru_cache(maxsize=131072)
 def states_change(sentence: str) -> bool:
     """Whether a sentence states a change, or none, since an earlier examination."""
-    return _change(sentence.lower()) is not None
+    return not speaks_elsewhere(sentence) and _change(plain(sentence)) is not None
 
 
 def _in_clause(clause: str, sentence: str) -> Iterator[Mention]:
@@ -82,18 +83,19 @@ def _in_clause(clause: str, sentence: str) -> Iterator[Mention]:
     if not hits:
         return
     windows = [clause[start:end] for start, end in _bounds(clause, hits)]
-    denied = _denied(clause)
+    spans = denied(clause, [(hit.start, hit.end) for hit in hits])
     for index, hit in enumerate(hits):
         before, after = clause[: hit.start], clause[hit.end :]
         if any(lexicon().cues[cue].search(before) for cue in ("unstated", "past")):
             continue
         status: Status = "present"
-        if _HEADING.match(after) or any(start < hit.end and hit.start < end for start, end in denied):
+        if _HEADING.match(after) or any(start < hit.end and hit.start < end for start, end in spans):
             status = "absent"
         elif _left_open(after):
             status = "uncertain"
         scope = tuple(dict.fromkeys((windows[index], *_listed_with(clause, hits, windows, index))))
-        for entry in _fitting(hit.entries, windows[index], clause):
+        others = windows[:index] + windows[index + 1 :]
+        for entry in _fitting(hit.entries, windows[index], clause, others):
             yield _mention(entry, status, scope, sentence)
 
 
@@ -104,7 +106,8 @@ def _hits(clause: str) -> list[_Hit]:
         for term in entry.terms:
             if term.literal in clause and not (entry.unless and entry.unless.search(clause)):
                 for match in term.pattern.finditer(clause):
-                    found.setdefault(match.span(), []).append(entry)
+                    if not (_PREDICATE.search(clause[: match.start()]) and " and " in match[0]):
+                        found.setdefault(match.span(), []).append(entry)
     chosen: list[_Hit] = []
     for (start, end), entries in sorted(found.items(), key=lambda item: (item[0][0] - item[0][1], item[0][0])):
         rival = next((i for i, hit in enumerate(chosen) if hit.start < end and start < hit.end), None)
@@ -151,37 +154,26 @@ def _listed_with(clause: str, hits: list[_Hit], windows: list[str], index: int) 
             yield windows[other]
 
 
-def _fitting(entries: tuple[Entry, ...], window: str, clause: str) -> list[Entry]:
-    """The entries whose anatomy fits: named around the finding or, if none of them is, in the clause."""
+def _fitting(entries: tuple[Entry, ...], window: str, clause: str, others: list[str]) -> list[Entry]:
+    """The entries whose anatomy fits: named around the finding or, if none of them is, in the clause and not around
+    another finding that it fits as well."""
     allowed = [entry for entry in entries if not (entry.outside and entry.outside.search(window))]
     near = [entry for entry in allowed if entry.within and entry.within.search(window)]
-    far = [entry for entry in allowed if entry.within and entry.within.search(clause)]
+    far = [entry for entry in allowed if entry.within and entry.within.search(clause) and not _taken(entry, others)]
     return [entry for entry in allowed if not entry.within or entry in (near or far)]
 
 
-def _denied(clause: str) -> list[tuple[int, int]]:
-    """The spans of a clause within which a finding is denied."""
-    cues = lexicon().cues
-    main = _RELATIVE.sub(_blank, clause)
-    asserts = [match.span() for match in cues["assert"].finditer(main)]
-    ends = [match.start() for match in cues["scope_end"].finditer(main)]
-    spans = []
-    for cue in cues["deny_before"].finditer(clause):
-        stops = [stop for stop in (*(start for start, _ in asserts), *ends) if stop > cue.end()]
-        spans.append((cue.start(), min(stops, default=len(clause))))
-    for cue in cues["deny_after"].finditer(clause):
-        starts = [start for start in (*(end for _, end in asserts), *ends) if start <= cue.start()]
-        spans.append((max(starts, default=0), cue.start()))
-    return spans
+def _taken(entry: Entry, windows: list[str]) -> bool:
+    """Whether an entry is said by the words of another finding."""
+    return any(
+        entry.within and entry.within.search(window) and any(term.pattern.search(window) for term in entry.terms)
+        for window in windows
+    )
 
 
 def _left_open(after: str) -> bool:
     """Whether what follows a finding makes it a mere possibility: “(atelectasis?)”, “cannot be excluded”."""
     return bool(_QUESTION.match(after) or lexicon().cues["doubt"].search(after))
-
-
-def _blank(match: re.Match[str]) -> str:
-    return " " * len(match[0])
 
 
 def _mention(entry: Entry, status: Status, scope: tuple[str, ...], sentence: str) -> Mention:

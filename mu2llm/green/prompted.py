@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mu2llm.green.judge import Pair, unreadable
+from mu2llm.green.judge import Pair, unjudged
 from mu2llm.green.parser import parse
 from mu2llm.green.prompt import Prompt
 from mu2llm.green.sections import combine, sections, truncated
@@ -46,16 +46,16 @@ class PromptedJudge:
 
     def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
         """One judgement a pair. Equal prompts are asked once."""
+        settled = [unjudged(pair, self.identity) for pair in pairs]
         asked = [
-            [] if unreadable(pair) else [self._prompt.fill(*part) for part in self._divide(pair)] for pair in pairs
+            [] if known else [self._prompt.fill(*part) for part in self._divide(pair)]
+            for pair, known in zip(pairs, settled, strict=True)
         ]
         prompts = list(dict.fromkeys(prompt for prompts in asked for prompt in prompts))
         answers = dict(zip(prompts, self._writer.write(prompts), strict=True)) if prompts else {}
         return [
-            combine([self._read(answers[prompt]) for prompt in prompts])
-            if prompts
-            else Judgement(valid=False, score=None, why=unreadable(pair) or "", judge=self.identity)
-            for pair, prompts in zip(pairs, asked, strict=True)
+            known or combine([self._read(answers[prompt]) for prompt in prompts])
+            for known, prompts in zip(settled, asked, strict=True)
         ]
 
     def _divide(self, pair: Pair) -> list[Pair]:

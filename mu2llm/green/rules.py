@@ -27,13 +27,16 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from mu2llm.green.findings import Reading, merge, read
-from mu2llm.green.judge import Pair, unreadable
+from mu2llm.green.judge import Pair, unjudged
 from mu2llm.green.lexicon import lexicon
 from mu2llm.green.mentions import Mention
 from mu2llm.green.parser import score
 from mu2llm.records import Judgement
 
-_SOURCES = ("lexicon.yaml", "lexicon.py", "sentences.py", "mentions.py", "findings.py", "rules.py")
+_SOURCES = (
+    *("lexicon.yaml", "lexicon.py", "characters.py", "layout.py", "headings.py", "sentences.py"),
+    *("scope.py", "mentions.py", "findings.py", "rules.py"),
+)
 _COMPARISON = "statement of change since an earlier examination"
 _NO_FINDING = "no abnormal finding"
 _GRADES = {1: "small", 2: "moderate", 3: "large"}
@@ -96,11 +99,11 @@ class _Outcome:
 
 @lru_cache(maxsize=16384)
 def _judge(reference: str, candidate: str) -> Judgement:
-    why = unreadable((reference, candidate))
     ours, theirs = read(reference), read(candidate)
-    if not why and not ours.present and not ours.normal:
+    if judgement := unjudged((reference, candidate), _identity()):
+        return judgement
+    if not ours.present and not ours.normal:
         why = "the reference report holds no finding and no normal statement that the rules know"
-    if why:
         return Judgement(valid=False, score=None, why=why, judge=_identity())
     tally = _Tally()
     ours_by_name, theirs_by_name = _by_name(ours), _by_name(theirs)

@@ -56,8 +56,9 @@ def _public(judgement: Judgement) -> dict[str, Any]:
 
 
 def _rows(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """JSON lines with their numbers from 1; empty lines are passed over."""
+    """JSON lines with their numbers from 1; empty lines and a byte order mark are passed over."""
     for number, line in enumerate(lines, start=1):
+        line = line.removeprefix("\ufeff")
         if line.strip():
             try:
                 yield number, json.loads(line, strict=False)

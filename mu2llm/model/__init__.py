@@ -13,9 +13,11 @@ from mu2llm.model.building import (
     add_lora,
     build,
     build_contrastive,
+    build_processor,
     configuration,
     load,
     load_lora,
+    load_processor,
     load_vision,
     merge_lora,
 )
@@ -49,9 +51,11 @@ __all__ = [
     "add_lora",
     "build",
     "build_contrastive",
+    "build_processor",
     "configuration",
     "load",
     "load_lora",
+    "load_processor",
     "load_vision",
     "merge_lora",
 ]

@@ -58,6 +58,15 @@ def build(
     return whole, processor_for(config, spec, tokenizer)
 
 
+def build_processor(model: ModelConfig, spec: PreprocessSpec, texts: Sequence[str] | None = None) -> Mu2Processor:
+    """The processor of such a model, without its weights; errors are those of `build`."""
+    if model.language_model == "small":
+        tokenizer = _small_tokenizer(model, texts)
+    else:
+        tokenizer = _with_volume_token(weights.tokenizer(model.language_model))
+    return _processor(tokenizer, spec, model.tokenizer.queries, model.max_text_tokens, VOLUME_TOKEN)
+
+
 def configuration(model: ModelConfig, spec: PreprocessSpec, text_config: Any, volume_token_id: int = 0) -> Mu2Config:
     """The transformers configuration that a user's settings mean for scans of a spec."""
     try:
@@ -97,12 +106,18 @@ def processor_for(
 ) -> Mu2Processor:
     """The processor of a model: its spec, its number of visual tokens, and its tokenizer's chat template (a plain one
     where it has none)."""
+    return _processor(tokenizer, spec, config.tokenizer.queries, config.max_text_tokens, volume_token)
+
+
+def _processor(
+    tokenizer: PreTrainedTokenizerBase, spec: PreprocessSpec, queries: int, max_text_tokens: int, volume_token: str
+) -> Mu2Processor:
     return Mu2Processor(
         tokenizer,
         chat_template=tokenizer.chat_template or PLAIN_TEMPLATE,
         preprocess=spec.model_dump(mode="json"),
-        queries=config.tokenizer.queries,
-        max_text_tokens=config.max_text_tokens,
+        queries=queries,
+        max_text_tokens=max_text_tokens,
         volume_token=volume_token,
     )
 
@@ -147,9 +162,7 @@ def load(uri: str) -> tuple[Mu2ForConditionalGeneration, Mu2Processor]:
     Raises UserError where it writes no reports, or its processor writes other prompts than it was trained on.
     """
     with storage.local_copy(uri) as folder:
-        if not (folder / "processor_config.json").is_file():
-            raise UserError(f"{uri} has no language model: it is no checkpoint of sft, dpo or convert")
-        processor = Mu2Processor.from_pretrained(folder)
+        processor = _read_processor(folder, uri)
         _check_prompt(uri, folder, processor)
         return Mu2ForConditionalGeneration.from_pretrained(folder).eval(), processor
 
@@ -162,6 +175,23 @@ def _check_prompt(uri: str, folder: Path, processor: Mu2Processor) -> None:
             f"{uri} was trained on prompts of {trained}, its processor now writes {processor.prompt_hash}: its chat "
             "template, tokenizer or transformers' reading of them has changed; put back the files it was saved with"
         )
+
+
+def load_processor(uri: str) -> Mu2Processor:
+    """A checkpoint's processor."""
+    with storage.local_copy(uri) as folder:
+        return _read_processor(folder, uri)
+
+
+def _read_processor(folder: Path, uri: str) -> Mu2Processor:
+    return Mu2Processor.from_pretrained(_whole(folder, uri))
+
+
+def _whole(folder: Path, uri: str) -> Path:
+    """The folder, if a checkpoint with a language model is in it."""
+    if not (folder / "processor_config.json").is_file():
+        raise UserError(f"{uri} has no language model: it is no checkpoint of sft, dpo or convert")
+    return folder
 
 
 def load_vision(model: Mu2ForConditionalGeneration | Mu2ForContrastive, uri: str) -> None:
@@ -216,13 +246,19 @@ def _linear_layers(language_model: PreTrainedModel) -> list[str]:
     return [f"model.language_model.{name}" for name in names]
 
 
-def _small(model: ModelConfig, texts: Sequence[str] | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A Llama from scratch, and a byte-level BPE learnt from the texts."""
+def _small_tokenizer(model: ModelConfig, texts: Sequence[str] | None) -> PreTrainedTokenizerBase:
+    """A byte-level BPE learnt from the texts."""
     if not texts:
         raise UserError("language model 'small' learns its tokenizer from the reports: there are none")
     special = [VOLUME_TOKEN, "<user>", "<assistant>", "<system>"]
     tokenizer = weights.train_tokenizer(texts, model.small.vocabulary, special)
     tokenizer.chat_template = _SMALL_TEMPLATE
+    return tokenizer
+
+
+def _small(model: ModelConfig, texts: Sequence[str] | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A Llama from scratch, and its tokenizer."""
+    tokenizer = _small_tokenizer(model, texts)
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return AutoModelForCausalLM.from_config(small_configuration(model, len(tokenizer), **tokens)), tokenizer
 
@@ -244,13 +280,19 @@ def small_configuration(model: ModelConfig, vocabulary: int, **tokens: Any) -> L
     )
 
 
-def _add_volume_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The placeholder gets an id, and with all else that the backbone has no row for, the mean embedding, also where
-    the table has spare rows; a tokenizer without padding pads with its end."""
-    trained = min(len(tokenizer), int(backbone.get_input_embeddings().num_embeddings))  # type: ignore[arg-type]
+def _with_volume_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """With the placeholder; one without padding pads with its end."""
     tokenizer.add_special_tokens({"extra_special_tokens": [VOLUME_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _add_volume_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The placeholder gets an id, and with all else that the backbone has no row for, the mean embedding, also where
+    the table has spare rows."""
+    trained = min(len(tokenizer), int(backbone.get_input_embeddings().num_embeddings))  # type: ignore[arg-type]
+    _with_volume_token(tokenizer)
     if len(tokenizer) > int(backbone.get_input_embeddings().num_embeddings):  # type: ignore[arg-type]
         backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():

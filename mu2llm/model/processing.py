@@ -85,6 +85,11 @@ class Mu2Processor(ProcessorMixin):
         self._check_length(len(prompt) - self.queries + len(end))
         return prompt, end
 
+    def text_tokens(self, question: str, answer: str | None = None) -> int:
+        """The tokens of a question, or of it and its answer, that count against `max_text_tokens`."""
+        answered = [] if answer is None else self._answer_ids(answer)
+        return len(self._prompt_ids(self.prompt(question))) - self.queries + len(answered)
+
     def encode(
         self, questions: Sequence[str], answers: Sequence[str] | None = None, padding_side: str | None = None
     ) -> dict[str, Tensor]:

@@ -81,6 +81,9 @@ class SftConfig(StageConfig):
     )
     augment: bool = Field(False, description=AUGMENT)
     report_share: float = Field(0.8, ge=0, le=1, description="fraction of reports; the rest are the case's questions")
+    too_long: Literal["refuse", "skip", "truncate"] = Field(
+        "refuse", description="what becomes of cases whose texts are longer than model.max_text_tokens"
+    )
 
     @model_validator(mode="after")
     def _thaws_what_is_frozen(self) -> Self:

@@ -16,7 +16,8 @@ def read_corrections(uri: str) -> list[Correction]:
         raise UserError(f"{uri} holds no corrections: give a file of JSON lines, or a folder of such files")
     found = []
     for file in files:
-        for number, line in enumerate(storage.read_bytes(file).decode().splitlines(), start=1):
+        # not splitlines: a text may hold U+2028 and other ends of lines that JSON does not escape
+        for number, line in enumerate(storage.read_bytes(file).decode("utf-8-sig").split("\n"), start=1):
             try:
                 found += [Correction.model_validate_json(line)] if line.strip() else []
             except ValueError as error:

@@ -26,10 +26,18 @@ from mu2llm.cases import Shards, dataset
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
 from mu2llm.evaluation.encode import actor_pool, encode_scans
-from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, add_lora, load, load_lora, merge_lora
+from mu2llm.model import (
+    Mu2ForConditionalGeneration,
+    Mu2Processor,
+    add_lora,
+    load,
+    load_lora,
+    load_processor,
+    merge_lora,
+)
 from mu2llm.records import Checkpoint, PreferencePair
 from mu2llm.settings.stages import DpoConfig
-from mu2llm.stages import launch, placement
+from mu2llm.stages import launch, lengths, placement
 from mu2llm.stages.job import Job, Progress, Watch, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
 from mu2llm.stages.preferences import Preferences, content, read_pairs
@@ -57,8 +65,11 @@ def run(
     done = finished(job)
     if done:
         return done
+    pairs = read_pairs(job.data)
+    assert job.parent
+    check_lengths(pairs, load_processor(job.parent))
     placement.check(job)
-    return launch.run(prepared(job, Shards.open(job.shards), read_pairs(job.data), progress), loop, progress)
+    return launch.run(prepared(job, Shards.open(job.shards), pairs, progress), loop, progress)
 
 
 def job_of(data: str, out: str, experiment: Experiment, init: str | None = None, **more: Any) -> Job:
@@ -104,6 +115,21 @@ def check(preferences: Preferences, shards: Shards, pairs: list[PreferencePair],
         raise UserError(
             f"{len(missing)} cases of the pairs are not in {shards.uri} ({preferences.split}), such as {missing[0]}; "
             "run mu2llm prefer again"
+        )
+
+
+def check_lengths(pairs: list[PreferencePair], processor: Mu2Processor) -> None:
+    """A UserError names the cases of pairs whose texts are longer than the model takes beside the scan."""
+    asked: dict[str, list[tuple[str, str]]] = {}
+    for pair in pairs:
+        asked.setdefault(pair.case_id, []).extend([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
+    found = lengths.too_long(processor, asked)
+    if found:
+        named = ", ".join(f"{name} ({tokens} tokens)" for name, tokens in list(found.items())[: lengths.NAMED])
+        raise UserError(
+            f"pairs of {len(found)} cases are longer than the {processor.max_text_tokens} tokens that the model takes "
+            f"beside the scan, such as {named}; leave them out of the corrections, or train with a larger "
+            "model.max_text_tokens"
         )
 
 

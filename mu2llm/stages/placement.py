@@ -23,6 +23,11 @@ def check(job: Job) -> None:
             raise UserError(f"batch_size {settings.batch_size} is global: it does not divide among {workers} workers")
     if settings.fsdp:
         _check_sharding(job)
+    if job.total_steps == 1 and settings.warmup:
+        raise UserError(
+            f"{job.stage} would learn nothing: {job.rows} rows make one step, and warm-up makes its learning rate 0; "
+            f"give more rows, {job.stage}.epochs or {job.stage}.max_steps, or set {job.stage}.warmup=0"
+        )
     _check_room(settings)
 
 

@@ -27,13 +27,24 @@ from mu2llm.config import Experiment
 from mu2llm.errors import UserError
 from mu2llm.evaluation.decoding import Decoding, write
 from mu2llm.evaluation.encode import encode_scans
-from mu2llm.model import Mu2Processor, add_lora, build, load, load_lora, load_vision, merge_lora
+from mu2llm.model import (
+    Mu2Processor,
+    add_lora,
+    build,
+    build_processor,
+    load,
+    load_lora,
+    load_processor,
+    load_vision,
+    merge_lora,
+)
 from mu2llm.model.contrastive import TextConditionedPooling
 from mu2llm.records import Checkpoint
-from mu2llm.stages import launch, placement
+from mu2llm.stages import launch, lengths, placement
 from mu2llm.stages.held_out import HeldOut
 from mu2llm.stages.job import LOSS, Job, Progress, Watch, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
+from mu2llm.stages.lengths import shortened
 from mu2llm.stages.texts import TextBank
 from mu2llm.stages.trainer import Streamed, arguments, train
 from mu2llm.stages.validation import PREFIX, Validation, scans, score
@@ -62,6 +73,7 @@ def run(
     if done:
         return done
     settings = experiment.sft
+    job = job.model_copy(update={"rows": check_lengths(job, shards)})
     placement.check(job)
     if job.validation and not shards.count("validation"):
         raise UserError(f"sft.validation.steps is set, but {shards.uri} has no rows in split validation")
@@ -89,6 +101,8 @@ def loop(job: Job, resume: Resume) -> None:
     scan = "features" if job.features else "voxels"
     ids, reports = training_cases(job, shards)
     model, processor = start(job, reports)
+    skipped = longer(job, shards, processor) if settings.too_long == "skip" else {}
+    kept = {name: len(report) for name, report in zip(ids, reports, strict=True) if name not in skipped}
     if settings.freeze_vision and settings.thaw_vision is None:
         model.freeze_vision()
     if settings.freeze_language_model:
@@ -97,15 +111,16 @@ def loop(job: Job, resume: Resume) -> None:
     whole = model
     if experiment.model.lora:
         model = add_lora(model, experiment.model.lora, ["alignment"] if texts else [])
-    question, seed = experiment.evaluation.question, experiment.seed
+    fit = processor if settings.too_long == "truncate" else None
+    asking = Instructions(experiment.evaluation.question, settings.report_share, experiment.seed, fit)
     batches = Batches(
         job,
         resume,
         shards,
         [*COLUMNS, scan],
-        lambda rows: collate(rows, scan, processor, texts, Instructions(question, settings.report_share, seed)),
-        ids=ids if len(ids) < shards.count("train") else None,
-        lengths=[len(report) for report in reports] if settings.group_by_length else None,
+        lambda rows: collate(rows, scan, processor, texts, asking),
+        ids=list(kept) if len(kept) < shards.count("train") else None,
+        lengths=list(kept.values()) if settings.group_by_length else None,
     )
     with tempfile.TemporaryDirectory() as folder:
         alone = int(settings.alignment_first * job.total_steps)
@@ -132,6 +147,31 @@ def training_cases(job: Job, shards: Shards) -> tuple[list[str], list[str]]:
     reports = {case.id: case.report for case in shards.cases("train")}
     ids = shards.subset("train", job.resolved.data.fraction, job.resolved.seed)
     return ids, [reports[name] for name in ids]
+
+
+def check_lengths(job: Job, shards: Shards) -> int:
+    """The cases to train on; a UserError names those whose texts are too long, unless sft.too_long says otherwise."""
+    experiment, settings = job.resolved, job.resolved.sft
+    ids, reports = training_cases(job, shards)
+    if job.parent and open_checkpoint(job.parent).lineage.stage != "contrastive":
+        processor = load_processor(job.parent)
+    else:
+        processor = build_processor(experiment.model, experiment.data.spec, reports)
+    found = longer(job, shards, processor)
+    lengths.settle(found, len(ids), processor.max_text_tokens, settings.too_long)
+    return len(ids) - len(found) if settings.too_long == "skip" else len(ids)
+
+
+def longer(job: Job, shards: Shards, processor: Mu2Processor) -> dict[str, int]:
+    """Cases that the job trains on and the model takes only in part → their tokens."""
+    experiment = job.resolved
+    chosen = set(shards.share("train", experiment.data.fraction, experiment.seed))
+    asked = {
+        case.id: lengths.asked_of(case, experiment.evaluation.question, experiment.sft.report_share)
+        for case in shards.cases("train")
+        if case.id in chosen
+    }
+    return lengths.too_long(processor, asked)
 
 
 class SftTrainer(Streamed, Trainer):
@@ -228,7 +268,7 @@ def measure(job: Job, folder: str, reports: bool) -> dict[str, float]:
         some = cases[start : start + experiment.sft.batch_size]
         features, mask = scans(model, shards, "validation", np.arange(start, start + len(some)))
         asked = [question] * len(some)
-        inputs = processor.encode(asked, [case.report for case in some])
+        inputs = processor.encode(asked, [shortened(processor, question, case.report) for case in some])
         moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         with torch.inference_mode():
             loss = model(**moved, vision_features=features, chunk_mask=mask).loss
@@ -265,14 +305,19 @@ def export(job: Job, folder: str, target: str) -> None:
 @dataclass(frozen=True)
 class Instructions:
     """What is asked of a case: `question`, with its report as the answer, or in the share that `report_share`
-    leaves one of the case's own questions."""
+    leaves one of the case's own questions. Answers are cut to what the processor takes, where there is one here."""
 
     question: str
     report_share: float
     seed: int
+    processor: Mu2Processor | None = None
 
     def __call__(self, report: str, questions: str, row: int) -> tuple[str, str]:
         """Question and answer; `row` is the position in the stream, so that a resumed run asks the same."""
+        asked, answer = self._chosen(report, questions, row)
+        return asked, shortened(self.processor, asked, answer) if self.processor else answer
+
+    def _chosen(self, report: str, questions: str, row: int) -> tuple[str, str]:
         own = json.loads(questions)
         rng = np.random.default_rng([self.seed, row])
         if not own or rng.random() < self.report_share:

@@ -8,7 +8,7 @@ import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from mu2llm.errors import Failure
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT, MODEL = "mu2llm", "mu2llm"
-SQLITE = "sqlite:///"
+SQLITE, ESCAPED = "sqlite:///", "sqlite+pysqlite:///"
 REQUEST_S, CONNECT_S = 10, 2
 """Longest waits for an answer and for a connection; MLflow's own default is 120 s, eight times over."""
 
@@ -25,7 +25,15 @@ REQUEST_S, CONNECT_S = 10, 2
 def store() -> str:
     """The tracking store: `MLFLOW_TRACKING_URI`, else SQLite at `mu2llm.db` in the working directory."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mu2llm.db"
-    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).resolve()}" if uri.startswith(SQLITE) else uri
+    if not uri.startswith(SQLITE):
+        return uri
+    path = uri.removeprefix(SQLITE)
+    if path.startswith("/"):
+        return f"{SQLITE}{Path(path).resolve()}"
+    # “?” and “%” of a folder are no query and no escapes. MLflow makes the folders of what begins with sqlite:/// as
+    # they are written there, escapes and all
+    folder = quote(str(Path.cwd()))
+    return f"{SQLITE if folder == str(Path.cwd()) else ESCAPED}{folder}/{path}"
 
 
 def shown(uri: str) -> str:

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -118,7 +119,8 @@ def test_volumes_may_be_uris_folders_or_elsewhere(tmp_path):
         ("manifest.json", "amos-mm", "{", "not JSON"),
         ("manifest.json", "m3d-cap", "[]", "not M3D-Cap"),
         ("manifest.csv", "ct-rate", "id,volume\n1,2\n", "no CT-RATE table"),
-        ("manifest.csv", "csv", "name\nx\n", "invalid_row 1"),
+        ("manifest.csv", "csv", "name\nx\n", "no column id, volume; it has name"),
+        ("manifest.csv", "csv", "id,volume\n,a.nii\n", "invalid_row 1"),
         ("manifest.jsonl", "jsonl", "\n", "no case"),
         ("manifest.jsonl", "jsonl", '{"id": "a", "volume": "a.nii", "report": "r"}', "not_found 1"),
     ],
@@ -137,6 +139,140 @@ def test_text_that_is_not_utf8_is_read_and_noted(tmp_path):
     table = read(tmp_path, "manifest.csv", "csv")
     assert table.cases[0].report == "the patient’s\nlung"
     assert table.counts["decoded_as_latin"] == 1
+
+
+def table_of(folder, text: str, names=("a", "b", "c"), format="csv"):
+    """The table of a manifest as written, with scans a.nii.gz … beside it."""
+    for name in names:
+        (folder / f"{name}.nii.gz").write_bytes(b"x")
+    (folder / "manifest.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read(folder, "manifest.csv", format)
+
+
+def test_one_person_in_several_spellings_is_one_patient(tmp_path):
+    table = table_of(tmp_path, "id,patient,volume,report\n1,p7 ,a.nii.gz,R\n2,p7,b.nii.gz,R\n3\u200b,P7,c.nii.gz,R\n")
+    assert [(case.id, case.patient) for case in table.cases] == [("1", "p7"), ("2", "p7"), ("3", "p7")]
+    assert len({case.split for case in table.cases}) == 1
+    assert table.listed["name_mended"] == ["patient p7", "id 3"] and table.listed["patient_spelling"] == ["P7 (p7)"]
+
+
+def test_ids_that_differ_in_case_alone_are_refused(tmp_path):
+    table = table_of(tmp_path, "id,volume,report\nx,a.nii.gz,R\nX,b.nii.gz,R\n")
+    assert [case.id for case in table.cases] == ["x"] and table.listed["duplicate_id"] == ["X"]
+
+
+@pytest.mark.parametrize("nothing", ["NA", "NaN", "nan", "", " ", "N/A", "null", "None", "#N/A"])
+def test_a_patient_without_a_name_is_the_case(tmp_path, nothing):
+    rows = "".join(f"{n},{nothing},{n}.nii.gz,R\n" for n in "abc")
+    table = table_of(tmp_path, f"id,patient,volume,report\n{rows}")
+    assert [case.patient for case in table.cases] == ["a", "b", "c"] and table.counts["no_patient"] == 3
+
+
+@pytest.mark.parametrize("nothing", ["nan", "NA", "N/A", "", "  ", "None.", "NULL", "Not given.", "-"])
+def test_a_report_that_is_none_is_noted_in_every_format(tmp_path, nothing):
+    assert table_of(tmp_path, f"id,volume,report\n1,a.nii.gz,{nothing}\n2,b.nii.gz,R\n").listed["no_report"] == ["1"]
+    rows = f"VolumeName,Findings_EN,Impressions_EN\ntrain_1_a_1,{nothing},{nothing}\ntrain_2_a_1,R,\n"
+    table = table_of(tmp_path, rows.replace("_1,", "_1.nii.gz,"), ("train_1_a_1", "train_2_a_1"), "ct-rate")
+    assert table.listed["no_report"] == ["train_1_a_1"]
+    rows = f"BDMAP ID,narrative report\na,{nothing}\nb,R\n"
+    assert table_of(tmp_path, rows, format="abdomenatlas3").listed["no_report"] == ["a"]
+
+
+def test_numbers_and_nan_as_pandas_writes_them(tmp_path):
+    (tmp_path / "a.nii.gz").write_bytes(b"x")
+    lines = ['{"id": 1.0, "patient": NaN, "volume": "a.nii.gz", "report": "R"}']
+    lines += ['{"id": 2.0, "patient": NaN, "volume": "a.nii.gz", "report": NaN}']
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
+    table = read(tmp_path)
+    assert [(case.id, case.patient) for case in table.cases] == [("1", "1")] and table.listed["no_report"] == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("word", "split"),
+    [
+        *(("TRAIN", "train"), ("Train ", "train"), ("Training set", "train"), ("VALIDATION", "validation")),
+        *(("Val", "validation"), ("Dev", "validation"), ("TEST", "test"), ("test_set", "test"), ("held-out", "test")),
+    ],
+)
+def test_splits_in_any_case_and_the_usual_words(tmp_path, word, split):
+    assert table_of(tmp_path, f"id,volume,report,split\n1,a.nii.gz,R,{word}\n").cases[0].split == split
+
+
+def test_a_split_of_another_name_is_an_invalid_row(tmp_path):
+    table = table_of(tmp_path, "id,volume,report,split\n1,a.nii.gz,R,fold 3\n2,b.nii.gz,R,NA\n")
+    assert table.listed["invalid_row"] == ["1"] and "split" in table.rejections[0].message
+    assert [case.id for case in table.cases] == ["2"]
+
+
+def test_rows_of_commas_are_no_rejected_scans(tmp_path):
+    table = table_of(tmp_path, "id,volume,report\n1,a.nii.gz,R\n,,\n , ,\n")
+    assert not table.rejections and table.listed["blank_row"] == ["row 2", "row 3"] and table.counts["rows"] == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "id;patient;volume;report\n001;007;a.nii.gz;Emphysema, bullous.\n",
+        "sep=;\nid;patient;volume;report\n001;007;a.nii.gz;Emphysema, bullous.\n",
+        "id\tpatient\tvolume\treport\r\n001\t007\ta.nii.gz\tEmphysema, bullous.\r\n",
+        'ID,Patient,Volume,REPORT\n001,007,a.nii.gz,"Emphysema, bullous."\n',
+        'id, patient, volume, report\n001, 007, a.nii.gz, "Emphysema, bullous."\n',
+        '\ufeffid,patient,volume,report\n001,007,a.nii.gz,"Emphysema, bullous."\n',
+        'id,patient,volume,report\n001,007,a.nii.gz,"Emphysema, bullous."\n'.encode("utf-16"),
+    ],
+)
+def test_tables_as_spreadsheets_write_them(tmp_path, text):
+    case = table_of(tmp_path, text).cases[0]
+    assert (case.id, case.patient, case.report) == ("001", "007", "Emphysema, bullous.")
+
+
+def test_cells_beyond_the_header_are_noted(tmp_path):
+    table = table_of(tmp_path, "id,volume,report\n1,a.nii.gz,Emphysema, bullous.\n")
+    assert table.listed["extra_cells"] == ["row 1"]
+
+
+def test_ct_rates_contradicting_rows(tmp_path):
+    text = "VolumeName,Findings_EN\na.nii.gz,First.\na.nii.gz ,Second.\nb.nii.gz,None.\n"
+    table = table_of(tmp_path, text, format="ct-rate")
+    assert [case.report for case in table.cases] == ["Findings: First."]
+    assert table.counts["rows"] == 3 and table.listed["duplicate_id"] == ["a.nii.gz"] and not table.rejections
+
+
+MANIFESTS = {
+    "manifest-blank-rows/e.csv": (10, {"blank_row": 3}),
+    "manifest-na-patients/b.csv": (10, {"no_patient": 10}),
+    "manifest-nan-reports/m.csv": (1, {"no_report": 4}),
+    "manifest-trailing-spaces/d.csv": (10, {"name_mended": 5}),
+    "manifest-capital-splits/c.csv": (6, {}),
+    **{f"manifest-separators/{name}.csv": (1, {}) for name in ("capital", "semicolon", "spaces", "tab")},
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_what_others_reported(shared, tmp_path, name):
+    path = shared / "data" / "text" / name
+    rows = path.read_text("utf-8-sig")
+    for volume in set(re.findall(r"\w+\.nii\.gz", rows)):
+        (tmp_path / volume).write_bytes(b"x")
+    table = cases.read_manifest(str(path), "csv", str(tmp_path), DATA)
+    number, notes = MANIFESTS[name]
+    assert len(table.cases) == number and not table.rejections
+    assert {code: table.counts.get(code) for code in notes} == notes
+    if "spaces/d" in name:
+        assert len({(case.patient, case.split) for case in table.cases}) == 1
+    if "na-patients" in name:
+        assert len({case.patient for case in table.cases}) == 10
+    if "splits" in name:
+        assert [[case.split for case in table.cases].count(split) for split in FRACTIONS] == [3, 1, 2]
+
+
+def test_the_rows_of_ct_rate_that_others_reported(shared):
+    folder = shared / "data" / "text" / "manifest-ct-rate-rows"
+    table = cases.read_manifest(str(folder / "t"), "ct-rate", str(folder / "v"), DATA)
+    assert [case.id for case in table.cases] == ["train_1_a_1", "train_2_a_1", "valid_1_a_1"]
+    assert table.counts["rows"] == 5 and table.listed["duplicate_id"] == ["train_2_a_1.nii.gz"]
+    assert table.listed["other_reconstruction"] == ["train_1_a_2.nii.gz"]
+    assert table.cases[2].report == "Impression: Normal."
 
 
 def case(patient: str, number: int, split=None) -> Case:

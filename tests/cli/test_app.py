@@ -1,6 +1,18 @@
 """What all commands share."""
 
-from mu2llm.cli.app import show, work_on_ray
+import os
+import shlex
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mu2llm import config, tracking
+from mu2llm.cli import app
+from mu2llm.cli.app import show, told, work_on_ray
+from mu2llm.evaluation import scans
+from mu2llm.records import Checkpoint
+from mu2llm.tracking.client import client
 
 
 def test_what_ray_prints_meanwhile_does_not_reach_the_result(ray_cluster, capsys):
@@ -10,3 +22,44 @@ def test_what_ray_prints_meanwhile_does_not_reach_the_result(ray_cluster, capsys
     told = capsys.readouterr()
     assert told.out == '{"steps": 3}\n'
     assert "(raylet)" in told.err
+
+
+@pytest.mark.parametrize("text", ["a [left].nii.gz", "x[/y].nii.gz", "nodule [series 2, image 41]", "[bold]x[/bold]"])
+def test_texts_and_paths_are_printed_as_they_are(text, capsys):
+    told(text, f"Findings: {text}")
+    show({text: text}, as_json=False)
+    assert " ".join(capsys.readouterr().out.split()).count(text) == 4
+
+
+def test_generate_prints_brackets_as_they_are(monkeypatch):
+    class Opened:
+        experiment = config.load("tiny").model_dump(mode="json")
+
+    entry = {"path": "x[/y].nii.gz", "report": "nodule [series 2, image 41]"}
+    monkeypatch.setattr(Checkpoint, "open", lambda uri: Opened)
+    monkeypatch.setattr(scans, "report_scans", lambda *_: [entry])
+    done = CliRunner().invoke(app, ["generate", "--checkpoint", "c", "x[/y].nii.gz"])
+    assert done.exit_code == 0 and entry["path"] in done.stdout and entry["report"] in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train sft --data shards --init c --out o --preset tiny --dry-run",
+        "evaluate --checkpoint c --data shards --out o --preset tiny --dry-run",
+        "prefer --checkpoint c --data shards --out o --preset tiny --dry-run",
+    ],
+)
+def test_relative_places_are_those_where_the_command_runs(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planned = yaml.safe_load(CliRunner().invoke(app, shlex.split(command)).stdout)
+    assert sorted(planned["reads"]) == [f"{tmp_path}/c", f"{tmp_path}/shards"]
+
+
+@pytest.mark.parametrize("name", ["what? now", "100%", "a%20b #1", "plain"])
+def test_the_tracking_store_lies_in_the_working_directory(name, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    client(tracking.store()).search_experiments()
+    assert os.listdir(".") == ["mu2llm.db"] and os.listdir(tmp_path) == [name]

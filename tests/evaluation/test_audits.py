@@ -82,16 +82,14 @@ def test_sides_swapped_show_as_laterality():
 
 
 def test_invalid_cut_off_and_empty_are_said():
-    judgements = [Judgement(valid=False, score=None, why="refused")] * 3 + list(RULES.judge(texts(REFERENCES).pairs))[
-        3:
-    ]
-    candidates = ["", *REFERENCES[1:]]
+    candidates = [*REFERENCES[:59], ""]
+    judgements = [Judgement(valid=False, score=None, why="refused")] * 3 + RULES.judge(texts(candidates).pairs)[3:]
     result = run(candidates, shifted(7), judgements=judgements, finished=[False] * 6 + [True] * 54)
     assert result.invalid == {"refused": 3}
     assert result.cut_off == pytest.approx(0.1)
     told = " | ".join(result.warnings)
     assert "3 of 60 judgements are invalid" in told and "6 of 60 reports were cut off" in told
-    assert "1 of 60 reports are empty" in told
+    assert "1 of 60 reports say nothing and score 0" in told
 
 
 def test_without_another_patient_there_is_no_verdict_to_pass():

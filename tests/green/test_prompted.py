@@ -103,7 +103,7 @@ def test_one_invalid_section_makes_the_pair_invalid():
 def test_what_cannot_be_judged_is_not_asked():
     writer = RulesWriter()
     judgements = PromptedJudge(writer, PROMPT).judge([("", "x"), ("Emphysema.", "Emphysema."), ("Clear.", "Нет.")])
-    assert [j.valid for j in judgements] == [False, True, False]
+    assert [(j.valid, j.score) for j in judgements] == [(False, None), (True, 1.0), (True, 0.0)]
     assert len(writer.asked) == 1 and "empty" in judgements[0].why and "English" in judgements[2].why
 
 

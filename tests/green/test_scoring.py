@@ -18,9 +18,10 @@ def lines(*rows: object) -> list[str]:
 
 
 def test_scores():
-    found = score_lines(lines(PAIR, {"reference": "Clear lungs.", "candidate": ""}), JUDGE)
-    assert found == score_pairs([PAIR, {"reference": "Clear lungs.", "candidate": ""}], JUDGE)
-    assert (found["mean"], found["n_valid"], found["n_invalid"]) == (0.5, 1, 1)
+    silent, lost = ({"reference": "Clear lungs.", "candidate": ""}, {"reference": "", "candidate": "Clear lungs."})
+    found = score_lines(lines(PAIR, silent, lost), JUDGE)
+    assert found == score_pairs([PAIR, silent, lost], JUDGE)
+    assert (found["mean"], found["n_valid"], found["n_invalid"]) == (0.25, 2, 1)
     assert found["results"][0] == {
         "score": 0.5,
         "significant": [1, 0, 0, 0, 0, 0],
@@ -30,7 +31,8 @@ def test_scores():
         "why": "",
         "judge": JUDGE.identity,
     }
-    assert found["results"][1]["score"] is None and found["results"][1]["why"]
+    assert found["results"][1]["score"] == 0.0 and "empty" in found["results"][1]["why"]
+    assert found["results"][2]["score"] is None and "empty" in found["results"][2]["why"]
     assert json.loads(json.dumps(found)) == found
 
 

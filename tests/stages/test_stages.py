@@ -30,7 +30,7 @@ from mu2llm.cases import Shards, Stream, ingest, read_manifest
 from mu2llm.ct import phantom
 from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation.encode import load_encoder
-from mu2llm.model import Mu2ForContrastive, load
+from mu2llm.model import Mu2ForContrastive, build_processor, load, load_processor
 from mu2llm.records import Checkpoint, Correction
 from mu2llm.serving import decoder
 from mu2llm.stages import contrastive, dpo, launch, preferences, sft, validation
@@ -560,6 +560,18 @@ def scans_of(pairs, shards):
         ),
         (lambda place, shards: experiment("dpo.beta=0"), "dpo.beta"),
         (
+            lambda place, shards: sft.run(
+                shards, str(place / "x"), experiment("model.max_text_tokens=60"), str(place / "contrastive")
+            ),
+            r"cases are longer than the 60 tokens .*set model.max_text_tokens=\d+, or sft.too_long=skip or truncate",
+        ),
+        (
+            lambda place, shards: sft.run(
+                shards, str(place / "x"), experiment("sft.max_steps=1"), str(place / "contrastive")
+            ),
+            "sft would learn nothing.*warm-up",
+        ),
+        (
             lambda place, shards: contrastive.run(shards, str(place / "x"), experiment("data.spec.grid=[32,32,32]")),
             "name the preset that it was ingested with",
         ),
@@ -569,6 +581,28 @@ def test_what_cannot_work_is_refused_before_it_starts(call, says, shards, writte
     with pytest.raises(UserError, match=says):
         call(place, shards)
     assert not (place / "x").exists()
+
+
+@pytest.mark.parametrize("setting", ["skip", "truncate"])
+def test_texts_that_are_too_long_are_left_out_or_cut(setting, shards, vision, place):
+    base, reports = experiment(), [case.report for case in Shards.open(shards).cases("train")]
+    processor = build_processor(base.model, base.data.spec, reports)
+    lengths = sorted(processor.text_tokens(base.evaluation.question, report) for report in reports)
+    longest = lengths[len(lengths) * 3 // 4]
+    settings = experiment(
+        *(f"model.max_text_tokens={longest}", f"sft.too_long={setting}", "sft.report_share=1", "sft.max_steps=2")
+    )
+    job = sft.runner.job("sft", Shards.open(shards), str(place / setting), settings, parent=vision.uri)
+    rows = sft.check_lengths(job, Shards.open(shards))
+    assert (0 < rows < job.rows) if setting == "skip" else rows == job.rows
+    assert sft.run(shards, str(place / setting), settings, vision.uri).training.steps == 2
+
+
+def test_pairs_longer_than_the_model_takes_are_refused(pairs, written):
+    made = preferences.read_pairs(pairs)
+    long = made[0].model_copy(update={"chosen": "There is a cyst. " * 400})
+    with pytest.raises(UserError, match=rf"pairs of 1 cases .*{long.case_id} \(\d+ tokens\)"):
+        dpo.check_lengths([*made[1:], long], load_processor(written.uri))
 
 
 def test_pairs_of_cases_that_are_not_there_are_refused(pairs, written, shards):
