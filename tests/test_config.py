@@ -1,15 +1,32 @@
 """Presets, overrides, and errors that name the key and the mend."""
 
+from importlib import resources
+
 import pytest
+import yaml
 
 from mu2llm import artefacts, config
 from mu2llm.errors import UserError
 
 
+def leaves(values, *path):
+    """(path, value) of every setting in nested ones."""
+    if not isinstance(values, dict):
+        return [(path, values)]
+    return [leaf for name, value in values.items() for leaf in leaves(value, *path, name)]
+
+
 @pytest.mark.parametrize("preset", config.presets())
-def test_every_preset_is_valid_and_its_settings_survive_json(preset):
+def test_every_setting_of_a_preset_is_taken_over_its_parents_and_survives_json(preset):
+    written = yaml.safe_load((resources.files("mu2llm") / "presets" / f"{preset}.yaml").read_text())
+    parent = written.pop("extends", None)
     experiment = config.load(preset)
+    loaded = dict(leaves(experiment.model_dump(mode="json")))
     assert experiment.name == preset
+    assert {path: loaded[path] for path, _ in leaves(written)} == dict(leaves(written))
+    if parent:
+        others = {path for path, value in leaves(config.load(parent).model_dump(mode="json")) if loaded[path] != value}
+        assert others - {("name",)} <= {path for path, _ in leaves(written)}
     assert config.validate(experiment.model_dump(mode="json")) == experiment
 
 

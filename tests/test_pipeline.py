@@ -108,7 +108,9 @@ def test_the_summary_has_what_checks_read(finished):
     for stage in ("phantoms", "ingest", "contrastive", "sft", "preferences", "dpo", "evaluate", "total"):
         assert summary["seconds"][stage] > 0
     assert 0.1 < summary["peak_memory_gib"] < 24
-    assert 0 <= summary["contrastive"]["recall_at_1"] <= 1
+    trained = open_checkpoint(summary["checkpoints"]["contrastive"]).training.metrics
+    assert summary["contrastive"]["recall_at_1"] == trained["recall_at_1"]
+    assert summary["contrastive"]["chance_at_1"] == pytest.approx(1 / summary["ingest"]["splits"]["validation"])
     for run in ("sft", "dpo"):
         for metric in ("finding_f1", "bleu_1", "rouge_l"):
             estimate = summary[run][metric]

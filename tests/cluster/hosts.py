@@ -141,8 +141,9 @@ class Hosts:
             logs = "\n".join(node.log.read_text()[-1000:] for node in self.nodes if node.log.exists())
             assert time.monotonic() < deadline, f"{alive} nodes are there, not {count}: {logs}"
             time.sleep(0.2)
-            rows = (self._get("v0/nodes").get("data") or {}).get("result", {}).get("result", [])
-            alive = sum(node["state"] == "ALIVE" for node in rows)
+            with contextlib.suppress(requests.ConnectionError):  # the dashboard begins
+                rows = (self._get("v0/nodes").get("data") or {}).get("result", {}).get("result", [])
+                alive = sum(node["state"] == "ALIVE" for node in rows)
 
     def __exit__(self, *_: object) -> None:
         for node in reversed(self.nodes):

@@ -466,7 +466,7 @@ def test_dpo_prefers_what_was_chosen(pairs, place):
     assert first["kl"] == pytest.approx(0, abs=1e-3)
     assert last["kl"] != first["kl"]
     assert first["lengths/chosen"] > 0 and first["lengths/rejected"] > 0
-    assert 0 <= last["rewards/accuracies"] <= 1
+    assert last["rewards/accuracies"] > 0.5
     assert 5 < last["epoch"] <= 6
 
 
