@@ -109,9 +109,9 @@ def _send(store: MlflowClient, spool: Spool, key: str, run_id: str, kind: str, e
             store.set_terminated(run_id, entries[-1]["status"], entries[-1]["time"])
     except MlflowException as error:
         why = str(error).splitlines()[0]
-        told_off = error.get_http_status_code() in REFUSALS
-        if kind == "start" or not run_id or not told_off or not _knows(store, run_id):
-            raise _Unsent(why, store_is_down=not told_off) from error
+        refused = error.get_http_status_code() in REFUSALS
+        if kind == "start" or not run_id or not refused or not _knows(store, run_id):
+            raise _Unsent(why, store_is_down=not refused) from error
         if len(entries) == 1:
             spool.refuse(key, entries[0], why)
         else:
