@@ -22,11 +22,11 @@ from mu2llm.cases import Shards, ingest, read_manifest
 from mu2llm.cases.shards import INDEX
 from mu2llm.config import Experiment
 from mu2llm.ct import phantom
+from mu2llm.engine.scans import report_scans
 from mu2llm.errors import UserError
 from mu2llm.evaluation.evaluate import compare
 from mu2llm.evaluation.promotion import promote
 from mu2llm.evaluation.results import TITLES, Results
-from mu2llm.evaluation.scans import report_scans
 from mu2llm.memory import PeakMemory
 from mu2llm.records import Checkpoint
 from mu2llm.stages import contrastive, dpo, sft

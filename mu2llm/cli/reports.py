@@ -143,7 +143,7 @@ def generate(
 ) -> None:
     """Scans → reports."""
     from mu2llm.cases import read_manifest
-    from mu2llm.evaluation.scans import report_scans
+    from mu2llm.engine.scans import report_scans
 
     experiment = config.validate(open_checkpoint(checkpoint).experiment)
     scans = list(paths or [])

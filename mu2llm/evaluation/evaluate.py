@@ -17,14 +17,14 @@ from mu2llm import artefacts, storage, tracking
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
+from mu2llm.engine.features import cached_features
+from mu2llm.engine.generate import Progress, generate
+from mu2llm.engine.predictions import VARIANTS, Prediction, Request
+from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import UserError
 from mu2llm.evaluation.assess import PRIOR, assess
 from mu2llm.evaluation.audits import prior_report
-from mu2llm.evaluation.decoding import Decoding
-from mu2llm.evaluation.encode import cached_features
-from mu2llm.evaluation.generate import Progress, generate
 from mu2llm.evaluation.leaderboard import rows, track
-from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
 from mu2llm.evaluation.report import PAGE, write_report
 from mu2llm.evaluation.results import METRICS, Header, Results
 from mu2llm.green import load_judge

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from mu2llm.evaluation.decoding import Decoding
+from mu2llm.engine.sampling import Decoding
 
 T = TypeVar("T")
 

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from mu2llm import tracking
 from mu2llm.artefacts import open_checkpoint
+from mu2llm.engine.decoder import Line, Writing
+from mu2llm.engine.sampling import Decoding, read_text
 from mu2llm.errors import UserError
-from mu2llm.evaluation.decoding import Decoding, read_text
 from mu2llm.model import load
 from mu2llm.serving.batching import Row, Waiting
 from mu2llm.serving.decoder import Scan
 from mu2llm.serving.exchange import Asked, Status, Unable, Written
 from mu2llm.serving.saliency import overlay, sentence_maps
-from mu2llm.serving.writing import Line, Writing
 from mu2llm.settings.serving import ServingConfig
 
 logger = logging.getLogger("ray.serve")

@@ -24,8 +24,8 @@ from mu2llm import storage
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards, dataset
 from mu2llm.config import Experiment
+from mu2llm.engine.features import actor_pool, encode_scans
 from mu2llm.errors import UserError
-from mu2llm.evaluation.encode import actor_pool, encode_scans
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, add_lora, load, load_lora, merge_lora
 from mu2llm.records import Checkpoint, PreferencePair
 from mu2llm.settings.stages import DpoConfig

@@ -22,11 +22,11 @@ from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards, dataset
 from mu2llm.config import Experiment
 from mu2llm.ct import input_key
+from mu2llm.engine.features import cached_features
+from mu2llm.engine.generate import generate
+from mu2llm.engine.predictions import Request
+from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import Failure, UserError
-from mu2llm.evaluation.decoding import Decoding
-from mu2llm.evaluation.encode import cached_features
-from mu2llm.evaluation.generate import generate
-from mu2llm.evaluation.predictions import Request
 from mu2llm.green import Judge, load_judge
 from mu2llm.records import Candidate, Case, Correction, Judgement, PreferencePair, Record
 from mu2llm.stages.corrections import read_corrections

@@ -24,9 +24,9 @@ from mu2llm import weights
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
+from mu2llm.engine.features import encode_scans
+from mu2llm.engine.sampling import Decoding, write
 from mu2llm.errors import UserError
-from mu2llm.evaluation.decoding import Decoding, write
-from mu2llm.evaluation.encode import encode_scans
 from mu2llm.model import Mu2Processor, add_lora, build, load, load_lora, load_vision, merge_lora
 from mu2llm.model.contrastive import TextConditionedPooling
 from mu2llm.records import Checkpoint

@@ -19,9 +19,9 @@ from transformers import Trainer, TrainerCallback
 from mu2llm import storage
 from mu2llm.cases import Shards
 from mu2llm.cases.shards import read_rows
+from mu2llm.engine.predictions import Prediction
+from mu2llm.engine.sampling import Decoding, Text, write
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic
-from mu2llm.evaluation.decoding import Decoding, Text, write
-from mu2llm.evaluation.predictions import Prediction
 from mu2llm.evaluation.scoring import Texts, content
 from mu2llm.green import load_judge
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, load

@@ -15,10 +15,10 @@ from pydantic import BaseModel
 
 from mu2llm import storage
 from mu2llm.cases import Shards
+from mu2llm.engine.predictions import Prediction
 from mu2llm.errors import Failure
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic
 from mu2llm.evaluation.evaluate import evaluate
-from mu2llm.evaluation.predictions import Prediction
 from mu2llm.green import load_judge
 from mu2llm.records import Estimate
 from mu2llm.stages.job import Watch

@@ -18,18 +18,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
 
 from small_runs import case, write_checkpoint, write_shards
 
 from mu2llm import config
 from mu2llm.cases import Shards
 from mu2llm.cases.shards import read_rows
-from mu2llm.evaluation.decoding import Decoding
-from mu2llm.evaluation.generate import ring, runs
-from mu2llm.evaluation.predictions import VARIANTS, Request
-from mu2llm.evaluation.reading import Reader
-from mu2llm.evaluation.writer import Writer
+from mu2llm.engine.generate import ring, runs
+from mu2llm.engine.predictions import VARIANTS, Request
+from mu2llm.engine.reading import Reader
+from mu2llm.engine.sampling import Decoding
+from mu2llm.engine.writer import Writer
 from mu2llm.model import load
 
 QUESTION = "Write the radiology report of this CT scan."

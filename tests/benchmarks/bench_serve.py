@@ -31,7 +31,7 @@ from mu2llm import config
 from mu2llm.artefacts import open_checkpoint, publish
 from mu2llm.cluster import session
 from mu2llm.ct import phantom
-from mu2llm.evaluation.decoding import Decoding, write
+from mu2llm.engine.sampling import Decoding, write
 from mu2llm.model import build, load
 from mu2llm.records import Checkpoint, Lineage
 from mu2llm.serving.app import Settings

@@ -7,10 +7,10 @@ import pytest
 import torch
 from small_writer import FIRST, SECOND, experiment, write_checkpoint
 
+from mu2llm.engine.decoder import Writing
 from mu2llm.serving.decoder import Scan
 from mu2llm.serving.exchange import Asked, Unable, Written
 from mu2llm.serving.generator import Loaded, ReportGenerator
-from mu2llm.serving.writing import Writing
 from mu2llm.settings.serving import ServingConfig
 
 SPEC = experiment().data.spec

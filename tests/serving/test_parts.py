@@ -12,7 +12,7 @@ import yaml
 from ray.exceptions import RayActorError
 
 from mu2llm import config, storage
-from mu2llm.evaluation.decoding import Decoding
+from mu2llm.engine.sampling import Decoding
 from mu2llm.serving import formats
 from mu2llm.serving.app import Settings, deployments, serve_config
 from mu2llm.serving.batching import Row, Waiting

@@ -19,8 +19,8 @@ from mu2llm import config, storage, tracking
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards, Stream, ingest, read_manifest
 from mu2llm.ct import phantom
+from mu2llm.engine.features import load_encoder
 from mu2llm.errors import Failure, UserError
-from mu2llm.evaluation.encode import load_encoder
 from mu2llm.model import Mu2ForContrastive, load
 from mu2llm.records import Checkpoint, Correction
 from mu2llm.serving import decoder

@@ -6,9 +6,9 @@ import torch
 from small_writer import FIRST, experiment
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from mu2llm.evaluation.decoding import Decoding, write
+from mu2llm.engine.decoder import Line, Writing
+from mu2llm.engine.sampling import Decoding, write
 from mu2llm.model import build
-from mu2llm.serving.writing import Line, Writing
 
 QUESTIONS = ["Write.", "Is there a nodule in the left lung?", "x", "What about the liver and the heart?", "Write.", "y"]
 DECODINGS = [

@@ -19,11 +19,11 @@ from ray.exceptions import RayError
 from mu2llm import storage
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
+from mu2llm.engine.features import actor_pool
+from mu2llm.engine.predictions import Prediction, Request
+from mu2llm.engine.reading import Reader
+from mu2llm.engine.writer import Writer
 from mu2llm.errors import Failure, UserError
-from mu2llm.evaluation.encode import actor_pool
-from mu2llm.evaluation.predictions import Prediction, Request
-from mu2llm.evaluation.reading import Reader
-from mu2llm.evaluation.writer import Writer
 from mu2llm.records import Case
 
 READING_TASKS = 2  # at once: more would start processes, not read faster than the actors write

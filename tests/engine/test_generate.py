@@ -7,13 +7,13 @@ import pytest
 import torch
 from small_runs import case, write_checkpoint, write_shards
 
+from mu2llm.engine import writer as writer_module
+from mu2llm.engine.generate import generate, ring, runs
+from mu2llm.engine.predictions import VARIANTS, Prediction, Request
+from mu2llm.engine.reading import Reader
+from mu2llm.engine.sampling import Decoding, nucleus, write
+from mu2llm.engine.writer import Writer
 from mu2llm.errors import UserError
-from mu2llm.evaluation import writer as writer_module
-from mu2llm.evaluation.decoding import Decoding, nucleus, write
-from mu2llm.evaluation.generate import generate, ring, runs
-from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
-from mu2llm.evaluation.reading import Reader
-from mu2llm.evaluation.writer import Writer
 from mu2llm.model import load
 
 QUESTION = "Write the radiology report."

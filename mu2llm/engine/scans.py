@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mu2llm import ct
+from mu2llm.engine.sampling import Decoding, write
 from mu2llm.errors import Rejection
-from mu2llm.evaluation.decoding import Decoding, write
 from mu2llm.model import load
 from mu2llm.settings.evaluation import EvaluationConfig
 

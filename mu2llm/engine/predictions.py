@@ -11,7 +11,7 @@ import pyarrow as pa
 from mu2llm import artefacts
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
-from mu2llm.evaluation.decoding import Decoding
+from mu2llm.engine.sampling import Decoding
 from mu2llm.records import Case, Record
 
 Variant = Literal["as_is", "shuffled", "zeroed"]

@@ -16,7 +16,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from mu2llm.evaluation.decoding import Decoding, draws, nucleus
+from mu2llm.engine.sampling import Decoding, draws, nucleus
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor
 from mu2llm.model.mu2_tokenizer import VisualTokens
 

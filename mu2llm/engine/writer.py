@@ -11,9 +11,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from mu2llm.evaluation.decoding import Text, write
-from mu2llm.evaluation.encode import vision_digest
-from mu2llm.evaluation.predictions import Prediction, Request, Variant
+from mu2llm.engine.features import vision_digest
+from mu2llm.engine.predictions import Prediction, Request, Variant
+from mu2llm.engine.sampling import Text, write
 from mu2llm.model import Mu2ForConditionalGeneration, load
 
 
