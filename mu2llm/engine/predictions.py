@@ -13,6 +13,7 @@ from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.engine.sampling import Decoding
 from mu2llm.records import Case, Record
+from mu2llm.settings.inference import InferenceConfig
 
 Variant = Literal["as_is", "shuffled", "zeroed"]
 VARIANTS: tuple[Variant, ...] = ("as_is", "shuffled", "zeroed")
@@ -52,8 +53,7 @@ class Request:
     """What is to be written: by which checkpoints (run → URI), for which cases, on what question.
 
     `data` is the URI of shards or of their cached features; `ids` are the split's cases that are meant (none: all).
-    `regions` also asks each case's own questions about a region of the body, with the scan as it is. Without
-    `actors` there are as many as the cluster has room for.
+    `regions` also asks each case's own questions about a region of the body, with the scan as it is.
     """
 
     checkpoints: Mapping[str, str]
@@ -63,19 +63,17 @@ class Request:
     decoding: Decoding = field(default_factory=Decoding)
     variants: tuple[Variant, ...] = ("as_is",)
     regions: bool = False
-    batch_size: int = 16
     max_cases: int | None = None
     ids: tuple[str, ...] | None = None
-    actors: int | None = 1
-    cpus: float = 1
-    gpus: float = 0
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
 
     @property
     def identity(self) -> str:
-        """Digest of all that decides what is written: not of how many cases are written at a time."""
+        """Digest of all that decides what is written: not of where, and how many at a time."""
         runs = {run: open_checkpoint(uri).lineage.identity or uri for run, uri in self.checkpoints.items()}
         decides = [self.split, self.question, asdict(self.decoding), self.variants, self.regions, self.max_cases]
         decides += [] if self.ids is None else [self.ids]
+        decides += [] if self.inference.precision == "auto" else [self.inference.precision]
         return artefacts.digest([runs, Shards.open(self.data).checksum, *decides])
 
     def cases(self, shards: Shards) -> list[Case]:

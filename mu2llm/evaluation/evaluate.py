@@ -18,7 +18,7 @@ from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.engine.features import cached_features
-from mu2llm.engine.generate import Progress, generate
+from mu2llm.engine.generate import CaseProgress, generate
 from mu2llm.engine.predictions import VARIANTS, Prediction, Request
 from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import UserError
@@ -36,7 +36,12 @@ STATE = "predictions.state"
 
 
 def evaluate(
-    checkpoint: str, data: str, out: str, experiment: Experiment, split: str = "test", progress: Progress | None = None
+    checkpoint: str,
+    data: str,
+    out: str,
+    experiment: Experiment,
+    split: str = "test",
+    progress: CaseProgress | None = None,
 ) -> dict[str, Any]:
     """One checkpoint's metrics, audits and report; see `compare`."""
     run = open_checkpoint(checkpoint).lineage.stage
@@ -49,7 +54,7 @@ def compare(
     out: str,
     experiment: Experiment,
     split: str = "test",
-    progress: Progress | None = None,
+    progress: CaseProgress | None = None,
 ) -> Results:
     """Several checkpoints (run → URI) on the same cases in one pass, with paired differences of later ones to earlier.
 
@@ -147,21 +152,18 @@ def _request(checkpoints: Mapping[str, str], shards: Shards, split: str, experim
     settings = experiment.evaluation
     return Request(
         checkpoints=checkpoints,
-        data=cached_features(checkpoints.values(), shards) or shards.uri,
+        data=cached_features(checkpoints.values(), shards, settings.used_precision) or shards.uri,
         split=split,
         question=settings.question,
         decoding=Decoding(settings.max_new_tokens, seed=experiment.seed),
         variants=VARIANTS,
         regions=settings.regions,
-        batch_size=settings.batch_size,
         max_cases=settings.max_cases,
-        actors=settings.actors,
-        cpus=settings.cpus_per_actor,
-        gpus=settings.gpus_per_actor,
+        inference=settings,
     )
 
 
-def _write_predictions(request: Request, shards: Shards, out: str, progress: Progress | None) -> None:
+def _write_predictions(request: Request, shards: Shards, out: str, progress: CaseProgress | None) -> None:
     """Cases and predictions, and last the header, which says that they are whole."""
     predictions = generate(request, storage.join(out, STATE), progress)
     cases = shards.cases(request.split)[: request.max_cases]

@@ -8,7 +8,7 @@ a language model has judged is not asked again. Radiologists' corrections are pa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
 from typing import Any, ClassVar, Self
@@ -23,17 +23,16 @@ from mu2llm.cases import Shards, dataset
 from mu2llm.config import Experiment
 from mu2llm.ct import input_key
 from mu2llm.engine.features import cached_features
-from mu2llm.engine.generate import generate
+from mu2llm.engine.generate import CaseProgress, generate
 from mu2llm.engine.predictions import Request
 from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import Failure, UserError
 from mu2llm.green import Judge, load_judge
 from mu2llm.records import Candidate, Case, Correction, Judgement, PreferencePair, Record
+from mu2llm.settings.inference import InferenceConfig
 from mu2llm.stages.corrections import read_corrections
 from mu2llm.stages.corruption import corrupt
 from mu2llm.stages.pairs import Judged, make_pairs, screen
-
-Progress = Callable[[int, int], None]
 
 
 class Preferences(BaseModel):
@@ -71,7 +70,7 @@ def prefer(
     out: str,
     experiment: Experiment,
     judge: Judge | None = None,
-    progress: Progress | None = None,
+    progress: CaseProgress | None = None,
     corrections: str | None = None,
 ) -> Preferences:
     """Samples, judges and pairs; `corrections` (a URI of JSON lines) of the split's scans are added as they are.
@@ -84,7 +83,8 @@ def prefer(
     judge = judge or load_judge(experiment.judge.model_copy(update={"cache": kept_under}))
     corrected = read_corrections(corrections) if corrections else []
     settings = experiment.preferences
-    decides: list[Any] = [settings.model_dump(mode="json", exclude={"actors", "batch_size"}), judge.identity]
+    decides: list[Any] = [settings.model_dump(mode="json", exclude=set(InferenceConfig.model_fields)), judge.identity]
+    decides += [] if settings.precision == "auto" else [settings.precision]
     decides += [experiment.seed, experiment.evaluation.question]
     decides += [] if experiment.data.fraction == 1 else [experiment.data.fraction]
     decides += [correction.row() for correction in corrected]
@@ -198,11 +198,11 @@ def read_pairs(uri: str) -> list[PreferencePair]:
 
 def _request(checkpoint: str, shards: Shards, experiment: Experiment) -> Request:
     """`candidates` texts a case; where no stage has cached a scan's features, who writes of it encodes it, once."""
-    settings, stage, share = experiment.preferences, experiment.dpo, experiment.data.fraction
+    settings, share = experiment.preferences, experiment.data.fraction
     few = share < 1 and settings.split == "train"
     return Request(
         checkpoints={"policy": checkpoint},
-        data=cached_features([checkpoint], shards) or shards.uri,
+        data=cached_features([checkpoint], shards, settings.used_precision) or shards.uri,
         split=settings.split,
         question=experiment.evaluation.question,
         decoding=Decoding(
@@ -212,16 +212,13 @@ def _request(checkpoint: str, shards: Shards, experiment: Experiment) -> Request
             top_p=settings.top_p,
             seed=experiment.seed,
         ),
-        batch_size=settings.batch_size,
         max_cases=settings.max_cases,
         ids=tuple(shards.share("train", share, experiment.seed)) if few else None,
-        actors=settings.actors,
-        cpus=stage.cpus_per_worker,
-        gpus=stage.gpus_per_worker,
+        inference=settings,
     )
 
 
-def _sample(request: Request, out: str, progress: Progress | None) -> list[Candidate]:
+def _sample(request: Request, out: str, progress: CaseProgress | None) -> list[Candidate]:
     """The candidates; what is finished is kept below `out` and not done again."""
     written = generate(request, storage.join(out, "sampling"), progress)
     seed = request.decoding.seed

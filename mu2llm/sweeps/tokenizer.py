@@ -60,7 +60,7 @@ def share(experiment: Experiment, shards: Shards, init: str) -> None:
     """The features of all scans, for all trials that train SFT from this checkpoint."""
     settings = experiment.sft
     if settings.freeze_vision and settings.cache_vision:
-        encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker)
+        encode_scans(init, shards, settings.inference())
 
 
 def check_spec(shards: Shards, parent: Checkpoint, experiment: Experiment) -> None:
