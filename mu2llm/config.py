@@ -62,11 +62,15 @@ def presets() -> list[str]:
 
 def load(preset: str, overrides: list[str] | None = None) -> Experiment:
     """A preset by name or path of a YAML file, with `a.b=c` overrides applied; a UserError names what is wrong."""
-    values = _read_preset(preset)
-    for override in overrides or []:
-        key, separator, text = override.partition("=")
+    return override(_read_preset(preset), overrides or [])
+
+
+def override(values: dict[str, Any], overrides: list[str]) -> Experiment:
+    """Plain values, such as a checkpoint's own, with `a.b=c` overrides applied; a UserError names what is wrong."""
+    for each in overrides:
+        key, separator, text = each.partition("=")
         if not separator:
-            raise UserError(f"--set {override}: expected KEY=VALUE, such as dpo.beta=0.2")
+            raise UserError(f"--set {each}: expected KEY=VALUE, such as dpo.beta=0.2")
         _assign(values, key.strip().split("."), yaml.safe_load(text) if text else "")
     return validate(values)
 

@@ -22,12 +22,12 @@ from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards, ingest, read_manifest
 from mu2llm.config import Experiment
 from mu2llm.ct import phantom
+from mu2llm.engine.scans import report_scans
 from mu2llm.errors import UserError
 from mu2llm.evaluation.evaluate import compare, render, request_of, scoring
 from mu2llm.evaluation.promotion import promote
 from mu2llm.evaluation.report import PAGE
 from mu2llm.evaluation.results import Results
-from mu2llm.evaluation.scans import report_scans
 from mu2llm.memory import PeakMemory
 from mu2llm.places import Places
 from mu2llm.progress import Counted, Logged, Steps, counted, logged

@@ -146,9 +146,9 @@ def generate(
 ) -> None:
     """Scans → reports."""
     from mu2llm.cases import read_manifest
-    from mu2llm.evaluation.scans import report_scans
+    from mu2llm.engine.scans import report_scans
 
-    experiment = config.validate(open_checkpoint(checkpoint).experiment)
+    experiment = config.override(open_checkpoint(checkpoint).experiment, set_)
     scans = list(paths or [])
     if manifest:
         table = read_manifest(manifest, "jsonl", volumes, experiment.data, need_report=False)

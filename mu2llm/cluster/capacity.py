@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
+from mu2llm.settings.inference import InferenceConfig
 from mu2llm.settings.stages import StageConfig
 
 if TYPE_CHECKING:
@@ -45,15 +46,13 @@ GPUS = (
 
 def needs(experiment: Experiment, job: str) -> dict[str, float]:
     """CPUs and GPUs without which a job can never start: the most that any of its stages asks for at once."""
-    evaluation = experiment.evaluation
-    generation = {"CPU": evaluation.cpus_per_actor, "GPU": evaluation.gpus_per_actor}
     by_job = {
         "ingest": {"CPU": 1.0, "GPU": 0.0},
         "contrastive": _workers(experiment.contrastive),
         "sft": _workers(experiment.sft),
-        "preferences": generation,
+        "preferences": _actor(experiment.preferences),
         "dpo": _workers(experiment.dpo),
-        "evaluate": generation,
+        "evaluate": _actor(experiment.evaluation),
         "sweep_tokenizer": _trial(experiment, experiment.sft),
         "sweep_dpo": _trial(experiment, experiment.dpo),
     }
@@ -67,6 +66,10 @@ def needs(experiment: Experiment, job: str) -> dict[str, float]:
 def _workers(settings: StageConfig) -> dict[str, float]:
     least = settings.workers if isinstance(settings.workers, int) else settings.workers[0]
     return {"CPU": least * settings.cpus_per_worker, "GPU": least * settings.gpus_per_worker}
+
+
+def _actor(settings: InferenceConfig) -> dict[str, float]:
+    return {"CPU": settings.cpus_per_actor, "GPU": settings.gpus_per_actor}
 
 
 def _trial(experiment: Experiment, settings: StageConfig) -> dict[str, float]:

@@ -9,12 +9,12 @@ from itertools import combinations
 import pyarrow as pa
 
 from mu2llm.config import Experiment
+from mu2llm.engine.predictions import Prediction
 from mu2llm.evaluation import text_metrics
 from mu2llm.evaluation.audits import Audit, audit
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic, estimates
 from mu2llm.evaluation.clinical import RATES, Tally, finding_metrics, tally_findings
 from mu2llm.evaluation.last_layer import LastLayer
-from mu2llm.evaluation.predictions import Prediction
 from mu2llm.evaluation.results import Difference, Group, Header, Results, RunResult
 from mu2llm.evaluation.scoring import Texts, content, embedded, judged
 from mu2llm.green import Judge, load_judge

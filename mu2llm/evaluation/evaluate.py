@@ -14,14 +14,14 @@ from mu2llm import artefacts, green, storage, tracking
 from mu2llm.artefacts import Identity, open_checkpoint, weights_of
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
+from mu2llm.engine.features import cached_features
+from mu2llm.engine.generate import checked, generate
+from mu2llm.engine.predictions import VARIANTS, Prediction, Request
+from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import UserError
 from mu2llm.evaluation.assess import PRIOR, assess
 from mu2llm.evaluation.audits import prior_report
-from mu2llm.evaluation.decoding import Decoding
-from mu2llm.evaluation.encode import cached_features
-from mu2llm.evaluation.generate import checked, generate
 from mu2llm.evaluation.leaderboard import rows, track
-from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
 from mu2llm.evaluation.report import PAGE, write_report
 from mu2llm.evaluation.results import METRICS, Header, Results
 from mu2llm.green import load_judge
@@ -200,17 +200,14 @@ def request_of(checkpoints: Mapping[str, str], shards: Shards, split: str, exper
     settings = experiment.evaluation
     return Request(
         checkpoints=checkpoints,
-        data=cached_features(checkpoints.values(), shards) or shards.uri,
+        data=cached_features(checkpoints.values(), shards, settings.used_precision) or shards.uri,
         split=split,
         question=settings.question,
         decoding=Decoding(settings.max_new_tokens, seed=experiment.seed),
         variants=VARIANTS,
         regions=settings.regions,
-        batch_size=settings.batch_size,
         max_cases=settings.max_cases,
-        actors=settings.actors,
-        cpus=settings.cpus_per_actor,
-        gpus=settings.gpus_per_actor,
+        inference=settings,
     )
 
 

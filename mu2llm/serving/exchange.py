@@ -10,7 +10,7 @@ from mu2llm.serving.decoder import Scan
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReportRequest:
     """A report to write: of which scan, on what question (None: the model's own), and how.
 
     `id` makes sampling repeatable and is otherwise only for following a request.

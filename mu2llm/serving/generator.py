@@ -3,87 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import os
-import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from mu2llm import tracking
-from mu2llm.artefacts import open_checkpoint, weights_of
+from mu2llm.engine.actors import use_cpus
 from mu2llm.errors import UserError
-from mu2llm.evaluation.decoding import Decoding, read_text
-from mu2llm.model import load
-from mu2llm.serving.batching import Row, Waiting
-from mu2llm.serving.decoder import Scan
-from mu2llm.serving.exchange import Asked, Status, Unable, Written
-from mu2llm.serving.saliency import overlay, sentence_maps
-from mu2llm.serving.writing import Line, Writing
+from mu2llm.serving.batch import Queued, RunningBatch
+from mu2llm.serving.exchange import ReportRequest, Status, Unable, Written
+from mu2llm.serving.loaded import LoadedModel
+from mu2llm.serving.queue import QueuedRequest, RequestQueue
 from mu2llm.settings.serving import ServingConfig
 
 logger = logging.getLogger("ray.serve")
 REGISTRY = f"registry://{tracking.MODEL}@"
-REGION = "Describe the findings in the {}."
-WARM_UP_TOKENS = 8
-
-
-class Loaded:
-    """A checkpoint in memory, and the encodings of the scans that it saw last."""
-
-    def __init__(self, uri: str, device: str, cached_scans: int) -> None:
-        checkpoint = open_checkpoint(uri)
-        self.uri, self.cached_scans = uri, cached_scans
-        self.model, self.processor = load(uri)
-        self.model.requires_grad_(False).to(device)  # type: ignore[arg-type]
-        self.spec = self.processor.spec
-        identity = weights_of(checkpoint).weights[:12]
-        stage = checkpoint.lineage.stage
-        name = uri.rstrip("/").rsplit("/", 1)[-1]
-        self.facts = {"id": f"mu2llm-{stage}-{identity}", "stage": stage, "checkpoint": name}
-        evaluation = checkpoint.experiment.get("evaluation", {})
-        self.question = str(evaluation.get("question", "Write the radiology report of this CT scan."))
-        self.max_new_tokens = int(evaluation.get("max_new_tokens", 256))
-        self._features: OrderedDict[str, Tensor] = OrderedDict()
-
-    @torch.inference_mode()
-    def features(self, scans: dict[str, Scan]) -> dict[str, Tensor]:
-        """Key → (T, n, E), each scan encoded once as long as it is remembered."""
-        new = {key: scan for key, scan in scans.items() if key not in self._features}
-        if new:
-            voxels, masks = (
-                torch.from_numpy(np.stack([getattr(scan, name) for scan in new.values()])).to(self.model.device)
-                for name in ("voxels", "chunk_mask")
-            )
-            self._features.update(zip(new, self.model.encode_vision(voxels, masks), strict=True))
-        found = {key: self._features[key] for key in scans}
-        for key in scans:
-            self._features.move_to_end(key)
-        while len(self._features) > self.cached_scans:
-            self._features.popitem(last=False)
-        return found
-
-    def knows(self, key: str) -> bool:
-        return key in self._features
-
-    def warm_up(self) -> float:
-        """A short report of an empty scan; the seconds it took."""
-        started = time.monotonic()
-        voxels = torch.zeros(1, *self.spec.shape, dtype=torch.uint8 if self.spec.dtype == "uint8" else torch.float32)
-        mask = torch.ones(1, self.spec.chunks, dtype=torch.bool, device=self.model.device)
-        with torch.inference_mode():
-            features = self.model.encode_vision(voxels.to(self.model.device), mask)
-        writing = Writing(self.model, self.processor)
-        writing.join(features, mask, [Line(self.question, "warm-up", Decoding(WARM_UP_TOKENS))])
-        for _ in range(WARM_UP_TOKENS - 1):
-            writing.step()
-        return time.monotonic() - started
 
 
 class ReportGenerator:
@@ -99,13 +36,12 @@ class ReportGenerator:
         if tracking_store:
             os.environ["MLFLOW_TRACKING_URI"] = tracking_store
         self.settings = ServingConfig.model_validate(settings)
-        torch.set_num_threads(max(1, int(self.settings.generator.cpus)))
-        self.device = "cuda" if self.settings.generator.gpus else "cpu"
+        use_cpus(self.settings.inference)
         self.source, self.why = "", "no checkpoint was loaded yet"
-        self.loaded: Loaded | None = None
+        self.loaded: LoadedModel | None = None
         self.failed = False  # to load what is asked for
         self.warm_up_seconds: float | None = None
-        self.waiting: Waiting[Asked] = Waiting()
+        self.waiting: RequestQueue[ReportRequest] = RequestQueue()
         self.broken = False  # its device: only a new process can write again
         self._writer: asyncio.Task[None] | None = None
         self._loading = asyncio.Lock()
@@ -135,7 +71,7 @@ class ReportGenerator:
                 if self.loaded is not None and self.loaded.uri == uri:
                     self.failed = False
                     return
-                new = await asyncio.to_thread(Loaded, uri, self.device, self.settings.cached_scans)
+                new = await asyncio.to_thread(LoadedModel, uri, self.settings)
                 seconds = await asyncio.to_thread(new.warm_up)
             except Exception as error:  # of storage, tracking server or model: this task must not end with it
                 # an older checkpoint goes on writing; without one, readiness says why; it is tried again
@@ -156,50 +92,47 @@ class ReportGenerator:
         loaded = self.loaded
         if loaded is None or self.broken:
             return Status(False, self.why)
-        return Status(True, "", loaded.facts, loaded.spec, loaded.question, len(self.waiting), self.warm_up_seconds)
+        return Status(True, "", loaded.facts, loaded.spec, loaded.question(), len(self.waiting), self.warm_up_seconds)
 
-    async def write(self, asked: Asked) -> Written | Unable:
+    async def write(self, request: ReportRequest) -> Written | Unable:
         """The whole report."""
-        row = self._admit(asked)
-        if isinstance(row, Unable):
-            return row
+        queued = self._admit(request)
+        if isinstance(queued, Unable):
+            return queued
         try:
-            result: Written | Unable = await row.done
+            result: Written | Unable = await queued.done
             return result
         finally:
-            self.waiting.leave(row)
+            self.waiting.leave(queued)
 
-    async def stream(self, asked: Asked) -> AsyncIterator[str | Written | Unable]:
+    async def stream(self, request: ReportRequest) -> AsyncIterator[str | Written | Unable]:
         """Pieces of the text as they are written, then the whole report."""
-        row = self._admit(asked, streamed=True)
-        if isinstance(row, Unable):
-            yield row
+        queued = self._admit(request, streamed=True)
+        if isinstance(queued, Unable):
+            yield queued
             return
         try:
-            async for piece in row.pieces():
+            async for piece in queued.pieces():
                 yield piece
-            yield await row.done
+            yield await queued.done
         finally:
-            self.waiting.leave(row)
+            self.waiting.leave(queued)
 
-    def _admit(self, asked: Asked, streamed: bool = False) -> Row[Asked] | Unable:
+    def _admit(self, request: ReportRequest, streamed: bool = False) -> Queued | Unable:
         loaded = self.loaded
         if loaded is None or self.broken:
             return Unable("not_ready", self.why)
-        if asked.scan.spec_hash != loaded.spec.hash:
+        if request.scan.spec_hash != loaded.spec.hash:
             return Unable("wrong_spec")
         try:
-            prompt, _ = loaded.processor.token_ids(_question(asked, loaded))
+            decoding = loaded.decoding(request)
         except UserError as error:
             return Unable("too_long", str(error))
-        room = loaded.processor.max_text_tokens - (len(prompt) - loaded.processor.queries)
-        length = min(asked.max_new_tokens or loaded.max_new_tokens, room)
-        if length < 1:
+        if decoding is None:
             return Unable("too_long", "the question leaves no room for an answer")
-        decoding = Decoding(length, 1, asked.temperature, asked.top_p, asked.seed)
         if self._writer is None:
             self._writer = asyncio.create_task(self._work())
-        return self.waiting.add(Row(asked, decoding, streamed))
+        return self.waiting.add(QueuedRequest(request, decoding, streamed))
 
     async def _work(self) -> None:
         while True:
@@ -210,164 +143,32 @@ class ReportGenerator:
         """Writes what waits, in a thread, until nobody waits."""
         while len(self.waiting):
             assert self.loaded is not None
-            group = _Group(self.loaded)
+            batch = RunningBatch(self.loaded)
             try:
-                self._together(group)
+                self._together(batch)
             except Exception as error:
-                self._alone(group.taken, error)
+                self._alone(batch.taken, error)
 
-    def _together(self, group: _Group) -> None:
-        """Until the group is empty; others join it, as long as it is of the checkpoint that is to write."""
+    def _together(self, batch: RunningBatch) -> None:
+        """Until the batch is empty; others join it, as long as it is of the checkpoint that is to write."""
         while True:
-            if self.loaded is group.loaded and group.open:
-                group.join(self.waiting.take(self.settings.max_batch_size - len(group)))
-            if not len(group):
+            if self.loaded is batch.loaded and batch.open:
+                batch.join(self.waiting.take(self.settings.max_batch_size - len(batch)))
+            if not len(batch):
                 return
-            group.step()
+            batch.step()
 
-    def _alone(self, rows: list[Row[Asked]], error: Exception) -> None:
+    def _alone(self, taken: list[Queued], error: Exception) -> None:
         """One that cannot be written fails alone; what is over is not written again."""
-        logger.warning("writing %d reports together failed (%s); each by itself now", len(rows), type(error).__name__)
-        for row in [row for row in rows if not row.answered and not row.left]:
+        logger.warning("writing %d reports together failed (%s); each by itself now", len(taken), type(error).__name__)
+        for queued in [queued for queued in taken if not queued.answered and not queued.abandoned]:
             assert self.loaded is not None
-            group = _Group(self.loaded)
+            batch = RunningBatch(self.loaded)
             try:
-                group.join([row])
-                while len(group):
-                    group.step()
+                batch.join([queued])
+                while len(batch):
+                    batch.step()
             except Exception as failed:
                 if isinstance(failed, torch.AcceleratorError):
                     self.broken, self.why = True, "its device failed, and another replica takes over"
-                row.finish(Unable("not_ready", self.why) if self.broken else failed)
-
-
-class _Group:
-    """Rows that are written together: tells them of their text, lets go of those that are over."""
-
-    def __init__(self, loaded: Loaded) -> None:
-        self.loaded = loaded
-        self.writing = Writing(loaded.model, loaded.processor)
-        self.taken: list[Row[Asked]] = []
-        self._rows: dict[Line, _Place] = {}
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def open(self) -> bool:
-        return self.writing.open
-
-    def join(self, rows: list[Row[Asked]]) -> None:
-        """Encodes the rows' scans and writes their first tokens; who comes from another preprocessing is sent back."""
-        self.taken = [row for row in self.taken if not row.answered] + rows
-        started = time.monotonic()
-        for row in [row for row in rows if row.asked.scan.spec_hash != self.loaded.spec.hash]:
-            row.finish(Unable("wrong_spec"))  # the model was swapped while it waited
-        rows = [row for row in rows if not row.answered]
-        if not rows:
-            return
-        cached = [self.loaded.knows(row.asked.scan.key) for row in rows]
-        features = self.loaded.features({row.asked.scan.key: row.asked.scan for row in rows})
-        encoded = time.monotonic()
-        lines = [Line(_question(row.asked, self.loaded), row.asked.scan.key, row.decoding) for row in rows]
-        given = [features[row.asked.scan.key] for row in rows]
-        for row, line, known, each in zip(rows, lines, cached, given, strict=True):
-            self._rows[line] = _Place(row, each, known, started, encoded)
-        for place in self._rows.values():
-            place.together = max(place.together, len(self._rows))
-        self.writing.join(torch.stack(given), _mask(rows, self.loaded), lines)
-        self._follow(lines)
-
-    def step(self) -> None:
-        self.writing.step()
-        self._follow(self.writing.lines)
-
-    def _follow(self, lines: list[Line]) -> None:
-        """What follows from a further token of each line."""
-        gone = set()
-        for line in lines:
-            row = self._rows[line].row
-            over = line.ids[-1] == self.loaded.processor.tokenizer.eos_token_id
-            if row.streamed and not row.left:
-                self._tell(row, line)
-            if row.left or over or len(line.ids) == line.decoding.max_new_tokens:
-                gone.add(line)
-        for line in gone:
-            place = self._rows.pop(line)
-            if not place.row.left:
-                self._finish(place, line)
-        self.writing.leave(gone)
-
-    def _tell(self, row: Row[Asked], line: Line) -> None:
-        text = read_text(line.ids, self.loaded.processor).text
-        # a character of several bytes may not be whole yet; what was told before a failure is not told again
-        if not text.endswith("\ufffd") and text.startswith(row.told) and text != row.told:
-            row.tell(text[len(row.told) :])
-
-    def _finish(self, place: _Place, line: Line) -> None:
-        """The answer of a row, where it is asked for with where each sentence comes from."""
-        loaded, row, written = self.loaded, place.row, time.monotonic()
-        text = read_text(line.ids, loaded.processor)
-        maps = self._maps(row, text.text, place.features) if row.asked.saliency else None
-        seconds = {
-            "queue": place.started - row.arrived,
-            "encode": place.encoded - place.started,
-            "write": written - place.encoded,
-            "saliency": time.monotonic() - written,
-        }
-        row.finish(
-            Written(
-                text=text.text,
-                question=line.question,
-                tokens=text.tokens,
-                finished=text.finished,
-                model=loaded.facts,
-                spec={"name": loaded.spec.name, "hash": loaded.spec.hash},
-                batch=place.together,
-                cached=place.cached,
-                seconds=seconds,
-                checkpoint=loaded.uri,
-                sentences=maps,
-            )
-        )
-
-    def _maps(self, row: Row[Asked], report: str, features: Tensor) -> list[dict[str, Any]]:
-        loaded = self.loaded
-        found = sentence_maps(
-            loaded.model,
-            loaded.processor,
-            features[None].clone(),  # made under inference mode, which gradients cannot pass
-            _mask([row], loaded),
-            _question(row.asked, loaded),
-            report,
-        )
-        patch_size = tuple(loaded.model.config.vision.patch_size)
-        return [
-            {
-                **vars(span),
-                "nifti": base64.b64encode(overlay(weights, row.asked.scan.affine, patch_size)).decode(),
-            }
-            for span, weights in found
-        ]
-
-
-@dataclass
-class _Place:
-    """A row in a group; `together` is the most rows that it was written with, itself among them."""
-
-    row: Row[Asked]
-    features: Tensor
-    cached: bool
-    started: float
-    encoded: float
-    together: int = 0
-
-
-def _mask(rows: list[Row[Asked]], loaded: Loaded) -> Tensor:
-    return torch.from_numpy(np.stack([row.asked.scan.chunk_mask for row in rows])).to(loaded.model.device)
-
-
-def _question(asked: Asked, loaded: Loaded) -> str:
-    if asked.question:
-        return asked.question
-    return REGION.format(asked.region) if asked.region else loaded.question
+                queued.finish(Unable("not_ready", self.why) if self.broken else failed)

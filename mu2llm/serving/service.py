@@ -21,7 +21,7 @@ from mu2llm.green import findings
 from mu2llm.records import Correction, Judgement, PreprocessSpec
 from mu2llm.serving.admission import Bodies, Body
 from mu2llm.serving.decoder import Reading, References, Refusal, Scan
-from mu2llm.serving.exchange import Asked, Status, Unable, Written
+from mu2llm.serving.exchange import ReportRequest, Status, Unable, Written
 from mu2llm.serving.metrics import Metrics
 from mu2llm.serving.problems import Problem, not_ready, rejected
 from mu2llm.serving.schemas import (
@@ -177,7 +177,7 @@ class Service:
         """The whole report; a Problem where there is none."""
         scan = await self.read(work)
         for attempt in range(ATTEMPTS):
-            done = await self._call("generator", self.generator.write, _asked(work, scan), deadline=work.deadline)
+            done = await self._call("generator", self.generator.write, _request(work, scan), deadline=work.deadline)
             if isinstance(done, Written):
                 return await self._made(work, scan, done)
             scan = await self._again(work, scan, done, attempt)
@@ -217,7 +217,7 @@ class Service:
     async def _pieces(self, work: Work, scan: Scan, told: int) -> AsyncIterator[str | Written | Unable]:
         """Pieces behind the first `told` characters, then the end; begun anew where a replica died."""
         for attempt in range(ATTEMPTS):
-            response: Any = self.generator.options(stream=True).stream.remote(_asked(work, scan))
+            response: Any = self.generator.options(stream=True).stream.remote(_request(work, scan))
             passed = 0
             try:
                 while True:
@@ -406,9 +406,9 @@ async def _limit(deadline: float) -> AsyncIterator[None]:
         ) from None
 
 
-def _asked(work: Work, scan: Scan) -> Asked:
+def _request(work: Work, scan: Scan) -> ReportRequest:
     taken = ("question", "region", "max_new_tokens", "temperature", "top_p", "seed", "saliency")
-    return Asked(id=work.id, scan=scan, **{name: getattr(work.options, name) for name in taken})
+    return ReportRequest(id=work.id, scan=scan, **{name: getattr(work.options, name) for name in taken})
 
 
 def _refused(refusal: Refusal, settings: ServingConfig) -> Problem:

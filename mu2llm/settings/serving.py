@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from mu2llm.settings.inference import InferenceConfig, Precision
 from mu2llm.settings.section import Section
 
 
@@ -39,6 +40,7 @@ class ServingConfig(Section):
     max_pairs: int = Field(256, ge=1, description="pairs of one /v1/green request")
     max_batch_size: int = Field(8, ge=1, description="scans and questions that are written at a time")
     max_queued_requests: int = Field(64, ge=1, description="report requests taken on at once; above: 429")
+    precision: Precision | Literal["auto"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPUs")
     cached_scans: int = Field(64, ge=0, description="scans whose encoding a generator remembers")
     jobs_at_once: int = Field(2, ge=1)
     job_seconds: float = Field(3600, gt=0, description="for one job")
@@ -53,3 +55,13 @@ class ServingConfig(Section):
     @classmethod
     def _as_yaml_reads_it(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+    @property
+    def inference(self) -> InferenceConfig:
+        """What a generator's replica runs by."""
+        return InferenceConfig(
+            precision=self.precision,
+            batch_size=self.max_batch_size,
+            cpus_per_actor=self.generator.cpus,
+            gpus_per_actor=self.generator.gpus,
+        )

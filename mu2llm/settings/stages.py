@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from mu2llm.settings.inference import InferenceConfig, Precision
 from mu2llm.settings.section import Execution, Section
 
 
@@ -21,7 +22,7 @@ class StageConfig(Section):
     schedule: str = "cosine"
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     save_steps: Execution[int] = Field(100, ge=1)
     keep_checkpoints: Execution[int] = Field(1, ge=1)
     log_steps: Execution[int] = Field(10, ge=1)
@@ -39,6 +40,15 @@ class StageConfig(Section):
     fsdp: Literal["full_shard", "shard_grad_op"] | None = Field(
         None, description="weights sharded over the workers; shard_grad_op keeps a layer's between forward and backward"
     )
+
+    def inference(self, batch_size: int = 16) -> InferenceConfig:
+        """For what a parent is asked before the stage trains: an actor gets what a worker gets, and rounds as it."""
+        return InferenceConfig(
+            precision=self.precision,
+            batch_size=batch_size,
+            cpus_per_actor=self.cpus_per_worker,
+            gpus_per_actor=self.gpus_per_worker,
+        )
 
 
 AUGMENT = "another gain, noise and place in the plane for each scan each time; left stays left"
@@ -103,7 +113,7 @@ class SftConfig(StageConfig):
         return self.freeze_vision and self.cache_vision and self.thaw_vision is None
 
 
-class PreferencesConfig(Section):
+class PreferencesConfig(InferenceConfig):
     candidates: int = Field(8, ge=2)
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(0.9, gt=0, le=1)
@@ -115,10 +125,6 @@ class PreferencesConfig(Section):
     negatives: Literal["sampled", "corrupted"] = "sampled"
     split: Literal["train", "validation"] = "train"
     max_cases: int | None = Field(None, ge=0, description="cases to sample for; 0: pairs from corrections alone")
-    batch_size: Execution[int] = Field(16, ge=1, description="cases that an actor writes at a time")
-    actors: Execution[int | None] = Field(
-        None, ge=1, description="that write candidates; None: as many as the cluster has room for"
-    )
 
 
 # trl's, by its names

@@ -7,7 +7,6 @@ are computed once, in a Ray Data pass, so that no second model is held. All of t
 
 from __future__ import annotations
 
-import math
 import tempfile
 from typing import Any
 
@@ -24,8 +23,11 @@ from mu2llm import storage
 from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards, dataset
 from mu2llm.config import Experiment
+from mu2llm.engine import loading
+from mu2llm.engine.actors import failures, on_actors, use_cpus
+from mu2llm.engine.features import encode_scans
+from mu2llm.engine.log_probabilities import sequence_logps
 from mu2llm.errors import UserError
-from mu2llm.evaluation.encode import actor_pool, encode_scans
 from mu2llm.model import (
     Mu2ForConditionalGeneration,
     Mu2Processor,
@@ -36,6 +38,7 @@ from mu2llm.model import (
     merge_lora,
 )
 from mu2llm.records import Checkpoint, PreferencePair
+from mu2llm.settings.inference import InferenceConfig
 from mu2llm.settings.stages import DpoConfig
 from mu2llm.stages import launch, lengths, placement
 from mu2llm.stages.job import Job, Progress, Watch, finished, new_job
@@ -45,7 +48,7 @@ from mu2llm.stages.trainer import Streamed, arguments, train
 from mu2llm.stages.validation import Validation
 from mu2llm.stages.worker import Batches, Resume
 
-BATCH = 8
+PAIRS = 8  # that the reference takes at a time
 
 
 def run(
@@ -91,8 +94,7 @@ def prepared(job: Job, shards: Shards, pairs: list[PreferencePair], progress: Pr
     settings = job.resolved.dpo
     assert job.parent
     if settings.freeze_vision:
-        report = scan_by_scan(progress)
-        features = encode_scans(job.parent, shards, settings.cpus_per_worker, settings.gpus_per_worker, report)
+        features = encode_scans(job.parent, shards, settings.inference(), scan_by_scan(progress))
         job = job.model_copy(update={"features": features.uri})
     return job.model_copy(update={"reference": reference_logps(job, pairs)})
 
@@ -275,26 +277,21 @@ def reference_logps(job: Job, pairs: list[PreferencePair]) -> str:
     """URI of the pairs' reference log-probabilities under the parent, computed unless they are there.
 
     They lie beside the pairs, one row a pair, which the row names; the file is named by the parent's weights, the
-    scans and `ld_alpha`, which weighs tokens.
+    scans, the precision, which is the policy's own, so that rewards start at 0, and `ld_alpha`, which weighs tokens.
     """
     settings = job.resolved.dpo
     inputs: dict[str, Any] = {"parent": job.parent_weights, "data": Shards.open(job.shards).checksum}
+    inputs |= {} if settings.precision == "fp32" else {"precision": settings.precision}
     inputs |= {} if settings.ld_alpha is None else {"ld_alpha": settings.ld_alpha}
     uri, keys = storage.join(job.data, "reference", f"{Identity.of(inputs).digest}.parquet"), [p.key for p in pairs]
     if storage.exists(uri) and storage.read_table(uri).column("pair").to_pylist() == keys:
         return uri
     shards, scan = Shards.open(job.features or job.shards), "features" if job.features else "voxels"
-    ids = [pair.case_id for pair in pairs]
-    logps = dataset(shards, job.split, ["id", "chunk_mask", scan], ids=ids).map_batches(
-        ReferenceActor,
-        fn_constructor_args=(job, pairs, scan),
-        batch_size=BATCH,
-        batch_format="numpy",
-        compute=actor_pool(None, math.ceil(len(pairs) / BATCH)),
-        num_cpus=settings.cpus_per_worker,
-        num_gpus=settings.gpus_per_worker,
-    )
-    columns = list(logps.iter_batches(batch_size=None, batch_format="numpy"))
+    rows = dataset(shards, job.split, ["id", "chunk_mask", scan], ids=[pair.case_id for pair in pairs])
+    inference = settings.inference(PAIRS)
+    logps = on_actors(rows, ReferenceActor, (job, pairs, scan, inference), inference, len(pairs))
+    with failures("the reference's log-probabilities", "run again"):
+        columns = list(logps.iter_batches(batch_size=None, batch_format="numpy"))
     table = pa.table({name: np.concatenate([part[name] for part in columns]) for name in columns[0]}).sort_by("item")
     table = table.append_column("pair", [keys])
     sink = pa.BufferOutputStream()
@@ -312,34 +309,16 @@ def read_reference(uri: str) -> np.ndarray:
 class ReferenceActor:
     """Holds the parent in a Ray Data actor: batches of pairs → their log-probabilities."""
 
-    def __init__(self, job: Job, pairs: list[PreferencePair], scan: str) -> None:
-        settings = job.resolved.dpo
-        torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
+    def __init__(self, job: Job, pairs: list[PreferencePair], scan: str, inference: InferenceConfig) -> None:
+        use_cpus(inference)
         assert job.parent
-        model, processor = load(job.parent)
-        self.model = model.to("cuda" if settings.gpus_per_worker else "cpu")  # type: ignore[arg-type]
-        self.examples, self.scan, self.ld_alpha = Examples(pairs, None, processor), scan, settings.ld_alpha
+        self.precision = inference.used_precision
+        self.model, processor = loading.load(job.parent, self.precision, inference.used_device)
+        self.examples, self.scan, self.ld_alpha = Examples(pairs, None, processor), scan, job.resolved.dpo.ld_alpha
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         batch = self.examples.collate(rows, self.scan)
         batch.pop("case_ids")
         moved = {k: v.to(self.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        chosen, rejected = sequence_logps(self.model, moved, self.ld_alpha).chunk(2)
+        chosen, rejected = sequence_logps(self.model, moved, self.ld_alpha, self.precision).chunk(2)
         return {"item": rows["item"], "chosen": chosen.cpu().numpy(), "rejected": rejected.cpu().numpy()}
-
-
-@torch.inference_mode()
-def sequence_logps(
-    model: Mu2ForConditionalGeneration, batch: dict[str, Any], ld_alpha: float | None = None
-) -> torch.Tensor:
-    """(2B,) log-probability of each completion; tokens beyond the pair's shorter one weigh `ld_alpha`."""
-    inputs = dict(batch)
-    mask = inputs.pop("completion_mask")[:, 1:]
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    tokens = inputs["input_ids"][:, 1:, None]
-    logps = logits.gather(-1, tokens).squeeze(-1) - logits.logsumexp(-1)
-    weight = mask.to(logps.dtype)
-    if ld_alpha is not None:
-        shared = mask.sum(1).view(2, -1).amin(0).repeat(2)[:, None]
-        weight = weight * torch.where(mask.cumsum(1) <= shared, 1.0, ld_alpha)
-    return (logps * weight).sum(1)

@@ -21,11 +21,11 @@ from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards, dataset
 from mu2llm.config import Experiment
 from mu2llm.ct import input_key
+from mu2llm.engine.features import cached_features
+from mu2llm.engine.generate import checked, generate
+from mu2llm.engine.predictions import Request
+from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import Failure, UserError
-from mu2llm.evaluation.decoding import Decoding
-from mu2llm.evaluation.encode import cached_features
-from mu2llm.evaluation.generate import checked, generate
-from mu2llm.evaluation.predictions import Request
 from mu2llm.green import Judge, load_judge
 from mu2llm.progress import Counted
 from mu2llm.records import Candidate, Case, Correction, Judgement, PreferencePair, Record
@@ -232,11 +232,11 @@ def read_pairs(uri: str) -> list[PreferencePair]:
 
 def _request(checkpoint: str, shards: Shards, experiment: Experiment) -> Request:
     """`candidates` texts a case; where no stage has cached a scan's features, who writes of it encodes it, once."""
-    settings, stage, share = experiment.preferences, experiment.dpo, experiment.data.fraction
+    settings, share = experiment.preferences, experiment.data.fraction
     few = share < 1 and settings.split == "train"
     return Request(
         checkpoints={"policy": checkpoint},
-        data=cached_features([checkpoint], shards) or shards.uri,
+        data=cached_features([checkpoint], shards, settings.used_precision) or shards.uri,
         split=settings.split,
         question=experiment.evaluation.question,
         decoding=Decoding(
@@ -246,12 +246,9 @@ def _request(checkpoint: str, shards: Shards, experiment: Experiment) -> Request
             top_p=settings.top_p,
             seed=experiment.seed,
         ),
-        batch_size=settings.batch_size,
         max_cases=settings.max_cases,
         ids=tuple(shards.subset("train", share, experiment.seed)) if few else None,
-        actors=settings.actors,
-        cpus=stage.cpus_per_worker,
-        gpus=stage.gpus_per_worker,
+        inference=settings,
     )
 
 

@@ -24,9 +24,11 @@ from mu2llm import weights
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
+from mu2llm.engine.decoder import ContinuousDecoder, Prompt, write
+from mu2llm.engine.features import encode_scans, read_scans
+from mu2llm.engine.loading import numerics, place
+from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import UserError
-from mu2llm.evaluation.decoding import Decoding, write
-from mu2llm.evaluation.encode import encode_scans
 from mu2llm.model import (
     Mu2Processor,
     add_lora,
@@ -47,7 +49,7 @@ from mu2llm.stages.launch import scan_by_scan
 from mu2llm.stages.lengths import shortened
 from mu2llm.stages.texts import TextBank
 from mu2llm.stages.trainer import Streamed, arguments, train
-from mu2llm.stages.validation import PREFIX, Validation, scans, score
+from mu2llm.stages.validation import PREFIX, Validation, score
 from mu2llm.stages.worker import Batches, Resume
 
 COLUMNS = ["id", "report", "questions", "chunk_mask"]
@@ -83,8 +85,7 @@ def run(
                 "sft.cache_vision caches what a trained checkpoint's vision sees: name one with --init, or with "
                 "model.vision.weights set sft.cache_vision=false"
             )
-        report = scan_by_scan(progress)
-        features = encode_scans(init, shards, settings.cpus_per_worker, settings.gpus_per_worker, report)
+        features = encode_scans(init, shards, settings.inference(), scan_by_scan(progress))
         job = job.model_copy(update={"features": features.uri})
     return launch.run(job, loop, progress, HeldOut(settings.validation, measure, export))
 
@@ -260,25 +261,27 @@ def measure(job: Job, folder: str, reports: bool) -> dict[str, float]:
     """Loss an answer's token of an intermediate checkpoint on held-out cases; finding F1 and GREEN of its reports."""
     experiment, settings = job.resolved, job.resolved.sft.validation
     model, processor = restore(job, folder)
-    model = model.to("cuda" if settings.gpus else "cpu").eval()
+    precision = experiment.sft.precision
+    model = place(model, precision, "cuda" if settings.gpus else "cpu")
+    decoder, decoding = ContinuousDecoder(model, processor, precision), Decoding(experiment.evaluation.max_new_tokens)
     shards, question = Shards.open(job.features or job.data), experiment.evaluation.question
     cases = shards.cases("validation")[: settings.cases]
     total, tokens, written = 0.0, 0, []
     for start in range(0, len(cases), experiment.sft.batch_size):
         some = cases[start : start + experiment.sft.batch_size]
-        features, mask = scans(model, shards, "validation", np.arange(start, start + len(some)))
-        asked = [question] * len(some)
-        inputs = processor.encode(asked, [shortened(processor, question, case.report) for case in some])
+        features, mask = read_scans(model, shards, "validation", np.arange(start, start + len(some)), precision)
+        inputs = processor.encode(
+            [question] * len(some), [shortened(processor, question, case.report) for case in some]
+        )
         moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        with torch.inference_mode():
+        with numerics(model.device, precision):
             loss = model(**moved, vision_features=features, chunk_mask=mask).loss
         answers = int((inputs["labels"][:, 1:] != -100).sum())
         total, tokens = total + float(loss) * answers, tokens + answers
         few = max(0, min(len(some), settings.reports - start)) if reports else 0
         if few:
-            decoding, ids = Decoding(experiment.evaluation.max_new_tokens), [case.id for case in some[:few]]
-            texts = write(model, processor, features[:few], mask[:few], asked[:few], ids, decoding)
-            written += [one.text for (one,) in texts]
+            prompts = [Prompt(question, case.id, decoding) for case in some[:few]]
+            written += [text.text for (text,) in write(decoder, features[:few], mask[:few], prompts)]
     metrics = {LOSS: total / tokens}
     if written:
         scores = score(cases[: len(written)], written, job)

@@ -12,20 +12,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from mu2llm import storage
 from mu2llm.cases import Shards
-from mu2llm.cases.shards import read_rows
+from mu2llm.engine.decoder import ContinuousDecoder, Prompt, Text, write
+from mu2llm.engine.features import read_scans
+from mu2llm.engine.loading import load
+from mu2llm.engine.log_probabilities import divergences
+from mu2llm.engine.predictions import Prediction
+from mu2llm.engine.sampling import Decoding
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic
-from mu2llm.evaluation.decoding import Decoding, Text, write
-from mu2llm.evaluation.predictions import Prediction
 from mu2llm.evaluation.scoring import Texts, content
 from mu2llm.green import load_judge
-from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor, load
+from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor
 from mu2llm.records import Case, Estimate
+from mu2llm.settings.inference import Precision
 from mu2llm.stages.job import Job
 
 METRICS = ("finding_f1", "green")
@@ -71,23 +74,23 @@ class Validation(TrainerCallback):
         return {f"{PREFIX}{name}": value for name, value in numbers.items()}
 
     def _reports(self, model: Mu2ForConditionalGeneration) -> tuple[list[Text], dict[str, float]]:
-        settings = self.job.resolved.evaluation
+        settings, precision = self.job.resolved.evaluation, self.job.settings.precision
+        decoder = ContinuousDecoder(model, self.processor, precision)
         decoding = Decoding(settings.max_new_tokens, seed=self.job.resolved.seed)
         texts: list[Text] = []
         seconds, divergence, tokens = 0.0, 0.0, 0
         for cases, features, mask in self._batches(model):
-            questions = [settings.question] * len(cases)
+            prompts = [Prompt(settings.question, case.id, decoding) for case in cases]
             started = time.perf_counter()
-            keys = [case.id for case in cases]
-            written = [one for (one,) in write(model, self.processor, features, mask, questions, keys, decoding)]
+            written = [text for (text,) in write(decoder, features, mask, prompts, settings.max_sequences)]
             seconds += time.perf_counter() - started
             texts += written
             if self.watch.kl and self.job.parent:
-                reference = _reference(self.job.parent).to(model.device)  # type: ignore[arg-type]
-                batch = self.processor.encode(questions, [text.text for text in written])
+                reference = _reference(self.job.parent, precision, model.device.type)
+                batch = self.processor.encode([settings.question] * len(cases), [text.text for text in written])
                 inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
                 inputs |= {"vision_features": features, "chunk_mask": mask}
-                total, n = divergences(model, reference, inputs)
+                total, n = divergences(model, reference, inputs, precision)
                 divergence, tokens = divergence + total, tokens + n
         numbers = {
             "n": float(len(texts)),
@@ -98,19 +101,11 @@ class Validation(TrainerCallback):
 
     def _batches(self, model: Mu2ForConditionalGeneration) -> Iterator[tuple[list[Case], Tensor, Tensor]]:
         """Cases, their vision features (b, T, n, E) and chunk mask (b, T)."""
-        size = self.job.resolved.evaluation.batch_size
+        size, precision = self.job.resolved.evaluation.batch_size, self.job.settings.precision
         for start in range(0, len(self.cases), size):
             cases = self.cases[start : start + size]
-            yield cases, *scans(model, self.shards, self.watch.split, np.arange(start, start + len(cases)))
-
-
-def scans(model: Any, shards: Shards, split: str, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Vision features (b, T, n, E) and chunk mask (b, T) of rows of a split, from shards or their cached features."""
-    scan = "features" if "features" in shards.schema(split).names else "voxels"
-    read = read_rows(shards.files(split), shards.rows(split), ["chunk_mask", scan], rows)
-    given, mask = (torch.from_numpy(np.array(read[name])).to(model.device) for name in (scan, "chunk_mask"))
-    with torch.inference_mode():
-        return given.to(model.dtype) if scan == "features" else model.encode_vision(given, mask), mask
+            rows = np.arange(start, start + len(cases))
+            yield cases, *read_scans(model, self.shards, self.watch.split, rows, precision)
 
 
 def write_reports(uri: str, cases: list[Case], texts: list[Text], question: str) -> None:
@@ -142,20 +137,7 @@ def statistics(cases: list[Case], reports: list[str], judge: Any) -> dict[str, S
     return {"finding_f1": content(texts)["finding_f1"], "green": Statistic.mean(scores)}
 
 
-@torch.inference_mode()
-def divergences(model: Any, reference: Any, inputs: dict[str, Tensor]) -> tuple[float, int]:
-    """Sum over the answers' tokens of KL(policy ‖ reference) of the next-token distributions, in nats; the tokens."""
-    labels = inputs["labels"][:, 1:]
-    given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    ours, theirs = (
-        each(**given, use_cache=False).logits[:, :-1].float().log_softmax(-1) for each in (model, reference)
-    )
-    each = (ours.exp() * (ours - theirs)).sum(-1)
-    answers = labels != -100
-    return float(each[answers].sum()), int(answers.sum())
-
-
 @functools.lru_cache(maxsize=1)
-def _reference(uri: str) -> Mu2ForConditionalGeneration:
+def _reference(uri: str, precision: Precision, device: Any) -> Mu2ForConditionalGeneration:
     """The parent, kept by a process that trains several times from it."""
-    return load(uri)[0]
+    return load(uri, precision, device)[0]

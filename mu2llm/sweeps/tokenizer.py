@@ -12,8 +12,8 @@ from mu2llm import artefacts, storage
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
+from mu2llm.engine.features import encode_scans
 from mu2llm.errors import UserError
-from mu2llm.evaluation.encode import encode_scans
 from mu2llm.stages.job import Watch
 from mu2llm.sweeps.space import Space
 from mu2llm.sweeps.sweep import Show, check_inputs, measured_on, quiet, run

@@ -19,8 +19,8 @@ from pydantic import BaseModel, Field
 
 from mu2llm import artefacts, config, storage, tracking
 from mu2llm.config import Experiment
+from mu2llm.engine.predictions import Prediction
 from mu2llm.errors import Failure, UserError
-from mu2llm.evaluation.predictions import Prediction
 from mu2llm.records import Estimate
 from mu2llm.stages import dpo, sft
 from mu2llm.stages.job import Progress, Watch

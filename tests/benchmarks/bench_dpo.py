@@ -21,6 +21,7 @@ from trl import DPOConfig, DPOTrainer
 
 from mu2llm import config
 from mu2llm.ct import phantom
+from mu2llm.engine.log_probabilities import sequence_logps
 from mu2llm.memory import PeakMemory
 from mu2llm.model import build
 from mu2llm.records import PreferencePair
@@ -76,7 +77,7 @@ def make(way: str, size: str, pairs: int) -> tuple[Any, dict[str, Any], list[int
         arguments |= {"precompute_ref_log_probs": False, "report_to": []}
         trainer: Any = DPOTrainer(model=model, ref_model=reference, args=DPOConfig(**arguments), **common)
     else:
-        chosen, rejected = dpo.sequence_logps(reference, batch).chunk(2)
+        chosen, rejected = sequence_logps(reference, batch).chunk(2)
         batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         del reference
         trainer = dpo.Mu2DPOTrainer(model=model, args=DPOConfig(**arguments, report_to=[]), **common)

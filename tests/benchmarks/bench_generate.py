@@ -18,19 +18,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
 
 from small_runs import case, write_checkpoint, write_shards
 
 from mu2llm import config
 from mu2llm.cases import Shards
 from mu2llm.cases.shards import read_rows
-from mu2llm.evaluation.decoding import Decoding
-from mu2llm.evaluation.generate import ring, runs
-from mu2llm.evaluation.predictions import VARIANTS, Request
-from mu2llm.evaluation.reading import Reader
-from mu2llm.evaluation.writer import Writer
+from mu2llm.engine.generate import ring, runs
+from mu2llm.engine.predictions import VARIANTS, Request
+from mu2llm.engine.reading import CaseReader
+from mu2llm.engine.sampling import Decoding
+from mu2llm.engine.writer import Writer
 from mu2llm.model import load
+from mu2llm.settings.inference import InferenceConfig
 
 QUESTION = "Write the radiology report of this CT scan."
 
@@ -53,9 +54,9 @@ def batched(request: Request, shards: Shards) -> int:
     """What a reader and an actor do, without Ray between them."""
     cases = shards.cases("test")
     order = ring([each.patient for each in cases], 0)
-    reader = Reader.of(shards, request.split, order)
+    reader = CaseReader.of(shards, request.split, order)
     writer = Writer(request, {each.id: each.patient for each in cases})
-    batches = runs(range(len(cases)), request.batch_size)
+    batches = runs(range(len(cases)), request.inference.batch_size)
     return sum(writer(reader({"first": np.array([first]), "end": np.array([end])})).num_rows for first, end in batches)
 
 
@@ -85,7 +86,14 @@ def main() -> None:
         checkpoint = write_checkpoint(f"{folder}/sft", 0, experiment=settings)
         threads = torch.get_num_threads()
         sampled = Decoding(given.tokens, given.samples, temperature=1.0, top_p=0.9)
-        plain = Request({"sft": checkpoint}, shards.uri, "test", QUESTION, sampled, batch_size=16, cpus=threads)
+        plain = Request(
+            {"sft": checkpoint},
+            shards.uri,
+            "test",
+            QUESTION,
+            sampled,
+            inference=InferenceConfig(batch_size=16, cpus_per_actor=threads),
+        )
         print(f"{given.cases} cases, {given.tokens} tokens at most, {threads} threads")
         print(f"{'':58s} {'reports':>6s} {'seconds':>8s} {'reports/s':>10s}")
         _, slow = measured(f"{given.samples} samples, one case and sample at a time", one_by_one, plain, shards)

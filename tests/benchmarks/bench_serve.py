@@ -31,7 +31,8 @@ from mu2llm import config
 from mu2llm.artefacts import open_checkpoint, publish
 from mu2llm.cluster import session
 from mu2llm.ct import phantom
-from mu2llm.evaluation.decoding import Decoding, write
+from mu2llm.engine.decoder import ContinuousDecoder, Prompt, write
+from mu2llm.engine.sampling import Decoding
 from mu2llm.model import build, load
 from mu2llm.records import Checkpoint, Lineage
 from mu2llm.serving.app import Settings
@@ -69,7 +70,12 @@ def one_by_one(checkpoint: str, scans: list[bytes], reports: int, tokens: int) -
         prepared = processor.prepare([scans[number % len(scans)]])
         with torch.inference_mode():
             features = model.encode_vision(prepared["volumes"], prepared["chunk_mask"])
-        write(model, processor, features, prepared["chunk_mask"], [question], ["a"], Decoding(tokens))
+        write(
+            ContinuousDecoder(model, processor),
+            features,
+            prepared["chunk_mask"],
+            [Prompt(question, "a", Decoding(tokens))],
+        )
         seconds.append(time.perf_counter() - started)
     return seconds
 

@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 from mu2llm import storage
 from mu2llm.cli import app
+from mu2llm.engine.predictions import Prediction
 from mu2llm.errors import UserError
 from mu2llm.evaluation import assess as assess_module
 from mu2llm.evaluation import evaluate as evaluate_module
 from mu2llm.evaluation.evaluate import compare, compare_saved, evaluate, rescore
-from mu2llm.evaluation.predictions import Prediction
 from mu2llm.evaluation.results import Header, Results
 from mu2llm.records import Case
 

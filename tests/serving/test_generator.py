@@ -7,10 +7,11 @@ import pytest
 import torch
 from small_writer import FIRST, SECOND, experiment, write_checkpoint
 
+from mu2llm.engine.decoder import ContinuousDecoder
 from mu2llm.serving.decoder import Scan
-from mu2llm.serving.exchange import Asked, Unable, Written
-from mu2llm.serving.generator import Loaded, ReportGenerator
-from mu2llm.serving.writing import Writing
+from mu2llm.serving.exchange import ReportRequest, Unable, Written
+from mu2llm.serving.generator import ReportGenerator
+from mu2llm.serving.loaded import LoadedModel
 from mu2llm.settings.serving import ServingConfig
 
 SPEC = experiment().data.spec
@@ -38,8 +39,8 @@ def with_generator(checkpoint, tmp_path, use, **settings):
 
 def test_requests_that_wait_are_one_batch_and_a_scan_is_encoded_once(checkpoint, tmp_path):
     async def use(generator):
-        asked = [Asked(str(n), scan(n % 2)) for n in range(4)]
-        return await asyncio.gather(*[generator.write(each) for each in asked]), await generator.write(asked[0])
+        requests = [ReportRequest(str(n), scan(n % 2)) for n in range(4)]
+        return await asyncio.gather(*[generator.write(each) for each in requests]), await generator.write(requests[0])
 
     together, later = with_generator(checkpoint, tmp_path, use)
     assert [written.text for written in together] == [FIRST] * 4
@@ -50,9 +51,9 @@ def test_requests_that_wait_are_one_batch_and_a_scan_is_encoded_once(checkpoint,
 def test_streams_and_whole_reports_share_a_batch(checkpoint, tmp_path):
     async def use(generator):
         async def stream():
-            return [part async for part in generator.stream(Asked("a", scan(0)))]
+            return [part async for part in generator.stream(ReportRequest("a", scan(0)))]
 
-        return await asyncio.gather(stream(), generator.write(Asked("b", scan(1))))
+        return await asyncio.gather(stream(), generator.write(ReportRequest("b", scan(1))))
 
     parts, whole = with_generator(checkpoint, tmp_path, use)
     assert "".join(parts[:-1]) == parts[-1].text == whole.text == FIRST
@@ -63,10 +64,10 @@ def test_who_comes_later_joins_those_that_are_being_written(checkpoint, tmp_path
     """Batches were closed: the second waited for the first one's end."""
 
     async def use(generator):
-        first = asyncio.create_task(generator.write(Asked("a", scan(0))))
-        stream = generator.stream(Asked("b", scan(1), temperature=0.01, seed=3))
+        first = asyncio.create_task(generator.write(ReportRequest("a", scan(0))))
+        stream = generator.stream(ReportRequest("b", scan(1), temperature=0.01, seed=3))
         pieces = [await anext(stream)]  # the batch is on its way
-        late = await generator.write(Asked("c", scan(2), max_new_tokens=3))
+        late = await generator.write(ReportRequest("c", scan(2), max_new_tokens=3))
         pieces += [piece async for piece in stream]
         return await first, pieces, late
 
@@ -77,9 +78,9 @@ def test_who_comes_later_joins_those_that_are_being_written(checkpoint, tmp_path
 
 def test_who_leaves_makes_room(checkpoint, tmp_path):
     async def use(generator):
-        left = generator.stream(Asked("a", scan(0)))
+        left = generator.stream(ReportRequest("a", scan(0)))
         await anext(left)
-        waits = asyncio.create_task(generator.write(Asked("b", scan(1))))
+        waits = asyncio.create_task(generator.write(ReportRequest("b", scan(1))))
         await left.aclose()
         return await waits, len(generator.waiting)
 
@@ -89,19 +90,19 @@ def test_who_leaves_makes_room(checkpoint, tmp_path):
 
 def test_one_that_cannot_be_written_fails_alone(checkpoint, tmp_path, monkeypatch):
     """The others are written by themselves, and a client that was told a piece of its text is not told it again."""
-    features = Loaded.features
+    features = LoadedModel.features
 
     def broken(self, scans):
         if "scan-9" in scans:
             raise RuntimeError("no")
         return features(self, scans)
 
-    monkeypatch.setattr(Loaded, "features", broken)
+    monkeypatch.setattr(LoadedModel, "features", broken)
 
     async def use(generator):
-        stream = generator.stream(Asked("a", scan(0)))
+        stream = generator.stream(ReportRequest("a", scan(0)))
         pieces = [await anext(stream)]
-        bad = asyncio.create_task(generator.write(Asked("b", scan(9))))
+        bad = asyncio.create_task(generator.write(ReportRequest("b", scan(9))))
         pieces += [piece async for piece in stream]
         with pytest.raises(RuntimeError, match="no"):
             await bad
@@ -119,11 +120,11 @@ def test_a_device_that_failed_ends_the_replica(checkpoint, tmp_path, monkeypatch
         raise torch.AcceleratorError("an illegal memory access", 700)
 
     async def use(generator):
-        monkeypatch.setattr(Writing, "step", failed)
-        written = await generator.write(Asked("a", scan(0)))
+        monkeypatch.setattr(ContinuousDecoder, "step", failed)
+        written = await generator.write(ReportRequest("a", scan(0)))
         with pytest.raises(RuntimeError, match="device"):
             await generator.check_health()
-        return written, await generator.write(Asked("b", scan(0))), await generator.status()
+        return written, await generator.write(ReportRequest("b", scan(0))), await generator.status()
 
     written, later, status = with_generator(checkpoint, tmp_path, use)
     assert isinstance(written, Unable) and written == later and written.why == "not_ready"
@@ -135,7 +136,7 @@ def test_another_checkpoint_takes_over_between_two_reports(checkpoint, second, t
         texts = []
         await generator.reconfigure({"checkpoint": second})
         while SECOND not in texts:
-            several = [generator.write(Asked(str(n), scan(n))) for n in range(3)]
+            several = [generator.write(ReportRequest(str(n), scan(n))) for n in range(3)]
             texts += [written.text for written in await asyncio.gather(*several)]
             assert len(texts) < 2000
         return texts
@@ -148,7 +149,7 @@ def test_a_checkpoint_that_cannot_be_loaded_stops_nothing(checkpoint, tmp_path):
     async def use(generator):
         await generator.reconfigure({"checkpoint": str(tmp_path / "nothing")})
         await asyncio.sleep(0.5)
-        return await generator.write(Asked("a", scan(0))), await generator.status()
+        return await generator.write(ReportRequest("a", scan(0))), await generator.status()
 
     written, status = with_generator(checkpoint, tmp_path, use)
     assert written.text == FIRST and status.ready and status.warm_up_seconds > 0
@@ -158,11 +159,11 @@ def test_without_a_checkpoint_it_is_not_ready_until_there_is_one(checkpoint, tmp
     late = tmp_path / "late"
 
     async def use(generator):
-        before = await generator.status(), await generator.write(Asked("a", scan(0)))
+        before = await generator.status(), await generator.write(ReportRequest("a", scan(0)))
         late.symlink_to(checkpoint)
         while not (await generator.status()).ready:
             await asyncio.sleep(0.1)
-        return *before, await generator.write(Asked("a", scan(0)))
+        return *before, await generator.write(ReportRequest("a", scan(0)))
 
     status, refused, written = with_generator(str(late), tmp_path, use)
     assert not status.ready and "could not be loaded" in status.why and str(late) not in status.why
@@ -173,14 +174,14 @@ def test_a_scan_of_another_spec_is_sent_back(checkpoint, tmp_path):
     other = SPEC.model_copy(update={"fit": "isotropic"})
 
     async def use(generator):
-        return await generator.write(Asked("a", scan(0, other)))
+        return await generator.write(ReportRequest("a", scan(0, other)))
 
     assert with_generator(checkpoint, tmp_path, use) == Unable("wrong_spec")
 
 
 def test_sentences_come_with_their_places(checkpoint, tmp_path):
     async def use(generator):
-        return await generator.write(Asked("a", scan(0), saliency=True))
+        return await generator.write(ReportRequest("a", scan(0), saliency=True))
 
     written = with_generator(checkpoint, tmp_path, use)
     assert [FIRST[each["start"] : each["end"]] for each in written.sentences] == [

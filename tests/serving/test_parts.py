@@ -12,14 +12,14 @@ import yaml
 from ray.exceptions import RayActorError
 
 from mu2llm import config, storage
-from mu2llm.evaluation.decoding import Decoding
+from mu2llm.engine.sampling import Decoding
 from mu2llm.serving import formats
 from mu2llm.serving.app import Settings, deployments, serve_config
-from mu2llm.serving.batching import Row, Waiting
 from mu2llm.serving.decoder import Scan
 from mu2llm.serving.exchange import Status, Unable, Written
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.problems import Problem
+from mu2llm.serving.queue import QueuedRequest, RequestQueue
 from mu2llm.serving.schemas import Job, PairIn, ReportOptions
 from mu2llm.serving.scorer import GreenScorer, Unjudged
 from mu2llm.serving.service import Service, Upload, Work
@@ -54,23 +54,23 @@ def test_sections_of_a_report():
 
 def test_rows_are_taken_in_the_order_of_their_arrival_and_who_leaves_is_not():
     async def go():
-        waiting = Waiting()
-        rows = [waiting.add(Row(name, Decoding(5))) for name in "abcd"]
+        waiting = RequestQueue()
+        rows = [waiting.add(QueuedRequest(name, Decoding(5))) for name in "abcd"]
         waiting.leave(rows[1])
         await asyncio.wait_for(waiting.arrival(), 5)
         first, second = waiting.take(2), waiting.take(9)
-        return [[row.asked for row in taken] for taken in (first, second, waiting.take(1))], rows[1].left
+        return [[row.request for row in taken] for taken in (first, second, waiting.take(1))], rows[1].abandoned
 
     assert asyncio.run(go()) == ([["a", "c"], ["d"], []], True)
 
 
 def test_nobody_waits_in_vain():
     async def go():
-        waiting = Waiting()
+        waiting = RequestQueue()
         arrival = asyncio.create_task(waiting.arrival())
         await asyncio.sleep(0.01)
         early = arrival.done()
-        waiting.add(Row("a", Decoding(5)))
+        waiting.add(QueuedRequest("a", Decoding(5)))
         await asyncio.wait_for(arrival, 5)
         return early
 
@@ -79,11 +79,11 @@ def test_nobody_waits_in_vain():
 
 def test_pieces_of_a_text_come_while_it_is_written():
     async def go():
-        row = Row("x", Decoding(5), streamed=True)
+        row = QueuedRequest("x", Decoding(5), streamed=True)
 
         def write():
             for piece in ("one ", "two ", "three"):
-                row.tell(piece)
+                row.send(piece)
                 time.sleep(0.02)
             row.finish("end")
 

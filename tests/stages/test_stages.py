@@ -28,12 +28,14 @@ from mu2llm import cli, config, storage, tracking, weights
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards, Stream, ingest, read_manifest
 from mu2llm.ct import phantom
+from mu2llm.engine.features import read_scans
+from mu2llm.engine.loading import load_encoder
+from mu2llm.engine.log_probabilities import sequence_logps
 from mu2llm.errors import Failure, UserError
-from mu2llm.evaluation.encode import load_encoder
 from mu2llm.model import Mu2ForContrastive, build_processor, load, load_processor
 from mu2llm.records import Checkpoint, Correction
 from mu2llm.serving import decoder
-from mu2llm.stages import contrastive, dpo, launch, preferences, sft, validation
+from mu2llm.stages import contrastive, dpo, launch, preferences, sft
 from mu2llm.stages.texts import TextBank
 
 pytestmark = pytest.mark.slow
@@ -374,7 +376,7 @@ def test_the_best_checkpoint_is_published(validated, shards):
     assert checkpoint.training.metrics["validation/step"] == best["step"]
     model, processor = load(checkpoint.uri)
     cases = Shards.open(shards).cases("validation")
-    features, mask = validation.scans(model, Shards.open(shards), "validation", np.arange(len(cases)))
+    features, mask = read_scans(model, Shards.open(shards), "validation", np.arange(len(cases)))
     asked = [experiment().evaluation.question] * len(cases)
     inputs = processor.encode(asked, [case.report for case in cases])
     with torch.no_grad():
@@ -510,7 +512,7 @@ def test_dpo_agrees_with_stock_trl_and_encodes_each_scan_once(
     stock_arguments = DPOConfig(**{**arguments, "precompute_ref_log_probs": False, "bf16": False})
     stock = DPOTrainer(model=policy, ref_model=reference, args=stock_arguments, **common)
     ours = dpo.Mu2DPOTrainer(model=policy, args=DPOConfig(**arguments, bf16=False), **common)
-    chosen, rejected = dpo.sequence_logps(reference, batch, settings.ld_alpha).chunk(2)
+    chosen, rejected = sequence_logps(reference, batch, settings.ld_alpha).chunk(2)
     encoded: list[int] = []
     original = policy.model.encode_vision
     monkeypatch.setattr(policy.model, "encode_vision", lambda v, m=None: encoded.append(len(v)) or original(v, m))

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from mu2llm import config
+from mu2llm.engine.log_probabilities import divergences
 from mu2llm.green import load_judge
 from mu2llm.model import build
 from mu2llm.records import Case
 from mu2llm.settings.green import JudgeConfig
-from mu2llm.stages.validation import divergences, statistics
+from mu2llm.stages.validation import statistics
 
 REPORTS = ["Findings: There is a large left pleural effusion.", "Findings: The liver is normal."]
 

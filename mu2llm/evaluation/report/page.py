@@ -11,8 +11,8 @@ from markupsafe import Markup
 from mu2llm import green, storage
 from mu2llm.cases import Shards
 from mu2llm.cases.shards import read_rows
+from mu2llm.engine.predictions import Prediction
 from mu2llm.evaluation.pages import environment, source
-from mu2llm.evaluation.predictions import Prediction
 from mu2llm.evaluation.report import scans
 from mu2llm.evaluation.report.marks import SHORT, Piece, Sentence, Verdict, changes, mark, verdicts
 from mu2llm.evaluation.results import TITLES, Results

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from mu2llm.engine.predictions import Prediction
 from mu2llm.evaluation.audits import Audit
-from mu2llm.evaluation.predictions import Prediction
 from mu2llm.evaluation.report import write_report
 from mu2llm.evaluation.report.page import choose
 from mu2llm.evaluation.results import Difference, Group, Header, Results, RunResult

@@ -7,31 +7,29 @@ batch needs but one scan more than it has cases, and each scan is encoded once f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 from ray.data import TaskPoolStrategy
-from ray.exceptions import RayError
 
 from mu2llm import storage
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
-from mu2llm.errors import Failure, UserError
-from mu2llm.evaluation.encode import actor_pool
-from mu2llm.evaluation.predictions import Prediction, Request
-from mu2llm.evaluation.reading import Reader
-from mu2llm.evaluation.writer import Writer
+from mu2llm.engine.actors import failures, resources
+from mu2llm.engine.predictions import Prediction, Request
+from mu2llm.engine.reading import CaseReader
+from mu2llm.engine.writer import Writer
+from mu2llm.errors import UserError
+from mu2llm.progress import Counted
 from mu2llm.records import Case
 
 READING_TASKS = 2  # at once: more would start processes, not read faster than the actors write
-Progress = Callable[[int, int], None]
-"""(cases done, cases in all)"""
 
 
-def generate(request: Request, state: str | None = None, progress: Progress | None = None) -> list[Prediction]:
+def generate(request: Request, state: str | None = None, progress: Counted | None = None) -> list[Prediction]:
     """Writes all that is requested; the cases in the order of the shards.
 
     With `state` (a URI) finished cases are kept there and an interrupted request goes on, also with another batch
@@ -43,7 +41,7 @@ def generate(request: Request, state: str | None = None, progress: Progress | No
     kept = storage.join(state, request.identity.digest) if state else None
     tables = _finished(kept) if kept else []
     done = {case for table in tables for case in table["case_id"].unique().to_pylist()}
-    left = runs([place for place, i in enumerate(order) if cases[i].id not in done], request.batch_size)
+    left = runs([place for place, i in enumerate(order) if cases[i].id not in done], request.inference.batch_size)
     ends, written = dict(left), len(cases) - sum(end - first for first, end in left)
     for first, table in _written(request, shards, cases, order, left):
         if kept:
@@ -119,7 +117,7 @@ def _written(
     if not left:
         return
     rows = shards.rows_of(request.split, [case.id for case in cases])[order]
-    reader = Reader.of(shards, request.split, rows)
+    reader = CaseReader.of(shards, request.split, rows)
     batches = ray.data.from_items([{"first": first, "end": end} for first, end in left], override_num_blocks=len(left))
     batches.context.target_max_block_size = None  # a batch stays one block, however large
     batches.context.raise_original_map_exception = True
@@ -130,21 +128,10 @@ def _written(
         Writer,
         fn_constructor_args=(request, {case.id: case.patient for case in cases}),
         batch_size=None,
-        batch_format="numpy",
-        compute=actor_pool(request.actors, len(left)),
-        num_cpus=request.cpus,
-        num_gpus=request.gpus,
+        **resources(request.inference, len(left)),
     )
-    try:
+    mend = "what was written is kept, run again to go on (out of memory: lower batch_size or max_sequences)"
+    with failures("writing reports", mend):
         for table in written.iter_batches(batch_size=None, batch_format="pyarrow"):
             assert isinstance(table, pa.Table)
             yield table["first"][0].as_py(), table.drop_columns("first").cast(Prediction.arrow_schema)
-    except RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, UserError | Failure):
-            raise cause from error
-        why = str(cause or error).strip().splitlines()[0]
-        raise Failure(
-            f"writing reports failed: {type(cause or error).__name__}: {why}; what was written is kept, run again to "
-            "go on (out of memory: lower evaluation.batch_size)"
-        ) from error

@@ -1,4 +1,4 @@
-"""Requests on their way to the writing thread: who waits, who is told of pieces of the text, who has left."""
+"""Requests on their way to the writing thread: who waits, who is sent pieces of the text, who has gone away."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from mu2llm.evaluation.decoding import Decoding
+from mu2llm.engine.sampling import Decoding
 
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
-class Row(Generic[T]):
-    """One request: `asked` is what to write, `decoding` how; the answer comes through `pieces` and `done`."""
+class QueuedRequest(Generic[T]):
+    """`request` is what to write, `decoding` how; the answer comes through `pieces` and `done`. `abandoned`: its client
+    is gone."""
 
-    asked: T
+    request: T
     decoding: Decoding
     streamed: bool = False
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     arrived: float = field(default_factory=time.monotonic)
-    left: bool = False
+    abandoned: bool = False
     answered: bool = False
-    told: str = ""
+    sent: str = ""
 
     def __post_init__(self) -> None:
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
         self.done: asyncio.Future[Any] = self.loop.create_future()
 
-    def tell(self, piece: str) -> None:
+    def send(self, piece: str) -> None:
         """A piece of the text was written; from the writing thread."""
-        self.told += piece
+        self.sent += piece
         self.loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     def finish(self, result: Any) -> None:
@@ -60,37 +61,37 @@ class Row(Generic[T]):
                 yield text
 
 
-class Waiting(Generic[T]):
-    """Rows to be written, in the order of their arrival: added in the event loop, taken by the writing thread."""
+class RequestQueue(Generic[T]):
+    """Requests to be written, in the order of their arrival: added in the event loop, taken by the writing thread."""
 
     def __init__(self) -> None:
-        self._rows: deque[Row[T]] = deque()
+        self._requests: deque[QueuedRequest[T]] = deque()
         self._lock = threading.Lock()
         self._arrival = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._requests)
 
-    def add(self, row: Row[T]) -> Row[T]:
+    def add(self, queued: QueuedRequest[T]) -> QueuedRequest[T]:
         with self._lock:
-            self._rows.append(row)
+            self._requests.append(queued)
         self._arrival.set()
-        return row
+        return queued
 
     async def arrival(self) -> None:
         """Returns when somebody waits."""
-        while not self._rows:
+        while not self._requests:
             self._arrival.clear()
             await self._arrival.wait()
 
-    def take(self, most: int) -> list[Row[T]]:
+    def take(self, most: int) -> list[QueuedRequest[T]]:
         """The first that wait, at most so many."""
         with self._lock:
-            return [self._rows.popleft() for _ in range(min(most, len(self._rows)))]
+            return [self._requests.popleft() for _ in range(min(most, len(self._requests)))]
 
-    def leave(self, row: Row[T]) -> None:
-        """The client is gone: a waiting row goes, a running one is written no further."""
-        row.left = True
+    def leave(self, queued: QueuedRequest[T]) -> None:
+        """The client is gone: a waiting request goes, a running one is written no further."""
+        queued.abandoned = True
         with self._lock:
-            if row in self._rows:
-                self._rows.remove(row)
+            if queued in self._requests:
+                self._requests.remove(queued)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from mu2llm.artefacts import open_checkpoint, weights_of
-from mu2llm.evaluation.decoding import Text, write
-from mu2llm.evaluation.predictions import Prediction, Request, Variant
-from mu2llm.model import Mu2ForConditionalGeneration, load
+from mu2llm.engine.actors import use_cpus
+from mu2llm.engine.decoder import ContinuousDecoder, Prompt, Text, write
+from mu2llm.engine.features import scan_features
+from mu2llm.engine.loading import load, numerics
+from mu2llm.engine.predictions import Prediction, Request, Variant
 
 
 @dataclass(frozen=True)
@@ -32,23 +34,25 @@ class Writer:
     """Holds the checkpoints in a Ray Data actor and writes what is requested of a batch."""
 
     def __init__(self, request: Request, patients: dict[str, str]) -> None:
-        torch.set_num_threads(max(1, int(request.cpus)))
-        self.request, self.patients = request, patients
-        device = "cuda" if request.gpus else "cpu"
-        loaded = {run: load(uri) for run, uri in request.checkpoints.items()}
-        self.visions = {run: weights_of(open_checkpoint(uri)).vision for run, uri in request.checkpoints.items()}
-        self.models = {run: (model.to(device), processor) for run, (model, processor) in loaded.items()}  # type: ignore[arg-type]
+        settings = request.inference
+        use_cpus(settings)
+        self.request, self.patients, self.precision = request, patients, settings.used_precision
+        self.decoders: dict[str, ContinuousDecoder] = {}
+        self.visions: dict[str, str] = {}
+        for run, uri in request.checkpoints.items():
+            model, processor = load(uri, self.precision, settings.used_device)
+            self.decoders[run] = ContinuousDecoder(model, processor, self.precision)
+            self.visions[run] = weights_of(open_checkpoint(uri)).vision
         self.of_nothing: dict[Hashable, list[Text]] = {}
 
-    @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        """Rows of `Reader` → a table of predictions, with the first place of their run."""
+        """Rows of `CaseReader` → a table of predictions, with the first place of their run."""
         tasks = list(self._tasks(batch))
         encoded: dict[str, Tensor] = {}
         predictions: list[Prediction] = []
-        for run, (model, _) in self.models.items():
+        for run, decoder in self.decoders.items():
             if self.visions[run] not in encoded:
-                encoded[self.visions[run]] = _encode(model, batch)
+                encoded[self.visions[run]] = _encode(decoder, batch)
             texts = self._write(run, tasks, batch, encoded[self.visions[run]])
             for task, samples in zip(tasks, texts, strict=True):
                 predictions += self._predictions(run, task, samples, batch)
@@ -73,18 +77,12 @@ class Writer:
         keys = [self._key(run, task, batch) for task in tasks]
         texts = dict(self.of_nothing)
         new = {key: task for key, task in zip(keys, tasks, strict=True) if key not in texts}
-        model, processor = self.models[run]
+        decoder, decoding = self.decoders[run], self.request.decoding
         scans = [len(features) - 1 if task.scan is None else task.scan for task in new.values()]
-        masks = mask[[task.case if task.scan is None else task.scan for task in new.values()]].to(model.device)
-        written = write(
-            model,
-            processor,
-            features[scans] * masks[..., None, None],
-            masks,
-            [task.question for task in new.values()],
-            [str(batch["id"][task.case]) for task in new.values()],
-            self.request.decoding,
-        )
+        masks = mask[[task.case if task.scan is None else task.scan for task in new.values()]].to(features.device)
+        prompts = [Prompt(task.question, str(batch["id"][task.case]), decoding) for task in new.values()]
+        features = features[scans] * masks[..., None, None]
+        written = write(decoder, features, masks, prompts, self.request.inference.max_sequences)
         texts.update(zip(new, written, strict=True))
         self.of_nothing |= {key: texts[key] for key, task in new.items() if task.scan is None}
         return [texts[key] for key in keys]
@@ -115,13 +113,10 @@ class Writer:
         ]
 
 
-def _encode(model: Mu2ForConditionalGeneration, batch: dict[str, np.ndarray]) -> Tensor:
+def _encode(decoder: ContinuousDecoder, batch: dict[str, np.ndarray]) -> Tensor:
     """(scans + 1, T, n, E): features of the batch's scans, and last those of an empty one."""
-    mask = torch.from_numpy(np.array(batch["chunk_mask"])).to(model.device)
-    if "features" in batch:
-        features = torch.from_numpy(np.array(batch["features"])).to(model.device, model.dtype)
-    else:
-        features = model.encode_vision(torch.from_numpy(np.array(batch["voxels"])).to(model.device), mask)
-    vision = model.config.vision
+    model, vision = decoder.model, decoder.model.config.vision
+    features, mask = scan_features(model, batch, decoder.precision)
     empty = torch.zeros(1, mask.shape[1], vision.channels, *vision.chunk_shape, device=model.device)
-    return torch.cat([features, model.encode_vision(empty)])
+    with numerics(model.device, decoder.precision):
+        return torch.cat([features, model.encode_vision(empty).to(features.dtype)])

@@ -11,8 +11,9 @@ import pyarrow as pa
 from mu2llm import artefacts
 from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards
-from mu2llm.evaluation.decoding import Decoding
+from mu2llm.engine.sampling import Decoding
 from mu2llm.records import Case, Record
+from mu2llm.settings.inference import InferenceConfig
 
 Variant = Literal["as_is", "shuffled", "zeroed"]
 VARIANTS: tuple[Variant, ...] = ("as_is", "shuffled", "zeroed")
@@ -53,8 +54,7 @@ class Request:
     """What is to be written: by which checkpoints (run → URI), for which cases, on what question.
 
     `data` is the URI of shards or of their cached features; `ids` are the split's cases that are meant (none: all).
-    `regions` also asks each case's own questions about a region of the body, with the scan as it is. Without
-    `actors` there are as many as the cluster has room for.
+    `regions` also asks each case's own questions about a region of the body, with the scan as it is.
     """
 
     checkpoints: Mapping[str, str]
@@ -64,12 +64,9 @@ class Request:
     decoding: Decoding = field(default_factory=Decoding)
     variants: tuple[Variant, ...] = ("as_is",)
     regions: bool = False
-    batch_size: int = 16
     max_cases: int | None = None
     ids: tuple[str, ...] | None = None
-    actors: int | None = 1
-    cpus: float = 1
-    gpus: float = 0
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
 
     @property
     def identity(self) -> Identity:
@@ -80,6 +77,7 @@ class Request:
                 value = getattr(values, each.name)
                 if each.name in _DECIDES and value != each.default:
                     inputs[f"{prefix}{each.name}"] = value
+        inputs |= {} if self.inference.precision == "auto" else {"precision": self.inference.precision}
         inputs |= {} if self.ids is None else {"ids": artefacts.digest(self.ids)}
         inputs["data"] = Shards.open(self.data).origin_checksum
         for run, uri in self.checkpoints.items():

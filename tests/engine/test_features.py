@@ -4,7 +4,8 @@ from small_models import make, scans
 
 from mu2llm import storage
 from mu2llm.cases import Shards
-from mu2llm.evaluation.encode import actor_pool, cached_features, vision_digest
+from mu2llm.engine.actors import actor_pool
+from mu2llm.engine.features import cached_features, vision_digest
 from mu2llm.model import load
 
 

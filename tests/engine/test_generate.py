@@ -4,35 +4,34 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from small_runs import case, write_checkpoint, write_shards
 
+from mu2llm.engine import writer as writer_module
+from mu2llm.engine.generate import generate, ring, runs
+from mu2llm.engine.predictions import VARIANTS, Prediction, Request
+from mu2llm.engine.reading import CaseReader
+from mu2llm.engine.sampling import Decoding
+from mu2llm.engine.writer import Writer
 from mu2llm.errors import UserError
-from mu2llm.evaluation import writer as writer_module
-from mu2llm.evaluation.decoding import Decoding, nucleus, write
-from mu2llm.evaluation.generate import generate, ring, runs
-from mu2llm.evaluation.predictions import VARIANTS, Prediction, Request
-from mu2llm.evaluation.reading import Reader
-from mu2llm.evaluation.writer import Writer
-from mu2llm.model import load
+from mu2llm.settings.inference import InferenceConfig
 
 QUESTION = "Write the radiology report."
 
 
-def request(shards, checkpoints, **changes):
-    plain = Request(checkpoints, shards.uri, "test", QUESTION, Decoding(max_new_tokens=6), VARIANTS, batch_size=4)
-    return replace(plain, **changes)
+def request(shards, checkpoints, batch_size=4, **changes):
+    plain = Request(checkpoints, shards.uri, "test", QUESTION, Decoding(max_new_tokens=6), VARIANTS)
+    return replace(plain, inference=InferenceConfig(batch_size=batch_size, actors=1), **changes)
 
 
 def here(asked, shards):
     """What the tasks and actors do, in this process."""
     cases = shards.cases(asked.split)
     order = ring([each.patient for each in cases], asked.decoding.seed)
-    reader = Reader.of(shards, asked.split, order)
+    reader = CaseReader.of(shards, asked.split, order)
     writer = Writer(asked, {each.id: each.patient for each in cases})
     tables = [
         writer(reader({"first": np.array([first]), "end": np.array([end])}))
-        for first, end in runs(range(len(cases)), asked.batch_size)
+        for first, end in runs(range(len(cases)), asked.inference.batch_size)
     ]
     return [Prediction.from_row(row) for table in tables for row in table.to_pylist()]
 
@@ -73,13 +72,13 @@ def test_each_scan_is_encoded_once_and_an_empty_one_written_once(shards, checkpo
     encoded, written = [], []
     real_encode, real_write = writer_module._encode, writer_module.write
 
-    def encode(model, batch):
+    def encode(decoder, batch):
         encoded.append(len(batch["id"]))
-        return real_encode(model, batch)
+        return real_encode(decoder, batch)
 
-    def count(model, processor, features, mask, questions, keys, decoding):
-        written.append(len(questions))
-        return real_write(model, processor, features, mask, questions, keys, decoding)
+    def count(decoder, features, mask, prompts, most):
+        written.append(len(prompts))
+        return real_write(decoder, features, mask, prompts, most)
 
     monkeypatch.setattr(writer_module, "_encode", encode)
     monkeypatch.setattr(writer_module, "write", count)
@@ -117,37 +116,6 @@ def test_samples_do_not_depend_on_the_batch(shards, checkpoints):
     assert texts != {(p.case_id, p.index): p.text for p in again}
 
 
-def test_sampling_follows_the_nucleus():
-    scores = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
-    draws = torch.linspace(0, 0.9999, 2000, dtype=torch.float64)[:, None]
-    decoding = Decoding(temperature=1.0, top_p=0.9)
-    chosen = nucleus(scores.expand(2000, -1), draws, decoding)[:, 0]
-    shares = torch.bincount(chosen, minlength=4) / 2000
-    expected = torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95
-    assert torch.allclose(shares, expected, atol=2e-3)
-    cold = nucleus(scores.expand(2000, -1), draws, Decoding(temperature=0.01))
-    assert (cold == 0).all()
-
-
-def test_greedy_is_what_transformers_generates(shards, checkpoints):
-    from mu2llm.cases.shards import read_rows
-
-    model, processor = load(checkpoints["sft"])
-    rows = read_rows(shards.files("test"), shards.rows("test"), ["voxels", "chunk_mask"], np.arange(2))
-    volumes, mask = torch.from_numpy(rows["voxels"].copy()), torch.from_numpy(rows["chunk_mask"].copy())
-    features = model.encode_vision(volumes, mask)
-    ours = write(model, processor, features, mask, [QUESTION] * 2, ["a", "b"], Decoding(max_new_tokens=6))
-    inputs = processor.encode([QUESTION] * 2)
-    theirs = model.generate(volumes=volumes, chunk_mask=mask, max_new_tokens=6, do_sample=False, **inputs)
-    texts = processor.tokenizer.batch_decode(theirs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert [text.text for (text,) in ours] == [text.strip() for text in texts]
-
-
-def test_greedy_samples_are_refused():
-    with pytest.raises(ValueError, match="temperature"):
-        Decoding(samples=4)
-
-
 def test_a_checkpoint_that_cannot_write_or_expects_other_scans(shards, checkpoints, tmp_path):
     contrastive = write_checkpoint(str(tmp_path / "c"), 0, "contrastive")
     with pytest.raises(UserError, match="train sft from it"):
@@ -172,7 +140,11 @@ def test_on_ray_and_resumed(ray_cluster, checkpoints, tmp_path):
     assert len(kept) == 3
     kept[1].unlink()
     seen.clear()
-    again = generate(replace(asked, batch_size=3), state, progress=lambda done, total: seen.append(done))
+    again = generate(
+        replace(asked, inference=InferenceConfig(batch_size=3, max_sequences=5)),
+        state,
+        progress=lambda done, total: seen.append(done),
+    )
     assert sorted(seen) == [9, 10] or sorted(seen) == [7, 10]  # three and one, as they are finished
     assert again == first
 

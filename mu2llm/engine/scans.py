@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from mu2llm import ct
+from mu2llm.engine.decoder import ContinuousDecoder, Prompt, write
+from mu2llm.engine.features import scan_features
+from mu2llm.engine.loading import load
+from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import Rejection
-from mu2llm.evaluation.decoding import Decoding, write
-from mu2llm.model import load
 from mu2llm.settings.evaluation import EvaluationConfig
 
 
@@ -25,9 +25,10 @@ def report_scans(
     """One entry a scan, in order: `{path, report, seconds, spec, warnings}` or `{path, rejected, message, spec}`.
 
     Scans are prepared by the checkpoint's own spec. One that is no CT by its values (`not_hu`) is rejected
-    unless `accept` lists that code.
+    unless `accept` lists that code. `progress` is told (scans done, scans in all).
     """
-    model, processor = load(checkpoint)
+    model, processor = load(checkpoint, settings.used_precision, settings.used_device)
+    decoder = ContinuousDecoder(model, processor, settings.used_precision)
     decoding = Decoding(settings.max_new_tokens)
     entries = []
     for number, path in enumerate(scans):
@@ -39,10 +40,9 @@ def report_scans(
         except Rejection as rejection:
             entry |= {"rejected": rejection.reason, "message": rejection.message}
         else:
-            voxels, mask = torch.as_tensor(prepared.voxels)[None], torch.as_tensor(prepared.chunk_mask)[None]
-            with torch.inference_mode():
-                features = model.encode_vision(voxels, mask)
-                text = write(model, processor, features, mask, [settings.question], [path], decoding)[0][0]
+            scan = {"voxels": prepared.voxels[None], "chunk_mask": prepared.chunk_mask[None]}
+            features, mask = scan_features(model, scan, settings.used_precision)
+            ((text,),) = write(decoder, features, mask, [Prompt(settings.question, path, decoding)])
             entry |= {"report": text.text, "finished": text.finished, "warnings": list(volume.warnings)}
         entries.append({**entry, "seconds": round(time.monotonic() - started, 3)})
         if progress:

@@ -3,6 +3,7 @@
 import tempfile
 
 import numpy as np
+import pytest
 
 from mu2llm import config, storage
 from mu2llm.artefacts import publish
@@ -85,3 +86,14 @@ def write_checkpoint(uri: str, seed: int, stage: str = "sft", experiment=None):
         processor.save_pretrained(folder)
         publish(checkpoint, folder)
     return uri
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    return write_shards(str(tmp_path_factory.mktemp("shards")), [case(i) for i in range(10)])
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {stage: write_checkpoint(str(folder / stage), seed, stage) for seed, stage in enumerate(("sft", "dpo"))}

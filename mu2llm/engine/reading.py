@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from mu2llm.cases.shards import read_rows
 
 
 @dataclass(frozen=True)
-class Reader:
+class CaseReader:
     """Reads runs of the ring, from `first` to before `end`: their cases, and the next one's scan alone behind them."""
 
     files: list[str]
@@ -21,7 +21,7 @@ class Reader:
     scan: str
 
     @classmethod
-    def of(cls, shards: Shards, split: str, order: np.ndarray) -> Reader:
+    def of(cls, shards: Shards, split: str, order: np.ndarray) -> Self:
         """For shards with `voxels`, or for a table with their `features`."""
         scan = "features" if "features" in shards.schema(split).names else "voxels"
         return cls(shards.files(split), shards.rows(split), order, scan)

@@ -1,0 +1,113 @@
+"""Each scan through a frozen vision encoder once: the features lie beside the shards and are read ever after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import ray.data
+import torch
+from torch import Tensor
+
+from mu2llm import storage
+from mu2llm.artefacts import Identity, open_checkpoint, weights_of
+from mu2llm.cases import Shards, dataset, write_rows
+from mu2llm.cases.shards import read_rows
+from mu2llm.engine.actors import failures, on_actors, use_cpus
+from mu2llm.engine.loading import load_encoder, numerics
+from mu2llm.errors import UserError
+from mu2llm.settings.inference import InferenceConfig, Precision
+
+COLUMNS = ["id", "report", "questions", "voxels", "chunk_mask"]
+BATCH = 16  # scans
+
+
+def encode_scans(
+    checkpoint: str, shards: Shards, settings: InferenceConfig, progress: Callable[[int, int], None] | None = None
+) -> Shards:
+    """A table with `features` (T, n, E) float16 in place of voxels, for all splits; made unless it is there.
+
+    It lies at `<shards>/features/<digest of scans and vision weights>`: checkpoints with the same frozen vision, such
+    as SFT's and DPO's after one contrastive stage, share it. `progress` is told (scans done, scans in all).
+    Raises UserError where the specs differ.
+    """
+    expected = open_checkpoint(checkpoint).lineage.spec_hash
+    if expected != shards.spec.hash:
+        raise UserError(
+            f"{checkpoint} expects spec {expected}, {shards.uri} has {shards.spec.name} ({shards.spec.hash}): "
+            "ingest the scans with the checkpoint's preset"
+        )
+    uri = features_uri(checkpoint, shards, settings.used_precision)
+    if storage.exists(storage.join(uri, "shards.json")):
+        return Shards.open(uri)
+    splits = [split for split in ("train", "validation", "test") if shards.count(split)]
+    total, done = sum(shards.count(split) for split in splits), [0]
+
+    def counted(rows: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+        for batch in rows.iter_batches(batch_size=BATCH, batch_format="numpy"):
+            done[0] += len(batch["id"])
+            if progress:
+                progress(done[0], total)
+            yield batch
+
+    encoded = {split: counted(_encoded(checkpoint, shards, split, settings)) for split in splits}
+    with failures("encoding scans", "run again"):
+        return write_rows(uri, encoded, shards, checkpoint=storage.lasting(checkpoint))
+
+
+def cached_features(checkpoints: Collection[str], shards: Shards, precision: Precision = "fp32") -> str | None:
+    """The table of features of the checkpoints' vision, if they share it and an earlier stage has cached them."""
+    if not storage.exists(storage.join(shards.uri, "features")):
+        return None
+    uris = {features_uri(uri, shards, precision) for uri in checkpoints}
+    uri = uris.pop()
+    return uri if not uris and storage.exists(storage.join(uri, "shards.json")) else None
+
+
+def scan_features(model: Any, rows: Mapping[str, Any], precision: Precision = "fp32") -> tuple[Tensor, Tensor]:
+    """Rows of shards (`voxels`) or of their cached features (`features`), B of them, with `chunk_mask` → vision
+    features (B, T, n, E) and chunk mask (B, T) on the model's device."""
+    cached = "features" in rows
+    scans, mask = (
+        torch.from_numpy(np.array(rows[name])).to(model.device)
+        for name in ("features" if cached else "voxels", "chunk_mask")
+    )
+    with numerics(model.device, precision):
+        return scans.to(model.dtype) if cached else model.encode_vision(scans, mask), mask
+
+
+def read_scans(
+    model: Any, shards: Shards, split: str, rows: np.ndarray, precision: Precision = "fp32"
+) -> tuple[Tensor, Tensor]:
+    """`scan_features` of B rows of a split, read here."""
+    scan = "features" if "features" in shards.schema(split).names else "voxels"
+    read = read_rows(shards.files(split), shards.rows(split), ["chunk_mask", scan], rows)
+    return scan_features(model, read, precision)
+
+
+def features_uri(checkpoint: str, shards: Shards, precision: Precision = "fp32") -> str:
+    """Where the features of a checkpoint's vision lie: not those of other weights, of another rounding, nor of what the
+    shards were once."""
+    inputs = {"data": shards.checksum, "vision": weights_of(open_checkpoint(checkpoint)).vision}
+    inputs |= {} if precision == "fp32" else {"precision": precision}
+    return storage.join(shards.uri, "features", Identity.of(inputs).digest)
+
+
+def _encoded(checkpoint: str, shards: Shards, split: str, settings: InferenceConfig) -> ray.data.Dataset:
+    rows = dataset(shards, split, COLUMNS)
+    return on_actors(rows, VisionActor, (checkpoint, settings), settings, shards.count(split))
+
+
+class VisionActor:
+    """Holds the encoder in a Ray Data actor."""
+
+    def __init__(self, checkpoint: str, settings: InferenceConfig) -> None:
+        use_cpus(settings)
+        self.precision = settings.used_precision
+        self.encoder = load_encoder(checkpoint, self.precision, settings.used_device)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        features, _ = scan_features(self.encoder, batch, self.precision)
+        kept = {name: batch[name] for name in ("id", "report", "questions", "chunk_mask")}
+        return {**kept, "features": features.to(torch.float16).cpu().numpy()}

@@ -1,0 +1,141 @@
+"""`RunningBatch`: the requests that a replica writes together, and what follows from each of their tokens."""
+
+from __future__ import annotations
+
+import base64
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mu2llm.engine.decoder import Prompt, TokenSequence
+from mu2llm.serving.exchange import ReportRequest, Unable, Written
+from mu2llm.serving.loaded import LoadedModel
+from mu2llm.serving.queue import QueuedRequest
+from mu2llm.serving.saliency import overlay, sentence_maps
+
+Queued = QueuedRequest[ReportRequest]
+
+
+@dataclass
+class Slot:
+    """A request in the batch; `together` is the most requests that it was written with, itself among them."""
+
+    queued: Queued
+    features: Tensor
+    cached: bool
+    started: float
+    encoded: float
+    together: int = 0
+
+
+class RunningBatch:
+    """Sends requests their text as it is written, and lets go of those that are over."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.decoder = loaded.decoder()
+        self.taken: list[Queued] = []  # those without an answer yet, in a slot or on the way into one
+        self._slots: dict[TokenSequence, Slot] = {}
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def open(self) -> bool:
+        return self.decoder.open
+
+    def join(self, requests: list[Queued]) -> None:
+        """Encodes their scans and writes their first tokens; what comes from another preprocessing is sent back."""
+        self.taken = [queued for queued in self.taken if not queued.answered] + requests
+        started = time.monotonic()
+        for queued in requests:
+            if queued.request.scan.spec_hash != self.loaded.spec.hash:
+                queued.finish(Unable("wrong_spec"))  # the model was swapped while it waited
+        requests = [queued for queued in requests if not queued.answered]
+        if not requests:
+            return
+        scans = [queued.request.scan for queued in requests]
+        cached = [self.loaded.knows(scan.key) for scan in scans]
+        known = self.loaded.features({scan.key: scan for scan in scans})
+        features = [known[scan.key] for scan in scans]
+        encoded = time.monotonic()
+        prompts = [
+            Prompt(self.loaded.question(queued.request), queued.request.scan.key, queued.decoding)
+            for queued in requests
+        ]
+        sequences = self.decoder.join(torch.stack(features), self.loaded.chunk_mask(scans), prompts)
+        for sequence, queued, each, hit in zip(sequences, requests, features, cached, strict=True):
+            self._slots[sequence] = Slot(queued, each, hit, started, encoded)
+        for slot in self._slots.values():
+            slot.together = max(slot.together, len(self._slots))
+        self._follow(sequences)
+
+    def step(self) -> None:
+        """A further token of each."""
+        self.decoder.step()
+        self._follow(self.decoder.sequences)
+
+    def _follow(self, sequences: list[TokenSequence]) -> None:
+        """What follows from a further token of each sequence."""
+        for sequence in sequences:
+            queued = self._slots[sequence].queued
+            if queued.streamed and not queued.abandoned:
+                self._send(queued, sequence)
+        gone = {each for each in sequences if each.over or self._slots[each].queued.abandoned}
+        for sequence in gone:
+            slot = self._slots.pop(sequence)
+            if not slot.queued.abandoned:
+                self._finish(slot, sequence)
+        self.decoder.leave(gone)
+
+    def _send(self, queued: Queued, sequence: TokenSequence) -> None:
+        text = self.decoder.text(sequence).text
+        # a character of several bytes may not be whole yet; what was sent before a failure is not sent again
+        if not text.endswith("\ufffd") and text.startswith(queued.sent) and text != queued.sent:
+            queued.send(text[len(queued.sent) :])
+
+    def _finish(self, slot: Slot, sequence: TokenSequence) -> None:
+        """The answer to a request, with where each sentence comes from where that is asked for."""
+        loaded, queued, written = self.loaded, slot.queued, time.monotonic()
+        text = self.decoder.text(sequence)
+        maps = self._maps(queued.request, text.text, slot.features) if queued.request.saliency else None
+        seconds = {
+            "queue": slot.started - queued.arrived,
+            "encode": slot.encoded - slot.started,
+            "write": written - slot.encoded,
+            "saliency": time.monotonic() - written,
+        }
+        queued.finish(
+            Written(
+                text=text.text,
+                question=loaded.question(queued.request),
+                tokens=text.tokens,
+                finished=text.finished,
+                model=loaded.facts,
+                spec={"name": loaded.spec.name, "hash": loaded.spec.hash},
+                batch=slot.together,
+                cached=slot.cached,
+                seconds=seconds,
+                checkpoint=loaded.uri,
+                sentences=maps,
+            )
+        )
+
+    def _maps(self, request: ReportRequest, report: str, features: Tensor) -> list[dict[str, Any]]:
+        loaded = self.loaded
+        found = sentence_maps(
+            loaded.model,
+            loaded.processor,
+            features[None].clone(),  # made under inference mode, which gradients cannot pass
+            loaded.chunk_mask([request.scan]),
+            loaded.question(request),
+            report,
+        )
+        patch_size = tuple(loaded.model.config.vision.patch_size)
+        return [
+            {**vars(span), "nifti": base64.b64encode(overlay(weights, request.scan.affine, patch_size)).decode()}
+            for span, weights in found
+        ]

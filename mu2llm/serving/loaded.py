@@ -1,0 +1,88 @@
+"""`LoadedModel`: a checkpoint in a replica's memory, with what the service tells of it."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mu2llm.artefacts import open_checkpoint, weights_of
+from mu2llm.engine.decoder import ContinuousDecoder, Prompt, write
+from mu2llm.engine.features import scan_features
+from mu2llm.engine.loading import load
+from mu2llm.engine.sampling import Decoding
+from mu2llm.serving.decoder import Scan
+from mu2llm.serving.exchange import ReportRequest
+from mu2llm.settings.serving import ServingConfig
+
+REGION = "Describe the findings in the {}."
+WARM_UP_TOKENS = 8
+
+
+class LoadedModel:
+    """A checkpoint in memory, and the encodings of the scans that it saw last."""
+
+    def __init__(self, uri: str, settings: ServingConfig) -> None:
+        checkpoint, inference = open_checkpoint(uri), settings.inference
+        self.uri, self.cached_scans, self.precision = uri, settings.cached_scans, inference.used_precision
+        self.model, self.processor = load(uri, self.precision, inference.used_device)
+        self.spec = self.processor.spec
+        identity = weights_of(checkpoint).weights[:12]
+        stage = checkpoint.lineage.stage
+        name = uri.rstrip("/").rsplit("/", 1)[-1]
+        self.facts = {"id": f"mu2llm-{stage}-{identity}", "stage": stage, "checkpoint": name}
+        evaluation = checkpoint.experiment.get("evaluation", {})
+        self._question = str(evaluation.get("question", "Write the radiology report of this CT scan."))
+        self.max_new_tokens = int(evaluation.get("max_new_tokens", 256))
+        self._features: OrderedDict[str, Tensor] = OrderedDict()
+
+    def question(self, request: ReportRequest | None = None) -> str:
+        """What is asked: the request's own question, that about its region, or the one of the training."""
+        if request and request.question:
+            return request.question
+        return REGION.format(request.region) if request and request.region else self._question
+
+    def decoding(self, request: ReportRequest) -> Decoding | None:
+        """How a request's text is drawn; None where its question leaves no room for an answer. Raises UserError where
+        the question alone is too long."""
+        prompt, _ = self.processor.token_ids(self.question(request))
+        room = self.processor.max_text_tokens - (len(prompt) - self.processor.queries)
+        length = min(request.max_new_tokens or self.max_new_tokens, room)
+        return Decoding(length, 1, request.temperature, request.top_p, request.seed) if length > 0 else None
+
+    def decoder(self) -> ContinuousDecoder:
+        return ContinuousDecoder(self.model, self.processor, self.precision)
+
+    def features(self, scans: dict[str, Scan]) -> dict[str, Tensor]:
+        """Key → (T, n, E), each scan encoded once as long as it is remembered."""
+        new = {key: scan for key, scan in scans.items() if key not in self._features}
+        if new:
+            rows = {name: np.stack([getattr(scan, name) for scan in new.values()]) for name in ("voxels", "chunk_mask")}
+            self._features.update(zip(new, scan_features(self.model, rows, self.precision)[0], strict=True))
+        found = {key: self._features[key] for key in scans}
+        for key in scans:
+            self._features.move_to_end(key)
+        while len(self._features) > self.cached_scans:
+            self._features.popitem(last=False)
+        return found
+
+    def knows(self, key: str) -> bool:
+        """Whether a scan's encoding is remembered."""
+        return key in self._features
+
+    def chunk_mask(self, scans: Sequence[Scan]) -> Tensor:
+        """(R, T)"""
+        return torch.from_numpy(np.stack([scan.chunk_mask for scan in scans])).to(self.model.device)
+
+    def warm_up(self) -> float:
+        """A short report of an empty scan; the seconds it took."""
+        started = time.monotonic()
+        voxels = np.zeros((1, *self.spec.shape), dtype=self.spec.dtype)
+        empty = {"voxels": voxels, "chunk_mask": np.ones((1, self.spec.chunks), dtype=bool)}
+        prompt = Prompt(self.question(), "warm-up", Decoding(WARM_UP_TOKENS))
+        write(self.decoder(), *scan_features(self.model, empty, self.precision), [prompt])
+        return time.monotonic() - started

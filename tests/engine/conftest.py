@@ -1,0 +1,1 @@
+from small_runs import checkpoints, shards  # noqa: F401
