@@ -34,6 +34,16 @@ def largest_resources() -> dict[str, float]:
     return dict(ray._private.state.state.get_max_resources_from_cluster_config() or {})
 
 
+def ask_head(address: str) -> None:
+    """Speaks to the head of a Ray cluster at HOST:PORT; an AuthenticationError where it wants a token and has none.
+
+    `ray.init` says of such a cluster only that it could not be joined.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    GcsClient(address=address)
+
+
 def pause_scheduler(dataset: ray.data.Dataset) -> None:
     """Lets Ray Data's scheduler rest `PAUSE_S` seconds after each of its turns.
 

@@ -12,8 +12,8 @@ from typing import Any
 import ray
 import ray.data
 import ray.exceptions
-from ray._raylet import GcsClient
 
+from mu2llm import private_apis
 from mu2llm.errors import Failure, UserError
 
 CONNECT_S = 2
@@ -75,7 +75,7 @@ def _wants_token(address: str) -> bool:
     host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-        GcsClient(address=f"{host}:{port}")
+        private_apis.ask_head(f"{host}:{port}")
     except ray.exceptions.AuthenticationError:
         return True
     except (OSError, ValueError, ray.exceptions.RayError, RuntimeError):

@@ -11,6 +11,9 @@ _DASHES = re.compile("[\u2010-\u2015\u2212\ufe58\ufe63\uff0d]")
 _TWICE_ENCODED = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]{1,3}")
 _LETTERS = str.maketrans({"ı": "i", "ø": "o", "æ": "ae", "œ": "oe", "ß": "ss", "’": "'", "‘": "'", "×": "x"})
 _BOX, _TICKED = re.compile(r"\[ *\]|[☐□▢]"), re.compile(r"\[ *[x✓✔] *\]|[☑☒✓✔]")
+_SIDES = {"l": "left", "r": "right"}
+_LOBES = {"u": "upper", "m": "middle", "l": "lower"}
+_CHAMBERS = {"a": "atrium", "v": "ventricle"}
 _SHORT = {
     re.compile(pattern): words
     for pattern, words in {
@@ -25,9 +28,6 @@ _SHORT = {
         r"n't\b": lambda m: " not",
     }.items()
 }
-_SIDES = {"l": "left", "r": "right"}
-_LOBES = {"u": "upper", "m": "middle", "l": "lower"}
-_CHAMBERS = {"a": "atrium", "v": "ventricle"}
 
 
 def plain(text: str) -> str:

@@ -166,7 +166,7 @@ def check_lengths(job: Job, shards: Shards) -> int:
 def longer(job: Job, shards: Shards, processor: Mu2Processor) -> dict[str, int]:
     """Cases that the job trains on and the model takes only in part → their tokens."""
     experiment = job.resolved
-    chosen = set(shards.share("train", experiment.data.fraction, experiment.seed))
+    chosen = set(shards.subset("train", experiment.data.fraction, experiment.seed))
     asked = {
         case.id: lengths.asked_of(case, experiment.evaluation.question, experiment.sft.report_share)
         for case in shards.cases("train")

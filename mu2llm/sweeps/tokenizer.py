@@ -52,4 +52,4 @@ def share(experiment: Experiment, shards: str, init: str) -> None:
     """The features of all scans, for all trials that train SFT from this checkpoint."""
     settings = experiment.sft
     if settings.freeze_vision and settings.cache_vision:
-        encode_scans(init, Shards.open(shards), settings.cpus_per_worker, settings.gpus_per_worker)
+        encode_scans(init, Shards.open(shards), settings.inference())
