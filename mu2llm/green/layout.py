@@ -106,7 +106,7 @@ def _goes_on(before: str, after: str, gap: bool, as_list: bool, shouted: bool) -
         return not as_list
     if word and (
         len(word[0]) == 1 or word[0].isupper()
-    ):  # an abbreviation begins a sentence no more than it goes on with one
+    ):
         whole = not before.endswith(",") and not _MODIFIER.search(before) and _says_something(before)
         return not (as_list or (whole and _says_something(after)))
     return False
