@@ -46,9 +46,9 @@ def inspect(
     as_json: Json = False,
     save_png: Annotated[str | None, typer.Option(help="Folder for a three-plane picture of each scan.")] = None,
     series: Annotated[str | None, typer.Option(help="DICOM series to read, by instance UID or description.")] = None,
-    accept: Annotated[  # noqa: B006
+    accept: Annotated[
         list[str], typer.Option(metavar="CODE", help="Let in all the same: unknown_orientation, series_per_slice.")
-    ] = [],
+    ] = [],  # noqa: B006
 ) -> None:
     """Read scans and say what they are, what was set right, and why one is rejected."""
     from mu2llm import ct
