@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pydicom
-from pydicom.datadict import tag_for_keyword
 from pydicom.filereader import read_dataset
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from mu2llm.ct.codes import MAX_BYTES, MAX_FILES
-from mu2llm.ct.dicom_tags import Unreadable, holder, numbers, text, value
+from mu2llm.ct.dicom_tags import Unreadable, holder, numbers, tag, text, value
 from mu2llm.ct.sources import DICOM, GZIP, NIFTI, ZIP, Part, check_sizes, kind_of, zip_parts
 from mu2llm.errors import Rejection
 
@@ -65,13 +64,13 @@ _NUMBERS = [  # tag, the functional group that holds it in enhanced objects, how
     ("RescaleSlope", "PixelValueTransformationSequence", 1),
     ("RescaleIntercept", "PixelValueTransformationSequence", 1),
 ]
-_TAGS = [
+_TAGS = [tag(name) for name in [
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesDescription", "Modality", "Rows", "Columns",
     "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence", "DimensionIndexSequence", "ConcatenationUID", "InConcatenationNumber",
     "InConcatenationTotalNumber", *(name for name, *_ in _NUMBERS), *CLUES,
-]  # fmt: skip
-_PLACES = {tag_for_keyword(each) for each in ("InStackPositionNumber", "ImagePositionPatient", "ImagePositionVolume")}
+]]  # fmt: skip
+_PLACES = {tag(name) for name in ("InStackPositionNumber", "ImagePositionPatient", "ImagePositionVolume")}
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def _check_deflated(data: bytes, uri: str) -> None:
 
 def _slices(part: Part, data: bytes) -> Iterator[Slice]:
     """The slice of a classic object, or those of a multi-frame one, in the file's order."""
-    header = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True, specific_tags=[*_TAGS])
+    header = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True, specific_tags=_TAGS)
     frames = int(value(header, "NumberOfFrames") or 1)
     groups = list(value(header, "PerFrameFunctionalGroupsSequence") or [])
     shared = list(value(header, "SharedFunctionalGroupsSequence") or [])[:1]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import pydicom
 from pydicom.multival import MultiValue
+from pydicom.tag import Tag
 
 _BINARY = ("US", "UL", "SS", "SL", "FD", "FL", "AT")
 
 
 class Unreadable(ValueError):
     """A tag whose value cannot be read; its message names both."""
+
+
+tag = functools.cache(Tag)  # by keyword, which takes pydicom as long as reading a value
 
 
 def holder(header: pydicom.Dataset, groups: list[pydicom.Dataset], sequence: str, name: str) -> pydicom.Dataset:
@@ -28,7 +33,8 @@ def holder(header: pydicom.Dataset, groups: list[pydicom.Dataset], sequence: str
 def value(dataset: pydicom.Dataset, name: str) -> Any:
     """A value as pydicom has it, None where it is missing; Unreadable where pydicom cannot read it."""
     try:
-        return dataset.get(name)
+        element = dataset.get(tag(name))
+        return None if element is None else element.value
     except Exception as error:  # pydicom raises many kinds
         raise Unreadable(f"{name} is {dataset.get_item(name).value!r}, which cannot be read") from error
 
@@ -36,7 +42,7 @@ def value(dataset: pydicom.Dataset, name: str) -> Any:
 def text(dataset: pydicom.Dataset, name: str) -> str:
     """A value as text, its parts between backslashes; empty where it is missing. Most are taken as they stand in the
     file, without pydicom's conversions."""
-    element = dataset.get_item(name)
+    element = dataset.get_item(tag(name))
     found = None if element is None else element.value
     if isinstance(found, bytes):
         if element.VR not in _BINARY:
