@@ -102,7 +102,7 @@ def loop(job: Job, resume: Resume) -> None:
     assert job.parent and job.reference
     shards, scan = Shards.open(job.features or job.shards), "features" if job.features else "voxels"
     model: Any
-    model, processor = load(job.parent)
+    model, processor = load(job.parent, torch.float32)
     if settings.freeze_vision:
         model.freeze_vision()
     if experiment.model.lora:
@@ -137,7 +137,7 @@ def restore(job: Job, folder: str) -> Mu2ForConditionalGeneration:
     if not job.resolved.model.lora:
         return Mu2ForConditionalGeneration.from_pretrained(folder).eval()
     assert job.parent
-    return merge_lora(load_lora(load(job.parent)[0], folder))
+    return merge_lora(load_lora(load(job.parent, torch.float32)[0], folder))
 
 
 def loss_arguments(settings: DpoConfig) -> dict[str, Any]:
