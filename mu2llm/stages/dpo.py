@@ -38,6 +38,7 @@ from mu2llm.stages.validation import Validation
 from mu2llm.stages.worker import Batches, Resume
 
 BATCH = 8
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def run(
@@ -103,8 +104,7 @@ def loop(job: Job, resume: Resume) -> None:
     shards, scan = Shards.open(job.features or job.shards), "features" if job.features else "voxels"
     model: Any
     model, processor = load(job.parent, torch.float32)
-    if settings.freeze_vision:
-        model.freeze_vision()
+    prepare(model, settings)
     if experiment.model.lora:
         model = add_lora(model, experiment.model.lora)
     examples = Examples(read_pairs(job.data), read_reference(job.reference), processor)
@@ -130,6 +130,13 @@ def loop(job: Job, resume: Resume) -> None:
             return {}
 
         train(trainer, job, resume, finish, lambda saved: restore(job, saved))
+
+
+def prepare(model: Mu2ForConditionalGeneration, settings: DpoConfig) -> None:
+    """The parent as a policy, which starts as its reference: in training mode its numbers are the same."""
+    model.freeze_statistics()
+    if settings.freeze_vision:
+        model.freeze_vision()
 
 
 def restore(job: Job, folder: str) -> Mu2ForConditionalGeneration:
@@ -237,10 +244,15 @@ class Examples:
 def reference_logps(job: Job, pairs: list[PreferencePair]) -> str:
     """URI of the pairs' reference log-probabilities under the parent, computed unless they are there.
 
-    They lie beside the pairs under the parent's digest (and `ld_alpha`, which weighs tokens), one row a pair.
+    They lie beside the pairs under the parent's digest, its prompt's hash, the precision and `ld_alpha`, which weighs
+    tokens: one row a pair.
     """
     settings = job.resolved.dpo
-    name = job.parent_identity + (f"-ld{settings.ld_alpha:g}" if settings.ld_alpha is not None else "")
+    assert job.parent
+    parts = [job.parent_identity, open_checkpoint(job.parent).lineage.prompt]
+    parts += ["" if settings.precision == "fp32" else settings.precision]
+    parts += ["" if settings.ld_alpha is None else f"ld{settings.ld_alpha:g}"]
+    name = "-".join(part for part in parts if part)
     uri = storage.join(job.data, "reference", f"{name}.parquet")
     if storage.exists(uri):
         return uri
@@ -276,26 +288,30 @@ class ReferenceActor:
         settings = job.resolved.dpo
         torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
         assert job.parent
-        model, processor = load(job.parent)
+        model, processor = load(job.parent, torch.float32)  # as the policy's
         self.model = model.to("cuda" if settings.gpus_per_worker else "cpu")  # type: ignore[arg-type]
-        self.examples, self.scan, self.ld_alpha = Examples(pairs, None, processor), scan, settings.ld_alpha
+        self.examples, self.scan, self.settings = Examples(pairs, None, processor), scan, settings
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         batch = self.examples.collate(rows, self.scan)
         batch.pop("case_ids")
         moved = {k: v.to(self.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        chosen, rejected = sequence_logps(self.model, moved, self.ld_alpha).chunk(2)
+        chosen, rejected = sequence_logps(self.model, moved, self.settings.ld_alpha, self.settings.precision).chunk(2)
         return {"item": rows["item"], "chosen": chosen.cpu().numpy(), "rejected": rejected.cpu().numpy()}
 
 
 @torch.inference_mode()
 def sequence_logps(
-    model: Mu2ForConditionalGeneration, batch: dict[str, Any], ld_alpha: float | None = None
+    model: Mu2ForConditionalGeneration, batch: dict[str, Any], ld_alpha: float | None = None, precision: str = "fp32"
 ) -> torch.Tensor:
-    """(2B,) log-probability of each completion; tokens beyond the pair's shorter one weigh `ld_alpha`."""
+    """(2B,) log-probability of each completion; tokens beyond the pair's shorter one weigh `ld_alpha`.
+
+    Under the autocast of `precision` as the policy in training: of two precisions rewards would not start at 0.
+    """
     inputs = dict(batch)
     mask = inputs.pop("completion_mask")[:, 1:]
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    with torch.autocast(model.device.type, HALF.get(precision), enabled=precision in HALF):
+        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
     tokens = inputs["input_ids"][:, 1:, None]
     logps = logits.gather(-1, tokens).squeeze(-1) - logits.logsumexp(-1)
     weight = mask.to(logps.dtype)
