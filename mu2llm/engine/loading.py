@@ -30,7 +30,7 @@ def load(
     uri: str, precision: Precision = "fp32", device: Device = "cpu"
 ) -> tuple[Mu2ForConditionalGeneration, Mu2Processor]:
     """A checkpoint's model, to write with, and its processor. Raises UserError where it has no language model."""
-    model, processor = models.load(uri)
+    model, processor = models.load(uri, torch.float32)
     return place(model, precision, device), processor
 
 

@@ -104,9 +104,7 @@ def _goes_on(before: str, after: str, gap: bool, as_list: bool, shouted: bool) -
         return True
     if small:
         return not as_list
-    if word and (
-        len(word[0]) == 1 or word[0].isupper()
-    ):
+    if word and (len(word[0]) == 1 or word[0].isupper()):
         whole = not before.endswith(",") and not _MODIFIER.search(before) and _says_something(before)
         return not (as_list or (whole and _says_something(after)))
     return False

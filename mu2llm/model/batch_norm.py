@@ -7,8 +7,10 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as collective
 from torch import Tensor, nn
 
+from mu2llm.model.initialisation import Statistics
 
-class BatchNorm3d(nn.BatchNorm3d):
+
+class BatchNorm3d(Statistics, nn.BatchNorm3d):
     """Synchronised batch norm: several workers normalise by the statistics of their whole batch, with the gradient."""
 
     def forward(self, input: Tensor) -> Tensor:

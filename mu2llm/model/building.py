@@ -156,15 +156,17 @@ def build_contrastive(
     return whole
 
 
-def load(uri: str) -> tuple[Mu2ForConditionalGeneration, Mu2Processor]:
+def load(uri: str, dtype: torch.dtype | None = None) -> tuple[Mu2ForConditionalGeneration, Mu2Processor]:
     """A checkpoint's model, in evaluation mode on the CPU, and its processor.
 
+    In the checkpoint's own dtype, or in `dtype`, running statistics too: training starts from fp32 whatever the
+    checkpoint was saved in (autocast makes bf16 of it), as a step of AdamW is mostly smaller than one of bf16.
     Raises UserError where it writes no reports, or its processor writes other prompts than it was trained on.
     """
     with storage.local_copy(uri) as folder:
         processor = _read_processor(folder, uri)
         _check_prompt(uri, folder, processor)
-        return Mu2ForConditionalGeneration.from_pretrained(folder).eval(), processor
+        return Mu2ForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto").eval(), processor
 
 
 def _check_prompt(uri: str, folder: Path, processor: Mu2Processor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -13,6 +15,23 @@ class Initialised(nn.Module):
     def initialise(self) -> None:
         """Sets them, by the functions of `transformers.initialization`, which leave loaded ones alone."""
         raise TypeError(f"{type(self).__name__} does not say how it starts")
+
+
+class Statistics(nn.Module):
+    """Mixed into modules that only move running numbers in training mode; `frozen`, they stay in evaluation mode."""
+
+    frozen = False
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode and not self.frozen)
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Running statistics, batch norms' too, and annealed temperatures stay as they are, whatever is trained."""
+    for module in model.modules():
+        if isinstance(module, Statistics):
+            module.frozen = True
+            module.eval()
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from transformers.utils.import_utils import is_tracing
 
 from mu2llm.errors import UserError
 from mu2llm.model.configuration import Mu2Config
-from mu2llm.model.initialisation import initialise
+from mu2llm.model.initialisation import freeze_statistics, initialise
 from mu2llm.model.mu2_tokenizer import Mu2Tokenizer, VisualTokens
 from mu2llm.model.vision import (
     Projector,
@@ -232,6 +232,10 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
     def freeze_vision(self) -> None:
         """The vision encoder is trained no more, nor do its running statistics move; the projector behind it is."""
         self.model.vision.freeze()
+
+    def freeze_statistics(self) -> None:
+        """No running statistic moves any more, whatever is trained: that of a policy must stay its reference's."""
+        freeze_statistics(self)
 
     def freeze_language_model(self) -> None:
         """The language model and its head are trained no more; what reads the scan for it is."""

@@ -12,7 +12,7 @@ from transformers import initialization as init
 
 from mu2llm.errors import UserError
 from mu2llm.model.configuration import Mu2TokenizerConfig
-from mu2llm.model.initialisation import Initialised
+from mu2llm.model.initialisation import Initialised, Statistics
 
 
 class Selected(NamedTuple):
@@ -23,7 +23,7 @@ class Selected(NamedTuple):
     weights: Tensor | None
 
 
-class DifferentiableSelection(Initialised):
+class DifferentiableSelection(Statistics, Initialised):
     """Differentiable token selection (DTS, METHOD.md §1.2): k soft tokens, each a softmax-weighted mean over all tokens
     of all chunks. One product, no loop.
 

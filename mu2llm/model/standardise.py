@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import initialization as init
 
-from mu2llm.model.initialisation import Initialised
+from mu2llm.model.initialisation import Initialised, Statistics
 
 
-class RunningStandardise(Initialised):
+class RunningStandardise(Statistics, Initialised):
     """Batch standardisation: per channel zero mean and unit variance over all tokens, by running statistics.
 
     All scans share the same anatomy: unstandardised, their tokens are nearly one vector. In training mode the

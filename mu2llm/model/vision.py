@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mu2llm.model.batch_norm import BatchNorm3d
 from mu2llm.model.configuration import Mu2VisionConfig
-from mu2llm.model.initialisation import Initialised
+from mu2llm.model.initialisation import Initialised, Statistics
 from mu2llm.model.standardise import RunningStandardise
 
 
@@ -127,7 +127,7 @@ class VisionTower(Initialised):
         return cast(Tensor, self.norm(x))
 
 
-class MeanImageSubtraction(Initialised):
+class MeanImageSubtraction(Statistics, Initialised):
     """Mean-image subtraction: each voxel less its mean over the first scans that were seen.
 
     All scans of one field of view are nearly the same image; a network from scratch spends most of its time

@@ -141,9 +141,8 @@ def loop(job: Job, resume: Resume) -> None:
     assert job.parent and job.reference
     shards, scan = Shards.open(job.features or job.shards), "features" if job.features else "voxels"
     model: Any
-    model, processor = load(job.parent)
-    if settings.freeze_vision:
-        model.freeze_vision()
+    model, processor = load(job.parent, torch.float32)
+    prepare(model, settings)
     if experiment.model.lora:
         model = add_lora(model, experiment.model.lora)
     examples = Examples(read_pairs(job.data), read_reference(job.reference), processor)
@@ -171,12 +170,19 @@ def loop(job: Job, resume: Resume) -> None:
         train(trainer, job, resume, finish, lambda saved: restore(job, saved))
 
 
+def prepare(model: Mu2ForConditionalGeneration, settings: DpoConfig) -> None:
+    """The parent as a policy, which starts as its reference: in training mode its numbers are the same."""
+    model.freeze_statistics()
+    if settings.freeze_vision:
+        model.freeze_vision()
+
+
 def restore(job: Job, folder: str) -> Mu2ForConditionalGeneration:
     """The model that HF's trainer saved, LoRA merged."""
     if not job.resolved.model.lora:
         return Mu2ForConditionalGeneration.from_pretrained(folder).eval()
     assert job.parent
-    return merge_lora(load_lora(load(job.parent)[0], folder))
+    return merge_lora(load_lora(load(job.parent, torch.float32)[0], folder))
 
 
 def loss_arguments(settings: DpoConfig) -> dict[str, Any]:
@@ -276,11 +282,13 @@ class Examples:
 def reference_logps(job: Job, pairs: list[PreferencePair]) -> str:
     """URI of the pairs' reference log-probabilities under the parent, computed unless they are there.
 
-    They lie beside the pairs, one row a pair, which the row names; the file is named by the parent's weights, the
-    scans, the precision, which is the policy's own, so that rewards start at 0, and `ld_alpha`, which weighs tokens.
+    They lie beside the pairs, one row a pair, which the row names; the file is named by the parent's weights and
+    prompt, the scans, the precision (the policy's own, so that rewards start at 0), and `ld_alpha`, which weighs tokens.
     """
     settings = job.resolved.dpo
+    assert job.parent
     inputs: dict[str, Any] = {"parent": job.parent_weights, "data": Shards.open(job.shards).checksum}
+    inputs |= {"prompt": prompt} if (prompt := open_checkpoint(job.parent).lineage.prompt) else {}
     inputs |= {} if settings.precision == "fp32" else {"precision": settings.precision}
     inputs |= {} if settings.ld_alpha is None else {"ld_alpha": settings.ld_alpha}
     uri, keys = storage.join(job.data, "reference", f"{Identity.of(inputs).digest}.parquet"), [p.key for p in pairs]

@@ -247,7 +247,7 @@ def start(job: Job, reports: list[str]) -> tuple[Any, Mu2Processor]:
     """The parent if it is a whole model, else a fresh one with the parent's vision tower and projector."""
     experiment = job.resolved
     if job.parent and open_checkpoint(job.parent).lineage.stage != "contrastive":
-        return load(job.parent)
+        return load(job.parent, torch.float32)
     model, processor = build(experiment.model, experiment.data.spec, reports, experiment.seed)
     if job.parent:
         load_vision(model, job.parent)

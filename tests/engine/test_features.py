@@ -3,31 +3,36 @@
 from small_models import make, scans
 
 from mu2llm import storage
+from mu2llm.artefacts import folder_weights
 from mu2llm.cases import Shards
 from mu2llm.engine.actors import actor_pool
-from mu2llm.engine.features import cached_features, vision_digest
-from mu2llm.model import load
+from mu2llm.engine.features import cached_features, features_uri
 
 
-def test_features_are_shared_by_the_same_vision_alone():
+def test_features_are_shared_by_the_same_vision_alone(tmp_path, shards, checkpoints):
     """The same weights pooled otherwise give other features: they were once read for one another."""
     (one, _), (same, _), (other, _) = make(0), make(0), make(0, vision={"pooling": 1})
     other.model.vision.load_state_dict(one.model.vision.state_dict())
     shapes = [model.encode_vision(scans(1)).shape for model in (one, other)]
     assert shapes[0] != shapes[1]
-    assert vision_digest(one) == vision_digest(same) != vision_digest(other)
+    digests = []
+    for name, model in {"one": one, "same": same, "other": other}.items():
+        model.save_pretrained(tmp_path / name)
+        digests.append(folder_weights(str(tmp_path / name)).vision)
+    assert digests[0] == digests[1] != digests[2]
 
 
-def test_features_are_read_where_a_stage_has_made_them_and_not_made_to_be_read(shards, checkpoints):
+def test_features_are_read_where_a_stage_has_computed_them_and_not_computed_to_be_read(shards, checkpoints):
     sft, dpo = checkpoints.values()
     assert cached_features([sft], shards) is None
     assert not storage.exists(storage.join(shards.uri, "features"))
-    made = storage.join(shards.uri, "features", vision_digest(load(sft)[0]))
-    storage.write_bytes(storage.join(made, "shards.json"), storage.read_bytes(storage.join(shards.uri, "shards.json")))
+    place = features_uri(sft, shards)
+    assert features_uri(sft, shards, "bf16") != place
+    storage.write_bytes(storage.join(place, "shards.json"), storage.read_bytes(storage.join(shards.uri, "shards.json")))
     try:
-        assert cached_features([sft], shards) == made
-        assert Shards.open(made).count("test") == shards.count("test")
-        assert (cached_features([sft, dpo], shards) == made) == (vision_digest(load(dpo)[0]) in made)
+        assert cached_features([sft], shards) == place
+        assert Shards.open(place).count("test") == shards.count("test")
+        assert (cached_features([sft, dpo], shards) == place) == (features_uri(dpo, shards) == place)
     finally:
         storage.delete(storage.join(shards.uri, "features"))
 

@@ -9,7 +9,9 @@ from mu2llm import config
 from mu2llm.ct import augment_batch
 from mu2llm.errors import UserError
 from mu2llm.model import add_lora, build, load, load_lora, merge_lora
+from mu2llm.records import Checkpoint, Lineage
 from mu2llm.stages import sft
+from mu2llm.stages.job import Job
 from mu2llm.stages.worker import Batches
 
 REPORTS = ["There is a large left pleural effusion.", "There is a cyst in the right kidney.", "No finding."]
@@ -130,6 +132,44 @@ def test_settings_that_contradict_each_other_are_refused():
         config.load("tiny", ["dpo.loss=sigmoid+sft", "dpo.loss_weights=[1]"])
     with pytest.raises(UserError, match=r"dpo\.beta: Input should be greater than 0, given -0\.1"):
         config.load("tiny", ["dpo.beta=-0.1"])
+
+
+def from_checkpoint(folder, dtype):
+    """The model that training starts with, from a checkpoint in that dtype of one and the same bf16 values."""
+    settings = config.load("tiny", ["sft.alignment=0", "model.text_encoder=small"])
+    model, processor = build(settings.model, settings.data.spec, REPORTS, seed=0)
+    model.bfloat16().to(dtype).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    values = {"experiment": settings.model_dump(mode="json"), "spec_hash": settings.data.spec.hash}
+    described = Checkpoint(
+        uri=str(folder), lineage=Lineage(stage="sft", spec_hash=values["spec_hash"]), experiment=values["experiment"]
+    )
+    (folder / Checkpoint.FILE).write_text(described.model_dump_json())
+    job = Job(stage="sft", data="", data_checksum="", out="", parent=str(folder), rows=1, **values)
+    return sft.start(job, REPORTS)
+
+
+def test_training_from_a_bf16_checkpoint_learns_what_it_does_from_fp32(tmp_path):
+    """The paper's learning rate is below bf16's steps: weights and running statistics in bf16 would stand still."""
+    losses, moved = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        (tmp_path / str(dtype)).mkdir()
+        model, processor = from_checkpoint(tmp_path / str(dtype), dtype)
+        assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.float32}
+        before = {name: t.clone() for name, t in model.state_dict().items() if t.is_floating_point()}
+        given = batch(processor, config.load("tiny")) | {"case_ids": ["a", "b"]}
+        arguments = {"max_steps": 10, "logging_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+        arguments |= {"remove_unused_columns": False, "disable_tqdm": True, "learning_rate": 4e-6, "bf16": True}
+        trainer = sft.SftTrainer(model=model, args=TrainingArguments(str(tmp_path), **arguments))
+        trainer.batches = [dict(given) for _ in range(10)]
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        after = model.state_dict()
+        moved.append({name: float((after[name] - t).abs().sum()) for name, t in before.items()})
+    assert losses[1] == pytest.approx(losses[0], rel=0.001)
+    for part in ("language_model", "mu2_tokenizer", "mu2_tokenizer.standardise", "vision.anatomy.mean"):
+        exact, rough = (sum(n for name, n in each.items() if part in name) for each in moved)
+        assert exact > 0 and rough == pytest.approx(exact, rel=0.05)
 
 
 @pytest.mark.parametrize("augment", [True, False])
