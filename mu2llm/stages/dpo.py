@@ -283,7 +283,7 @@ def reference_logps(job: Job, pairs: list[PreferencePair]) -> str:
     """URI of the pairs' reference log-probabilities under the parent, computed unless they are there.
 
     They lie beside the pairs, one row a pair, which the row names; the file is named by the parent's weights and
-    prompt, the scans, the precision (the policy's own, so that rewards start at 0), and `ld_alpha`, which weighs tokens.
+    prompt, the scans, the precision (the policy's own: rewards start at 0), and `ld_alpha`, which weighs tokens.
     """
     settings = job.resolved.dpo
     assert job.parent
