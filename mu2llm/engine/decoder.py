@@ -174,16 +174,18 @@ def write(
     others end. The texts are the same in any case. Raises UserError where a prompt is too long.
     """
     texts: list[list[TokenSequence]] = []
-    while len(texts) < len(prompts) or decoder.sequences:
-        waiting = range(len(texts), len(prompts))
-        coming = waiting[: _room(decoder, prompts[waiting.start :], max_sequences)]
-        if coming:
-            rows, some = slice(coming.start, coming.stop), prompts[coming.start : coming.stop]
-            joined = iter(decoder.join(vision_features[rows], chunk_mask[rows], some))
-            texts += [[next(joined) for _ in range(prompt.decoding.samples)] for prompt in some]
-        else:
-            decoder.step()
-        decoder.leave({sequence for sequence in decoder.sequences if sequence.over})
+    try:
+        while len(texts) < len(prompts) or decoder.sequences:
+            first, end = len(texts), len(texts) + _room(decoder, prompts[len(texts) :], max_sequences)
+            if end > first:
+                some = prompts[first:end]
+                joined = iter(decoder.join(vision_features[first:end], chunk_mask[first:end], some))
+                texts += [[next(joined) for _ in range(prompt.decoding.samples)] for prompt in some]
+            else:
+                decoder.step()
+            decoder.leave({sequence for sequence in decoder.sequences if sequence.over})
+    finally:
+        decoder.leave(set(decoder.sequences))  # where one failed, the next texts are written without it
     return [[decoder.text(sequence) for sequence in samples] for samples in texts]
 
 

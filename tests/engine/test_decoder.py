@@ -135,7 +135,8 @@ def test_a_prompt_that_is_too_long_is_a_users_mistake(scans):
     model, processor, features, mask = scans
     decoder = ContinuousDecoder(model, processor)
     with pytest.raises(UserError, match="tokens; the model takes 128"):
-        write(decoder, features[:1], mask[:1], [Prompt("word " * 200, "a", Decoding(4))])
+        write(decoder, features[:2], mask[:2], [PROMPTS[0], Prompt("word " * 200, "a", Decoding(4))], 1)
+    assert write(decoder, features[:1], mask[:1], PROMPTS[:1]) == [generated(scans, 0)]
 
 
 def test_sampling_follows_the_nucleus():
