@@ -23,10 +23,10 @@ def main(
     preset: job.Preset = "sweep",
     set_: job.Set = [],  # noqa: B006
 ) -> None:
-    from mu2llm.sweeps import dpo
+    from mu2llm.sweeps import sweep
 
     with job.started("sweep_dpo", preset, set_, reads=[data, init], writes=[out]) as (experiment, lines):
-        job.show(dpo.sweep(data, init, out, experiment, resume, lines))
+        job.show(sweep.run(sweep.plan("dpo", data, init, out, experiment), resume, lines))
 
 
 if __name__ == "__main__":

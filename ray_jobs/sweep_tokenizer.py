@@ -23,10 +23,10 @@ def main(
     preset: job.Preset = "sweep",
     set_: job.Set = [],  # noqa: B006
 ) -> None:
-    from mu2llm.sweeps import tokenizer
+    from mu2llm.sweeps import sweep
 
     with job.started("sweep_tokenizer", preset, set_, reads=[data, init], writes=[out]) as (experiment, lines):
-        job.show(tokenizer.sweep(data, init, out, experiment, resume, lines))
+        job.show(sweep.run(sweep.plan("tokenizer", data, init, out, experiment), resume, lines))
 
 
 if __name__ == "__main__":

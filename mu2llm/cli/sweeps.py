@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -18,7 +18,7 @@ sweep_app = typer.Typer(no_args_is_help=True, help="Search for better values of 
 app.add_typer(sweep_app, name="sweep")
 
 
-def _sweep_command(kind: str, help: str) -> None:
+def _sweep_command(kind: Literal["tokenizer", "dpo"], help: str) -> None:
     @sweep_app.command(kind, help=help)
     def command(
         data: Data,
@@ -52,7 +52,7 @@ def _sweep_command(kind: str, help: str) -> None:
 
 
 def _run(
-    kind: str,
+    kind: Literal["tokenizer", "dpo"],
     data: str,
     init: str | None,
     out: str,
@@ -62,18 +62,13 @@ def _run(
     dry: bool,
     as_json: bool,
 ) -> None:
-    from importlib import import_module
+    from mu2llm.sweeps import sweep
 
-    from mu2llm.sweeps.sweep import plan_text
-
-    if kind == "tokenizer" and init is None:
-        raise UserError("--init: a tokenizer sweep starts from a contrastive checkpoint; name it")
-    module: Any = import_module(f"mu2llm.sweeps.{kind}")
-    planned = module.plan(data, init, out, experiment)
+    planned = sweep.plan(kind, data, init, out, experiment)
     if dry:
-        dry_run(experiment, [data, planned.init], [out], plan_text(planned))
+        dry_run(experiment, [data, planned.init], [out], sweep.plan_text(planned))
     with work_on_ray(address) as bars:
-        found = module.sweep(data, init, out, experiment, resume, _named(bars))
+        found = sweep.run(planned, resume, _named(bars))
     if as_json:
         show(found, as_json)
         return

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
 from pydantic import BaseModel
 from rich.table import Table
 
-from mu2llm import artefacts, storage
+from mu2llm import storage
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
@@ -33,13 +32,19 @@ from mu2llm.stages.job import Watch
 from mu2llm.stages.preferences import prefer
 from mu2llm.stages.validation import statistics
 from mu2llm.sweeps import charts, page
-from mu2llm.sweeps.dpo import share as share_reference
 from mu2llm.sweeps.results import TITLES, cell, over_seeds, pooled, write_table
 from mu2llm.sweeps.runner import concurrency, run_trials
 from mu2llm.sweeps.space import Params, apply
 from mu2llm.sweeps.study import Study, database
-from mu2llm.sweeps.sweep import Show, check_inputs, quiet
-from mu2llm.sweeps.tokenizer import share as share_features
+from mu2llm.sweeps.sweep import (
+    Show,
+    check_contrastive,
+    check_inputs,
+    checksum,
+    prepare_features,
+    prepare_reference,
+    quiet,
+)
 from mu2llm.sweeps.trial import Plan, Point, Trial
 
 BASELINE: Params = {
@@ -47,16 +52,13 @@ BASELINE: Params = {
     "model.tokenizer.selection": "top_k",
     "model.tokenizer.pooling": "static",
 }
-RPE: Params = {"model.tokenizer.attention": "relative_3d"}
-DTS: Params = {"model.tokenizer.selection": "differentiable"}
-DMTP: Params = {"model.tokenizer.pooling": "dynamic"}
-VARIANTS: dict[str, Params] = {
-    "baseline": BASELINE,
-    "+RPE": {**BASELINE, **RPE},
-    "+DTS": {**BASELINE, **DTS},
-    "+DMTP": {**BASELINE, **DMTP},
-    "all": {**BASELINE, **RPE, **DTS, **DMTP},
+PARTS: dict[str, Params] = {
+    "+RPE": {"model.tokenizer.attention": "relative_3d"},
+    "+DTS": {"model.tokenizer.selection": "differentiable"},
+    "+DMTP": {"model.tokenizer.pooling": "dynamic"},
 }
+ALL = {key: value for part in PARTS.values() for key, value in part.items()}
+VARIANTS = {"baseline": BASELINE, **{name: BASELINE | part for name, part in PARTS.items()}, "all": BASELINE | ALL}
 DPO = "all + DPO"
 METRICS = ("finding_f1", "green", "bleu_1", "rouge_1", "meteor", "bert_score")
 PUBLISHED: dict[str, dict[str, float | None]] = {
@@ -73,6 +75,8 @@ NOTE = (
 )
 Key = tuple[str, float, int]
 """(variant, fraction of the training patients, seed)"""
+Seeds = dict[int, dict[str, Statistic]]
+"""Seed → what its reports are worth"""
 
 
 class Cell(BaseModel):
@@ -100,17 +104,21 @@ class Ablation:
 
     def plan(self, stage: str) -> Plan:
         """What the trials of sft or of dpo share; the checkpoint to start from is there by then."""
-        checksum = artefacts.digest([Shards.open(self.data).checksum, open_checkpoint(self.init).lineage.identity])
         return Plan(
             **{"kind": "ablation", "stage": stage, "experiment": self.experiment.model_dump(mode="json")},
-            **{"data": self.data, "init": self.init, "shards": self.data, "out": self.out, "checksum": checksum},
-            **{"folder": f"{stage}/trials", "watch": Watch(times=1, split="test")},
+            **{"data": self.data, "init": self.init, "shards": self.data, "out": self.out},
+            checksum=checksum(Shards.open(self.data).checksum, open_checkpoint(self.init)),
+            folder=f"{stage}/trials",
+            watch=Watch(times=1, split="test"),
         )
 
     def points(self) -> list[Point]:
         """Of SFT, in such an order that an interrupted ablation has whole seeds."""
         return [
-            Point(params=VARIANTS[name] | _fraction(fraction), seed=seed, name=name, keep=name == "all")
+            Point(
+                params=VARIANTS[name] | ({} if fraction == 1 else {"data.fraction": fraction}),
+                **{"seed": seed, "name": name, "keep": name == "all"},
+            )
             for seed in range(self.experiment.seed, self.experiment.seed + self.seeds)
             for name in VARIANTS
             for fraction in (self.fractions if name == "all" else (1.0,))
@@ -135,8 +143,8 @@ def run(
     for stage in (experiment.sft, experiment.dpo):
         concurrency(stage, experiment.sweep)
     if init is None:
-        contrastive.run(data, ablation.init, experiment, None, lambda n: show("contrastive", n["step"], n["total"], n))
-    share_features(experiment, ablation.data, ablation.init)
+        contrastive.run(data, ablation.init, experiment, None, partial(_followed, show))
+    prepare_features(experiment, ablation.data, ablation.init)
     kept, start = database(ablation.out), Point(seed=experiment.seed)
     found: dict[Key, list[str]] = {}
     missing: dict[Key, str] = {}
@@ -144,17 +152,15 @@ def run(
     def train(stage: str, points: Sequence[Point]) -> list[Trial]:
         made = ablation.plan(stage)
         study = Study(kept, f"{stage}-{made.identity}", ["green"], start)
+        missing.update({_key(point): "not run in the time that was given" for point in points})
         trials = run_trials(made, study, points, partial(show, stage))
-        for trial in trials:
-            key = _key(trial.point)
-            if trial.status == "done":
-                found[key] = made.reports(trial.point)
-            else:
-                missing[key] = trial.why
-        return trials
+        missing.update({_key(trial.point): trial.why for trial in trials})
+        done = [trial for trial in trials if trial.status == "done"]
+        found.update({_key(trial.point): made.reports(trial.point) for trial in done})
+        return done
 
     points = []
-    whole = [each for each in train("sft", ablation.points()) if each.point.name == "all" and each.status == "done"]
+    whole = [trial for trial in train("sft", ablation.points()) if trial.point.name == "all"]
     for number, trial in enumerate(whole, 1):
         try:
             points.append(_prefer(ablation, trial))
@@ -162,6 +168,7 @@ def run(
             missing[DPO, *_key(trial.point)[1:]] = str(error)
         show("preferences", number, len(whole), {})
     train("dpo", points)
+    missing = {key: why for key, why in missing.items() if key not in found}
     cases, judge = Shards.open(data).cases("test"), load_judge(experiment.judge)
     bootstrap = Bootstrap([case.patient for case in cases], experiment.evaluation.bootstrap, experiment.seed)
     cells = measure(cases, found, missing, judge, LastLayer(experiment.evaluation.text_encoder), bootstrap)
@@ -175,10 +182,7 @@ def plan(
     shards = Shards.open(data)
     if init:
         parent = open_checkpoint(init)
-        if parent.lineage.stage != "contrastive":
-            raise UserError(
-                f"{init} is of stage {parent.lineage.stage}; an ablation starts from a contrastive checkpoint"
-            )
+        check_contrastive(parent, "an ablation")
         check_inputs(shards, parent, experiment, {"test"})
     elif not shards.count("test"):
         raise UserError(f"{shards.uri} has no rows in split test, on which trials are measured")
@@ -189,8 +193,8 @@ def plan(
     return Ablation(experiment, shards.uri, init, out, seeds, tuple(sorted({*fractions, 1.0})))
 
 
-def _fraction(fraction: float) -> Params:
-    return {} if fraction == 1 else {"data.fraction": fraction}
+def _followed(show: Show, numbers: dict[str, float]) -> None:
+    show("contrastive", numbers.get("step", 0), numbers["total"], numbers)
 
 
 def _key(point: Point) -> Key:
@@ -206,7 +210,7 @@ def _prefer(ablation: Ablation, trial: Trial) -> Point:
     pairs, checkpoint = storage.join(ablation.out, data), storage.join(ablation.out, init)
     experiment = apply(ablation.experiment, {**trial.point.params, "seed": trial.point.seed})
     prefer(checkpoint, ablation.data, pairs, experiment)
-    share_reference(pairs, checkpoint, ablation.out, experiment)
+    prepare_reference(experiment, pairs, checkpoint, ablation.out)
     return trial.point.model_copy(update={"data": data, "init": init, "name": DPO, "keep": False})
 
 
@@ -229,7 +233,7 @@ def measure(
         raise Failure(f"no variant could be trained, such as: {next(iter(missing.values()), 'none was started')}")
     texts = {key: Texts(tuple(cases), tuple(c.report for c in cases), tuple(each)) for key, each in found.items()}
     similar = embedded({str(key): each for key, each in texts.items()}, encoder)
-    groups: dict[tuple[str, float], dict[int, dict[str, Statistic]]] = {}
+    groups: dict[tuple[str, float], Seeds] = {}
     for (name, fraction, seed), each in texts.items():
         scores = {**statistics(list(cases), list(each.candidates), judge), **text_metrics(each.pairs)}
         scores["bert_score"] = similar[str((name, fraction, seed))]
@@ -252,18 +256,12 @@ def measure(
     ]
 
 
-def _difference(
-    ours: Mapping[int, Mapping[str, Statistic]],
-    theirs: Mapping[int, Mapping[str, Statistic]],
-    metric: str,
-    bootstrap: Bootstrap,
-) -> Estimate | None:
+def _difference(ours: Seeds, theirs: Seeds, metric: str, bootstrap: Bootstrap) -> Estimate | None:
     """ours − theirs on the same patients, over the seeds that both have."""
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds or ours is theirs:
         return None
-    mine, other = (pooled([side[seed][metric] for seed in seeds]) for side in (ours, theirs))
-    return bootstrap.difference(mine, other)
+    return bootstrap.difference(*(pooled([side[seed][metric] for seed in seeds]) for side in (ours, theirs)))
 
 
 def _write(out: str, cells: Sequence[Cell], about: dict[str, Any], missing: Mapping[Key, str]) -> dict[str, Any]:
@@ -281,12 +279,7 @@ def _write(out: str, cells: Sequence[Cell], about: dict[str, Any], missing: Mapp
         for what, metrics in (("value", each.metrics), ("minus baseline", each.minus_baseline))
         for metric, estimate in metrics.items()
     ]
-    columns = [
-        *[(name, pa.string()) for name in ("variant", "metric", "what")],
-        *[(name, pa.float64()) for name in ("fraction", "value", "low", "high", "published")],
-        *[(name, pa.int64()) for name in ("seeds", "n")],
-    ]
-    write_table(storage.join(out, "ablation.parquet"), pa.Table.from_pylist(rows, schema=pa.schema(columns)))
+    write_table(storage.join(out, "ablation.parquet"), rows)
     storage.write_json(storage.join(out, "ablation.json"), found)
     write_page(out, cells, found)
     return found

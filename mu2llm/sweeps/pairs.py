@@ -5,6 +5,7 @@ All pairs that any setting can give are made once, and the reference once on the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 
 import pyarrow as pa
@@ -19,6 +20,20 @@ from mu2llm.stages.preferences import Preferences, read_pairs
 
 KEYS = ("preferences.margin", "preferences.pairs_per_case")
 """What of `preferences` a sweep may change without new candidates."""
+
+
+def searched(keys: Iterable[str]) -> bool:
+    """Whether these keys make other pairs."""
+    return bool(set(KEYS) & set(keys))
+
+
+def check(preferences: str, space: Iterable[str]) -> None:
+    """A UserError where the keys of a space ask for other candidates, or for judged ones that are not there."""
+    for key in space:
+        if key.startswith("preferences.") and key not in KEYS:
+            raise UserError(f"sweep.space.{key} needs other candidates: run mu2llm prefer for each, and sweep those")
+    if searched(space):
+        read_judged(preferences)
 
 
 def place(out: str, settings: PreferencesConfig) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,31 +105,27 @@ def measured(rows: Sequence[Row], objective: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys([*objective, *METRICS]) if any(row.value(name) is not None for row in rows)]
 
 
-def parquet(trials: Sequence[Trial]) -> pa.Table:
+def write_leaderboard(out: str, trials: Sequence[Trial]) -> str:
     """One row a trial, in the order in which they ended; a key's column holds its value as JSON."""
-    keys = list(dict.fromkeys(key for trial in trials for key in trial.point.params))
-    metrics = list(dict.fromkeys(name for trial in trials for name in trial.metrics))
     rows = [
         {
+            **{"trial": trial.id, "number": trial.number, "name": trial.point.name, "status": trial.status},
+            **{"why": trial.why, "seed": trial.point.seed},
             **{key: json.dumps(value) for key, value in trial.point.params.items()},
             **trial.metrics,
-            **{"trial": trial.id, "number": trial.number, "name": trial.point.name, "status": trial.status},
-            **{"why": trial.why, "seed": trial.point.seed, "measurements": len(trial.history)},
-            **{"trial_seconds": trial.seconds, "overhead_seconds": trial.overhead_seconds},
+            **{"measurements": len(trial.history), "trial_seconds": trial.seconds},
+            "overhead_seconds": trial.overhead_seconds,
         }
         for trial in trials
     ]
-    columns = [
-        *[(name, pa.string()) for name in ("trial", "name", "status", "why", *keys)],
-        *[(name, pa.int64()) for name in ("number", "seed", "measurements")],
-        *[(name, pa.float64()) for name in (*metrics, "trial_seconds", "overhead_seconds")],
-    ]
-    return pa.Table.from_pylist(rows, schema=pa.schema(columns))
+    return write_table(storage.join(out, LEADERBOARD), rows)
 
 
-def write_table(uri: str, table: pa.Table) -> str:
+def write_table(uri: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows, of which each has some of the columns."""
+    columns = dict.fromkeys(name for row in rows for name in row)
     with storage.staged(uri) as path:
-        pq.write_table(table, path)
+        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), path)
     return uri
 
 
@@ -170,8 +165,3 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
         elif value != old.get(key):
             found[f"{prefix}{key}"] = value
     return found
-
-
-def statuses(trials: Sequence[Trial]) -> dict[str, int]:
-    """How many trials ended how."""
-    return dict(Counter(trial.status for trial in trials))

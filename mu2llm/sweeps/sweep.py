@@ -1,4 +1,9 @@
-"""What the sweeps share: refused before it starts or searched to its end, told as a table, a page and JSON.
+"""`mu2llm sweep`: what is searched and from where, refused before it starts or searched to its end, told as JSON.
+
+tokenizer: scales, top_k, queries, temperature, attention, layers; a trial trains SFT from one contrastive checkpoint.
+dpo: beta, loss, learning rate, and of the pairs their margin and number a case; a trial trains DPO from one SFT
+checkpoint. With frozen vision every scan is encoded once, before the first trial, and in a DPO sweep the reference's
+log-probabilities are computed once, for every pair that any trial can use.
 
 Below `out`: sweep.json (what is swept), the study (study.py), trials/ (their last reports), leaderboard.parquet,
 sweep.html, results.json; final/ holds the winner and the default, each trained with several seeds.
@@ -7,37 +12,88 @@ sweep.html, results.json; final/ holds the winner and the default, each trained 
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-import optuna
+from optuna.storages import BaseStorage
 
 from mu2llm import artefacts, config, storage, tracking
+from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.errors import Failure, UserError
+from mu2llm.evaluation.encode import encode_scans
 from mu2llm.records import Checkpoint
-from mu2llm.stages.job import check_parent
+from mu2llm.stages import dpo
+from mu2llm.stages.job import Watch, check_parent, new_job
+from mu2llm.stages.preferences import Preferences, read_pairs
 from mu2llm.sweeps import pairs, results
 from mu2llm.sweeps.final import Final, final
 from mu2llm.sweeps.page import PAGE, write_page
 from mu2llm.sweeps.runner import concurrency, run_trials
-from mu2llm.sweeps.space import Params, apply
+from mu2llm.sweeps.space import Params, Space, apply
 from mu2llm.sweeps.study import Study, database, importance, recorded
 from mu2llm.sweeps.trial import DIRECTIONS, Plan, Point, Trial
 
-FILE, RESULTS = "sweep.json", "results.json"
+FILE = "sweep.json"
 SPENDS = {
     *("trials", "max_concurrent", "max_failures", "time_budget_s", "storage"),
     *("workers_per_trial", "gpus_per_trial", "final_seeds", "final_split"),
 }
 """What of `sweep` may differ when a sweep goes on: how much is spent, and where."""
+Kind = Literal["tokenizer", "dpo"]
 Show = Callable[[str, float, float, dict[str, float]], None]
 
 
 def quiet(step: str, done: float, total: float, numbers: dict[str, float]) -> None:
     """Shows nothing."""
+
+
+# ---- what is swept
+
+
+def plan(kind: Kind, data: str, init: str | None, out: str, experiment: Experiment) -> Plan:
+    """What would be swept: over shards, or over the pairs that `prefer` wrote.
+
+    Raises UserError where data, checkpoint, preset and space do not fit together.
+    """
+    settings = experiment.sweep
+    preferences = Preferences.open(data) if kind == "dpo" else None
+    init = init or (preferences.checkpoint if preferences else None)
+    if init is None:
+        raise UserError("--init: a tokenizer sweep starts from a contrastive checkpoint; name it")
+    shards, parent = Shards.open(preferences.shards if preferences else data), open_checkpoint(init)
+    if preferences is None and "kl" in settings.objective:
+        raise UserError("sweep.objective kl is a distance to a reference: it is for mu2llm sweep dpo")
+    if preferences is None:
+        check_contrastive(parent, "a tokenizer sweep")
+    check_inputs(shards, parent, experiment, {"validation", *([settings.final_split] if settings.final_seeds else [])})
+    space = Space.load(kind, experiment)
+    if preferences:
+        dpo.check(preferences, shards, read_pairs(data), init)
+        pairs.check(data, space.domains)
+    return Plan(
+        kind=kind,
+        stage="dpo" if preferences else "sft",
+        experiment=experiment.model_dump(mode="json"),
+        domains=space.domains,
+        data=storage.absolute(data),
+        init=storage.absolute(init),
+        shards=shards.uri,
+        checksum=checksum(preferences.identity if preferences else shards.checksum, parent),
+        out=storage.absolute(out),
+        watch=Watch(times=settings.reports, cases=settings.cases, kl=preferences is not None),
+    )
+
+
+def check_contrastive(parent: Checkpoint, what: str) -> None:
+    if parent.lineage.stage != "contrastive":
+        raise UserError(
+            f"{parent.uri} is of stage {parent.lineage.stage}: its tokenizer has its shape already; {what} starts from "
+            "a contrastive checkpoint"
+        )
 
 
 def check_inputs(shards: Shards, parent: Checkpoint, experiment: Experiment, splits: set[str]) -> None:
@@ -55,42 +111,65 @@ def check_inputs(shards: Shards, parent: Checkpoint, experiment: Experiment, spl
             raise UserError(f"{shards.uri} has no rows in split {split}, on which trials are measured")
 
 
-def measured_on(experiment: Experiment) -> set[str]:
-    """The splits that a sweep measures its trials on."""
-    return {"validation", experiment.sweep.final_split} if experiment.sweep.final_seeds else {"validation"}
+def checksum(data: str, parent: Checkpoint) -> str:
+    """Of what all trials are trained on and from, wherever it lies."""
+    return artefacts.digest([data, parent.lineage.identity])
 
 
-def run(plan: Plan, prepare: Callable[[], None], resume: bool, show: Show = quiet) -> dict[str, Any]:
+def prepare_features(experiment: Experiment, shards: str, init: str) -> None:
+    """The features of all scans, for all trials that train SFT from this checkpoint."""
+    settings = experiment.sft
+    if settings.freeze_vision and settings.cache_vision:
+        encode_scans(init, Shards.open(shards), settings.cpus_per_worker, settings.gpus_per_worker)
+
+
+def prepare_reference(experiment: Experiment, data: str, init: str, out: str) -> None:
+    """Features and reference log-probabilities, for all trials that train DPO on these pairs from this checkpoint."""
+    preferences, made = Preferences.open(data), read_pairs(data)
+    shards = Shards.open(preferences.shards)
+    job = new_job("dpo", shards, out, experiment, init, data=data, rows=len(made))
+    dpo.prepared(job.model_copy(update={"shards": shards.uri, "split": preferences.split}), shards, made)
+
+
+def plan_text(plan: Plan) -> str:
+    """What `--dry-run` says that it needs."""
+    sweep, stage = plan.base.sweep, getattr(plan.base, plan.stage)
+    count = len(plan.space.grid()) if sweep.search == "grid" else sweep.trials
+    each = f"{max(sweep.workers_per_trial, 1)} × {stage.cpus_per_worker:g} CPU, {sweep.gpus_per_trial:g} GPU"
+    return f"{count} trials of {each}; searched: {', '.join(plan.domains)}"
+
+
+# ---- the sweep
+
+
+def run(plan: Plan, resume: bool = False, show: Show = quiet) -> dict[str, Any]:
     """Searches, compares the winner with the default, writes what came of it; what the command prints.
 
-    `prepare` makes what all trials share. Raises UserError where no trial fits the cluster, where `out` holds another
-    sweep, or holds this one and `resume` is not given; Failure where no trial came to its end.
+    Raises UserError where no trial fits the cluster, where `out` holds another sweep, or holds this one and `resume`
+    is not given; Failure where no trial came to its end.
     """
-    base = plan.base
-    sweep, space = base.sweep, plan.space
+    base, space = plan.base, plan.space
+    sweep, start = base.sweep, Point(seed=base.seed)
     at_once = concurrency(getattr(base, plan.stage), sweep)
     kept = database(plan.out, sweep.storage)
     tracked, name = _claim(plan, kept, resume)
     plan = plan.model_copy(update={"parent": tracked})
-    start = Point(seed=base.seed)
     study = Study(kept, name, sweep.objective, start, space)
-    points = space.grid() if sweep.search == "grid" else space.first(base)
-    wanted = len(points) if sweep.search == "grid" else sweep.trials
+    params = space.grid() if sweep.search == "grid" else space.first(base)
+    points = [start.model_copy(update={"params": each}) for each in params]
     try:
         with tracking.under(tracked):
-            prepare()
-            first = [start.model_copy(update={"params": params}) for params in points]
-            trials = run_trials(plan, study, first, partial(show, "trials"), wanted)
+            _prepare(plan)
+            wanted = len(points) if sweep.search == "grid" else sweep.trials
+            trials = run_trials(plan, study, points, partial(show, "trials"), wanted)
             best = results.winner(results.ranked(trials, sweep.objective), sweep.objective)
             if best is None:
-                why = next((trial.why for trial in trials if trial.why), "none was measured")
-                counts = results.statuses(trials)
+                counts, why = statuses(trials), next((each.why for each in trials if each.why), "none was measured")
                 raise Failure(f"none of {len(trials)} trials came to its end: {counts}, such as: {why}")
             found = _write(plan, study, trials, at_once, None)  # kept, whatever becomes of the final trainings
             if sweep.final_seeds:
                 again = Study(kept, f"{name}-final", sweep.objective, start)
-                compared = final(plan, again, best.params, partial(show, "final"))
-                found = _write(plan, study, trials, at_once, compared)
+                found = _write(plan, study, trials, at_once, final(plan, again, best.params, partial(show, "final")))
     except Failure:
         tracking.end_stage(tracked, {}, "FAILED")
         raise
@@ -103,50 +182,57 @@ def trials_of(out: str, url: str | None = None) -> list[Trial]:
     return recorded(database(out, url), storage.read_json(storage.join(out, FILE))["study"])
 
 
-def plan_text(plan: Plan) -> str:
-    """What `--dry-run` says that it needs."""
-    sweep, stage = plan.base.sweep, getattr(plan.base, plan.stage)
-    count = len(plan.space.grid()) if sweep.search == "grid" else sweep.trials
-    each = f"{max(sweep.workers_per_trial, 1)} × {stage.cpus_per_worker:g} CPU, {sweep.gpus_per_trial:g} GPU"
-    return f"{count} trials of {each}; searched: {', '.join(plan.domains)}"
-
-
-def _claim(plan: Plan, kept: optuna.storages.BaseStorage, resume: bool) -> tuple[tracking.StageRun, str]:
+def _claim(plan: Plan, kept: BaseStorage, resume: bool) -> tuple[tracking.StageRun, str]:
     """Takes `out` for this sweep, or goes on with it; its tracked run, the trials' parent, and its study's name."""
     path, values = storage.join(plan.out, FILE), {**plan.experiment, "name": ""}
     values["sweep"] = {name: value for name, value in values["sweep"].items() if name not in SPENDS}
     domains = {key: domain.model_dump(mode="json", exclude_none=True) for key, domain in plan.domains.items()}
     identity = artefacts.digest([plan.kind, values, domains, plan.checksum])
     there = storage.read_json(path) if storage.exists(path) else None
-    if there:
-        if there["identity"] != identity:
-            raise UserError(f"{plan.out} holds a sweep of another configuration or data; give another --out")
-        done = len(recorded(kept, there["study"]))
-        if not resume:
-            raise UserError(f"{plan.out} holds this sweep with {done} trials; --resume goes on with it")
+    if there and there["identity"] != identity:
+        raise UserError(f"{plan.out} holds a sweep of another configuration or data; give another --out")
+    done = len(recorded(kept, there["study"])) if there else 0
+    if there and not resume:
+        raise UserError(f"{plan.out} holds this sweep with {done} trials; --resume goes on with it")
     tags = {"data": plan.data, "parent": plan.init, "sweep": plan.kind}
     tracked = tracking.start_stage("sweep", plan.experiment, tags, key=there and there["run"])
-    objective = {name: DIRECTIONS[name] for name in plan.base.sweep.objective}
-    if there is None:
-        what = {"identity": identity, "kind": plan.kind, "objective": objective, "space": domains, "run": tracked.key}
-        there = {**what, "study": f"{plan.kind}-{tracked.key}", "data": plan.data, "init": plan.init}
-        Study(kept, there["study"], list(objective), Point(seed=0))  # before it is named
-        storage.write_json(path, there)
-    return tracked, there["study"]
+    if there:
+        return tracked, there["study"]
+    name, objective = f"{plan.kind}-{tracked.key}", plan.base.sweep.objective
+    Study(kept, name, objective, Point(seed=0))  # before it is named
+    what = {"identity": identity, "kind": plan.kind, "study": name, "run": tracked.key, "space": domains}
+    storage.write_json(path, {**what, "objective": objective, "data": plan.data, "init": plan.init})
+    return tracked, name
+
+
+def _prepare(plan: Plan) -> None:
+    """What all trials share."""
+    if plan.stage == "sft":
+        return prepare_features(plan.base, plan.data, plan.init)
+    searched = pairs.searched(plan.domains)
+    data = pairs.superset(plan.data, plan.pairs, plan.base.preferences) if searched else plan.data
+    return prepare_reference(plan.base, data, plan.init, plan.out)
+
+
+# ---- what is told
+
+
+def statuses(trials: Sequence[Trial]) -> dict[str, int]:
+    """How many trials ended how."""
+    return dict(Counter(trial.status for trial in trials))
 
 
 def _write(plan: Plan, study: Study, trials: Sequence[Trial], at_once: int, compared: Final | None) -> dict[str, Any]:
     """The table, the page and results.json, which is what the command prints."""
     objective = study.objective
     rows = results.ranked(trials, objective)
-    best = results.winner(rows, objective)
-    assert best
+    front = [_told(row, objective) for row in results.front(rows, objective)]
     found: dict[str, Any] = {
         "trials": len(trials),
-        "statuses": results.statuses(trials),
+        "statuses": statuses(trials),
         "objective": {name: DIRECTIONS[name] for name in objective},
-        "best": _point(best, objective),
-        "front": [_point(row, objective) for row in results.front(rows, objective)] if len(objective) > 1 else None,
+        "best": front[0],
+        "front": front if len(objective) > 1 else None,
         "importance": {name: importance(study, name) for name in objective},
         "at_once": at_once,
         "seconds": {
@@ -154,17 +240,16 @@ def _write(plan: Plan, study: Study, trials: Sequence[Trial], at_once: int, comp
             "overhead_median": sorted(trial.overhead_seconds for trial in trials)[len(trials) // 2],
         },
         "final": compared and compared.model_dump(),
-        "command": command(plan, best.params),
-        "leaderboard": storage.join(plan.out, results.LEADERBOARD),
+        "command": command(plan, front[0]["params"]),
+        "leaderboard": results.write_leaderboard(plan.out, trials),
         "page": storage.join(plan.out, PAGE),
     }
-    results.write_table(found["leaderboard"], results.parquet(trials))
     write_page(plan, trials, rows, found, compared)
-    storage.write_json(storage.join(plan.out, RESULTS), found)
+    storage.write_json(storage.join(plan.out, "results.json"), found)
     return found
 
 
-def _point(row: results.Row, objective: Sequence[str]) -> dict[str, Any]:
+def _told(row: results.Row, objective: Sequence[str]) -> dict[str, Any]:
     estimates = {name: row.estimate(name) for name in results.measured([row], objective)}
     return {
         "params": row.params,
@@ -177,8 +262,8 @@ def _point(row: results.Row, objective: Sequence[str]) -> dict[str, Any]:
 def command(plan: Plan, params: Params) -> str:
     """The command that trains this again: the preset, what the sweep's own configuration changed of it, the params."""
     experiment, data = plan.base, plan.data
-    if set(pairs.KEYS) & set(params):  # its own pairs, where the search was over these too
-        data = pairs.place(storage.join(plan.out, "pairs"), apply(experiment, params).preferences)
+    if pairs.searched(params):
+        data = pairs.place(plan.pairs, apply(experiment, params).preferences)
     try:
         base = config.load(experiment.name)
     except UserError:  # a preset that is no longer there: every value is named

@@ -107,6 +107,11 @@ class Plan(BaseModel):
         return Space(self.domains)
 
     @property
+    def pairs(self) -> str:
+        """Where the pairs of a search over these lie."""
+        return storage.join(self.out, "pairs")
+
+    @property
     def identity(self) -> str:
         """Of what every trial shares; where it is done and how the search goes on are not in it."""
         values = {section: value for section, value in self.experiment.items() if section not in ("name", "sweep")}
@@ -194,8 +199,8 @@ def train(plan: Plan, point: Point, progress: Progress) -> dict[str, float]:
     with tracking.under(plan.parent):
         if plan.stage == "sft":
             return sft.run(data, out, experiment, init, progress, watch).training.metrics
-        if any(key in point.params for key in pairs.KEYS):
-            data = pairs.part_with_reference(data, storage.join(plan.out, "pairs"), experiment.preferences)
+        if pairs.searched(point.params):
+            data = pairs.part_with_reference(data, plan.pairs, experiment.preferences)
         return dpo.run(data, out, experiment, init, progress, watch).training.metrics
 
 

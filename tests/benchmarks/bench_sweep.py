@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mu2llm import cluster, config, storage
-from mu2llm.sweeps import dpo, results
-from mu2llm.sweeps.sweep import FILE, trials_of
+from mu2llm.sweeps import results, sweep
 from mu2llm.sweeps.trial import Trial
 
 SPACE = [
@@ -47,8 +46,9 @@ def main() -> None:
             losses = f"sweep.space.dpo.loss={{choice: {given.losses}}}"
             experiment = config.load(given.preset, [*SPACE, losses, *sets, f"sweep.trials={given.trials}", *given.sets])
             out = storage.join(given.out, name.partition(",")[0].replace(" + ", "-"))
-            dpo.sweep(given.data, given.init, out, experiment, resume=storage.exists(storage.join(out, FILE)))
-            found[name] = trials_of(out, experiment.sweep.storage)
+            resume = storage.exists(storage.join(out, sweep.FILE))
+            sweep.run(sweep.plan("dpo", given.data, given.init, out, experiment), resume)
+            found[name] = sweep.trials_of(out, experiment.sweep.storage)
     Console(width=140).print(table(found))
 
 

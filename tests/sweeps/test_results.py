@@ -68,7 +68,7 @@ def test_the_front_is_beaten_in_no_objective():
 
 def test_the_table_keeps_every_trial(tmp_path):
     trials = [trial(0, green=0.2), trial(1, 4, status="failed").model_copy(update={"why": "a bug"})]
-    rows = pq.read_table(results.write_table(f"{tmp_path}/x.parquet", results.parquet(trials))).to_pylist()
+    rows = pq.read_table(results.write_leaderboard(str(tmp_path), trials)).to_pylist()
     assert [(row["status"], row["why"], row["seed"]) for row in rows] == [("done", "", 0), ("failed", "a bug", 0)]
     assert rows[0]["model.tokenizer.top_k"] == "8"
     assert rows[1]["green"] is None

@@ -1,4 +1,4 @@
-"""Real sweeps of a few tiny trials: killed and resumed, one that cannot be trained, on Train workers; the ablation."""
+"""A real sweep, killed, moved and resumed; a trial on Train workers against one in its own process; what is refused."""
 
 import json
 import os
@@ -11,112 +11,116 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mu2llm import storage
-from mu2llm.cases import Shards
 from mu2llm.errors import UserError
-from mu2llm.stages.job import Watch
-from mu2llm.sweeps import ablation, dpo, tokenizer
-from mu2llm.sweeps.runner import run_points
-from mu2llm.sweeps.sweep import plan_of
-from mu2llm.sweeps.trial import Trial
+from mu2llm.sweeps import sweep
+from mu2llm.sweeps.runner import run_trials
+from mu2llm.sweeps.study import JOURNAL, Study, database
+from mu2llm.sweeps.trial import Point, run
 
-pytestmark = pytest.mark.slow
-
-TOKENIZER = [
-    *(f"sweep.space.model.tokenizer.{key}=null" for key in ("scales", "temperature", "attention", "num_layers")),
-    "sweep.space.model.tokenizer.top_k={choice: [4, 8]}",
-    "sweep.space.model.tokenizer.queries={choice: [2, 4]}",
-    "sweep.space.model.tokenizer.num_heads={choice: [2, 3]}",
-    "sweep.first=[{model.tokenizer.num_heads: 3}]",  # does not divide 32: this trial cannot be trained
+SPACE = [
+    "sweep.space.dpo.learning_rate=null",
+    "sweep.space.dpo.beta={choice: [0.1, 0.5]}",
+    "sweep.space.preferences.margin={choice: [0.05, 1]}",
+    "sweep.space.preferences.pairs_per_case={choice: [1, 2]}",
+    "sweep.first=[{preferences.margin: 1}]",  # leaves no pair: this trial cannot be trained
+    "sweep.objective=[green,kl]",
 ]
-DPO = ["sweep.space.dpo.learning_rate=null", "sweep.space.preferences.pairs_per_case={choice: [1, 2]}"]
 
 
-def killed_after_one_trial(out, preset, kind, overrides, *arguments):
-    """Runs the command until it has a finished trial, then kills it without warning; the record of that trial."""
-    sets = [part for each in overrides for part in ("--set", each)]
-    command = ["sweep", kind, "--out", out, "--preset", preset, "--final-seeds", "0", *sets, *arguments]
-    run = subprocess.Popen(
-        [sys.executable, "-c", "from mu2llm.cli import main; main()", *command],
-        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 300
-    while not (ended := list(Path(out).glob("trials/*.json"))):
-        assert run.poll() is None, run.stderr.read().decode()
-        assert time.monotonic() < deadline, "no trial ended"
+def killed_after_one_trial(out, preset, *arguments):
+    """Runs the command until a trial is recorded, then kills it without warning; the study's journal by then."""
+    sets = [part for each in SPACE for part in ("--set", each)]
+    command = ["sweep", "dpo", "--out", out, "--preset", preset, "--final-seeds", "0", *sets, *arguments]
+    command = [sys.executable, "-c", "from mu2llm.cli import main; main()", *command]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with open(f"{out}.log", "wb") as log:
+        run = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
+    journal = Path(out, JOURNAL)
+    while not (journal.exists() and b'"record"' in journal.read_bytes()):
+        assert run.poll() is None, Path(f"{out}.log").read_text()
         time.sleep(0.1)
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
-    run.stderr.close()
-    return ended[0], ended[0].read_bytes()
+    return journal.read_bytes()
 
 
-def test_a_tokenizer_sweep_that_is_killed_goes_on(ray_cluster, shards, vision, preset, least, tmp_path):
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_and_moved_goes_on(ray_cluster, shards, pairs, written, preset, least, tmp_path):
     out = str(tmp_path / "sweep")
-    record, before = killed_after_one_trial(
-        out, preset, "tokenizer", TOKENIZER, "--data", shards.uri, "--init", vision, "--trials", "3"
-    )
-    given = least(*TOKENIZER, "sweep.trials=3", "sweep.final_seeds=2", "sweep.objective=[green]")
-    with pytest.raises(UserError, match="--resume goes on"):
-        tokenizer.sweep(shards.uri, vision, out, given)
+    before = killed_after_one_trial(out, preset, "--data", pairs, "--init", written, "--trials", "4")
+    recorded = sweep.trials_of(out)
+    moved = tmp_path / "else" / "where it?is"
+    moved.parent.mkdir()
+    Path(out).rename(moved)
+    out = str(moved)
+    given = least(*SPACE, "sweep.trials=4", "sweep.final_seeds=2")
+
+    def run_sweep(experiment, resume=False):
+        return sweep.run(sweep.plan("dpo", pairs, written, out, experiment), resume)
+
+    with pytest.raises(UserError, match=f"with {len(recorded)} trials; --resume goes on"):
+        run_sweep(given)
     with pytest.raises(UserError, match="another configuration"):
-        tokenizer.sweep(shards.uri, vision, out, least(*TOKENIZER, "sft.epochs=3"), resume=True)
-    found = tokenizer.sweep(shards.uri, vision, out, given, resume=True)
-    assert record.read_bytes() == before
-    trials = Trial.read_all(out)
-    assert len(trials) == found["trials"] == 3
-    broken = [trial for trial in trials if trial.point.params["model.tokenizer.num_heads"] == 3]
-    assert broken and all(trial.status in ("infeasible", "failed") and "divide" in trial.why for trial in broken)
+        run_sweep(least(*SPACE, "dpo.epochs=3"), resume=True)
+    found = run_sweep(given, resume=True)
+    assert (moved / JOURNAL).read_bytes().startswith(before)
+    trials = sweep.trials_of(out)
+    assert trials[: len(recorded)] == recorded
+    assert len(trials) == found["trials"] == len({trial.id for trial in trials}) == 4
+
+    empty = [trial for trial in trials if trial.point.params["preferences.margin"] == 1]
+    assert empty and all(trial.status == "infeasible" and "leaves no pair" in trial.why for trial in empty)
     done = [trial for trial in trials if trial.status == "done"]
-    assert done
-    assert all([entry["step"] for entry in trial.history] == [3, 6] for trial in done)
-    assert all(trial.metrics["visual_tokens"] == trial.point.params["model.tokenizer.queries"] for trial in done)
-    assert len(done) + len(broken) + sum(trial.status == "stopped" for trial in trials) == 3
-    table = pq.read_table(f"{out}/leaderboard.parquet")
-    assert table.num_rows == 3
-    page = Path(out, "sweep.html").read_text()
-    assert Path(out, "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert all(title in page for title in ("Optimisation history", "Learning curves", "Winner and default"))
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert done and all(len(trial.history) == 2 for trial in done)
+    assert found["statuses"] == {
+        status: sum(trial.status == status for trial in trials) for status in found["statuses"]
+    }
+    best = found["best"]
+    assert best["green"]["value"] == max(trial.metrics["green"] for trial in done)
+    assert all(point["green"] and point["kl"] for point in found["front"])
+
+    # the reference was computed once, for all pairs that any trial could use
+    computed = list(moved.glob("pairs/*/reference/*.parquet"))
+    assert len({path.name for path in computed}) == 1 < len(computed)
+    assert not list(Path(pairs).glob("reference/*"))
+    # nothing is kept of the trials but their reports; of the final ones their checkpoints
+    assert {path.name for path in moved.glob("trials/*/*")} == {"reports.parquet"}
+    assert len(list(moved.glob("final/trials/*/checkpoint/*.safetensors"))) == 4
     assert found["final"]["seeds"] == [100, 101]
     assert len(found["final"]["by_seed"]["winner"]["green"]) == 2
-    again = tokenizer.sweep(shards.uri, vision, out, given, resume=True)
-    assert again["final"] == found["final"]
-    assert again["best"] == found["best"]
+
+    table = pq.read_table(found["leaderboard"]).to_pylist()
+    assert [row["trial"] for row in table] == [trial.id for trial in trials]
+    assert [row["green"] for row in table] == [trial.metrics.get("green") for trial in trials]
+    assert "Winner and default" in Path(found["page"]).read_text()
+    assert json.loads((moved / "results.json").read_text()) == json.loads(json.dumps(found))
+    journal = (moved / JOURNAL).read_bytes()
+    assert run_sweep(given, resume=True) == found
+    assert (moved / JOURNAL).read_bytes() == journal
 
 
-def test_a_dpo_sweep_that_is_killed_goes_on(ray_cluster, pairs, written, shards, preset, least, tmp_path):
-    out = str(tmp_path / "sweep")
-    objective = ("--objective", "green", "--objective", "kl")
-    record, before = killed_after_one_trial(
-        out, preset, "dpo", DPO, "--data", pairs, "--init", written, "--trials", "3", *objective
-    )
-    given = least(*DPO, "sweep.trials=3", "sweep.objective=[green,kl]")
-    found = dpo.sweep(pairs, written, out, given, resume=True)
-    assert record.read_bytes() == before
-    trials = Trial.read_all(out)
-    assert len(trials) == 3
-    assert all(trial.metrics["kl"] >= 0 for trial in trials if trial.status == "done")
-    assert found["front"]
-    # the reference was computed once, for all pairs that any trial could use
-    computed = list(Path(out, "pairs").glob("*/reference/*.parquet"))
-    assert len({path.name for path in computed}) == 1
-    assert not list(Path(pairs).glob("reference/*"))
+@pytest.mark.slow
+def test_a_trial_on_train_workers_measures_the_same_as_one_in_its_own_process(
+    ray_cluster, shards, vision, least, tmp_path
+):
+    fields = ("green", "green_low", "green_high", "finding_f1", "n", "step", "visual_tokens")
+    point = Point(params={"model.tokenizer.top_k": 4, "model.tokenizer.queries": 2}, seed=3)
+    given = least("sweep.workers_per_trial=1", "data.fraction=0.5")
+    plan = sweep.plan("tokenizer", shards.uri, vision, str(tmp_path / "workers"), given)
+    sweep.prepare_features(given, shards.uri, vision)
+    study = Study(database(plan.out), "s", ["green"], Point(seed=0))
+    (trial,) = run_trials(plan, study, [point], lambda *_: None)
+    assert trial.status == "done", trial.why
+    assert [entry["step"] for entry in trial.history] == [2, 3]
+    assert trial.metrics["visual_tokens"] == 2
 
-
-def test_a_trial_on_train_workers_reports_the_same(ray_cluster, shards, vision, least, tmp_path):
-    """The thin driver and the trial that trains by itself give the same numbers."""
-    metrics = []
-    for workers in (1, 0):
-        given = least(*TOKENIZER, f"sweep.workers_per_trial={workers}", "data.fraction=0.5")
-        sweep = tokenizer.plan(shards.uri, vision, str(tmp_path / str(workers)), given)
-        tokenizer.share(given, shards, vision)
-        plan = plan_of(sweep, None, Watch(times=2))
-        (trial,) = run_points(plan, [sweep.start], given.sweep)
-        assert trial.status == "done", trial.why
-        assert [entry["step"] for entry in trial.history] == [2, 3]
-        metrics.append((trial.metrics["green"], trial.metrics["finding_f1"], trial.metrics["n"]))
-    assert metrics[0] == metrics[1]
+    here = sweep.plan("tokenizer", shards.uri, vision, str(tmp_path / "here"), least("data.fraction=0.5"))
+    told = []
+    run(here, point, told.append)
+    assert [{name: each[name] for name in fields} for each in told] == [
+        {name: each[name] for name in fields} for each in trial.history
+    ]
+    assert plan.reports(point) == here.reports(point)
 
 
 def test_a_sweep_that_cannot_work_is_refused_before_it_starts(ray_cluster, shards, vision, written, least, tmp_path):
@@ -128,27 +132,11 @@ def test_a_sweep_that_cannot_work_is_refused_before_it_starts(ray_cluster, shard
     }
     for says, (init, given) in calls.items():
         with pytest.raises(UserError, match=says):
-            tokenizer.sweep(shards.uri, init, str(tmp_path / "none"), given)
+            sweep.run(sweep.plan("tokenizer", shards.uri, init, str(tmp_path / "none"), given))
     assert not (tmp_path / "none").exists()
 
 
-def test_the_ablation_says_what_each_part_gives(ray_cluster, shards, vision, least, tmp_path):
-    out = str(tmp_path / "ablation")
-    found = ablation.run(shards.uri, vision, out, least(), seeds=1, fractions=(1.0,))
-    assert [cell["variant"] for cell in found["cells"]] == [*ablation.VARIANTS, ablation.DPO]
-    cells = {cell["variant"]: cell for cell in found["cells"]}
-    assert cells["baseline"]["published"]["green"] == 0.204
-    assert cells["all"]["minus_baseline"]["green"]["n"] == Shards.open(shards.uri).count("test")
-    assert storage.exists(storage.join(out, "ablation.html"))
-    assert storage.exists(storage.join(out, "ablation.png"))
-    records = {path: path.read_bytes() for path in Path(out).glob("*/trials/*.json")}
-    assert len(records) == 6
-    again = ablation.run(shards.uri, vision, out, least(), seeds=1, fractions=(1.0,))
-    assert json.dumps(again["cells"]) == json.dumps(found["cells"])
-    assert {path: path.read_bytes() for path in Path(out).glob("*/trials/*.json")} == records
-
-
-def test_a_share_of_the_patients_is_whole_patients_and_grows(shards):
+def test_a_fraction_of_the_patients_is_whole_patients_and_grows(shards):
     few, more = (shards.subset("train", fraction, seed=1) for fraction in (0.34, 0.67))
     assert set(few) < set(more) < {case.id for case in shards.cases("train")}
     patients = {case.id: case.patient for case in shards.cases("train")}
