@@ -107,6 +107,45 @@ class TopKSelection(nn.Module):
         return Selected(tokens, valid, weights)
 
 
+Pooled = list[tuple[Tensor, Tensor | None]]
+"""Of each scale the tokens (B, k/scale, E), and which of them are valid (B, k/scale), None where all are."""
+
+
+class MeanGate(nn.Linear):
+    """DMTP's gate as published: g(mean(y_s)), linear. Inert: where a scale divides k, the mean of its pooled tokens is
+    that of all tokens, so that every scale weighs 1/S whatever g learns (METHOD.md §2.8, 23)."""
+
+    def __init__(self, width: int, scales: int) -> None:
+        super().__init__(width, 1, bias=False)  # as above: no bias
+
+    def forward(self, pooled: Pooled) -> Tensor:
+        """→ scores (B, scales)"""
+        return cast(Tensor, super().forward(torch.stack([_mean(y, valid) for y, valid in pooled], dim=1))).squeeze(-1)
+
+
+class SpreadGate(Initialised):
+    """DMTP's gate on what differs between scales: a small MLP, as the paper writes, on the mean and the spread of a
+    scale's tokens (averaging takes spread away) and a vector of its own. All scales weigh the same at the start."""
+
+    def __init__(self, width: int, scales: int) -> None:
+        super().__init__()
+        hidden = max(8, width // 8)
+        self.hidden = nn.Linear(2 * width, hidden)
+        self.scale = nn.Parameter(torch.zeros(scales, hidden))
+        self.score = nn.Linear(hidden, 1, bias=False)
+
+    def initialise(self) -> None:
+        init.normal_(self.scale, std=0.02)
+        init.zeros_(self.score.weight)
+
+    def forward(self, pooled: Pooled) -> Tensor:
+        """→ scores (B, scales)"""
+        means = [_mean(y, valid) for y, valid in pooled]
+        spreads = [_spread(y, valid, mean) for (y, valid), mean in zip(pooled, means, strict=True)]
+        each = torch.cat([torch.stack(means, 1), torch.stack(spreads, 1)], dim=-1)
+        return cast(Tensor, self.score(F.gelu(self.hidden(each) + self.scale))).squeeze(-1)
+
+
 class MultiScalePooling(nn.Module):
     """Dynamic multi-scale token pooling (DMTP, METHOD.md §1.2): the selected tokens averaged in runs of each scale, one
     after another, each scale weighted by a gate; `static` pooling has no weights."""
@@ -114,8 +153,8 @@ class MultiScalePooling(nn.Module):
     def __init__(self, config: Mu2TokenizerConfig) -> None:
         super().__init__()
         self.scales = [scale for scale in config.scales if scale <= config.top_k] or [1]
-        dynamic = config.pooling == "dynamic"
-        self.gate = nn.Linear(config.hidden_size, 1, bias=False) if dynamic else None  # as above: no bias
+        gate = {"mean": MeanGate, "mlp": SpreadGate}[config.gate]
+        self.gate = gate(config.hidden_size, len(self.scales)) if config.pooling == "dynamic" else None
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(B, k, E) → (B, Σ k/scale, E), which of them are valid, and the scales' weights (B, scales)."""
@@ -124,8 +163,7 @@ class MultiScalePooling(nn.Module):
         tokens = [y for y, _ in pooled]
         if self.gate is None:
             return torch.cat(tokens, dim=1), masks, None
-        means = torch.stack([_mean(y, m) for y, m in pooled], dim=1)
-        weights = cast(Tensor, self.gate(means)).squeeze(-1).softmax(-1)
+        weights = self.gate(pooled).softmax(-1)
         return torch.cat([y * weights[:, i, None, None] for i, y in enumerate(tokens)], dim=1), masks, weights
 
     def matrix(self, k: int, valid: Tensor | None, gates: Tensor | None) -> Tensor:
@@ -155,3 +193,10 @@ def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return x.mean(1)
     return x.sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
+
+
+def _spread(x: Tensor, valid: Tensor | None, mean: Tensor) -> Tensor:
+    """(B, n, E) → the standard deviation over its valid tokens, (B, E)."""
+    squares = (x - mean[:, None]).square()
+    squares = squares if valid is None else squares.masked_fill(~valid[..., None], 0)
+    return (_mean(squares, valid) + 1e-6).sqrt()

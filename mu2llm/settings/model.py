@@ -42,6 +42,9 @@ class TokenizerConfig(Section):
     temperature_end: float = Field(0.1, gt=0, description="where an annealed temperature arrives")
     annealing_steps: int = Field(1000, ge=1, description="training steps that it takes")
     pooling: Literal["dynamic", "static"] = "dynamic"
+    gate: Literal["mean", "mlp"] = Field(
+        "mlp", description="what weighs dynamic pooling's scales; the published mean is the same at all of them"
+    )
     residual: bool = Field(True, description="residual, norm and feed-forward in the attention layers")
     mask_padding: bool = Field(True, description="padded chunks and padded text take no part in attention")
     standardise: bool = Field(False, description="final tokens standardised by running statistics")
@@ -74,6 +77,7 @@ _REFERENCE_FACE: dict[str, Any] = {
     "vision": {"true_grid": False},
     "tokenizer": {
         "attention": "relative_1d",
+        "gate": "mean",
         "residual": False,
         "mask_padding": False,
         "positions": False,

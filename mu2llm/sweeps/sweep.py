@@ -24,7 +24,7 @@ from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.errors import Failure, UserError
-from mu2llm.evaluation.encode import encode_scans
+from mu2llm.engine.features import encode_scans
 from mu2llm.records import Checkpoint
 from mu2llm.stages import dpo
 from mu2llm.stages.job import Watch, check_parent, new_job
@@ -120,7 +120,7 @@ def prepare_features(experiment: Experiment, shards: str, init: str) -> None:
     """The features of all scans, for all trials that train SFT from this checkpoint."""
     settings = experiment.sft
     if settings.freeze_vision and settings.cache_vision:
-        encode_scans(init, Shards.open(shards), settings.cpus_per_worker, settings.gpus_per_worker)
+        encode_scans(init, Shards.open(shards), settings.inference())
 
 
 def prepare_reference(experiment: Experiment, data: str, init: str, out: str) -> None:

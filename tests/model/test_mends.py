@@ -124,5 +124,5 @@ def test_the_reference_face_sets_every_mend_back_and_leaves_what_is_set_by_hand(
     face = ModelConfig.model_validate({"face": "reference", "tokenizer": {"residual": True}})
     assert not face.vision.true_grid and not face.placeholder_aligned and face.tokenizer.attention == "relative_1d"
     undone = {name: getattr(face.tokenizer, name) for name in _REFERENCE_FACE["tokenizer"]}
-    assert undone.pop("attention") == "relative_1d" and undone.pop("residual")
+    assert undone.pop("attention") == "relative_1d" and undone.pop("gate") == "mean" and undone.pop("residual")
     assert not any(undone.values())

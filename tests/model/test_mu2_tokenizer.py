@@ -8,10 +8,12 @@ from small_models import GRID, scatter, text, tokenizer, unreached, visual
 
 from mu2llm.errors import UserError
 from mu2llm.model import Mu2TokenizerConfig
+from mu2llm.model.initialisation import initialise
+from mu2llm.settings.model import ModelConfig
 
 ATTENTIONS = ["absolute", "relative_1d", "relative_3d", "rotary_1d", "rotary_3d"]
 KINDS = [
-    {"attention": attention, "selection": selection, "pooling": pooling}
+    {"attention": attention, "selection": selection, "pooling": pooling, "gate": "mlp"}
     for attention, (selection, pooling) in itertools.product(
         ATTENTIONS, [("differentiable", "dynamic"), ("top_k", "static")]
     )
@@ -52,14 +54,49 @@ def test_the_order_of_the_chunks_matters(module):
 
 
 def test_gradients_reach_every_parameter_and_the_inputs(module):
-    scatter(module).double()
     scan, question = visual().double().requires_grad_(), text().double().requires_grad_()
-    module(scan, question).tokens.square().mean().backward()
-    gate = ["pooling.gate.weight"] if module.config.pooling == "dynamic" else []
-    assert unreached(module) == [*gate, "aggregation.key.bias"]
-    largest = max(p.grad.abs().max() for p in module.parameters())
-    for given in (scan, question):  # to every token of each
-        assert (given.grad.abs().amax(-1) > 1e-12 * largest).all()
+    reached = gradients(module, scan, question)
+    assert reached.pop("aggregation.key.bias") < 1e-12  # adds the same to all that a softmax sees
+    assert min(reached.values()) > FLOOR, min(reached, key=reached.get)
+    assert scan.grad.norm() > FLOOR and question.grad.norm() > FLOOR
+
+
+FLOOR = 1e-6  # of a gradient's norm relative to the largest: rounding is 1e-16 in float64
+
+
+def gradients(module, scan, question):
+    """Norms of the parameters' gradients, relative to the largest, in float64."""
+    scatter(module).double()(scan, question).tokens.square().mean().backward()
+    norms = {name: 0.0 if p.grad is None else float(p.grad.norm()) for name, p in module.named_parameters()}
+    return {name: norm / max(norms.values()) for name, norm in norms.items()}
+
+
+@pytest.mark.parametrize("scales", [(1, 2, 4), (1, 8), (2, 4)])
+def test_the_gate_learns_and_the_published_one_cannot(scales):
+    """Every scale divides k = 8: the mean of the pooled tokens is the same at all of them."""
+    learns = {}
+    for gate in ("mlp", "mean"):
+        reached = gradients(tokenizer(gate=gate, scales=scales), visual().double(), text().double())
+        learns[gate] = max(norm for name, norm in reached.items() if "gate" in name)
+    assert learns["mlp"] > 1e-3 and learns["mean"] < 1e-12
+
+
+def test_the_scales_weigh_the_same_at_first_and_then_by_what_differs_between_them():
+    pooling, tokens = tokenizer(gate="mlp").pooling, torch.randn(2, 8, 24)
+    assert pooling(tokens)[2].std(1).min() > 1e-3
+    valid = torch.tensor([[True] * 4 + [False] * 4] * 2)
+    padded = pooling(tokens.masked_fill(~valid[..., None], 0), valid)[2]
+    torch.testing.assert_close(padded, pooling(tokens[:, :4])[2])
+    pooling.apply(initialise)
+    torch.testing.assert_close(pooling(tokens)[2], torch.full((2, 3), 1 / 3))
+
+
+def test_a_checkpoint_that_does_not_say_has_the_published_gate(tmp_path):
+    config = Mu2TokenizerConfig(hidden_size=24).to_dict()
+    del config["gate"]
+    assert Mu2TokenizerConfig(**config).gate == "mean"
+    assert ModelConfig().tokenizer.gate == "mlp"
+    assert ModelConfig.model_validate({"face": "reference"}).tokenizer.gate == "mean"
 
 
 def test_checkpointed_gradients_are_the_same(module):
