@@ -59,8 +59,9 @@ def leftovers(slices: list[Slice], left: list[Slice], uri: str) -> set[str]:
     """The warning code for slices of the same series that were left: `partial`, unless all are copies."""
     if not left:
         return set()
-    known = {_content(each, uri) for each in slices} if len(left) <= len(slices) else set()
-    copies = known and all(_content(each, uri) in known for each in left)
+    places = {each.position: each for each in slices}
+    twins = [places[each.position] for each in left if each.position in places]
+    copies = len(twins) == len(left) and _first_difference(left, twins, uri) is None
     return {"duplicates_dropped"} if copies else {"partial"}
 
 
@@ -68,21 +69,37 @@ def _unique(placed: Placed, uri: str) -> Placed:
     """Drops slices whose pixels are already there at the same place; Rejection where they are others."""
     near = same_place_mm(np.array([at for at, _ in placed]))
     kept = placed[:1]
+    copies, originals = [], []
     for at, each in placed[1:]:
         if at - kept[-1][0] >= near:
             kept.append((at, each))
-        elif _content(each, uri)[1] != _content(kept[-1][1], uri)[1]:
-            where = sum(abs(other - at) < near for other, _ in placed)
-            raise Rejection(
-                uri,
-                "duplicate_positions",
-                f"{where} of {len(placed)} slices, which differ, lie {at:g} mm along their normal: several phases?",
-            )
+        else:
+            copies.append(each)
+            originals.append(kept[-1])
+    different = _first_difference(copies, [each for _, each in originals], uri)
+    if different is not None:
+        at = originals[different][0]
+        where = sum(abs(other - at) < near for other, _ in placed)
+        message = f"{where} of {len(placed)} slices, which differ, lie {at:g} mm along their normal: several phases?"
+        raise Rejection(uri, "duplicate_positions", message)
     return kept
 
 
-def _content(each: Slice, uri: str) -> tuple[tuple[float, ...] | None, bytes]:
-    """Where a slice is and what it shows: its position and a digest of its stored values and their scaling."""
-    ((_, pixels, _),) = stored([each], uri)
-    scaling = repr((each.slope, each.intercept)).encode()
-    return each.position, hashlib.sha256(np.ascontiguousarray(pixels).tobytes() + scaling).digest()
+def _first_difference(some: list[Slice], others: list[Slice], uri: str) -> int | None:
+    """The index of the first two slices that do not show the same; most often it is 0, and so looked at alone first."""
+    for count in (1, len(some)):
+        pairs = zip(_digests(some[:count], uri), _digests(others[:count], uri), strict=True)
+        different = [index for index, (one, other) in enumerate(pairs) if one != other]
+        if different:
+            return different[0]
+    return None
+
+
+def _digests(slices: list[Slice], uri: str) -> list[bytes]:
+    """What each slice shows: a digest of its stored values and their scaling."""
+    once = list({id(each): each for each in slices}.values())
+    digests = {}
+    for index, pixels, _ in stored(once, uri):
+        scaling = repr((once[index].slope, once[index].intercept)).encode()
+        digests[id(once[index])] = hashlib.sha256(np.ascontiguousarray(pixels).tobytes() + scaling).digest()
+    return [digests[id(each)] for each in slices]
