@@ -168,7 +168,7 @@ def test_on_ray_and_resumed(ray_cluster, checkpoints, tmp_path):
     assert [p.case_id for p in first if p.variant == "as_is" and p.run == "dpo"] == [case(i).id for i in range(10)]
     assert seen[-1] == (10, 10)
     # one finished batch is lost, and memory was too small for batches of four: only its cases are written again
-    kept = sorted((tmp_path / "state" / asked.identity).glob("*.parquet"))
+    kept = sorted((tmp_path / "state" / asked.identity.digest).glob("*.parquet"))
     assert len(kept) == 3
     kept[1].unlink()
     seen.clear()
