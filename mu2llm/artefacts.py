@@ -22,6 +22,7 @@ from mu2llm.records import Checkpoint
 from mu2llm.settings.section import EXECUTION
 
 VERSION = 1
+MEND = "--fresh removes it and starts over, another --out keeps both"
 CLAIM = "identity.json"
 _VISION = ("vision.", "model.vision.")  # names of the vision tower's tensors, alone and in a whole model
 _READ_BYTES = 2**22
@@ -66,11 +67,10 @@ class Identity(BaseModel):
     def digest(self) -> str:
         return digest(self.inputs)
 
-    def check(self, place: str, what: str, digest: str, inputs: Mapping[str, Any], more: str = "") -> None:
+    def check(self, place: str, what: str, digest: str, inputs: Mapping[str, Any], mend: str = MEND) -> None:
         """A UserError where `what` lies at `place` and was decided by other inputs: the first key, and the mends."""
         if digest == self.digest:
             return
-        mend = f"--fresh removes it and starts over, another --out keeps both{more}"
         keys = [key for key in {**self.inputs, **inputs} if self.inputs.get(key) != inputs.get(key)]
         if not inputs or not keys:
             raise UserError(f"{place} holds {what} of an earlier version, without a record of what decided it; {mend}")

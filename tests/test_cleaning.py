@@ -3,13 +3,14 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
+import saved
 
 from mu2llm import cleaning, storage, tracking
-from mu2llm.artefacts import publish
 from mu2llm.errors import UserError
-from mu2llm.records import Checkpoint, Lineage
+from mu2llm.places import Places
 from mu2llm.stages.preferences import Preferences
 
 
@@ -29,20 +30,13 @@ def shards(folder):
     write(folder / "train" / "00000-abc.parquet", "x" * 1000)
 
 
-def checkpoint(folder, stage="sft", data=None, parent=None):
-    weights = folder.parent / "weights"
-    write(weights / "model.safetensors", "w")
-    lineage = Lineage(stage=stage, spec_hash="s", data=data and str(data), parent=parent and str(parent))
-    made = Checkpoint(uri=str(folder), experiment={}, lineage=lineage)
-    publish(made, str(weights))
-    (weights / "model.safetensors").unlink()
-    weights.rmdir()
-    return made
+def checkpoint(folder, stage="sft", data=None, parent=None, value=0.0):
+    return saved.checkpoint(folder, value=value, stage=stage, data=data and str(data), parent=parent and str(parent))
 
 
-def pairs(folder, made_on):
+def pairs(folder, made_on, made_by="c"):
     values = {
-        **{"shards": str(made_on), "data_checksum": "", "spec_hash": "s", "split": "train", "checkpoint": "c"},
+        **{"shards": str(made_on), "data_checksum": "", "spec_hash": "s", "split": "train", "checkpoint": str(made_by)},
         **{"judge": "rules", "identity": "i", "cases": 1, "candidates": 2, "pairs": 1, "cases_with_pairs": 1},
         **{"dropped": {}, "green_best": 1.0, "green_worst": 0.0},
     }
@@ -88,6 +82,48 @@ def test_caches_states_and_halves(root):
         ("state", "evaluation/predictions.state"),
         ("partial", f"shards/train/.00001-abc.parquet.{os.getpid()}.0123abcd"),
     }
+
+
+def test_features_of_scans_that_changed_are_listed(root):
+    made = checkpoint(root / "sft", data=root / "shards")
+    shards(root / "shards")
+    write(root / "shards" / "shards.json", json.dumps({"checksum": "now"}))
+    for checksum in ("now", "before"):
+        index = {"checkpoint": made.uri, "parent_checksum": checksum}
+        write(root / "shards" / "features" / checksum / "shards.json", json.dumps(index))
+    assert found(root) == {("features", "shards/features/before")}
+
+
+def test_steps_of_an_earlier_configuration_are_listed_once_a_run_without_them_has_finished(root):
+    """A pipeline made SFT, pairs and DPO, then all of it again with another learning rate."""
+    places = Places.open(str(root))
+
+    def made(identity, contrastive, value):
+        names = ("checkpoints/contrastive", "checkpoints/sft", "preferences", "checkpoints/dpo", "evaluation")
+        identities = (contrastive, *[identity] * 4)
+        vision, sft, pairs_, dpo, evaluation = (
+            Path(places.take(str(root / name), each)) for name, each in zip(names, identities, strict=True)
+        )
+        checkpoint(vision, "contrastive", root / "shards")
+        checkpoint(sft, "sft", root / "shards", vision, value)
+        pairs(pairs_, root / "shards", sft)
+        write(evaluation / "metrics.json")
+        return checkpoint(dpo, "dpo", pairs_, sft, value)
+
+    shards(root / "shards")
+    started = time.time()
+    first = made("one", "vision", 1.0)
+    places.finished(started)
+    assert found(root) == set()
+    started = time.time()
+    made("two", "vision", 2.0)
+    assert found(root) == set()  # the run has not come to its end
+    places.finished(started)
+    assert found(root) == {
+        ("step", name) for name in ("checkpoints/sft", "preferences", "checkpoints/dpo", "evaluation")
+    }
+    tracking.register(first)  # what the registry came from stays, its evaluation is of no use to it
+    assert found(root) == {("step", "evaluation")}
 
 
 def test_what_is_young_stays(root):

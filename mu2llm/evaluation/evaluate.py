@@ -92,16 +92,16 @@ def scoring(experiment: Experiment) -> Identity:
     return Identity.of({**green.decides(experiment.judge), **settings})
 
 
-def _check_same(out: str, identity: Identity, experiment: Experiment) -> None:
+def _check_same(out: str, identity: Identity, experiment: Experiment, mend: str = artefacts.MEND) -> None:
     """A UserError where `out` holds other predictions, or another judge's verdicts, which would be lost."""
     if not Header.there(out):
         return
     header = Header.open(out)
-    identity.check(out, "an evaluation", header.identity, header.inputs)
+    identity.check(out, "an evaluation", header.identity, header.inputs, mend)
     if storage.exists(storage.join(out, METRICS)):
         by = Identity.of({key: v for key, v in Results.open(out).scored_by.items() if key.startswith("judge")})
-        more = ", mu2llm rescore judges its reports anew"
-        Identity.of(green.decides(experiment.judge)).check(out, "an evaluation", by.digest, by.inputs, more)
+        mend = f"{mend}, mu2llm rescore judges its reports anew"
+        Identity.of(green.decides(experiment.judge)).check(out, "an evaluation", by.digest, by.inputs, mend)
 
 
 def _numbers(results: Results) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def compare_saved(evaluations: Sequence[str], out: str, experiment: Experiment) 
             "histories": {stage: losses for each in headers for stage, losses in each.histories.items()},
         }
     )
-    _check_same(out, identity, experiment)
+    _check_same(out, identity, experiment, "another --out keeps both")
     predictions = [p for p in saved[0][1] if p.run == PRIOR]
     for i, (_, found) in enumerate(saved):
         predictions += [p.model_copy(update={"run": names[i, p.run]}) for p in found if p.run != PRIOR]

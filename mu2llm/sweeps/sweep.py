@@ -23,8 +23,8 @@ from mu2llm import artefacts, config, storage, tracking
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
-from mu2llm.errors import Failure, UserError
 from mu2llm.engine.features import encode_scans
+from mu2llm.errors import Failure, UserError
 from mu2llm.records import Checkpoint
 from mu2llm.stages import dpo
 from mu2llm.stages.job import Watch, check_parent, new_job

@@ -1,38 +1,53 @@
 """Features that are made once and shared."""
 
-from small_models import make, scans
+import torch
+from small_models import make
 
-from mu2llm import storage
-from mu2llm.artefacts import folder_weights
+from mu2llm import artefacts, storage
 from mu2llm.cases import Shards
 from mu2llm.engine.actors import actor_pool
 from mu2llm.engine.features import cached_features, features_uri
 
 
-def test_features_are_shared_by_the_same_vision_alone(tmp_path, shards, checkpoints):
+def saved(uri, *changes, **given):
+    """A model's weights and config, as a stage publishes them; its digests."""
+    model, _ = make(0, **given)
+    for change in changes:
+        change(model)
+    model.save_pretrained(uri)
+    return artefacts.folder_weights(str(uri))
+
+
+def test_features_are_shared_by_the_same_vision_alone(tmp_path):
     """The same weights pooled otherwise give other features: they were once read for one another."""
-    (one, _), (same, _), (other, _) = make(0), make(0), make(0, vision={"pooling": 1})
-    other.model.vision.load_state_dict(one.model.vision.state_dict())
-    shapes = [model.encode_vision(scans(1)).shape for model in (one, other)]
-    assert shapes[0] != shapes[1]
-    digests = []
-    for name, model in {"one": one, "same": same, "other": other}.items():
-        model.save_pretrained(tmp_path / name)
-        digests.append(folder_weights(str(tmp_path / name)).vision)
-    assert digests[0] == digests[1] != digests[2]
+
+    def trained(model):
+        with torch.no_grad():
+            model.lm_head.weight += 1
+
+    one, same = saved(tmp_path / "one"), saved(tmp_path / "same", trained)
+    assert one.vision == same.vision and one.weights != same.weights
+    model, _ = make(0)
+    pooled = saved(
+        tmp_path / "pooled", lambda other: other.model.vision.load_state_dict(model.model.vision.state_dict()),
+        vision={"pooling": 1},
+    )  # fmt: skip
+    assert pooled.vision != one.vision
 
 
 def test_features_are_read_where_a_stage_has_computed_them_and_not_computed_to_be_read(shards, checkpoints):
     sft, dpo = checkpoints.values()
     assert cached_features([sft], shards) is None
     assert not storage.exists(storage.join(shards.uri, "features"))
-    place = features_uri(sft, shards)
-    assert features_uri(sft, shards, "bf16") != place
-    storage.write_bytes(storage.join(place, "shards.json"), storage.read_bytes(storage.join(shards.uri, "shards.json")))
+    made = features_uri(sft, shards)
+    assert features_uri(sft, shards, "bf16") != made
+    storage.write_bytes(storage.join(made, "shards.json"), storage.read_bytes(storage.join(shards.uri, "shards.json")))
     try:
-        assert cached_features([sft], shards) == place
-        assert Shards.open(place).count("test") == shards.count("test")
-        assert (cached_features([sft, dpo], shards) == place) == (features_uri(dpo, shards) == place)
+        assert cached_features([sft], shards) == made
+        assert Shards.open(made).count("test") == shards.count("test")
+        assert cached_features([sft, dpo], shards) is None  # another vision, without any yet
+        grown = Shards(shards.uri, shards.index.model_copy(update={"checksum": "with more scans"}))
+        assert cached_features([sft], grown) is None
     finally:
         storage.delete(storage.join(shards.uri, "features"))
 

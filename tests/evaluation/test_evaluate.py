@@ -96,7 +96,7 @@ def test_evaluations_made_apart_are_paired_as_if_made_together(tmp_path, no_enco
     assert list(again.header.checkpoints) == ["sft (first)", "sft (third)"]
     [difference] = again.differences
     assert difference.metrics["green"].value == 0
-    with pytest.raises(UserError, match="another evaluation"):
+    with pytest.raises(UserError, match=r"evaluation\.0 is first there, second here; another --out"):
         compare_saved([dpo, sft], str(tmp_path / "compared"), least())
     fewer = Case.table([case(i) for i in range(3)])
     storage.write_table(storage.join(dpo, "cases.parquet"), fewer)
@@ -167,5 +167,5 @@ def test_from_shards_to_files(ray_cluster, shards, checkpoints, tmp_path, monkey
     # again: nothing is written anew
     monkeypatch.setattr(evaluate_module, "generate", lambda *_: pytest.fail("generated again"))
     assert compare(checkpoints, shards.uri, out, least()) == results
-    with pytest.raises(UserError, match="holds another evaluation"):
+    with pytest.raises(UserError, match=r"checkpoint\.dpo is \w{12}… there, the default here; --fresh"):
         evaluate(checkpoints["sft"], shards.uri, out, least())

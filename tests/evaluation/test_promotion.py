@@ -29,7 +29,7 @@ def evaluated(checkpoint, red_line="", split="test"):
         metrics={"green": GREEN},
         red_line=red_line,
         checkpoint=checkpoint,
-        identity=open_checkpoint(checkpoint).lineage.identity,
+        identity=open_checkpoint(checkpoint).lineage.weights,
     )
     leaderboard.track(row)
 
@@ -77,7 +77,7 @@ def test_an_evaluation_on_train_or_of_earlier_weights_is_none(sft):
         promote(sft)
     evaluated(sft)
     made = open_checkpoint(sft)
-    newer = made.model_copy(update={"lineage": made.lineage.model_copy(update={"identity": "trained anew"})})
+    newer = made.model_copy(update={"lineage": made.lineage.model_copy(update={"weights": "trained anew"})})
     storage.write_json(storage.join(sft, Checkpoint.FILE), newer.model_dump(mode="json"))
     with pytest.raises(UserError, match="no evaluation"):
         promote(sft)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from small_models import GRID, scatter, text, tokenizer, unreached, visual
+from small_models import GRID, scatter, text, tokenizer, visual
 
 from mu2llm.errors import UserError
 from mu2llm.model import Mu2TokenizerConfig

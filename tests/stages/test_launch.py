@@ -1,18 +1,20 @@
 """The runner's own bookkeeping, without Ray."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import ray
+import saved
 from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 from transformers import TrainerState
 
-from mu2llm import config, storage, tracking
+from mu2llm import artefacts, config, storage, tracking
 from mu2llm.errors import UserError
 from mu2llm.records import Checkpoint
 from mu2llm.stages import launch, placement, trainer
-from mu2llm.stages.job import Job, Watch
+from mu2llm.stages.job import FINISHED_FILE, Job, Watch
 from mu2llm.stages.launch import KEPT_SNAPSHOT_FILE, SNAPSHOT_FILE
 from mu2llm.stages.placement import workers_that_fit
 from mu2llm.stages.worker import INTERMEDIATE_FILE, InProcessWorker, Resume, current_worker
@@ -142,3 +144,110 @@ def test_sharding_is_refused_where_it_cannot_be(monkeypatch, tmp_path, overrides
     placement.check(job(tmp_path, *sharded))
     with pytest.raises(UserError, match=says):
         placement.check(job(tmp_path, *sharded, *overrides).model_copy(update=changes))
+
+
+def inputs(*overrides, stage="sft", **changes):
+    """What decides such a job."""
+    made = Job(
+        **{"stage": stage, "experiment": config.load("tiny", list(overrides)).model_dump(mode="json"), "data": ""},
+        **{"data_checksum": "scans", "out": "", "spec_hash": "", "rows": 8, **changes},
+    )
+    return made.identity.inputs
+
+
+def test_how_work_is_done_decides_nothing():
+    same = ["sft.log_steps=7", "sft.workers=2", "sft.keep_checkpoints=3", "sft.validation.steps=4"]
+    assert (
+        inputs(*same) == inputs("name=other", "dpo.beta=0.3", "evaluation.pages=3", "judge.concurrency=1") == inputs()
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("sft.learning_rate=0.5", "sft.learning_rate"),
+        ("model.tokenizer.top_k=4", "model.tokenizer.top_k"),
+        ("seed=3", "seed"),
+        ("data.fraction=0.5", "data.fraction"),
+        ("data.shuffle_rows=4", "data.shuffle_rows"),
+        ("evaluation.question=What is there?", "evaluation.question"),
+    ],
+)
+def test_what_changes_the_result_decides_it(override, key):
+    changed, before = inputs(override), inputs()
+    assert {name for name in {**changed, **before} if changed.get(name) != before.get(name)} == {key}
+
+
+def test_scans_and_the_weights_it_starts_from_decide_a_stage():
+    assert inputs(data_checksum="more scans") != inputs() != inputs(parent_weights="trained again")
+
+
+def test_the_language_model_decides_nothing_of_the_contrastive_stage():
+    assert inputs("model.tokenizer.top_k=4", "model.lora={}", stage="contrastive") == inputs(stage="contrastive")
+    assert inputs("model.vision.hidden_size=64", stage="contrastive") != inputs(stage="contrastive")
+
+
+def test_validation_decides_where_the_best_checkpoint_is_published():
+    best = ["sft.validation.publish=best", "sft.validation.steps=4"]
+    assert inputs(*best) != inputs(*best, "sft.validation.cases=9") != inputs()
+    assert inputs(*best) == inputs(*best, "sft.validation.reports=2")
+
+
+@pytest.fixture
+def store(empty_store, tmp_path, monkeypatch):
+    shutil.copy(empty_store, tmp_path / "runs.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs.db")
+    monkeypatch.setattr(launch, "check", lambda stage: None)
+
+
+def trained(folder, rate, fresh=False, interrupted=False):
+    """SFT with a learning rate in this process; it learns nothing but the rate."""
+    stage = job(folder, "sft.workers=0", f"sft.learning_rate={rate}").model_copy(update={"fresh": fresh})
+
+    def loop(told, resume):
+        storage.write_bytes(storage.join(told.state, "half"), b"a day of work")
+        if interrupted:
+            raise KeyboardInterrupt
+        saved.weights(folder / "local", rate)
+        weights = artefacts.upload(str(folder / "local"), told.out)
+        state = TrainerState(global_step=1, log_history=[])
+        described = trainer.description(told, {"step": 1, "seconds": 1, "cases_seen": 8}, 0, state, {})
+        described = artefacts.weighed(described, weights)
+        storage.write_json(storage.join(told.state, FINISHED_FILE), described.model_dump(mode="json"))
+
+    return launch.run(stage, loop)
+
+
+def test_an_interrupted_run_of_another_configuration_is_kept(tmp_path, store):
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, 0.1, interrupted=True)
+    with pytest.raises(
+        UserError, match=r"out\.state holds an interrupted sft .* sft\.learning_rate is 0\.1 there, 0\.2"
+    ):
+        trained(tmp_path, 0.2)
+    assert (tmp_path / "out.state" / "half").read_bytes() == b"a day of work"
+    assert trained(tmp_path, 0.1).training.steps == 1
+    assert not (tmp_path / "out.state").exists()
+
+
+def test_a_finished_run_of_another_configuration_is_kept_until_it_is_asked_for_afresh(tmp_path, store):
+    first = trained(tmp_path, 0.1)
+    assert first.lineage.weights and first.lineage.inputs["sft.learning_rate"] == 0.1
+    with pytest.raises(UserError, match=r"holds a sft checkpoint .* sft\.learning_rate is 0\.1 there, 0\.2 here"):
+        trained(tmp_path, 0.2)
+    assert trained(tmp_path, 0.1) == first
+    second = trained(tmp_path, 0.2, fresh=True)
+    assert artefacts.open_checkpoint(first.uri).lineage == second.lineage
+    assert second.lineage.weights != first.lineage.weights
+
+
+def test_an_alias_does_not_go_over_to_what_takes_its_checkpoints_place(tmp_path, store):
+    first = trained(tmp_path, 0.1)
+    version = tracking.register(first, alias="champion")
+    assert tracking.locate("registry://mu2llm@champion") == first.uri
+    trained(tmp_path, 0.2, fresh=True)
+    assert tracking.aliases() == {}
+    tracking.set_alias("champion", version)  # as where the place was taken by other means
+    for name in ("registry://mu2llm@champion", f"registry://mu2llm/{version}"):
+        with pytest.raises(UserError, match="was registered with weights"):
+            tracking.locate(name)
