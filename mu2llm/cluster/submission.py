@@ -32,6 +32,7 @@ from mu2llm.config import Experiment
 from mu2llm.errors import Failure, UserError
 
 FOLDER = "ray_jobs"
+MOST_NODES = 10_000  # Ray lists no more
 PROGRESS = re.compile(r"^\[(?P<step>[\w ]+)\] (?P<done>\d+)/(?P<total>\d+)(?P<numbers>.*)$")
 NUMBERS = {"loss": "loss", "samples/s": "samples_per_second", "wait": "data_wait_share"}
 NODE_GROUP = "ray.io/node-group"  # of nodes that KubeRay or the cluster launcher started
@@ -164,7 +165,9 @@ def check_capacity(client: JobSubmissionClient, experiment: Experiment, name: st
     """A UserError where the cluster is too small and cannot grow; the job asks again, with what it can grow to."""
     address = client.get_address()
     with told(address), _alone():
-        nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], detail=True)
+        # filtered here: where Ray's own filter leaves out nodes that have died, it takes the rest for cut off
+        known = list_nodes(address=address, detail=True, limit=MOST_NODES)
+    nodes = [node for node in known if node.state == "ALIVE"]
     if not nodes or any(node.labels.get(NODE_GROUP) for node in nodes):
         return  # its nodes come and go by groups
     have: Counter[str] = Counter()
