@@ -33,6 +33,7 @@ from mu2llm.errors import Failure, UserError
 from mu2llm.progress import SHOWN, Steps
 
 FOLDER = "ray_jobs"
+MOST_NODES = 10_000  # Ray lists no more
 PROGRESS = re.compile(r"^\[(?P<step>[\w ]+)\] (?P<done>\d+)/(?P<total>\d+)(?P<numbers>.*)$")
 NODE_GROUP = "ray.io/node-group"  # of nodes that KubeRay or the cluster launcher started
 POLL_S = 1.0
@@ -153,7 +154,9 @@ def check_capacity(client: JobSubmissionClient, experiment: Experiment, name: st
     """A UserError where the cluster is too small and cannot grow; the job asks again, with what it can grow to."""
     address = client.get_address()
     with one_line_errors(address), _alone():
-        nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], detail=True)
+        # filtered here: where Ray's own filter leaves out nodes that have died, it takes the rest for cut off
+        known = list_nodes(address=address, detail=True, limit=MOST_NODES)
+    nodes = [node for node in known if node.state == "ALIVE"]
     if not nodes or any(node.labels.get(NODE_GROUP) for node in nodes):
         return  # its nodes come and go by groups
     have: Counter[str] = Counter()
