@@ -7,8 +7,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from mu2llm import artefacts, config, tracking
-from mu2llm.cli import app
+from mu2llm import config, tracking
+from mu2llm.cli import app, reports
 from mu2llm.cli.app import show, told, work_on_ray
 from mu2llm.engine import scans
 from mu2llm.tracking.client import client
@@ -35,7 +35,7 @@ def test_generate_prints_brackets_as_they_are(monkeypatch):
         experiment = config.load("tiny").model_dump(mode="json")
 
     entry = {"path": "x[/y].nii.gz", "report": "nodule [series 2, image 41]"}
-    monkeypatch.setattr(artefacts, "open_checkpoint", lambda uri: Opened)
+    monkeypatch.setattr(reports, "open_checkpoint", lambda uri: Opened)
     monkeypatch.setattr(scans, "report_scans", lambda *_: [entry])
     done = CliRunner().invoke(app, ["generate", "--checkpoint", "c", "x[/y].nii.gz"])
     assert done.exit_code == 0 and entry["path"] in done.stdout and entry["report"] in done.stdout
