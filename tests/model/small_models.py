@@ -81,8 +81,8 @@ def text(count=2, length=4, seed=1):
 
 def unreached(module, floor=1e-12):
     """Names of the parameters to which no gradient comes: of a model in float64, where rounding noise is below 1e-16
-    of the largest gradient. Those of `aggregation.key.bias` (a softmax over keys is the same for any) and of the gate
-    (it reads the same mean at every scale that divides k) are noise by construction."""
+    of the largest gradient. Those of `aggregation.key.bias` (a softmax over keys is the same for any) and of the
+    published gate (it reads the same mean at every scale that divides k) are noise by construction."""
     sizes = {name: 0.0 if p.grad is None else float(p.grad.abs().max()) for name, p in module.named_parameters()}
     assert all(p.dtype == torch.float64 for p in module.parameters())
     return [name for name, size in sizes.items() if not size > floor * max(sizes.values())]

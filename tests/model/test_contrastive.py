@@ -193,7 +193,8 @@ def test_gradients_reach_every_parameter(loss):
     model(**given, owner=OWNER).loss.backward()
     # a norm takes the mean away, a softmax over keys what all have in common, and InfoNCE what all logits have
     effectless = {"vision.tower.stem.patches.bias", "vision.tower.stem.neighbours.bias", "head.key.bias"}
-    assert set(unreached(model)) == effectless | ({"head.bias"} if loss == "infonce" else set())
+    # the loss itself is taken in fp32, whose noise is 1e-8
+    assert set(unreached(model, floor=1e-6)) == effectless | ({"head.bias"} if loss == "infonce" else set())
 
 
 def test_no_texts_at_all_is_refused():
