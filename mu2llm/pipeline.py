@@ -53,7 +53,7 @@ class Step(BaseModel):
     """A finished step: what decided it, what it gave, how long it took."""
 
     identity: str
-    inputs: dict[str, Any]
+    inputs: dict[str, Any] = {}
     seconds: float
     result: dict[str, Any]
 
@@ -73,12 +73,13 @@ class Pipeline:
         made = place.rpartition("/")[2] if place else name
         path = storage.join(self.out, "steps", f"{made}.json")
         found = Step.model_validate(storage.read_json(path)) if storage.exists(path) else None
-        if found and found.identity == identity.digest and (place is None or storage.exists(place)):
+        there = place is None or storage.exists(place)
+        if found and found.identity == identity.digest and there:
             self.done[name] = found
             return found.result
         started = time.monotonic()
         result = work()
-        seconds = time.monotonic() - started + (found.seconds if found and place else 0)  # of what is gone on with
+        seconds = time.monotonic() - started + (found.seconds if found and place and there else 0)  # it was gone on with
         self.done[name] = Step(
             identity=identity.digest, inputs=identity.inputs, seconds=round(seconds, 2), result=result
         )

@@ -6,7 +6,7 @@ r"""The whole way on cases of one's own: ingest, three stages, preferences, eval
         --manifest s3://BUCKET/cases.jsonl --volumes s3://BUCKET/scans --out s3://BUCKET/runs/first
 
 Submitted again with the same --out, it goes on at the step that is not done; a step whose configuration changed is
-done again, with all that comes after it.
+done again beside the old result, with what follows from it.
 """
 
 from typing import Annotated

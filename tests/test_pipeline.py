@@ -1,5 +1,6 @@
-"""The whole way at its smallest size: every stage for real, then once more, which does nothing again."""
+"""One real demo at its smallest size: every stage, then again with other settings (test_pipeline_steps: the logic)."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -10,10 +11,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mu2llm import config, pipeline, storage, tracking
+from mu2llm import storage
 from mu2llm.artefacts import open_checkpoint
-from mu2llm.errors import UserError
-from mu2llm.records import Checkpoint, Lineage
 
 pytestmark = pytest.mark.slow
 
@@ -44,62 +43,6 @@ def finished(tmp_path_factory):
     broken = folder / "broken.nii.gz"
     broken.write_bytes(b"\x1f\x8b\x08 not a scan")
     return folder, demo(folder, "--scan", scan, "--scan", broken)
-
-
-def test_what_no_pipeline_made_is_not_deleted(tmp_path):
-    """Shards ingested by hand into the --out of a pipeline of another spec were gone."""
-    theirs = tmp_path / "shards" / "train.parquet"
-    theirs.parent.mkdir()
-    theirs.write_text("terabytes")
-    steps = pipeline.Pipeline(str(tmp_path), config.load("tiny"), lambda *_: None)
-    with pytest.raises(UserError, match="no pipeline made it"):
-        steps.step("ingest", 1, dict, [str(theirs.parent)])
-    pipeline.clear(str(tmp_path))
-    assert theirs.read_text() == "terabytes"
-
-
-def test_a_step_that_was_killed_while_it_made_room_goes_on(tmp_path, monkeypatch):
-    out, made = str(tmp_path / "out"), str(tmp_path / "out" / "made")
-
-    def step(decides):
-        steps = pipeline.Pipeline(out, config.load("tiny"), lambda *_: None)
-        return steps.step("work", decides, lambda: storage.write_json(made, decides) or {"made": decides}, [made])
-
-    step(1)
-    delete = storage.delete
-
-    def killed(uri):
-        if uri == made:
-            raise KeyboardInterrupt
-        delete(uri)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(storage, "delete", killed)
-        with pytest.raises(KeyboardInterrupt):
-            step(2)
-    assert step(2) == {"made": 2} and storage.read_json(made) == 2
-
-
-def test_an_alias_does_not_go_over_to_the_checkpoint_that_takes_the_place(tmp_path, monkeypatch):
-    """A champion's folder was trained into again, and the registry then named a model that no audit had passed."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mu2llm.db")
-    out, made = str(tmp_path / "out"), str(tmp_path / "out" / "checkpoints" / "dpo")
-
-    def train():
-        lineage = Lineage(stage="dpo", spec_hash="x", identity="a")
-        checkpoint = Checkpoint(uri=made, experiment={}, lineage=lineage)
-        storage.write_json(storage.join(made, Checkpoint.FILE), checkpoint.model_dump(mode="json"))
-        return {}
-
-    def step(decides):
-        pipeline.Pipeline(out, config.load("tiny"), lambda *_: None).step("dpo", decides, train, [made])
-
-    step(1)
-    tracking.register(open_checkpoint(made), alias="champion")
-    step(1)
-    assert tracking.aliases() == {"champion": made}
-    step(2)
-    assert tracking.aliases() == {}
 
 
 def test_the_summary_has_what_checks_read(finished):
@@ -141,14 +84,37 @@ def test_scans_are_reported_or_refused_with_a_reason(finished):
     assert broken["rejected"]
 
 
-def test_a_second_run_does_nothing_again(finished):
+def test_another_run_does_again_what_its_settings_decide_beside_what_is_there(finished):
     folder, summary = finished
-    before = times(folder)
-    assert demo(folder)["seconds"] == summary["seconds"]
+    before, files = times(folder), contents(folder)
+    execution = ("sft.log_steps=7", "sft.workers=2", "evaluation.pages=3", "preferences.batch_size=3")
+    again = demo(folder, *(part for each in execution for part in ("--set", each)))
+    assert again["seconds"] == summary["seconds"] and again["checkpoints"] == summary["checkpoints"]
     assert times(folder) == before
+    assert changed(folder, files) == {"evaluation/report.html", "evaluation/metrics.json"}
+    other = demo(folder, "--set", "sft.learning_rate=0.001")
+    ours, theirs = other["checkpoints"], summary["checkpoints"]
+    assert {stage for stage in ("contrastive", "sft", "dpo") if ours[stage] == theirs[stage]} == {"contrastive"}
+    assert open_checkpoint(other["checkpoints"]["sft"]).experiment["sft"]["learning_rate"] == 0.001
+    kept = {name: at for name, at in times(folder).items() if name in before and name != "register"}
+    assert kept == {name: at for name, at in before.items() if name != "register"}
+    assert changed(folder, files) == {"evaluation/report.html", "evaluation/metrics.json"}  # of the run before
 
 
 def times(folder):
     """When each step was finished."""
     steps = (folder / "out" / "steps").glob("*.json")
-    return {path.stem: path.stat().st_mtime_ns for path in steps if path.stem != "peak"}
+    return {path.stem: path.stat().st_mtime_ns for path in steps if path.stem not in ("peak", "places")}
+
+
+def contents(folder):
+    """Digest of every file that steps made: of checkpoints, pairs, evaluation and shards."""
+    out = folder / "out"
+    made = [path for name in ("checkpoints", "preferences", "evaluation", "s3") for path in (out / name).rglob("*")]
+    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in made if p.is_file()}
+
+
+def changed(folder, files):
+    """The files that are gone or another's now."""
+    now = contents(folder)
+    return {name for name, digest in files.items() if now.get(name) != digest}

@@ -82,11 +82,9 @@ def job_of(data: str, out: str, experiment: Experiment, init: str | None = None,
     init = init or preferences.checkpoint
     shards = Shards.open(preferences.shards)
     check(preferences, shards, pairs, init)
-    of_the_pairs = {
-        **{"data": data, "data_checksum": content(pairs, shards), "rows": len(pairs), "shards": shards.uri},
-        **{"judge": preferences.judge, "split": preferences.split},
-    }
-    return new_job("dpo", shards, out, experiment, init, **of_the_pairs, **more)
+    more |= {"data": data, "data_checksum": content(pairs, shards), "rows": len(pairs)}
+    more |= {"judge": preferences.judge, "split": preferences.split}
+    return new_job("dpo", shards, out, experiment, init, **more).model_copy(update={"shards": shards.uri})
 
 
 def prepared(job: Job, shards: Shards, pairs: list[PreferencePair], progress: Progress | None = None) -> Job:
