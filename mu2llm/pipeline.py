@@ -79,9 +79,7 @@ class Pipeline:
             return found.result
         started = time.monotonic()
         result = work()
-        seconds = (
-            time.monotonic() - started + (found.seconds if found and place and there else 0)
-        )  # it was gone on with
+        seconds = time.monotonic() - started + (found.seconds if found and place and there else 0)
         self.done[name] = Step(
             identity=identity.digest, inputs=identity.inputs, seconds=round(seconds, 2), result=result
         )

@@ -68,7 +68,7 @@ def test_each_sentence_gets_what_it_depends_on():
     """Against a gradient by finite differences: a visual token weighs ‖gradient‖·‖token‖."""
     settings = experiment()
     model, processor = build(settings.model, settings.data.spec, [FIRST] * 8, seed=1)
-    model.eval().requires_grad_(False)
+    model.double().eval().requires_grad_(False)  # differences of single precision are noise
     voxels = torch.randint(0, 256, (1, *settings.data.spec.shape), dtype=torch.uint8)
     mask = torch.ones(1, 2, dtype=torch.bool)
     features = model.encode_vision(voxels, mask)
