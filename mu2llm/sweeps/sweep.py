@@ -113,7 +113,7 @@ def check_inputs(shards: Shards, parent: Checkpoint, experiment: Experiment, spl
 
 def checksum(data: str, parent: Checkpoint) -> str:
     """Of what all trials are trained on and from, wherever it lies."""
-    return artefacts.digest([data, parent.lineage.identity])
+    return artefacts.digest([data, artefacts.weights_of(parent).weights])
 
 
 def prepare_features(experiment: Experiment, shards: str, init: str) -> None:

@@ -65,10 +65,11 @@ def test_sentences_are_where_they_stand():
 
 
 def test_each_sentence_gets_what_it_depends_on():
-    """Against a gradient by finite differences: a visual token weighs ‖gradient‖·‖token‖."""
+    """Against a gradient by finite differences (smaller steps drown in the norms, which are taken in fp32): a visual
+    token weighs ‖gradient‖·‖token‖."""
     settings = experiment()
     model, processor = build(settings.model, settings.data.spec, [FIRST] * 8, seed=1)
-    model.double().eval().requires_grad_(False)  # differences of single precision are noise
+    model.eval().requires_grad_(False)
     voxels = torch.randint(0, 256, (1, *settings.data.spec.shape), dtype=torch.uint8)
     mask = torch.ones(1, 2, dtype=torch.bool)
     features = model.encode_vision(voxels, mask)
@@ -78,7 +79,7 @@ def test_each_sentence_gets_what_it_depends_on():
     np.testing.assert_allclose(maps[1][1], expected, rtol=0.02)
 
 
-def by_differences(model, processor, features, mask, span, step=1e-4):
+def by_differences(model, processor, features, mask, span, step=1e-3):
     inputs = processor.encode([QUESTION])
     asked = {name: inputs[name] for name in ("question_ids", "question_mask")}
     visual = model.encode_volumes(vision_features=features, chunk_mask=mask, return_selection=True, **asked)
