@@ -69,7 +69,7 @@ def test_every_intermediate_checkpoint_says_what_it_is_and_a_resume_goes_by_it(t
     token = current_worker.set(saving)
     try:
         arguments = SimpleNamespace(output_dir=str(tmp_path))
-        trainer._Reports(stage, before, stream=None).on_save(arguments, state, control=None)
+        trainer._Reports(stage, before, stream=None, prompt="").on_save(arguments, state, control=None)
         resume = Resume.point()
     finally:
         current_worker.reset(token)
@@ -211,7 +211,7 @@ def trained(folder, rate, fresh=False, interrupted=False):
         saved.weights(folder / "local", rate)
         weights = artefacts.upload(str(folder / "local"), told.out)
         state = TrainerState(global_step=1, log_history=[])
-        described = trainer.description(told, {"step": 1, "seconds": 1, "cases_seen": 8}, 0, state, {})
+        described = trainer.description(told, {"step": 1, "seconds": 1, "cases_seen": 8}, 0, state, {}, "")
         described = artefacts.weighed(described, weights)
         storage.write_json(storage.join(told.state, FINISHED_FILE), described.model_dump(mode="json"))
 
