@@ -36,6 +36,7 @@ from mu2llm.model import Mu2ForContrastive, build_processor, load, load_processo
 from mu2llm.records import Checkpoint, Correction
 from mu2llm.serving import decoder
 from mu2llm.stages import contrastive, dpo, launch, preferences, sft
+from mu2llm.stages.job import new_job
 from mu2llm.stages.texts import TextBank
 
 pytestmark = pytest.mark.slow
@@ -594,7 +595,7 @@ def test_texts_that_are_too_long_are_left_out_or_cut(setting, shards, vision, pl
     settings = experiment(
         *(f"model.max_text_tokens={longest}", f"sft.too_long={setting}", "sft.report_share=1", "sft.max_steps=2")
     )
-    job = sft.runner.job("sft", Shards.open(shards), str(place / setting), settings, parent=vision.uri)
+    job = new_job("sft", Shards.open(shards), str(place / setting), settings, parent=vision.uri)
     rows = sft.check_lengths(job, Shards.open(shards))
     assert (0 < rows < job.rows) if setting == "skip" else rows == job.rows
     assert sft.run(shards, str(place / setting), settings, vision.uri).training.steps == 2

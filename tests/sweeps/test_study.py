@@ -188,7 +188,7 @@ def test_a_study_that_was_moved_or_put_into_a_bucket_goes_on(tmp_path):
     assert [each.point for each in moved.trials()] == points
     (tmp_path / "served" / "bucket").mkdir(parents=True)
     with storage.embedded_s3(tmp_path / "served"):
-        storage.copy_folder(str(tmp_path / "moved to a?b%20c"), "s3://bucket/sweep")
+        storage.copy(str(tmp_path / "moved to a?b%20c"), "s3://bucket/sweep")
         uploaded = opened("s3://bucket/sweep")
         points.append(train(uploaded, "next"))
         assert [each.point for each in recorded(database("s3://bucket/sweep"), "s")] == points
