@@ -131,7 +131,9 @@ def upload(folder: str, uri: str) -> Weights:
 
 def weighed(checkpoint: Checkpoint, weights: Weights) -> Checkpoint:
     """The same checkpoint with its weights' digests in the lineage."""
-    return checkpoint.model_copy(update={"lineage": checkpoint.lineage.model_copy(update=weights._asdict())})
+    return checkpoint.model_copy(
+        update={"lineage": checkpoint.lineage.model_copy(update={"weights": weights.weights, "vision": weights.vision})}
+    )
 
 
 def publish(checkpoint: Checkpoint, folder: str) -> Checkpoint:
