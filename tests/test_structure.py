@@ -34,13 +34,10 @@ PRIVATE = "private_apis"
 KNOWN_CIRCLES: set[frozenset[str]] = set()
 KNOWN_PRIVATE = {
     "model/memory.py": {
-        "_buffers",
-        "_parameters",
-        "torch._subclasses.fake_tensor",
-        "torch.utils._python_dispatch",
-        "torch.utils._pytree",
+        *("torch._subclasses.fake_tensor", "torch.utils._python_dispatch", "torch.utils._pytree"),
+        *("_parameters", "_buffers"),
     },
-    "model/summary.py": {"_base", "_scaled_dot_product_flash_attention_for_cpu", "torch._subclasses.fake_tensor"},
+    "model/summary.py": {"torch._subclasses.fake_tensor", "_scaled_dot_product_flash_attention_for_cpu", "_base"},
 }
 KNOWN_ROOMS: set[tuple[str, str]] = set()
 
