@@ -41,7 +41,7 @@ REASONS: dict[str, str] = {
 WARNINGS: dict[str, str] = {
     "tilt_resampled": "gantry tilt or a sheared affine: resampled onto a straight grid",
     "gap_resampled": "unequal gaps or missing slices: interpolated onto equal steps",
-    "partial": "not the whole series: its other phases, acquisitions or reconstructions, or parts that are not there",
+    "partial": "part of a series: other phases, acquisitions or reconstructions were left out, or objects are missing",
     "stations_joined": "acquisitions that share slices at their border: joined, one slice kept at each place",
     "series_joined": "slices with a SeriesInstanceUID of their own each: joined on request",
     "padding_clipped": "padding and values below −1024 HU were set to −1024",
