@@ -118,9 +118,9 @@ class MeanGate(nn.Linear):
     def __init__(self, width: int, scales: int) -> None:
         super().__init__(width, 1, bias=False)  # as above: no bias
 
-    def forward(self, pooled: Pooled) -> Tensor:
+    def forward(self, pooled: Pooled) -> Tensor:  # type: ignore[override]
         """→ scores (B, scales)"""
-        return cast(Tensor, super().forward(torch.stack([_mean(y, valid) for y, valid in pooled], dim=1))).squeeze(-1)
+        return super().forward(torch.stack([_mean(y, valid) for y, valid in pooled], dim=1)).squeeze(-1)
 
 
 class SpreadGate(Initialised):
