@@ -68,17 +68,18 @@ def probe(checkpoint: str, data: str, progress: Callable[[int, int], None] | Non
         if not shards.count(split):
             raise UserError(f"{data} has no scans in split {split}: the probe is fitted on train and scored on test")
     encoded = encode_scans(checkpoint, shards, experiment.evaluation, progress)
-    reads = load_contrastive(checkpoint) if description.lineage.stage == "contrastive" else None
-    texts = reads and embed_labels(*reads, experiment.contrastive.positives)
-    splits = {split: Scans.read(encoded, shards.cases(split), split, reads and reads[0], texts) for split in SPLITS}
+    is_contrastive = description.lineage.stage == "contrastive"
+    model, encoder = load_contrastive(checkpoint) if is_contrastive else (None, None)
+    texts = embed_labels(model, encoder, experiment.contrastive.positives) if model and encoder else None
+    splits = {split: Scans.read(encoded, shards.cases(split), split, model, texts) for split in SPLITS}
     train, validation, test = splits.values()
-    known = train.labels.any(0) & ~train.labels.all(0)
+    known = _mixed(train.labels)
     probabilities, thresholds = _fitted(train, validation if len(validation.labels) else train, test.features)
-    told = probabilities > thresholds
+    found = probabilities > thresholds
     bootstrap = Bootstrap([case.patient for case in test.cases], experiment.evaluation.bootstrap, experiment.seed)
     areas = _areas(probabilities, test.labels, bootstrap, known)
     by_text = _areas(test.zero_shot, test.labels, bootstrap) if test.zero_shot is not None else {}
-    right = np.stack([told & test.labels, told & ~test.labels, ~told & test.labels], axis=-1)
+    right = np.stack([found & test.labels, found & ~test.labels, ~found & test.labels], axis=-1)
     tally = Tally(LABELS, right * known[:, None].astype(float))
     f1 = {name: bootstrap.estimate(statistic) for name, statistic in tally.by_name("f1").items()}
     scored = {
@@ -201,6 +202,8 @@ def _logistic(x: Tensor, labels: Tensor, strength: float) -> Callable[[Tensor], 
 
 
 def _threshold(scores: np.ndarray, labels: np.ndarray) -> float:
+    if not labels.any():
+        return 0.5
     tried = np.unique(scores)
     found = scores[None] >= tried[:, None]
     f1 = 2 * (found & labels).sum(1) / np.maximum(found.sum(1) + labels.sum(), 1)
@@ -224,8 +227,13 @@ def _areas(
 ) -> dict[str, np.ndarray]:
     """Of the labels that some scans have and some lack: the area itself, and then that of each resample."""
     draws = np.concatenate([np.ones((1, len(labels))), bootstrap.draws])
-    told = labels.any(0) & ~labels.all(0) & (True if known is None else known)
-    return {name: auroc(scores[:, i], labels[:, i], draws) for i, name in enumerate(LABELS) if told[i]}
+    mixed = _mixed(labels) if known is None else _mixed(labels) & known
+    return {name: auroc(scores[:, i], labels[:, i], draws) for i, name in enumerate(LABELS) if mixed[i]}
+
+
+def _mixed(labels: np.ndarray) -> np.ndarray:
+    """(18,): labels that some of the scans have and some lack."""
+    return np.asarray(labels.any(0) & ~labels.all(0))
 
 
 def _mean(areas: dict[str, np.ndarray]) -> np.ndarray | None:

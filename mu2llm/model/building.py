@@ -183,14 +183,19 @@ def save_text_encoder(encoder: weights.TextEncoder, folder: str, trained: bool, 
         encoder.model.save_pretrained(str(Path(folder) / TEXT_ENCODER))
 
 
-def load_contrastive(uri: str) -> tuple[Mu2ForContrastive, weights.TextEncoder]:
+def load_contrastive(uri: str) -> tuple[Mu2ForContrastive, weights.TextEncoder | None]:
     """A contrastive checkpoint's model, in fp32 on the CPU, and the encoder of its texts: `model.whiten(encoder.embed(
-    texts))` is what its head reads. Raises UserError where it is of another stage or the encoder cannot be had."""
+    texts))` is what its head reads. No encoder with a checkpoint of before its whitening was kept.
+
+    Raises UserError where it is of another stage or the encoder cannot be had.
+    """
     with storage.local_copy(uri) as folder:
         description = json.loads((folder / Checkpoint.FILE).read_text())
         if description["lineage"]["stage"] != "contrastive":
             raise UserError(f"{uri} is a checkpoint of {description['lineage']['stage']}: give one of contrastive")
         model = Mu2ForContrastive.from_pretrained(folder, dtype=torch.float32).eval()
+        if model.whitening is None and model.text_encoder is None:
+            return model, None
         own = folder / TEXT_ENCODER
         if not own.is_dir():
             return model, weights.text_encoder(description["experiment"]["model"]["text_encoder"])

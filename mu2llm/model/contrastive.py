@@ -183,7 +183,7 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         return cast(Tensor, self.head.mean(text_embeddings.to(self.head.mean.weight.dtype)))
 
     def whiten(self, embeddings: Tensor) -> Tensor:
-        """A sentence encoder's embeddings (M, W) → what the head reads, (M, D); unchanged where nothing was whitened."""
+        """A sentence encoder's embeddings (M, W) → what the head reads, (M, D); unchanged where none was whitened."""
         return embeddings if self.whitening is None else cast(Tensor, self.whitening(embeddings))
 
     def _tokens(self, volumes: Tensor | None, chunk_mask: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -233,7 +233,8 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
             same = text_keys[:, None] == text_keys[None]
             targets = (same.float() @ targets.float()) > 0
             first = ~same.tril(-1).any(1)
-        loss = {"sigmoid": _sigmoid, "infonce": _infonce}[self.config.loss](logits[first].float(), targets[first])
+        exact = logits[first].to(torch.promote_types(logits.dtype, torch.float32))
+        loss = {"sigmoid": _sigmoid, "infonce": _infonce}[self.config.loss](exact, targets[first])
         return ContrastiveOutput(loss=loss, logits=logits, targets=targets, positives=targets[first].sum())
 
 
