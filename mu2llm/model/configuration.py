@@ -79,10 +79,10 @@ class Mu2TokenizerConfig(PreTrainedConfig):
     Mends, each undone by the value in brackets: `batch_first` [False] attention over the tokens and not, as
     published for `absolute`, over the batch (1); `attention` relative_3d [relative_1d] true 3-D offsets (7);
     `positions` [False] tokens know their chunk and place (7); `residual` [False] residual, norm and feed-forward
-    (8); `gate` mlp [mean] dynamic pooling weighs its scales by what differs between them (23; checkpoints that do not
-    say have mean); `normalise_scores` [False] selection starts, and stays, spread over the scan (9); `straight_through`
-    [False] hard top-k lets gradients reach its scores (9); `mask_padding` [False] padded chunks and text take no
-    part (10). `max_positions` is the longest sequence of a 1-D relative bias (512 as published).
+    (8); `gate` mlp [mean] dynamic pooling weighs its scales by what differs between them (23; mean is also the gate of
+    checkpoints that do not say); `normalise_scores` [False] selection starts, and stays, spread over the scan (9);
+    `straight_through` [False] hard top-k lets gradients reach its scores (9); `mask_padding` [False] padded chunks
+    and text take no part (10). `max_positions` is the longest sequence of a 1-D relative bias (512 as published).
     """
 
     model_type = "mu2llm_tokenizer"
