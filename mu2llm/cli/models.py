@@ -9,8 +9,9 @@ import typer
 import yaml
 
 from mu2llm import config
-from mu2llm.cli.app import Json, Out, Preset, Set, app, show
+from mu2llm.cli.app import Address, Json, Out, Preset, Set, app, show, work_on_ray
 from mu2llm.errors import UserError
+from mu2llm.progress import counted
 
 config_app = typer.Typer(no_args_is_help=True, help="The configuration.")
 app.add_typer(config_app, name="config")
@@ -49,6 +50,21 @@ def model_summary(preset: Preset = "paper", set_: Set = [], as_json: Json = Fals
     experiment = config.load(preset, set_)
     summary = summarise(experiment.model, experiment.data.spec)
     print(json.dumps(summary.as_dict()) if as_json else summary)
+
+
+@model_app.command("probe")
+def model_probe(
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint of any stage.")],
+    data: Annotated[str, typer.Option(help="Shards with splits train and test.")],
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Linear probe of a vision encoder: AUROC and F1 of the 18 labels, and the effective rank of its features."""
+    from mu2llm.evaluation.probe import probe
+
+    with work_on_ray(address) as bars:
+        found = probe(checkpoint, data, counted(bars, "encode"))
+    show(found.model_dump(), as_json)
 
 
 @app.command()

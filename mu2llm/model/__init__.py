@@ -16,10 +16,12 @@ from mu2llm.model.building import (
     build_processor,
     configuration,
     load,
+    load_contrastive,
     load_lora,
     load_processor,
     load_vision,
     merge_lora,
+    save_text_encoder,
 )
 from mu2llm.model.configuration import Mu2Config, Mu2ContrastiveConfig, Mu2TokenizerConfig, Mu2VisionConfig
 from mu2llm.model.contrastive import Mu2ForContrastive
@@ -54,8 +56,10 @@ __all__ = [
     "build_processor",
     "configuration",
     "load",
+    "load_contrastive",
     "load_lora",
     "load_processor",
     "load_vision",
     "merge_lora",
+    "save_text_encoder",
 ]

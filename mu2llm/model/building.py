@@ -12,7 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -167,6 +169,38 @@ def load(uri: str, dtype: torch.dtype | None = None) -> tuple[Mu2ForConditionalG
         processor = _read_processor(folder, uri)
         _check_prompt(uri, folder, processor)
         return Mu2ForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto").eval(), processor
+
+
+TEXT_ENCODER = "text_encoder"
+"""Below a contrastive checkpoint: its text encoder's words, and the encoder where no name finds it again."""
+
+
+def save_text_encoder(encoder: weights.TextEncoder, folder: str, trained: bool, name: str) -> None:
+    """Beside a contrastive model what embeds its texts: nothing of an encoder that `name` finds again."""
+    if trained or name == "small":
+        encoder.tokenizer.save_pretrained(str(Path(folder) / TEXT_ENCODER))
+    if name == "small" and not trained:
+        encoder.model.save_pretrained(str(Path(folder) / TEXT_ENCODER))
+
+
+def load_contrastive(uri: str) -> tuple[Mu2ForContrastive, weights.TextEncoder | None]:
+    """A contrastive checkpoint's model, in fp32 on the CPU, and the encoder of its texts: `model.whiten(encoder.embed(
+    texts))` is what its head reads. No encoder with a checkpoint of before its whitening was kept.
+
+    Raises UserError where it is of another stage or the encoder cannot be had.
+    """
+    with storage.local_copy(uri) as folder:
+        description = json.loads((folder / Checkpoint.FILE).read_text())
+        if description["lineage"]["stage"] != "contrastive":
+            raise UserError(f"{uri} is a checkpoint of {description['lineage']['stage']}: give one of contrastive")
+        model = Mu2ForContrastive.from_pretrained(folder, dtype=torch.float32).eval()
+        if model.whitening is None and model.text_encoder is None:
+            return model, None
+        own = folder / TEXT_ENCODER
+        if not own.is_dir():
+            return model, weights.text_encoder(description["experiment"]["model"]["text_encoder"])
+        encoder = model.text_encoder or AutoModel.from_pretrained(own)
+        return model, weights.TextEncoder(encoder, AutoTokenizer.from_pretrained(own))
 
 
 def _check_prompt(uri: str, folder: Path, processor: Mu2Processor) -> None:

@@ -177,7 +177,11 @@ class Mu2Config(PreTrainedConfig):
 
 @strict
 class Mu2ContrastiveConfig(PreTrainedConfig):
-    """The vision tower under a contrastive head; `hidden_size` is the tower's width."""
+    """The vision tower under a contrastive head; `hidden_size` is the tower's width.
+
+    `encoder_width` is that of the sentence encoder whose embeddings the checkpoint whitens to `text_width`; 0 where
+    texts come as the head reads them.
+    """
 
     model_type = "mu2llm_contrastive"
     sub_configs_defaults = {  # noqa: RUF012
@@ -190,6 +194,7 @@ class Mu2ContrastiveConfig(PreTrainedConfig):
     hidden_size: int = 768
     chunks: int = 8
     text_width: int = 384
+    encoder_width: int = 0
     head_width: int = 128
     loss: Literal["infonce", "sigmoid"] = "sigmoid"
     spec: dict | None = None

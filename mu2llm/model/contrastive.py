@@ -41,8 +41,11 @@ class TextConditionedPooling(Initialised):
 
     The product with the text is taken token by token, before the pooling: the same as pooling first, without
     a pooled vector for every pair of text and scan. Neither attention nor product is scaled down by the width:
-    a text must find its few tokens among hundreds, and started flat it takes long to.
+    a text must find its few tokens among hundreds, and started flat it takes long to. `temperature` is none of the
+    training's: it is fitted afterwards, so that logits over it are probabilities.
     """
+
+    temperature: Tensor
 
     def __init__(self, config: Mu2ContrastiveConfig) -> None:
         super().__init__()
@@ -53,6 +56,7 @@ class TextConditionedPooling(Initialised):
         self.key = nn.Linear(config.hidden_size, config.head_width)
         self.value = nn.Linear(config.hidden_size, config.head_width)
         self.bias = nn.Parameter(torch.zeros(()))
+        self.register_buffer("temperature", torch.ones(()))
 
     @classmethod
     def fresh(cls, width: int, text_width: int) -> Self:
@@ -61,6 +65,7 @@ class TextConditionedPooling(Initialised):
 
     def initialise(self) -> None:
         init.zeros_(self.bias)
+        init.ones_(self.temperature)
         init.normal_(self.chunks, std=0.02)
         for layer in (self.look, self.mean, self.key, self.value):
             init.normal_(layer.weight, std=(3 * layer.in_features) ** -0.5)
@@ -80,6 +85,26 @@ class TextConditionedPooling(Initialised):
         return (share * fit).sum(-1) + self.bias
 
 
+class TextWhitening(Initialised):
+    """Centre and axes by which a sentence encoder's embeddings became what the head learned to read."""
+
+    centre: Tensor
+    axes: Tensor
+
+    def __init__(self, encoder_width: int, text_width: int) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(encoder_width))
+        self.register_buffer("axes", torch.eye(encoder_width, text_width))
+
+    def initialise(self) -> None:
+        init.zeros_(self.centre)
+        init.copy_(self.axes, torch.eye(*self.axes.shape))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(M, encoder width) → (M, text width)"""
+        return (embeddings - self.centre) @ self.axes
+
+
 class Mu2ForContrastive(Mu2PreTrainedModel):
     """Sigmoid (SigLIP) or InfoNCE over all texts and scans of the batch; gives the vision encoder SFT starts from."""
 
@@ -91,8 +116,15 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         super().__init__(config)
         self.vision = VisionEncoder(config.vision)
         self.head = TextConditionedPooling(config)
+        self.whitening = TextWhitening(config.encoder_width, config.text_width) if config.encoder_width else None
         self.text_encoder = AutoModel.from_config(config.text_config) if config.text_config else None
         self.post_init()
+
+    def keep_whitening(self, centre: Tensor, axes: Tensor) -> None:
+        """Saves with the model how its texts are whitened: centre (W,), axes (W, text width)."""
+        self.config.encoder_width = len(centre)
+        self.whitening = TextWhitening(*axes.shape).to(self.device)
+        self.whitening.load_state_dict({"centre": centre, "axes": axes})
 
     def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
         """(B, T, C, K, H, W) → pooled features (B, T, n, hidden)"""
@@ -113,11 +145,54 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
             raise UserError("give text_embeddings, or to a model with a text encoder of its own text_ids and text_mask")
         return mean_pool(self.text_encoder(text_ids, text_mask).last_hidden_state, text_mask)
 
-    def score(self, volumes: Tensor, chunk_mask: Tensor, text_embeddings: Tensor) -> Tensor:
-        """Logits (M, B) of each text with each scan."""
-        features = self.encode_vision(volumes, chunk_mask)
-        mask = chunk_mask.bool().repeat_interleave(features.shape[2], dim=1)
+    def score(
+        self,
+        volumes: Tensor | None,
+        chunk_mask: Tensor,
+        text_embeddings: Tensor,
+        vision_features: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (M, B) of each text (M, D) with each scan, or with its features (B, T, n, hidden)."""
+        features, mask = self._tokens(volumes, chunk_mask, vision_features)
         return self.head(text_embeddings.to(features.dtype), self.head.scan(features), mask)
+
+    def zero_shot(
+        self,
+        volumes: Tensor | None,
+        chunk_mask: Tensor,
+        text_embeddings: Tensor,
+        vision_features: Tensor | None = None,
+    ) -> Tensor:
+        """(M, B): how likely each text is true of each scan, by the temperature that was fitted on held-out scans."""
+        return (self.score(volumes, chunk_mask, text_embeddings, vision_features) / self.head.temperature).sigmoid()
+
+    def get_image_features(
+        self, volumes: Tensor | None, chunk_mask: Tensor, vision_features: Tensor | None = None
+    ) -> Tensor:
+        """(B, head width): a scan by itself, the mean of what the head finds at its tokens.
+
+        Its product with `get_text_features` is the score of a text that looks everywhere alike, without the bias;
+        `score` lets each text look at its own few tokens.
+        """
+        features, mask = self._tokens(volumes, chunk_mask, vision_features)
+        values = self.head.scan(features)[:, :, 1]
+        return (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    def get_text_features(self, text_embeddings: Tensor) -> Tensor:
+        """Texts (M, D), as `whiten` or `embed_texts` gives them, → (M, head width)"""
+        return cast(Tensor, self.head.mean(text_embeddings.to(self.head.mean.weight.dtype)))
+
+    def whiten(self, embeddings: Tensor) -> Tensor:
+        """A sentence encoder's embeddings (M, W) → what the head reads, (M, D); unchanged where none was whitened."""
+        return embeddings if self.whitening is None else cast(Tensor, self.whitening(embeddings))
+
+    def _tokens(self, volumes: Tensor | None, chunk_mask: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Features (B, T, n, hidden) and which of their tokens are of a chunk that holds something (B, T·n)."""
+        if features is None:
+            if volumes is None:
+                raise UserError("give volumes or vision_features")
+            features = self.encode_vision(volumes, chunk_mask)
+        return features, chunk_mask.bool().repeat_interleave(features.shape[2], dim=1)
 
     def forward(
         self,
@@ -142,8 +217,8 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         `gather` brings (n, …) of this worker to (N, …) of all, in the same order on each, with the gradient.
         Raises UserError where InfoNCE has a text that no scan has.
         """
-        features = self.encode_vision(volumes, chunk_mask)
-        scans, mask = self.head.scan(features), chunk_mask.bool().repeat_interleave(features.shape[2], dim=1)
+        features, mask = self._tokens(volumes, chunk_mask, None)
+        scans = self.head.scan(features)
         texts = self.embed_texts(text_embeddings, text_ids, text_mask).to(features.dtype)
         if targets is None:
             assert owner is not None
@@ -158,8 +233,17 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
             same = text_keys[:, None] == text_keys[None]
             targets = (same.float() @ targets.float()) > 0
             first = ~same.tril(-1).any(1)
-        loss = {"sigmoid": _sigmoid, "infonce": _infonce}[self.config.loss](logits[first].float(), targets[first])
+        exact = logits[first].to(torch.promote_types(logits.dtype, torch.float32))
+        loss = {"sigmoid": _sigmoid, "infonce": _infonce}[self.config.loss](exact, targets[first])
         return ContrastiveOutput(loss=loss, logits=logits, targets=targets, positives=targets[first].sum())
+
+
+@torch.no_grad()
+def fit_temperature(logits: Tensor, targets: Tensor, loss: str) -> float:
+    """The temperature, 0.05 to 20, over which held-out logits (M, B) have least loss (Guo et al. 2017)."""
+    measure = {"sigmoid": _sigmoid, "infonce": _infonce}[loss]
+    tried = torch.logspace(-1.3, 1.3, 105).tolist()
+    return min(tried, key=lambda temperature: float(measure(logits / temperature, targets)))
 
 
 def _gather_targets(targets: Tensor, gather: Gather) -> Tensor:

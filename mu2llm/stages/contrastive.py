@@ -20,7 +20,8 @@ from transformers import Trainer, TrainingArguments
 from mu2llm import weights
 from mu2llm.cases import Shards, Stream
 from mu2llm.config import Experiment
-from mu2llm.model import Mu2ForContrastive, build_contrastive
+from mu2llm.model import Mu2ForContrastive, build_contrastive, save_text_encoder
+from mu2llm.model.contrastive import fit_temperature
 from mu2llm.records import Checkpoint
 from mu2llm.stages import launch
 from mu2llm.stages.job import Job, Progress, new_job
@@ -69,14 +70,20 @@ def loop(job: Job, resume: Resume) -> None:
     model = build_contrastive(
         experiment.model, shards.spec, settings, texts.width, job.parent, experiment.seed, trained
     )
+    if isinstance(texts, TextBank):
+        model.keep_whitening(torch.as_tensor(texts.centre), torch.as_tensor(texts.whiten, dtype=torch.float32))
     batches = Batches(job, resume, shards, COLUMNS, lambda rows: collate(rows, texts))
     with tempfile.TemporaryDirectory() as folder:
         trainer = ContrastiveTrainer(model=model, args=TrainingArguments(**arguments(job, folder, model)))
         trainer.batches = batches
 
-        def finish(trained: Mu2ForContrastive, target: str) -> dict[str, float]:
-            trained.save_pretrained(target)
-            return recall(trained.eval(), shards, texts)
+        def finish(model: Mu2ForContrastive, target: str) -> dict[str, float]:
+            has, logits = held_out(model.eval(), shards, texts)
+            if logits.numel():
+                model.head.temperature.fill_(fit_temperature(logits, has.T > 0, settings.loss))
+            model.save_pretrained(target)
+            save_text_encoder(encoder, target, settings.train_text_encoder, experiment.model.text_encoder)
+            return {**recall(has, logits), "temperature": float(model.head.temperature)}
 
         def restore(saved: str) -> Mu2ForContrastive:
             return Mu2ForContrastive.from_pretrained(saved).to(trainer.args.device)  # type: ignore[arg-type]
@@ -131,29 +138,34 @@ def collate(rows: dict[str, Any], texts: Positives) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def recall(model: Mu2ForContrastive, shards: Shards, texts: Positives, split: str = "validation") -> dict[str, float]:
-    """recall@1 and @5 of finding a held-out case's report by its scan, and chance = 1/n.
+def held_out(model: Mu2ForContrastive, shards: Shards, texts: Positives) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of split `validation`: which of its distinct texts each report has (n, M), their logits with each scan (M, n)."""
+    parts = [set(texts.split(case.report)) for case in shards.cases("validation")]
+    distinct = sorted(set().union(*parts))
+    if not distinct:
+        return torch.zeros(len(parts), 0), torch.zeros(0, len(parts))
+    has = torch.tensor([[text in part for text in distinct] for part in parts], dtype=torch.float32)
+    embeddings = model.embed_texts(**{name: tensor.to(model.device) for name, tensor in texts.inputs(distinct).items()})
+    columns = []
+    for rows in Stream(shards, "validation", ["id", "voxels", "chunk_mask"], batch_size=16, seed=None):
+        voxels, mask = (torch.as_tensor(np.asarray(rows[name])).to(model.device) for name in ("voxels", "chunk_mask"))
+        columns.append(model.score(voxels, mask, embeddings).cpu())
+    return has, torch.cat(columns, dim=1)
+
+
+def recall(has: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
+    """recall@1 and @5 of finding a held-out case's report by its scan, and chance = 1/n; from what `held_out` gives.
 
     A report's score for a scan is how likely the scan has the report's texts and no others of the split. Reports
     of equal score share their places: five reports without findings are each found first one time in five.
     """
-    cases = shards.cases(split)
-    if not cases:
+    if not len(has):
         return {"recall_n": 0.0}
-    parts = [set(texts.split(case.report)) for case in cases]
-    distinct = sorted(set().union(*parts))
-    has = torch.tensor([[text in part for text in distinct] for part in parts], dtype=torch.float32)
-    embeddings = model.embed_texts(**{name: tensor.to(model.device) for name, tensor in texts.inputs(distinct).items()})
-    columns = []
-    for rows in Stream(shards, split, ["id", "voxels", "chunk_mask"], batch_size=16, seed=None):
-        voxels, mask = (torch.as_tensor(np.asarray(rows[name])).to(model.device) for name in ("voxels", "chunk_mask"))
-        columns.append(model.score(voxels, mask, embeddings).cpu())
-    logits = torch.cat(columns, dim=1)
     scores = has @ functional.logsigmoid(logits) + (1 - has) @ functional.logsigmoid(-logits)
     own = scores.diagonal()
     better, equal = (scores > own + 1e-5).sum(0), ((scores - own).abs() <= 1e-5).sum(0)
     return {
         **{f"recall_at_{k}": float(((k - better).clamp(min=0) / equal).clamp(max=1).mean()) for k in (1, 5)},
-        "chance_at_1": 1 / len(cases),
-        "recall_n": float(len(cases)),
+        "chance_at_1": 1 / len(has),
+        "recall_n": float(len(has)),
     }

@@ -12,6 +12,7 @@ from transformers import AutoModel
 from mu2llm import weights
 from mu2llm.errors import UserError
 from mu2llm.model import Mu2ForContrastive, build_contrastive
+from mu2llm.model.contrastive import fit_temperature
 
 OWNER = torch.tensor([0, 0, 1, 2, 3, 3])
 
@@ -184,6 +185,43 @@ def test_saved_and_loaded(tmp_path):
     read = AutoModel.from_pretrained(tmp_path).eval()
     assert isinstance(read, Mu2ForContrastive)
     torch.testing.assert_close(read.score(**inputs()), model.score(**inputs()))
+
+
+def test_as_a_clip_it_keeps_its_whitening_and_its_temperature(tmp_path):
+    model = make()
+    centre, axes = torch.randn(24), torch.randn(24, 16)
+    model.keep_whitening(centre, axes)
+    model.head.temperature.fill_(2.0)
+    model.save_pretrained(tmp_path)
+    read = Mu2ForContrastive.from_pretrained(tmp_path).eval()
+    embedded, scan = torch.randn(5, 24), {name: inputs()[name] for name in ("volumes", "chunk_mask")}
+    texts = read.whiten(embedded)
+    torch.testing.assert_close(texts, (embedded - centre) @ axes)
+    torch.testing.assert_close(
+        read.zero_shot(**scan, text_embeddings=texts), (read.score(**scan, text_embeddings=texts) / 2).sigmoid()
+    )
+    features = read.encode_vision(**scan)
+    cached = read.zero_shot(None, scan["chunk_mask"], texts, features)
+    torch.testing.assert_close(cached, read.zero_shot(**scan, text_embeddings=texts))
+
+
+def test_images_and_texts_have_embeddings_of_their_own():
+    """Of a text that looks everywhere alike the score is their product: that is what they are the embeddings of."""
+    model, given = make(), inputs()
+    given["chunk_mask"][0, 1] = False
+    with torch.no_grad():
+        model.head.look.weight.zero_()
+        model.head.look.bias.zero_()
+    texts, image = model.get_text_features(given["text_embeddings"]), {n: given[n] for n in ("volumes", "chunk_mask")}
+    product = texts @ model.get_image_features(**image).T + model.head.bias
+    torch.testing.assert_close(product, model.score(**given))
+
+
+@pytest.mark.parametrize("true", [0.25, 1.0, 4.0])
+def test_the_temperature_makes_probabilities_of_logits(true):
+    logits = torch.randn(200, 200, generator=torch.Generator().manual_seed(0)) * 3
+    targets = torch.rand(200, 200, generator=torch.Generator().manual_seed(1)) < (logits / true).sigmoid()
+    assert fit_temperature(logits, targets, "sigmoid") == pytest.approx(true, rel=0.1)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "infonce"])

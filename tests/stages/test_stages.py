@@ -32,7 +32,8 @@ from mu2llm.engine.features import read_scans
 from mu2llm.engine.loading import load_encoder
 from mu2llm.engine.log_probabilities import sequence_logps
 from mu2llm.errors import Failure, UserError
-from mu2llm.model import Mu2ForContrastive, build_processor, load, load_processor
+from mu2llm.evaluation.probe import probe
+from mu2llm.model import Mu2ForContrastive, build_processor, load, load_contrastive, load_processor
 from mu2llm.records import Checkpoint, Correction
 from mu2llm.serving import decoder
 from mu2llm.stages import contrastive, dpo, launch, preferences, sft
@@ -142,10 +143,26 @@ def test_recall_tells_who_knows_from_who_guesses(shards, monkeypatch, offset, fi
         split=lambda report: [report],
         inputs=lambda distinct: {"numbers": torch.tensor([int(text) for text in distinct])},
     )
-    found = contrastive.recall(Tells(offset), opened, texts)
+    found = contrastive.recall(*contrastive.held_out(Tells(offset), opened, texts))
     chance = {k: min(1.0, k / len(cases)) for k in (1, 5)}
     assert found["recall_at_1"] == pytest.approx(chance[1] if first is None else first)
     assert found["recall_at_5"] == pytest.approx(chance[5] if first is None else 1.0)
+
+
+def test_a_contrastive_checkpoint_is_a_clip(vision, shards):
+    """Its texts' encoder, whitening and temperature are in it: it scores what training scored; and its probe."""
+    model, encoder = load_contrastive(vision.uri)
+    opened, settings = Shards.open(shards), experiment()
+    texts = TextBank(encoder, "finding", [case.report for case in opened.cases("train")], settings.seed)
+    embedded = model.whiten(encoder.embed(texts.distinct))
+    torch.testing.assert_close(embedded, texts.inputs(texts.distinct)["text_embeddings"], atol=1e-4, rtol=1e-4)
+    assert float(model.head.temperature) == pytest.approx(vision.training.metrics["temperature"])
+    found = probe(vision.uri, shards)
+    assert found.n == {split: opened.count(split) for split in ("train", "validation", "test")}
+    assert 1 <= found.effective_rank <= found.n["test"]
+    scored = [label for label in found.labels.values() if label.auroc]
+    assert scored and all(0 < label.positives < found.n["test"] == label.auroc.n for label in scored)
+    assert all(label.zero_shot_auroc for label in scored)
 
 
 def test_a_finished_stage_is_not_done_again(written, vision, shards):
