@@ -54,7 +54,7 @@ class Way:
 
     def ingest(self, table, shards, experiment, progress):
         self.does("ingest", shards)
-        saved.shards(shards, experiment, self.cases, scans=f"{self.cases} scans")
+        saved.shards(shards, experiment, self.cases, scans=f"{self.cases} scans, {experiment.data.split}")
         return {"cases": self.cases}
 
     def prefer(self, checkpoint, data, out, experiment, judge, progress):
@@ -63,7 +63,8 @@ class Way:
         identity = identify(checkpoint, shards, experiment)
         weights = artefacts.weights_of(artefacts.open_checkpoint(checkpoint)).weights
         pair = PreferencePair(
-            case_id="train0", prompt="?", chosen=weights, rejected="", chosen_score=1, rejected_score=0, judge="rules"
+            **{"case_id": "train0", "prompt": "?", "chosen": weights, "judge": "rules"},
+            **{"rejected": f"{experiment.preferences.margin} worse", "chosen_score": 1, "rejected_score": 0},
         )
         with storage.staged(storage.join(out, "pairs.parquet")) as path:
             pq.write_table(PreferencePair.table([pair]), path)
@@ -169,6 +170,7 @@ def test_another_configuration_goes_beside_and_the_first_is_found_again(way):
 @pytest.mark.parametrize(
     ("override", "does"),
     [
+        ("preferences.margin=0.2", ["preferences", "dpo", "evaluate", "register"]),
         ("dpo.beta=0.3", ["dpo", "evaluate", "register"]),
         ("evaluation.max_new_tokens=9", ["evaluate", "register"]),
         ("evaluation.bootstrap=200", ["evaluate", "register"]),
@@ -200,6 +202,27 @@ def test_a_manifest_that_has_grown_is_gone_on_with_in_place(way):
     way.cases = 8
     way.run()
     assert way.did[0] == "ingest"
+
+
+@pytest.mark.parametrize("step", ["ingest", "sft", "preferences", "dpo", "evaluate"])
+def test_a_killed_run_goes_on_at_its_own_place(way, step):
+    way.run()
+    before = way.files()
+    way.killed_in = step
+    other = ["data.split.train=0.7", "data.split.test=0.1"]
+    with pytest.raises(KeyboardInterrupt):
+        way.run(*other)
+    half = {name for name in way.files() if name.endswith("half")} - before.keys()
+    with pytest.raises(KeyboardInterrupt):
+        way.run(*other)
+    assert {name for name in way.files() if name.endswith("half")} - before.keys() == half
+    way.killed_in = None
+    way.run(*other)
+    assert way.did == FIRST[FIRST.index(step) :]
+    way.run()
+    assert way.did == ["register"]
+    now = way.files()
+    assert {name for name in before if now.get(name) != before[name]} <= {"summary.json"}
 
 
 def test_sft_trained_again_under_the_same_configuration_makes_its_pairs_anew(way):
