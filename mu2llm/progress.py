@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
 
 Counted = Callable[[int, int], None]
 """(done, of how many)"""
@@ -28,3 +30,22 @@ def logged(steps: Steps, name: str) -> Logged:
 def numbers_text(numbers: Mapping[str, float]) -> str:
     """`loss 1.2 samples/s 3`, of those that are there."""
     return " ".join(f"{short} {numbers[name]:.3g}" for short, name in SHOWN.items() if name in numbers)
+
+
+@contextlib.contextmanager
+def polled(look: Callable[[], None], every_s: float) -> Iterator[None]:
+    """While the block lasts `look` is called in a thread, each so many seconds; and once more when it has ended."""
+    stop = threading.Event()
+
+    def follow() -> None:
+        while not stop.wait(every_s):
+            look()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        look()

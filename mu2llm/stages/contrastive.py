@@ -22,9 +22,10 @@ from mu2llm.cases import Shards, Stream
 from mu2llm.config import Experiment
 from mu2llm.model import Mu2ForContrastive, build_contrastive, save_text_encoder
 from mu2llm.model.contrastive import fit_temperature
+from mu2llm.progress import Logged
 from mu2llm.records import Checkpoint
 from mu2llm.stages import launch
-from mu2llm.stages.job import Job, Progress, new_job
+from mu2llm.stages.job import Job, new_job
 from mu2llm.stages.texts import Positives, TextBank, TextTokens
 from mu2llm.stages.trainer import Streamed, arguments, train
 from mu2llm.stages.worker import Batches, Resume
@@ -37,7 +38,7 @@ def run(
     out: str,
     experiment: Experiment,
     init: str | None = None,
-    progress: Progress | None = None,
+    progress: Logged | None = None,
     fresh: bool = False,
 ) -> Checkpoint:
     """Trains on the `train` split of the shards at `data`; the checkpoint appears at `out`.

@@ -37,11 +37,12 @@ from mu2llm.model import (
     load_processor,
     merge_lora,
 )
+from mu2llm.progress import Logged
 from mu2llm.records import Checkpoint, PreferencePair
 from mu2llm.settings.inference import InferenceConfig
 from mu2llm.settings.stages import DpoConfig
 from mu2llm.stages import launch, lengths, placement
-from mu2llm.stages.job import Job, Progress, Watch, finished, new_job
+from mu2llm.stages.job import Job, Watch, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
 from mu2llm.stages.preferences import Preferences, content, read_pairs
 from mu2llm.stages.trainer import Streamed, arguments, train
@@ -56,7 +57,7 @@ def run(
     out: str,
     experiment: Experiment,
     init: str | None = None,
-    progress: Progress | None = None,
+    progress: Logged | None = None,
     watch: Watch | None = None,
     fresh: bool = False,
 ) -> Checkpoint:
@@ -87,7 +88,7 @@ def job_of(data: str, out: str, experiment: Experiment, init: str | None = None,
     return new_job("dpo", shards, out, experiment, init, **more).model_copy(update={"shards": shards.uri})
 
 
-def prepared(job: Job, shards: Shards, pairs: list[PreferencePair], progress: Progress | None = None) -> Job:
+def prepared(job: Job, shards: Shards, pairs: list[PreferencePair], progress: Logged | None = None) -> Job:
     """The job with what is computed once for all jobs on these pairs from this parent: features, log-probabilities."""
     settings = job.resolved.dpo
     assert job.parent

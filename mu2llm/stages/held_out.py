@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import ray.train
 import torch
 
 from mu2llm import artefacts, storage
+from mu2llm.progress import polled
 from mu2llm.settings.stages import ValidationConfig
 from mu2llm.stages.job import LOSS, SCORE, Job
 
@@ -50,7 +50,6 @@ class HeldOut:
     def followed(self, job: Job, told: Callable[[dict[str, float]], None]) -> Iterator[None]:
         """Passes on what the tasks measure in the meantime, and warns of those that fail."""
         seen = {entry["step"] for entry in _entries(job)}
-        stop = threading.Event()
 
         def look() -> None:
             for entry in _entries(job):
@@ -62,18 +61,8 @@ class HeldOut:
                 else:
                     told(_numbers(entry))
 
-        def follow() -> None:
-            while not stop.wait(LOOK_S):
-                look()
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
+        with polled(look, LOOK_S):
             yield
-        finally:
-            stop.set()
-            thread.join()
-            look()
 
     def results(self, job: Job) -> list[dict[str, float]]:
         """What was measured so far, by step, also before an interruption."""

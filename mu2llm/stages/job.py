@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -15,7 +14,6 @@ from mu2llm.errors import UserError
 from mu2llm.records import Checkpoint
 from mu2llm.settings.stages import StageConfig, ValidationConfig
 
-Progress = Callable[[dict[str, float]], None]
 _NOT_OF_THE_VISION = ("language_model", "face", "tokenizer", "small", "lora", "placeholder_aligned", "max_text_tokens")
 LOSS = "validation/loss"
 SCORE = "less_loss"  # −LOSS: where lower is better, Ray takes a checkpoint without any for the best

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,16 @@ import ray.train.torch
 from mu2llm import artefacts, storage, telemetry, tracking
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.errors import Failure, UserError
+from mu2llm.progress import Counted, Logged, polled
 from mu2llm.records import Checkpoint
 from mu2llm.stages.held_out import HeldOut
-from mu2llm.stages.job import FINISHED_FILE, SCORE, STOPPED_FILE, Job, Progress, finished
+from mu2llm.stages.job import FINISHED_FILE, SCORE, STOPPED_FILE, Job, finished
 from mu2llm.stages.placement import check, resources
 from mu2llm.stages.worker import InProcessWorker, Resume, current_worker, work
 
 logger = logging.getLogger(__name__)
 LISTEN_S = 0.2  # between two looks of the controller at its workers: until it looks, the next report has to wait
+RELAY_S = 0.2  # between two looks of the driver at what the controller has written
 SNAPSHOT_FILE = "train/checkpoint_manager_snapshot.json"  # Ray Train's, below the state
 KEPT_SNAPSHOT_FILE = "snapshot.json"  # in the state: the last whole one
 # glibc would give large freed tensors back and fault them in anew at every step: a fifth of a CPU step's time
@@ -42,7 +43,7 @@ KEEP_FREED_MEMORY = {
 
 
 def run(
-    job: Job, loop: Callable[[Job, Resume], None], progress: Progress | None = None, held_out: HeldOut | None = None
+    job: Job, loop: Callable[[Job, Resume], None], progress: Logged | None = None, held_out: HeldOut | None = None
 ) -> Checkpoint:
     """Runs a stage to its end, from where an interrupted run of the same job left off.
 
@@ -98,7 +99,7 @@ def _track(job: Job) -> tracking.StageRun:
 
 
 def _run_here(
-    job: Job, loop: Callable[[Job, Resume], None], tracked: tracking.StageRun, progress: Progress | None
+    job: Job, loop: Callable[[Job, Resume], None], tracked: tracking.StageRun, progress: Logged | None
 ) -> None:
     """Without workers this process trains: for debuggers, and for sweeps, whose processes stay warm between trials."""
 
@@ -121,7 +122,7 @@ def _run_on_workers(
     job: Job,
     loop: Callable[[Job, Resume], None],
     tracked: tracking.StageRun,
-    progress: Progress | None,
+    progress: Logged | None,
     held_out: HeldOut | None,
 ) -> None:
     settings = job.settings
@@ -249,29 +250,20 @@ def _observe(job: Job, run: tracking.StageRun, numbers: dict[str, float]) -> Non
 
 
 @contextlib.contextmanager
-def _relay(path: Path, total: int, progress: Progress | None) -> Iterator[None]:
+def _relay(path: Path, total: int, progress: Logged | None) -> Iterator[None]:
     """Follows the reporter's file and passes each line on to `progress`, while a stage runs."""
     path.touch()
-    stop = threading.Event()
+    with path.open() as stream:
 
-    def follow() -> None:
-        with path.open() as stream:
-            ended = False
-            while not ended:
-                ended = stop.wait(0.2)  # what was written before the end is still passed on
-                for line in stream:
-                    if progress:
-                        progress({**json.loads(line), "total": total})
+        def look() -> None:
+            for line in stream:
+                if progress:
+                    progress({**json.loads(line), "total": total})
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(5)
+        with polled(look, RELAY_S):
+            yield
 
 
-def scan_by_scan(progress: Progress | None) -> Callable[[int, int], None] | None:
+def scan_by_scan(progress: Logged | None) -> Counted | None:
     """Tells of scans that are encoded before a stage trains, as of steps."""
     return None if progress is None else lambda done, total: progress({"step": done, "total": total})

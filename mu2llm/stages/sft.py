@@ -41,10 +41,11 @@ from mu2llm.model import (
     merge_lora,
 )
 from mu2llm.model.contrastive import TextConditionedPooling
+from mu2llm.progress import Logged
 from mu2llm.records import Checkpoint
 from mu2llm.stages import launch, lengths, placement
 from mu2llm.stages.held_out import HeldOut
-from mu2llm.stages.job import LOSS, Job, Progress, Watch, finished, new_job
+from mu2llm.stages.job import LOSS, Job, Watch, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
 from mu2llm.stages.lengths import shortened
 from mu2llm.stages.texts import TextBank
@@ -61,7 +62,7 @@ def run(
     out: str,
     experiment: Experiment,
     init: str | None = None,
-    progress: Progress | None = None,
+    progress: Logged | None = None,
     watch: Watch | None = None,
     fresh: bool = False,
 ) -> Checkpoint:

@@ -19,8 +19,9 @@ from mu2llm.cases import Shards, Stream
 from mu2llm.ct import augment_batch
 from mu2llm.errors import UserError
 from mu2llm.model.memory import check_memory
+from mu2llm.progress import Logged
 from mu2llm.records import Training
-from mu2llm.stages.job import STOPPED_FILE, Job, Progress
+from mu2llm.stages.job import STOPPED_FILE, Job
 
 # in every intermediate checkpoint: its description, by which a resume goes on. Not named as a whole checkpoint's is,
 # which others would take such a folder for: its weights may be an adapter's alone
@@ -78,7 +79,7 @@ class InProcessWorker(RayTrainWorker):
 
     rank, world = 0, 1  # type: ignore[assignment]
 
-    def __init__(self, told: Progress) -> None:
+    def __init__(self, told: Logged) -> None:
         self.told = told
 
     def report(self, metrics: dict[str, Any], folder: Path | None = None, validate: int | None = None) -> None:

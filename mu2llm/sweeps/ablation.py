@@ -26,6 +26,7 @@ from mu2llm.evaluation.published import TABLE_2
 from mu2llm.evaluation.scoring import Texts, embedded
 from mu2llm.evaluation.text_metrics import TokenEncoder, text_metrics
 from mu2llm.green import Judge, load_judge
+from mu2llm.progress import Steps
 from mu2llm.records import Case, Estimate
 from mu2llm.stages import contrastive
 from mu2llm.stages.job import Watch
@@ -37,7 +38,6 @@ from mu2llm.sweeps.runner import concurrency, run_trials
 from mu2llm.sweeps.space import Params, apply
 from mu2llm.sweeps.study import Study, database
 from mu2llm.sweeps.sweep import (
-    Show,
     check_contrastive,
     check_inputs,
     checksum,
@@ -132,7 +132,7 @@ def run(
     experiment: Experiment,
     seeds: int = 3,
     fractions: Sequence[float] = (1.0,),
-    show: Show = quiet,
+    show: Steps = quiet,
 ) -> dict[str, Any]:
     """Trains what is not trained yet and writes the table; what the command prints.
 
@@ -193,7 +193,7 @@ def plan(
     return Ablation(experiment, shards.uri, init, out, seeds, tuple(sorted({*fractions, 1.0})))
 
 
-def _followed(show: Show, numbers: dict[str, float]) -> None:
+def _followed(show: Steps, numbers: dict[str, float]) -> None:
     show("contrastive", numbers.get("step", 0), numbers["total"], numbers)
 
 

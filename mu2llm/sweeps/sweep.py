@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.engine.features import encode_scans
 from mu2llm.errors import Failure, UserError
+from mu2llm.progress import Steps
 from mu2llm.records import Checkpoint
 from mu2llm.stages import dpo
 from mu2llm.stages.job import Watch, check_parent, new_job
@@ -44,7 +45,6 @@ SPENDS = {
 }
 """What of `sweep` may differ when a sweep goes on: how much is spent, and where."""
 Kind = Literal["tokenizer", "dpo"]
-Show = Callable[[str, float, float, dict[str, float]], None]
 
 
 def quiet(step: str, done: float, total: float, numbers: dict[str, float]) -> None:
@@ -142,7 +142,7 @@ def plan_text(plan: Plan) -> str:
 # ---- the sweep
 
 
-def run(plan: Plan, resume: bool = False, show: Show = quiet) -> dict[str, Any]:
+def run(plan: Plan, resume: bool = False, show: Steps = quiet) -> dict[str, Any]:
     """Searches, compares the winner with the default, writes what came of it; what the command prints.
 
     Raises UserError where no trial fits the cluster, where `out` holds another sweep, or holds this one and `resume`

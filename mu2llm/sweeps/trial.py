@@ -21,9 +21,10 @@ from mu2llm import artefacts, config, storage, tracking
 from mu2llm.config import Experiment
 from mu2llm.engine.predictions import Prediction
 from mu2llm.errors import Failure, UserError
+from mu2llm.progress import Logged
 from mu2llm.records import Estimate
 from mu2llm.stages import dpo, sft
-from mu2llm.stages.job import Progress, Watch
+from mu2llm.stages.job import Watch
 from mu2llm.stages.validation import METRICS, PREFIX
 from mu2llm.sweeps import pairs
 from mu2llm.sweeps.space import Domain, Params, Space, apply
@@ -192,7 +193,7 @@ def run(plan: Plan, point: Point, report: Callable[[dict[str, Any]], None]) -> N
         plan.clean(point)
 
 
-def train(plan: Plan, point: Point, progress: Progress) -> dict[str, float]:
+def train(plan: Plan, point: Point, progress: Logged) -> dict[str, float]:
     """The stage, as `mu2llm train` runs it; its last metrics."""
     experiment, (data, init) = plan.resolved(point), plan.inputs(point)
     out, watch = plan.checkpoint(point), plan.watch.model_copy(update={"out": plan.place(point, "reports.parquet")})
