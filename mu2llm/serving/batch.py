@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mu2llm.engine.decoder import Prompt, TokenSequence
-from mu2llm.serving.exchange import ReportRequest, Unable, Written
+from mu2llm.serving.exchange import ReportRequest, Written
 from mu2llm.serving.loaded import LoadedModel
 from mu2llm.serving.queue import QueuedRequest
+from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.saliency import overlay, sentence_maps
 
 Queued = QueuedRequest[ReportRequest]
@@ -53,7 +54,7 @@ class RunningBatch:
         started = time.monotonic()
         for queued in requests:
             if queued.request.scan.spec_hash != self.loaded.spec.hash:
-                queued.finish(Unable("wrong_spec"))  # the model was swapped while it waited
+                queued.finish(Refusal("wrong_spec"))  # the model was swapped while it waited
         requests = [queued for queued in requests if not queued.answered]
         if not requests:
             return

@@ -28,6 +28,7 @@ from mu2llm import ct, storage
 from mu2llm.ct import sources
 from mu2llm.errors import Rejection
 from mu2llm.records import PreprocessSpec
+from mu2llm.serving.refusal import Refusal
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,6 @@ class Scan:
     key: str
     seconds: float
     references: References | None = None
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why there is no scan: a reason code and its message, or `slow` or `crashed`."""
-
-    reason: str
-    message: str = ""
 
 
 def read(reading: Reading, max_slices: int) -> Scan:

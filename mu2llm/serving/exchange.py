@@ -45,14 +45,6 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Unable:
-    """Why nothing is written: `not_ready`, `wrong_spec` (the scan was prepared by another spec), `too_long`."""
-
-    why: str
-    detail: str = ""
-
-
-@dataclass(frozen=True)
 class Status:
     """What the replica can do now. `spec` is what scans must be prepared by."""
 

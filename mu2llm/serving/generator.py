@@ -14,9 +14,10 @@ from mu2llm import tracking
 from mu2llm.engine.actors import use_cpus
 from mu2llm.errors import UserError
 from mu2llm.serving.batch import Queued, RunningBatch
-from mu2llm.serving.exchange import ReportRequest, Status, Unable, Written
+from mu2llm.serving.exchange import ReportRequest, Status, Written
 from mu2llm.serving.loaded import LoadedModel
 from mu2llm.serving.queue import QueuedRequest, RequestQueue
+from mu2llm.serving.refusal import Refusal
 from mu2llm.settings.serving import ServingConfig
 
 logger = logging.getLogger("ray.serve")
@@ -94,21 +95,21 @@ class ReportGenerator:
             return Status(False, self.why)
         return Status(True, "", loaded.facts, loaded.spec, loaded.question(), len(self.waiting), self.warm_up_seconds)
 
-    async def write(self, request: ReportRequest) -> Written | Unable:
+    async def write(self, request: ReportRequest) -> Written | Refusal:
         """The whole report."""
         queued = self._admit(request)
-        if isinstance(queued, Unable):
+        if isinstance(queued, Refusal):
             return queued
         try:
-            result: Written | Unable = await queued.done
+            result: Written | Refusal = await queued.done
             return result
         finally:
             self.waiting.leave(queued)
 
-    async def stream(self, request: ReportRequest) -> AsyncIterator[str | Written | Unable]:
+    async def stream(self, request: ReportRequest) -> AsyncIterator[str | Written | Refusal]:
         """Pieces of the text as they are written, then the whole report."""
         queued = self._admit(request, streamed=True)
-        if isinstance(queued, Unable):
+        if isinstance(queued, Refusal):
             yield queued
             return
         try:
@@ -118,18 +119,18 @@ class ReportGenerator:
         finally:
             self.waiting.leave(queued)
 
-    def _admit(self, request: ReportRequest, streamed: bool = False) -> Queued | Unable:
+    def _admit(self, request: ReportRequest, streamed: bool = False) -> Queued | Refusal:
         loaded = self.loaded
         if loaded is None or self.broken:
-            return Unable("not_ready", self.why)
+            return Refusal("not_ready", self.why)
         if request.scan.spec_hash != loaded.spec.hash:
-            return Unable("wrong_spec")
+            return Refusal("wrong_spec")
         try:
             decoding = loaded.decoding(request)
         except UserError as error:
-            return Unable("too_long", str(error))
+            return Refusal("too_long", str(error))
         if decoding is None:
-            return Unable("too_long", "the question leaves no room for an answer")
+            return Refusal("too_long", "the question leaves no room for an answer")
         if self._writer is None:
             self._writer = asyncio.create_task(self._work())
         return self.waiting.add(QueuedRequest(request, decoding, streamed))
@@ -171,4 +172,4 @@ class ReportGenerator:
             except Exception as failed:
                 if isinstance(failed, torch.AcceleratorError):
                     self.broken, self.why = True, "its device failed, and another replica takes over"
-                queued.finish(Unable("not_ready", self.why) if self.broken else failed)
+                queued.finish(Refusal("not_ready", self.why) if self.broken else failed)

@@ -12,7 +12,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from mu2llm.errors import Failure, UserError
 from mu2llm.records import Judgement
 from mu2llm.serving.app import NAME
-from mu2llm.serving.scorer import Pair, Unjudged
+from mu2llm.serving.refusal import Refusal
+from mu2llm.serving.scorer import Pair
 from mu2llm.serving.service import ATTEMPTS, LOST
 from mu2llm.settings.green import JudgeConfig
 
@@ -53,10 +54,10 @@ class ServedJudge:
             except DeploymentUnavailableError as error:
                 raise Failure("the service's scorer is not available; its log says why") from error
             else:
-                if not isinstance(answer, Unjudged):
+                if not isinstance(answer, Refusal):
                     return answer
-                if answer.why == "down":
-                    raise Failure(f"the service's scorer cannot judge: {answer.detail}; its log says why")
+                if answer.reason == "down":
+                    raise Failure(f"the service's scorer cannot judge: {answer.message}; its log says why")
             time.sleep(BUSY_S)
         why = f"{lost} replicas died over it" if lost == ATTEMPTS else f"it was busy for {PATIENCE_S:g} s"
         raise Failure(f"the service's scorer cannot judge: {why}; run again to go on")

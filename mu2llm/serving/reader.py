@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from mu2llm.serving.decoder import Decoder, Reading, Refusal, Scan
+from mu2llm.serving.decoder import Decoder, Reading, Scan
+from mu2llm.serving.refusal import Refusal
 from mu2llm.settings.serving import ServingConfig
 
 

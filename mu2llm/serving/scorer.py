@@ -5,24 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from mu2llm.errors import Failure, UserError
 from mu2llm.green import Judge, load_judge
 from mu2llm.records import Judgement
+from mu2llm.serving.refusal import Refusal
 from mu2llm.settings.green import JudgeConfig
 
 T = TypeVar("T")
 Pair = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Unjudged:
-    """Why there are no judgements: too many requests wait (`busy`), or the judge cannot be had (`down`)."""
-
-    why: Literal["busy", "down"]
-    detail: str = ""
 
 
 class GreenScorer:
@@ -38,15 +30,15 @@ class GreenScorer:
         self.waiting = 0
         self._thread = ThreadPoolExecutor(1)
 
-    async def score(self, pairs: list[Pair]) -> list[Judgement] | Unjudged:
+    async def score(self, pairs: list[Pair]) -> list[Judgement] | Refusal:
         """Judgements in the order of the pairs, or why there are none."""
         if self.waiting >= self.max_ongoing_requests:
-            return Unjudged("busy")
+            return Refusal("busy")
         self.waiting += 1
         try:
             return await self._in_turn(lambda: self._loaded().judge(pairs))
         except (UserError, Failure, OSError, RuntimeError) as error:  # RuntimeError: a GPU without room
-            return Unjudged("down", type(error).__name__)
+            return Refusal("down", type(error).__name__)
         finally:
             self.waiting -= 1
 
@@ -54,12 +46,12 @@ class GreenScorer:
         """That there is a replica, however long its judge takes."""
         return True
 
-    async def identity(self) -> str | Unjudged:
+    async def identity(self) -> str | Refusal:
         """The judge's, or why it cannot be had."""
         try:
             return await self._in_turn(lambda: self._loaded().identity)
         except (UserError, Failure, OSError, RuntimeError) as error:
-            return Unjudged("down", type(error).__name__)
+            return Refusal("down", type(error).__name__)
 
     async def _in_turn(self, action: Callable[[], T]) -> T:
         """In the judge's own thread, after those that came before; whoever leaves while waiting is not judged."""

@@ -20,10 +20,11 @@ from mu2llm.errors import Failure, Rejection
 from mu2llm.green import findings
 from mu2llm.records import Correction, Judgement, PreprocessSpec
 from mu2llm.serving.admission import Bodies, Body
-from mu2llm.serving.decoder import Reading, References, Refusal, Scan
-from mu2llm.serving.exchange import ReportRequest, Status, Unable, Written
+from mu2llm.serving.decoder import Reading, References, Scan
+from mu2llm.serving.exchange import ReportRequest, Status, Written
 from mu2llm.serving.metrics import Metrics
 from mu2llm.serving.problems import Problem, not_ready, rejected
+from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.schemas import (
     CorrectionIn,
     CorrectionOut,
@@ -39,7 +40,6 @@ from mu2llm.serving.schemas import (
     ScanFacts,
     SpecFacts,
 )
-from mu2llm.serving.scorer import Unjudged
 from mu2llm.serving.store import Store, StoredReport, now
 from mu2llm.serving.uris import allowed
 from mu2llm.settings.serving import ServingConfig
@@ -207,14 +207,14 @@ class Service:
                 if isinstance(piece, Written):
                     yield await self._made(work, scan, piece)
                     return
-                if isinstance(piece, Unable):
+                if isinstance(piece, Refusal):
                     scan = await self._again(work, scan, piece, attempt)
                 else:
                     told += len(piece)
                     yield piece
         raise not_ready("the model is being swapped")
 
-    async def _pieces(self, work: Work, scan: Scan, told: int) -> AsyncIterator[str | Written | Unable]:
+    async def _pieces(self, work: Work, scan: Scan, told: int) -> AsyncIterator[str | Written | Refusal]:
         """Pieces behind the first `told` characters, then the end; begun anew where a replica died."""
         for attempt in range(ATTEMPTS):
             response: Any = self.generator.options(stream=True).stream.remote(_request(work, scan))
@@ -237,13 +237,13 @@ class Service:
                 response.cancel()
         raise _lost("generator")
 
-    async def _again(self, work: Work, scan: Scan, why: Unable, attempt: int) -> Scan:
+    async def _again(self, work: Work, scan: Scan, refusal: Refusal, attempt: int) -> Scan:
         """The scan for another attempt, as the model wants it now; raises for what no attempt would mend."""
-        if why.why == "too_long":
+        if refusal.reason == "too_long":
             raise Problem(422, "too_long", "the question is too long for the model, or spells out its special tokens")
-        if why.why == "not_ready":  # another replica may be
+        if refusal.reason == "not_ready":  # another replica may be
             if attempt + 1 == ATTEMPTS:
-                raise not_ready(why.detail)
+                raise not_ready(refusal.message)
             await _back_off(attempt)
             return scan
         self._learn(await self._call("generator", self.generator.status))
@@ -287,9 +287,9 @@ class Service:
         texts = [(pair.reference, pair.candidate) for pair in pairs]
         deadline = time.monotonic() + self.settings.request_seconds
         result = await self._call("scorer", self.scorer.score, texts, deadline=deadline)
-        if not isinstance(result, Unjudged):
+        if not isinstance(result, Refusal):
             return self._judged(result)
-        if result.why == "busy":
+        if result.reason == "busy":
             raise Problem(429, "busy", "too many pairs wait to be judged; try again in a moment", SCORER_SILENT_S)
         raise _down("scorer")
 

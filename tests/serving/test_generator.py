@@ -9,9 +9,10 @@ from small_writer import FIRST, SECOND, experiment, write_checkpoint
 
 from mu2llm.engine.decoder import ContinuousDecoder
 from mu2llm.serving.decoder import Scan
-from mu2llm.serving.exchange import ReportRequest, Unable, Written
+from mu2llm.serving.exchange import ReportRequest, Written
 from mu2llm.serving.generator import ReportGenerator
 from mu2llm.serving.loaded import LoadedModel
+from mu2llm.serving.refusal import Refusal
 from mu2llm.settings.serving import ServingConfig
 
 SPEC = experiment().data.spec
@@ -127,7 +128,7 @@ def test_a_device_that_failed_ends_the_replica(checkpoint, tmp_path, monkeypatch
         return written, await generator.write(ReportRequest("b", scan(0))), await generator.status()
 
     written, later, status = with_generator(checkpoint, tmp_path, use)
-    assert isinstance(written, Unable) and written == later and written.why == "not_ready"
+    assert isinstance(written, Refusal) and written == later and written.reason == "not_ready"
     assert not status.ready and "device" in status.why
 
 
@@ -167,7 +168,7 @@ def test_without_a_checkpoint_it_is_not_ready_until_there_is_one(checkpoint, tmp
 
     status, refused, written = with_generator(str(late), tmp_path, use)
     assert not status.ready and "could not be loaded" in status.why and str(late) not in status.why
-    assert isinstance(refused, Unable) and refused.why == "not_ready" and isinstance(written, Written)
+    assert isinstance(refused, Refusal) and refused.reason == "not_ready" and isinstance(written, Written)
 
 
 def test_a_scan_of_another_spec_is_sent_back(checkpoint, tmp_path):
@@ -176,7 +177,7 @@ def test_a_scan_of_another_spec_is_sent_back(checkpoint, tmp_path):
     async def use(generator):
         return await generator.write(ReportRequest("a", scan(0, other)))
 
-    assert with_generator(checkpoint, tmp_path, use) == Unable("wrong_spec")
+    assert with_generator(checkpoint, tmp_path, use) == Refusal("wrong_spec")
 
 
 def test_sentences_come_with_their_places(checkpoint, tmp_path):

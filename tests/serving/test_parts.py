@@ -16,12 +16,13 @@ from mu2llm.engine.sampling import Decoding
 from mu2llm.serving import formats
 from mu2llm.serving.app import Settings, deployments, serve_config
 from mu2llm.serving.decoder import Scan
-from mu2llm.serving.exchange import Status, Unable, Written
+from mu2llm.serving.exchange import Status, Written
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.problems import Problem
 from mu2llm.serving.queue import QueuedRequest, RequestQueue
+from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.schemas import Job, PairIn, ReportOptions
-from mu2llm.serving.scorer import GreenScorer, Unjudged
+from mu2llm.serving.scorer import GreenScorer
 from mu2llm.serving.service import Service, Upload, Work
 from mu2llm.serving.store import Store, StoredJob, now
 from mu2llm.settings.serving import ServingConfig
@@ -283,7 +284,7 @@ def known(tmp_path, generator, scan=SCAN):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_replica_that_is_not_ready_fails_no_request_that_another_can_serve(tmp_path, monkeypatch, streamed):
     monkeypatch.setattr("mu2llm.serving.service.BACK_OFF_S", 0.0)
-    loading = Unable("not_ready", "the weights are being loaded")
+    loading = Refusal("not_ready", "the weights are being loaded")
 
     async def go(generator):
         service = known(tmp_path, generator)
@@ -352,12 +353,12 @@ def test_a_judge_is_asked_by_one_at_a_time_and_no_more_wait_than_may():
         return judge.most, await asyncio.gather(*asked)
 
     most, ends = asyncio.run(go())
-    assert most == 1 and ends == [[], [], [], Unjudged("busy"), Unjudged("busy")]
+    assert most == 1 and ends == [[], [], [], Refusal("busy"), Refusal("busy")]
 
 
 @pytest.mark.parametrize(("end", "status", "code"), [("busy", 429, "busy"), ("down", 503, "scorer_down")])
 def test_a_scorer_that_is_busy_is_not_down(end, status, code):
-    service = Service(None, None, Handle(True, Unjudged(end)), ServingConfig())
+    service = Service(None, None, Handle(True, Refusal(end)), ServingConfig())
     with pytest.raises(Problem) as told:
         asyncio.run(service.green([PairIn(reference="a", candidate="b")]))
     assert (told.value.status, told.value.code) == (status, code)

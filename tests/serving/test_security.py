@@ -15,10 +15,11 @@ from small_service import PATIENT, PATIENT_ID
 
 from mu2llm.errors import Rejection, UserError
 from mu2llm.serving import chat, decoder, keys
-from mu2llm.serving.decoder import Decoder, Reading, Refusal, Scan
+from mu2llm.serving.decoder import Decoder, Reading, Scan
 from mu2llm.serving.guard import Guard, is_loopback
 from mu2llm.serving.keys import Doorkeeper, list_keys, make_key, revoke_key
 from mu2llm.serving.problems import Problem, rejected
+from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.uris import allowed, data_url
 
 BELOW = ("s3://bucket/scans", "file:///srv/scans/")
