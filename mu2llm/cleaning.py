@@ -51,8 +51,7 @@ class _Tree:
     def of(cls, root: str) -> _Tree:
         if not storage.exists(root):
             raise UserError(f"{root}: there is nothing to look through")
-        base = storage.resolve(root)[1].rstrip("/") + "/"
-        return cls(root, {each.path.removeprefix(base): each for each in storage.list_files(root)})
+        return cls(root, storage.files_below(root))
 
     def folders_with(self, name: str) -> list[str]:
         """The folders that hold a file of that name, as paths below the root; "" is the root itself."""

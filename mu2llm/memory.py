@@ -6,6 +6,9 @@ import threading
 
 import psutil
 
+USABLE = 0.9
+"""Fraction of a GPU's memory that tensors can have: the rest is CUDA's context, kernels' workspaces, fragments."""
+
 
 class PeakMemory:
     """Highest PSS of the process tree while it runs, in GiB; shared pages are counted once.

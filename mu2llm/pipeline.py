@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from mu2llm import artefacts, cluster, green, storage, summary, tracking
 from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards, ingest, read_manifest
+from mu2llm.cases.manifest import check_manifest
 from mu2llm.config import Experiment
 from mu2llm.ct import phantom
 from mu2llm.engine.scans import report_scans
@@ -65,6 +66,7 @@ class Pipeline:
         self.out, self.experiment, self.show = out, experiment, show
         self.places = Places.open(out)
         self.done: dict[str, Step] = {}
+        self.started = time.time()
 
     def step(
         self, name: str, identity: Identity, work: Callable[[], dict[str, Any]], place: str | None = None
@@ -135,6 +137,7 @@ def run(
     kept.
     """
     out = storage.absolute(out)
+    check_manifest(source.manifest, source.format)  # before anything is removed
     if fresh:
         clear(out)
     return _whole(Pipeline(out, experiment, show), source, storage.join(out, "shards"), scans)
@@ -142,7 +145,6 @@ def run(
 
 def _whole(pipeline: Pipeline, source: Source, plain_shards: str, scans: Sequence[str]) -> dict[str, Any]:
     """Everything from a manifest to the summary, below the pipeline's `out`."""
-    started = time.time()
     with PeakMemory() as memory:
         shards, ingestion = _ingest(pipeline, source, plain_shards)
         checkpoints, pairs = _train(pipeline, shards)
@@ -161,7 +163,7 @@ def _whole(pipeline: Pipeline, source: Source, plain_shards: str, scans: Sequenc
         **pipeline.spent(memory.gib),
     }
     storage.write_json(storage.join(pipeline.out, summary.FILE), told)
-    pipeline.places.finished(started)
+    pipeline.places.finished(pipeline.started)
     return told
 
 

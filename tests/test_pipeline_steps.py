@@ -12,6 +12,7 @@ import pytest
 import saved
 
 from mu2llm import artefacts, config, pipeline, places, storage, tracking
+from mu2llm.errors import UserError
 from mu2llm.evaluation.audits import Audit
 from mu2llm.evaluation.results import METRICS, Difference, Header, Results, RunResult
 from mu2llm.records import Estimate, PreferencePair
@@ -264,3 +265,21 @@ def test_a_place_is_the_first_ones_for_good(tmp_path):
     assert places.Places.open(out).take(plain, "a") == plain
     storage.write_bytes(str(tmp_path / "dpo.state" / "half"), b"")
     assert places.Places.open(out).take(str(tmp_path / "dpo"), "a").endswith("dpo-a")  # somebody trains there
+
+
+def test_a_mistyped_manifest_removes_nothing(way):
+    """`--fresh` deleted every stage, and then said that there is no such manifest."""
+    way.run()
+    before = way.files()
+    way.manifest.unlink()
+    with pytest.raises(UserError, match=r"manifest\.jsonl is not there"):
+        way.run(fresh=True)
+    assert way.files() == before
+
+
+def test_what_the_last_run_used_is_not_listed_for_cleaning(way):
+    """The demo took its scans before the run was counted as begun: `clean --yes` deleted them."""
+    begun = pipeline.Pipeline(str(way.out), config.load("tiny"), lambda *_: None)
+    scans = begun.place(storage.join(str(way.out), "scans"), artefacts.Identity.of({"seed": 0}))
+    begun.places.finished(begun.started)
+    assert scans not in places.Places.open(str(way.out)).unused()

@@ -81,7 +81,10 @@ def _tables(manifest: str, table: CaseTable) -> tuple[Rows, dict[str, tuple[floa
                         table.note("duplicate_id", [name])
             table.note("unknown_columns", unused(rows, (NAME, SLOPE, INTERCEPT)))
         elif NAME in columns and A_LABEL in columns:
-            labels.update((name_of(row.pop(NAME)), row) for row in rows)
+            for row in rows:
+                name = name_of(row.pop(NAME))
+                if labels.setdefault(name, row) != row:
+                    table.note("duplicate_id", [name])
         else:
             table.note("unknown_files", [uri])
     if not reports:

@@ -33,10 +33,7 @@ def read_manifest(manifest: str, format: str, volumes: str, data: DataConfig, ne
     rows is counted and listed (`mu2llm.cases.NOTES`), and rejected where it costs a scan. Scans without a report
     are left out, unless there is no need for one.
     """
-    if format not in FORMATS:
-        raise UserError(f"--format {format} is not known; there are {', '.join(FORMATS)}")
-    if not storage.exists(manifest):
-        raise UserError(f"manifest {manifest} is not there")
+    check_manifest(manifest, format)
     table = CaseTable()
     manifest, found = storage.absolute(manifest), Volumes.below(storage.absolute(volumes))
     for case in _distinct(table, FORMATS[format](manifest, found, data, table)):
@@ -54,6 +51,14 @@ def read_manifest(manifest: str, format: str, volumes: str, data: DataConfig, ne
     assign_splits(table, data.split)
     table.counts["cases"] = len(table.cases)
     return table
+
+
+def check_manifest(manifest: str, format: str) -> None:
+    """A UserError where there is no such format, or nothing at the URI."""
+    if format not in FORMATS:
+        raise UserError(f"--format {format} is not known; there are {', '.join(FORMATS)}")
+    if not storage.exists(manifest):
+        raise UserError(f"manifest {manifest} is not there")
 
 
 def _counted(table: CaseTable) -> str:

@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from mu2llm import config
-from mu2llm.cli.app import Address, Json, Out, Preset, Set, app, show, work_on_ray
+from mu2llm.cli.app import Address, CheckpointUri, Data, Json, Out, Preset, Set, app, show, work_on_ray
 from mu2llm.errors import UserError
 from mu2llm.progress import counted
 
@@ -54,8 +54,8 @@ def model_summary(preset: Preset = "paper", set_: Set = [], as_json: Json = Fals
 
 @model_app.command("probe")
 def model_probe(
-    checkpoint: Annotated[str, typer.Option(help="Checkpoint of any stage.")],
-    data: Annotated[str, typer.Option(help="Shards with splits train and test.")],
+    checkpoint: CheckpointUri,
+    data: Data,
     address: Address = None,
     as_json: Json = False,
 ) -> None:

@@ -149,14 +149,16 @@ def generate(
     from mu2llm.engine.scans import report_scans
 
     experiment = config.override(open_checkpoint(checkpoint).experiment, set_)
-    scans = list(paths or [])
+    scans, refused = list(paths or []), []
     if manifest:
         table = read_manifest(manifest, "jsonl", volumes, experiment.data, need_report=False)
         scans += [case.volume for case in table.cases]
-    if not scans:
+        refused = [{"path": each.uri, "rejected": each.reason, "message": each.message} for each in table.rejections]
+    if not scans and not refused:
         raise UserError("no scans: give paths, or --manifest")
     with progress_bars() as bars:
         entries = report_scans(checkpoint, scans, experiment.evaluation, tuple(accept), counted(bars, "generate"))
+    entries += refused
     if as_json:
         print(json.dumps(entries))
         return

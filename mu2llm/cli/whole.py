@@ -62,7 +62,7 @@ def demo(
     console.print(f"{time.monotonic() - started:.0f} s; {out}/summary.json, {out}/report.html")
     Console().print(table(summary))
     for entry in summary["scans"]:
-        told(entry["path"], entry.get("report") or entry["message"])
+        told(entry["path"], entry["message"] if entry.get("report") is None else entry["report"])
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
+from mu2llm.memory import USABLE
 from mu2llm.settings.inference import InferenceConfig
 from mu2llm.settings.stages import StageConfig
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 UTILISATION = 0.35
 """Share of the peak that training of this kind reaches; measure yours (`samples_per_second` in every run)."""
 REPORT_TOKENS = 256
-USABLE = 0.9
-"""Fraction of a GPU's memory that tensors can have: the rest is CUDA's context, kernels' workspaces, fragments."""
 TRAINING: tuple[Stage, ...] = ("contrastive", "sft", "dpo")
 WRITING = "writing"
 """What prefer, evaluate, generate and serve do: a batch of reports at a time."""
@@ -74,7 +73,7 @@ def _actor(settings: InferenceConfig) -> dict[str, float]:
 
 def _trial(experiment: Experiment, settings: StageConfig) -> dict[str, float]:
     workers = max(experiment.sweep.workers_per_trial, 1)  # 0: the trial is its own worker
-    return {"CPU": workers * settings.cpus_per_worker, "GPU": experiment.sweep.gpus_per_trial}
+    return {"CPU": workers * settings.cpus_per_worker, "GPU": experiment.sweep.gpus_of(settings)}
 
 
 def lacks(need: Mapping[str, float], have: Mapping[str, float]) -> list[str]:

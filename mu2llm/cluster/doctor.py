@@ -25,6 +25,7 @@ from mu2llm import private_apis, storage, tracking
 from mu2llm.cluster import capacity
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
+from mu2llm.memory import USABLE
 
 SKEW_WARN_S, SKEW_FAIL_S = 5, 300
 """Object stores refuse requests signed a quarter of an hour off; logs are hard to read long before."""
@@ -176,7 +177,7 @@ def _gpu_memory(experiment: Experiment, job: str, nodes: Sequence[Node]) -> Iter
     for stage in stages:
         need = kept[stage].peak / 2**30
         name, has = gpus[0] if gpus else ("no GPU that is there", 0.0)
-        fits = need <= capacity.USABLE * has
+        fits = need <= USABLE * has
         yield Check(
             name=f"gpu memory, {stage}",
             status="ok" if fits else "fail" if gpus else "warn",

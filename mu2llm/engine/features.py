@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,14 @@ from mu2llm.cases.shards import read_rows
 from mu2llm.engine.actors import failures, on_actors, use_cpus
 from mu2llm.engine.loading import load_encoder, numerics
 from mu2llm.errors import UserError
+from mu2llm.progress import Counted
 from mu2llm.settings.inference import InferenceConfig, Precision
 
 COLUMNS = ["id", "report", "questions", "voxels", "chunk_mask"]
 BATCH = 16  # scans
 
 
-def encode_scans(
-    checkpoint: str, shards: Shards, settings: InferenceConfig, progress: Callable[[int, int], None] | None = None
-) -> Shards:
+def encode_scans(checkpoint: str, shards: Shards, settings: InferenceConfig, progress: Counted | None = None) -> Shards:
     """A table with `features` (T, n, E) float16 in place of voxels, for all splits; made unless it is there.
 
     It lies at `<shards>/features/<digest of scans and vision weights>`: checkpoints with the same frozen vision, such

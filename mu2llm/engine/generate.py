@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 from ray.data import TaskPoolStrategy
 
@@ -46,8 +45,7 @@ def generate(request: Request, state: str | None = None, progress: Counted | Non
     for first, table in _written(request, shards, cases, order, left):
         if kept:
             name = f"{first:06d}-{ends[first]:06d}.parquet"
-            with storage.staged(storage.join(kept, name)) as path:
-                pq.write_table(table, path)
+            storage.write_table(storage.join(kept, name), table)
         tables.append(table)
         written += ends[first] - first
         if progress:
@@ -104,7 +102,7 @@ def _finished(folder: str) -> list[pa.Table]:
     """What an interrupted request had finished."""
     names = sorted(info.base_name for info in storage.list_files(folder))
     return [
-        pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(folder, name))))
+        storage.read_table(storage.join(folder, name))
         for name in names
         if name.endswith(".parquet") and not name.startswith(".")
     ]

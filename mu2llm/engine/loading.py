@@ -39,7 +39,7 @@ def load_encoder(uri: str, precision: Precision = "fp32", device: Device = "cpu"
     if open_checkpoint(uri).lineage.stage != "contrastive":
         return load(uri, precision, device)[0]
     with storage.local_copy(uri) as folder:
-        return place(Mu2ForContrastive.from_pretrained(folder), precision, device)
+        return place(Mu2ForContrastive.from_pretrained(folder, dtype=torch.float32), precision, device)
 
 
 def place(model: M, precision: Precision, device: Device) -> M:
@@ -63,11 +63,13 @@ def place(model: M, precision: Precision, device: Device) -> M:
     return model.to(device)
 
 
+def rounded(device: torch.device, precision: Precision) -> torch.autocast:
+    """The autocast of a precision, as in training."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
 @contextlib.contextmanager
 def numerics(device: torch.device, precision: Precision) -> Iterator[None]:
     """In it a model on `device` runs without gradients, in `precision`."""
-    with (
-        torch.inference_mode(),
-        torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"),
-    ):
+    with torch.inference_mode(), rounded(device, precision):
         yield

@@ -77,7 +77,7 @@ class Request:
                 value = getattr(values, each.name)
                 if each.name in _DECIDES and value != each.default:
                     inputs[f"{prefix}{each.name}"] = value
-        inputs |= {} if self.inference.precision == "auto" else {"precision": self.inference.precision}
+        inputs |= self.inference.rounding
         inputs |= {} if self.ids is None else {"ids": artefacts.digest(self.ids)}
         inputs["data"] = Shards.open(self.data).origin_checksum
         for run, uri in self.checkpoints.items():

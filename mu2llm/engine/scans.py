@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mu2llm import ct
@@ -12,6 +12,7 @@ from mu2llm.engine.features import scan_features
 from mu2llm.engine.loading import load
 from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import Rejection
+from mu2llm.progress import Counted
 from mu2llm.settings.evaluation import EvaluationConfig
 
 
@@ -20,7 +21,7 @@ def report_scans(
     scans: Sequence[str],
     settings: EvaluationConfig,
     accept: tuple[str, ...] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Counted | None = None,
 ) -> list[dict[str, Any]]:
     """One entry a scan, in order: `{path, report, seconds, spec, warnings}` or `{path, rejected, message, spec}`.
 

@@ -33,7 +33,7 @@ STATE = "predictions.state"
 """Below `out`, while reports are written: finished batches."""
 JUDGEMENTS = "judgements.parquet"
 MADE = (Header.FILE, METRICS, "metrics.parquet", JUDGEMENTS, "predictions.parquet", "cases.parquet", PAGE, STATE)
-_OF_THE_PREDICTIONS = ("max_new_tokens", "max_cases", "regions", "question")
+_OF_THE_PREDICTIONS = ("max_new_tokens", "max_cases", "regions", "question", "precision")
 
 
 def evaluate(
@@ -69,6 +69,7 @@ def compare(
     shards = Shards.open(data)
     request = request_of(checkpoints, shards, split, experiment)
     checked(request)
+    green.check_judge(experiment.judge)  # before hours of writing, and before anything is removed
     if fresh:
         for name in MADE:
             storage.delete(storage.join(out, name))
@@ -89,7 +90,7 @@ def compare(
 def scoring(experiment: Experiment) -> Identity:
     """What decides the scores of saved predictions."""
     settings = artefacts.decides("evaluation", experiment.evaluation, leave_out=_OF_THE_PREDICTIONS)
-    return Identity.of({**green.decides(experiment.judge), **settings})
+    return Identity.of({**green.decides(experiment.judge), "rules": green.rules_identity(), **settings})
 
 
 def _check_same(out: str, identity: Identity, experiment: Experiment, mend: str = artefacts.MEND) -> None:

@@ -26,6 +26,7 @@ from mu2llm.evaluation.bootstrap import Bootstrap
 from mu2llm.evaluation.clinical import Tally
 from mu2llm.green.lexicon import LABELS, lexicon
 from mu2llm.model import Mu2ForContrastive, load_contrastive
+from mu2llm.progress import Counted
 from mu2llm.records import Case, Estimate
 from mu2llm.weights import TextEncoder
 
@@ -56,7 +57,7 @@ class Probe(BaseModel):
     labels: dict[str, LabelScore]
 
 
-def probe(checkpoint: str, data: str, progress: Callable[[int, int], None] | None = None) -> Probe:
+def probe(checkpoint: str, data: str, progress: Counted | None = None) -> Probe:
     """The linear probe of a checkpoint's vision on shards; features are cached beside them as for training.
 
     Raises UserError where the shards' spec is not the checkpoint's, or a split to fit or score on has no scans.

@@ -1,9 +1,9 @@
 """GREEN: the score of a report against a reference (METHOD.md §4.1), its judges, and what rules read in a report."""
 
 from mu2llm.green.findings import findings, labels
-from mu2llm.green.identity import decides
+from mu2llm.green.identity import decides, rules_identity
 from mu2llm.green.judge import Judge
-from mu2llm.green.judges import load_judge
+from mu2llm.green.judges import check_judge, load_judge
 from mu2llm.green.lexicon import LABELS
 from mu2llm.green.parser import parse
 from mu2llm.green.prompt import write_answer
@@ -13,6 +13,7 @@ from mu2llm.green.sentences import sentences
 __all__ = [
     "LABELS",
     "Judge",
+    "check_judge",
     "decides",
     "findings",
     "label_lines",
@@ -20,6 +21,7 @@ __all__ = [
     "load_judge",
     "parse",
     "parse_lines",
+    "rules_identity",
     "score_lines",
     "score_pairs",
     "sentences",

@@ -8,12 +8,17 @@ from mu2llm import artefacts, storage
 from mu2llm.settings.green import JudgeConfig
 
 
+def rules_identity() -> str:
+    """The version of the rules: another one reads other findings in the same reports."""
+    from mu2llm.green.rules import RulesJudge
+
+    return RulesJudge().identity
+
+
 def decides(config: JudgeConfig) -> dict[str, Any]:
     """Inputs of an identity: the rules by their version, a model in a folder by its weights, a prompt by its text."""
     if config.name == "rules":
-        from mu2llm.green.rules import RulesJudge
-
-        return {"judge": RulesJudge().identity}
+        return {"judge": rules_identity()}
     found = {**artefacts.decides("judge", config), "judge": config.name}
     kind, _, name = config.name.partition(":")
     if kind == "hf" and storage.exists(name):

@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from mu2llm.green.prompt import Prompt
     from mu2llm.green.prompted import Writer
 
+_LANGUAGE_MODEL = re.compile(r"hf:.+|openai:.+?@\w+://.+")
+
+
+def check_judge(config: JudgeConfig) -> None:
+    """A UserError where there is no such judge or prompt; no weights are loaded and no endpoint is asked."""
+    if config.name != "rules" and not config.name.startswith("python:") and not _LANGUAGE_MODEL.fullmatch(config.name):
+        raise _unknown(config)
+    if config.prompt is not None:
+        _prompt(config.prompt)
+
 
 def load_judge(config: JudgeConfig) -> Judge:
     """The judge that `config.name` names; a UserError says which names there are.
@@ -57,7 +67,11 @@ def _writer(config: JudgeConfig) -> Writer:
         return EndpointWriter(
             remote[1], remote[2], config.max_new_tokens, config.concurrency, config.requests_per_minute
         )
-    raise UserError(
+    raise _unknown(config)
+
+
+def _unknown(config: JudgeConfig) -> UserError:
+    return UserError(
         f"judge {config.name!r} is not known; give rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS"
     )
 

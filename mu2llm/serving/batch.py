@@ -134,6 +134,7 @@ class RunningBatch:
             loaded.chunk_mask([request.scan]),
             loaded.question(request),
             report,
+            loaded.precision,
         )
         patch_size = tuple(loaded.model.config.vision.patch_size)
         return [

@@ -69,7 +69,7 @@ class ReportGenerator:
         async with self._loading:
             try:
                 uri = await asyncio.to_thread(tracking.locate, self.source)
-                if self.loaded is not None and self.loaded.uri == uri:
+                if self.loaded is not None and await asyncio.to_thread(self.loaded.is_of, uri):
                     self.failed = False
                     return
                 new = await asyncio.to_thread(LoadedModel, uri, self.settings)

@@ -31,7 +31,8 @@ class LoadedModel:
         self.uri, self.cached_scans, self.precision = uri, settings.cached_scans, inference.used_precision
         self.model, self.processor = load(uri, self.precision, inference.used_device)
         self.spec = self.processor.spec
-        identity = weights_of(checkpoint).weights[:12]
+        self.weights = weights_of(checkpoint).weights
+        identity = self.weights[:12]
         stage = checkpoint.lineage.stage
         name = uri.rstrip("/").rsplit("/", 1)[-1]
         self.facts = {"id": f"mu2llm-{stage}-{identity}", "stage": stage, "checkpoint": name}
@@ -39,6 +40,10 @@ class LoadedModel:
         self._question = str(evaluation.get("question", "Write the radiology report of this CT scan."))
         self.max_new_tokens = int(evaluation.get("max_new_tokens", 256))
         self._features: OrderedDict[str, Tensor] = OrderedDict()
+
+    def is_of(self, uri: str) -> bool:
+        """Whether these are the weights that lie at the URI now."""
+        return uri == self.uri and weights_of(open_checkpoint(uri)).weights == self.weights
 
     def question(self, request: ReportRequest | None = None) -> str:
         """What is asked: the request's own question, that about its region, or the one of the training."""

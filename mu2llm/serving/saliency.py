@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mu2llm.engine.loading import rounded
 from mu2llm.green import sentences
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor
+from mu2llm.settings.inference import Precision
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ def sentence_maps(
     chunk_mask: Tensor,
     question: str,
     report: str,
+    precision: Precision = "fp32",
 ) -> list[tuple[Span, np.ndarray]]:
     """vision_features (1, T, n, E), chunk_mask (1, T) → each sentence's weights (T, z, y, x) over the patches."""
     inputs = {name: tensor.to(model.device) for name, tensor in processor.encode([question]).items()}
     asked = {name: inputs[name] for name in ("question_ids", "question_mask")}
-    with torch.no_grad():
+    with torch.no_grad(), rounded(model.device, precision):
         visual = model.encode_volumes(
             vision_features=vision_features, chunk_mask=chunk_mask, return_selection=True, **asked
         )
@@ -63,14 +66,14 @@ def sentence_maps(
     parts = [(span, part) for span, part in parts if part]
     if not parts:
         return []
-    with torch.enable_grad():
+    with torch.enable_grad(), rounded(model.device, precision):
         full = torch.cat([inputs["input_ids"], ids[None]], dim=1)
         logits = model(input_ids=full, visual_tokens=tokens, logits_to_keep=len(ids) + 1).logits[0, :-1]
         each = logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
         grads = [torch.autograd.grad(each[part].sum(), tokens, retain_graph=True)[0] for _, part in parts]
     shares = torch.stack([(grad.norm(dim=-1) * tokens.norm(dim=-1))[0] for grad in grads]).detach()
     maps = torch.einsum("sq,qtzyx->stzyx", shares, visual.selection[0].to(shares))
-    return [(span, weights) for (span, _), weights in zip(parts, maps.cpu().numpy(), strict=True)]
+    return [(span, weights) for (span, _), weights in zip(parts, maps.float().cpu().numpy(), strict=True)]
 
 
 def _answer(processor: Mu2Processor, report: str, device: torch.device) -> tuple[Tensor, list[tuple[int, int]]]:

@@ -35,6 +35,11 @@ class InferenceConfig(Section):
         return self.device
 
     @property
+    def rounding(self) -> dict[str, str]:
+        """What an identity has of it: the precision in which is computed, where it is not fp32."""
+        return {} if self.used_precision == "fp32" else {"precision": self.used_precision}
+
+    @property
     def used_precision(self) -> Precision:
         if self.precision == "auto":
             return "bf16" if self.used_device == "cuda" else "fp32"

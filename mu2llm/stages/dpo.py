@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from trl import DPOConfig as TrlDpoConfig
 from trl import DPOTrainer
@@ -301,9 +300,7 @@ def reference_logps(job: Job, pairs: list[PreferencePair]) -> str:
         columns = list(logps.iter_batches(batch_size=None, batch_format="numpy"))
     table = pa.table({name: np.concatenate([part[name] for part in columns]) for name in columns[0]}).sort_by("item")
     table = table.append_column("pair", [keys])
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+    storage.write_table(uri, table)
     return uri
 
 

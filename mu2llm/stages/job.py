@@ -11,6 +11,7 @@ from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
+from mu2llm.green import rules_identity
 from mu2llm.records import Checkpoint
 from mu2llm.settings.stages import StageConfig, ValidationConfig
 
@@ -19,6 +20,10 @@ LOSS = "validation/loss"
 SCORE = "less_loss"  # −LOSS: where lower is better, Ray takes a checkpoint without any for the best
 STOPPED_FILE = "stopped.json"  # in the state: why a worker gave up, which a retry would not mend
 FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, until the driver publishes it
+
+
+_OF_OLDER_CHECKPOINTS = {"model.tokenizer": {"gate": "mean"}}
+"""What settings were before they could be set: checkpoints without them have these."""
 
 
 class Watch(BaseModel):
@@ -102,6 +107,8 @@ class Job(BaseModel):
         if self.stage == "sft":
             inputs["evaluation.question"] = experiment.evaluation.question
             inputs |= {"data.fraction": data.fraction} if data.fraction != 1 else {}
+        if getattr(self.settings, "positives", "") == "finding" or getattr(self.settings, "alignment", 0):
+            inputs["rules"] = rules_identity()  # they read the findings that are trained on
         validation = self.validation
         if validation and validation.publish == "best":
             inputs |= artefacts.decides(f"{self.stage}.validation", validation)
@@ -136,7 +143,7 @@ def new_job(
         "parent": parent and storage.absolute(parent),
         "parent_weights": artefacts.weights_of(origin).weights if origin else "",
         "spec_hash": shards.spec.hash,
-        "rows": len(shards.subset("train", experiment.data.fraction, experiment.seed)),
+        "rows": len(shards.subset("train", experiment.data.fraction if stage == "sft" else 1, experiment.seed)),
         "git_commit": tracking.git_commit(),
     }
     return Job(**{**values, **more})
@@ -165,6 +172,7 @@ def check_parent(parent: Checkpoint, experiment: Experiment) -> None:
 
 def _different(name: str, theirs: Any, ours: Any) -> list[str]:
     if isinstance(theirs, dict) and isinstance(ours, dict):
+        theirs = {**_OF_OLDER_CHECKPOINTS.get(name, {}), **theirs}
         keys = [key for key in ours if key in theirs and key != "weights"]
         return [each for key in keys for each in _different(f"{name}.{key}", theirs[key], ours[key])]
     return [] if theirs == ours else [f"{name} is {theirs} there, {ours} here"]

@@ -162,6 +162,8 @@ def _run_on_workers(
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
+            if storage.exists(storage.join(job.state, STOPPED_FILE)):
+                return  # one worker has said why, the others waited for it
             tracking.end_stage(tracked, {"why": _cause(error)}, "FAILED")
             raise Failure(f"{job.stage} failed: {_cause(error)}; what was trained is kept in {job.state}") from error
         except BaseException:
@@ -186,9 +188,11 @@ def _publish(job: Job, held_out: HeldOut | None) -> Checkpoint:
 
 
 def _clear(job: Job) -> None:
-    """Removes what lies at `out`, finished or not: what `--fresh` asks for."""
+    """Removes the checkpoint at `out`, finished or not, as `--fresh` asks; a UserError where other things lie there."""
     if storage.exists(storage.join(job.out, Checkpoint.FILE)):
         tracking.release(job.out)
+    elif storage.exists(job.out) and not storage.exists(job.state):
+        raise UserError(f"{job.out} holds no checkpoint, and --fresh removes nothing else; give another --out")
     artefacts.discard(job.out)
     storage.delete(job.state)
 

@@ -103,7 +103,7 @@ def prefer(
     if fresh:
         for name in (Preferences.FILE, *MADE):
             storage.delete(storage.join(out, name))
-    artefacts.claim(storage.join(out, SAMPLING), identity, "interrupted sampling")
+    artefacts.claim(storage.join(out, SAMPLING), request.identity, "candidates")
     cases = {case.id: case for case in request.cases(shards)}
     sampled = _sample(request, out, progress)
     if settings.negatives == "corrupted":
@@ -151,7 +151,8 @@ def identify(
     """What decides the pairs; `judge` is what decides the verdicts on candidates, if not the experiment's."""
     fraction = experiment.data.fraction
     inputs = {
-        **artefacts.decides("preferences", experiment.preferences),
+        **artefacts.decides("preferences", experiment.preferences, leave_out=("precision",)),
+        **experiment.preferences.rounding,
         **(judge or green.decides(experiment.judge)),
         "seed": experiment.seed,
         "evaluation.question": experiment.evaluation.question,

@@ -11,6 +11,7 @@ the language model out, whose steps are what costs where it is large.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ from mu2llm.stages.trainer import Streamed, arguments, train
 from mu2llm.stages.validation import PREFIX, Validation, score
 from mu2llm.stages.worker import Batches, Resume
 
+logger = logging.getLogger(__name__)
 COLUMNS = ["id", "report", "questions", "chunk_mask"]
 OF_THE_TEXT = ("input_ids", "attention_mask", "labels")
 
@@ -283,6 +285,11 @@ def measure(job: Job, folder: str, reports: bool) -> dict[str, float]:
         if few:
             prompts = [Prompt(question, case.id, decoding) for case in some[:few]]
             written += [text.text for (text,) in write(decoder, features[:few], mask[:few], prompts)]
+    cut = sum(processor.text_tokens(question, case.report) > processor.max_text_tokens for case in cases)
+    if cut:
+        logger.warning(
+            "%s: %d of %d held-out reports are longer than the model takes and were cut", job.out, cut, len(cases)
+        )
     metrics = {LOSS: total / tokens}
     if written:
         scores = score(cases[: len(written)], written, job)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
@@ -118,8 +117,7 @@ def write_reports(uri: str, cases: list[Case], texts: list[Text], question: str)
         )
         for case, text in zip(cases, texts, strict=True)
     ]
-    with storage.staged(uri) as path:
-        pq.write_table(Prediction.table(rows), path)
+    storage.write_table(uri, Prediction.table(rows))
 
 
 def score(cases: list[Case], reports: list[str], job: Job) -> dict[str, Estimate | None]:

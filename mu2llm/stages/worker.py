@@ -18,6 +18,7 @@ from mu2llm import storage
 from mu2llm.cases import Shards, Stream
 from mu2llm.ct import augment_batch
 from mu2llm.errors import UserError
+from mu2llm.memory import USABLE
 from mu2llm.model.memory import check_memory
 from mu2llm.progress import Logged
 from mu2llm.records import Training
@@ -34,12 +35,24 @@ def work(settings: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(job.settings.cpus_per_worker)))
     set_seed(job.resolved.seed)
     try:
-        if job.settings.gpus_per_worker and torch.cuda.is_available():
-            check_memory(job.resolved, job.stage, torch.cuda.get_device_properties(0).total_memory)
+        if job.settings.gpus_per_worker:
+            _use_gpu(job)
         settings["loop"](job, Resume.point())
     except UserError as error:
         # not raised on: a retry would end the same way
         storage.write_json(storage.join(job.state, STOPPED_FILE), {"why": str(error), "mistake": True})
+
+
+def _use_gpu(job: Job) -> None:
+    """A UserError where a GPU is asked for and none is seen, or what the stage keeps does not fit it."""
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"{job.stage}.gpus_per_worker is {job.settings.gpus_per_worker:g} and the worker sees no GPU: set it to 0, "
+            "or train where there is one"
+        )
+    torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for, as in inference
+    memory = torch.cuda.get_device_properties(0).total_memory
+    check_memory(job.resolved, job.stage, int(memory * USABLE * min(1, job.settings.gpus_per_worker)))
 
 
 class RayTrainWorker:

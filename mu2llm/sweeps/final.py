@@ -20,7 +20,7 @@ from mu2llm.records import Case, Estimate
 from mu2llm.stages.job import Watch
 from mu2llm.stages.validation import METRICS, statistics
 from mu2llm.sweeps.results import TITLES, cell, pooled
-from mu2llm.sweeps.runner import Progress, run_trials
+from mu2llm.sweeps.runner import Ended, run_trials
 from mu2llm.sweeps.space import Params
 from mu2llm.sweeps.study import Study
 from mu2llm.sweeps.trial import Plan, Trial
@@ -46,7 +46,7 @@ class Final(BaseModel):
     evaluation: str | None = None
 
 
-def final(plan: Plan, study: Study, best: Params, progress: Progress) -> Final:
+def final(plan: Plan, study: Study, best: Params, progress: Ended) -> Final:
     """Trains both sides and compares them; a Failure where one of them could not be trained."""
     base = plan.base
     split, start = base.sweep.final_split, study.start

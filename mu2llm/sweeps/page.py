@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from mu2llm import storage
-from mu2llm.evaluation.report.charts import as_png, as_svg, source
+from mu2llm.evaluation.pages import environment, source
+from mu2llm.evaluation.report.charts import as_png, as_svg
 from mu2llm.stages.validation import METRICS
 from mu2llm.sweeps import charts, results
 from mu2llm.sweeps.final import Final
@@ -44,13 +44,7 @@ def write(out: str, kind: str, picture: Figure, shown: dict[str, str], **values:
     """Writes `kind`.html and, of its first chart, `kind`.png."""
     first = as_svg(picture, f"{kind}: values with their 95 % intervals")
     storage.write_bytes(storage.join(out, f"{kind}.png"), as_png(picture))
-    made = Environment(
-        loader=PackageLoader("mu2llm.sweeps", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    made = environment("mu2llm.sweeps")
     made.filters |= {"cell": results.cell, "plain": results.plain}
     chart = {name: Markup(svg) for name, svg in shown.items() if svg}
     html = made.get_template(f"{kind}.html").render(

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from itertools import groupby
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mu2llm import artefacts, storage
 from mu2llm.errors import UserError
@@ -58,7 +57,7 @@ def derived(preferences: str, out: str, settings: PreferencesConfig) -> str:
         pairs += make_pairs(there[0].prompt, list(group), settings)[0]
     if not pairs:
         raise UserError(f"preferences.margin {settings.margin:g} leaves no pair of {preferences}")
-    _write(storage.join(uri, "pairs.parquet"), PreferencePair.table(pairs))
+    storage.write_table(storage.join(uri, "pairs.parquet"), PreferencePair.table(pairs))
     cases = len({pair.case_id for pair in pairs})
     changed = {"identity": identity, "pairs": len(pairs), "cases_with_pairs": cases, "dropped": {}}
     storage.write_json(storage.join(uri, Preferences.FILE), origin.model_copy(update=changed).model_dump(mode="json"))
@@ -76,8 +75,10 @@ def part_with_reference(preferences: str, out: str, settings: PreferencesConfig)
     for info in storage.list_files(storage.join(whole, "reference")) if None not in taken else []:
         target = storage.join(part, "reference", info.base_name)
         if not storage.exists(target):
-            table = _read(storage.join(whole, "reference", info.base_name)).take(taken)
-            _write(target, table.set_column(table.column_names.index("item"), "item", pa.array(range(len(taken)))))
+            table = storage.read_table(storage.join(whole, "reference", info.base_name)).take(taken)
+            storage.write_table(
+                target, table.set_column(table.column_names.index("item"), "item", pa.array(range(len(taken))))
+            )
     return part
 
 
@@ -89,19 +90,10 @@ def read_judged(preferences: str) -> list[Judged]:
             f"{preferences} has no judged candidates to make other pairs of; leave {' and '.join(KEYS)} out of the "
             "space (--set sweep.space.preferences=null)"
         )
-    candidates, judgements = (_read(path).to_pylist() for path in paths)
+    candidates, judgements = (storage.read_table(path).to_pylist() for path in paths)
     by_key = {(row["case_id"], row["index"]): Judgement.from_row(row) for row in judgements}
     return [(Candidate.from_row(row), by_key[row["case_id"], row["index"]]) for row in candidates]
 
 
 def _key(pair: PreferencePair) -> tuple[str, str, str]:
     return pair.case_id, pair.chosen, pair.rejected
-
-
-def _read(uri: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
-
-
-def _write(uri: str, table: pa.Table) -> None:
-    with storage.staged(uri) as path:
-        pq.write_table(table, path)

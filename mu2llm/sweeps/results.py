@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import optuna
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.table import Table
 from scipy import stats
 
@@ -124,8 +123,7 @@ def write_leaderboard(out: str, trials: Sequence[Trial]) -> str:
 def write_table(uri: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows, of which each has some of the columns."""
     columns = dict.fromkeys(name for row in rows for name in row)
-    with storage.staged(uri) as path:
-        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), path)
+    storage.write_table(uri, pa.table({name: [row.get(name) for row in rows] for name in columns}))
     return uri
 
 

@@ -29,7 +29,7 @@ from mu2llm.stages.validation import METRICS
 from mu2llm.sweeps.study import Study
 from mu2llm.sweeps.trial import DIRECTIONS, Plan, Point, Trial, is_memory, measurement, run
 
-Progress = Callable[[float, float, dict[str, float]], None]
+Ended = Callable[[float, float, dict[str, float]], None]
 """(trials that ended, of how many, the last one's metrics)"""
 DRIVER = {"memory": 1.0}  # of a trial whose workers do the work: a fraction of a CPU would be missing to these
 ENVIRONMENT = {
@@ -53,7 +53,7 @@ def concurrency(settings: StageConfig, sweep: SweepConfig) -> int:
             "the model: sweep with it unset"
         )
     workers = max(sweep.workers_per_trial, 1)
-    each = {"CPU": settings.cpus_per_worker, "GPU": sweep.gpus_per_trial / workers}
+    each = {"CPU": settings.cpus_per_worker, "GPU": sweep.gpus_of(settings) / workers}
     slots = workers_on_nodes(each)
     if slots < workers:
         needs = " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
@@ -65,7 +65,7 @@ def concurrency(settings: StageConfig, sweep: SweepConfig) -> int:
 
 
 def run_trials(
-    plan: Plan, study: Study, points: Sequence[Point], progress: Progress, wanted: int | None = None
+    plan: Plan, study: Study, points: Sequence[Point], progress: Ended, wanted: int | None = None
 ) -> list[Trial]:
     """Trains what the study proposes, `points` first, until there are `wanted` trials; all that there are.
 
@@ -92,7 +92,7 @@ def _tune(
         os.environ.setdefault(name, value)
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    gpus = {"GPU": sweep.gpus_per_trial} if sweep.gpus_per_trial else {}
+    gpus = {"GPU": sweep.gpus_of(settings)} if sweep.gpus_of(settings) else {}
     alone = {"CPU": settings.cpus_per_worker, **gpus}
     with tempfile.TemporaryDirectory(prefix="mu2llm-tune-", ignore_cleanup_errors=True) as folder:
         tune.Tuner(

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from optuna.storages import BaseStorage
 
 from mu2llm import artefacts, config, storage, tracking
-from mu2llm.artefacts import open_checkpoint
+from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.engine.features import encode_scans
@@ -28,7 +28,7 @@ from mu2llm.errors import Failure, UserError
 from mu2llm.progress import Steps
 from mu2llm.records import Checkpoint
 from mu2llm.stages import dpo
-from mu2llm.stages.job import Watch, check_parent, new_job
+from mu2llm.stages.job import Watch, check_parent
 from mu2llm.stages.preferences import Preferences, read_pairs
 from mu2llm.sweeps import pairs, results
 from mu2llm.sweeps.final import Final, final
@@ -119,23 +119,21 @@ def checksum(data: str, parent: Checkpoint) -> str:
 def prepare_features(experiment: Experiment, shards: str, init: str) -> None:
     """The features of all scans, for all trials that train SFT from this checkpoint."""
     settings = experiment.sft
-    if settings.freeze_vision and settings.cache_vision:
+    if settings.cached:
         encode_scans(init, Shards.open(shards), settings.inference())
 
 
 def prepare_reference(experiment: Experiment, data: str, init: str, out: str) -> None:
     """Features and reference log-probabilities, for all trials that train DPO on these pairs from this checkpoint."""
-    preferences, made = Preferences.open(data), read_pairs(data)
-    shards = Shards.open(preferences.shards)
-    job = new_job("dpo", shards, out, experiment, init, data=data, rows=len(made))
-    dpo.prepared(job.model_copy(update={"shards": shards.uri, "split": preferences.split}), shards, made)
+    job = dpo.job_of(data, out, experiment, init)
+    dpo.prepared(job, Shards.open(job.shards), read_pairs(job.data))
 
 
 def plan_text(plan: Plan) -> str:
     """What `--dry-run` says that it needs."""
     sweep, stage = plan.base.sweep, getattr(plan.base, plan.stage)
     count = len(plan.space.grid()) if sweep.search == "grid" else sweep.trials
-    each = f"{max(sweep.workers_per_trial, 1)} × {stage.cpus_per_worker:g} CPU, {sweep.gpus_per_trial:g} GPU"
+    each = f"{max(sweep.workers_per_trial, 1)} × {stage.cpus_per_worker:g} CPU, {sweep.gpus_of(stage):g} GPU"
     return f"{count} trials of {each}; searched: {', '.join(plan.domains)}"
 
 
@@ -184,13 +182,12 @@ def trials_of(out: str, url: str | None = None) -> list[Trial]:
 
 def _claim(plan: Plan, kept: BaseStorage, resume: bool) -> tuple[tracking.StageRun, str]:
     """Takes `out` for this sweep, or goes on with it; its tracked run, the trials' parent, and its study's name."""
-    path, values = storage.join(plan.out, FILE), {**plan.experiment, "name": ""}
-    values["sweep"] = {name: value for name, value in values["sweep"].items() if name not in SPENDS}
+    path, searched = storage.join(plan.out, FILE), artefacts.decides("sweep", plan.base.sweep, leave_out=SPENDS)
     domains = {key: domain.model_dump(mode="json", exclude_none=True) for key, domain in plan.domains.items()}
-    identity = artefacts.digest([plan.kind, values, domains, plan.checksum])
+    identity = Identity.of({"kind": plan.kind, **plan.decides(), **searched, "space": domains})
     there = storage.read_json(path) if storage.exists(path) else None
-    if there and there["identity"] != identity:
-        raise UserError(f"{plan.out} holds a sweep of another configuration or data; give another --out")
+    if there:
+        identity.check(plan.out, "a sweep", there["identity"], there.get("inputs", {}), "give another --out")
     done = len(recorded(kept, there["study"])) if there else 0
     if there and not resume:
         raise UserError(f"{plan.out} holds this sweep with {done} trials; --resume goes on with it")
@@ -200,7 +197,14 @@ def _claim(plan: Plan, kept: BaseStorage, resume: bool) -> tuple[tracking.StageR
         return tracked, there["study"]
     name, objective = f"{plan.kind}-{tracked.key}", plan.base.sweep.objective
     Study(kept, name, objective, Point(seed=0))  # before it is named
-    what = {"identity": identity, "kind": plan.kind, "study": name, "run": tracked.key, "space": domains}
+    what = {
+        "identity": identity.digest,
+        "inputs": identity.inputs,
+        "kind": plan.kind,
+        "study": name,
+        "run": tracked.key,
+        "space": domains,
+    }
     storage.write_json(path, {**what, "objective": objective, "data": plan.data, "init": plan.init})
     return tracked, name
 

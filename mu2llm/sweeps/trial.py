@@ -12,12 +12,11 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from pydantic import BaseModel, Field
 
-from mu2llm import artefacts, config, storage, tracking
+from mu2llm import artefacts, config, green, storage, tracking
+from mu2llm.artefacts import Identity
 from mu2llm.config import Experiment
 from mu2llm.engine.predictions import Prediction
 from mu2llm.errors import Failure, UserError
@@ -95,7 +94,7 @@ class Plan(BaseModel):
     out: str
     folder: str = Field("trials", description="of the trials, below `out`")
     watch: Watch
-    store: str | None = Field(default_factory=lambda: s if (s := tracking.store()).startswith("sqlite:") else None)
+    store: str | None = Field(default_factory=lambda: s if (s := tracking.store()).startswith("sqlite") else None)
     parent: tracking.StageRun | None = None
     cwd: str = Field(default_factory=os.getcwd, description="where the command runs: Tune moves its processes away")
 
@@ -115,8 +114,16 @@ class Plan(BaseModel):
     @property
     def identity(self) -> str:
         """Of what every trial shares; where it is done and how the search goes on are not in it."""
-        values = {section: value for section, value in self.experiment.items() if section not in ("name", "sweep")}
-        return artefacts.digest([values, self.checksum])
+        return Identity.of(self.decides()).digest
+
+    def decides(self) -> dict[str, Any]:
+        """Settings and contents that every trial shares: not how work is done, nor what serves or tracks it."""
+        base = self.base
+        sections = {name: getattr(base, name) for name in ("data", "model", self.stage, "preferences", "evaluation")}
+        found = {"stage": self.stage, "seed": base.seed, "data.spec": base.data.spec.hash, "checksum": self.checksum}
+        for name, section in sections.items():
+            found |= artefacts.decides(name, section, leave_out=("spec", "phantom"))
+        return {**found, **green.decides(base.judge)}
 
     def id_of(self, point: Point) -> str:
         what = [self.watch.model_dump(exclude={"out"}), point.model_dump(exclude={"keep"})]
@@ -130,7 +137,7 @@ class Plan(BaseModel):
 
     def reports(self, point: Point) -> list[str]:
         """A trial's last reports, in the order of the cases."""
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(self.place(point, "reports.parquet"))))
+        table = storage.read_table(self.place(point, "reports.parquet"))
         return [Prediction.from_row(row).text for row in table.to_pylist()]
 
     def clean(self, point: Point) -> None:
@@ -150,7 +157,7 @@ class Plan(BaseModel):
         workers = base.sweep.workers_per_trial
         over = {
             f"{self.stage}.workers": workers,
-            f"{self.stage}.gpus_per_worker": base.sweep.gpus_per_trial / max(workers, 1),
+            f"{self.stage}.gpus_per_worker": base.sweep.gpus_of(getattr(base, self.stage)) / max(workers, 1),
             # of its Train workers; Tune tries again a trial whose own process is lost
             f"{self.stage}.max_failures": base.sweep.max_failures if workers else 0,
             f"{self.stage}.save_steps": getattr(base, self.stage).save_steps if workers else 10**9,

@@ -55,6 +55,14 @@ def ct_rate(tmp_path):
     return root
 
 
+def test_ct_rate_rows_of_labels_that_contradict_are_said(ct_rate):
+    """The last of them won, unnoted."""
+    row = {"VolumeName": "train_1_a_2.nii.gz", "Medical material": 0, "Emphysema": 1}
+    write_csv(ct_rate / "labels" / "more.csv", [row])
+    table = cases.read_manifest(str(ct_rate), "ct-rate", str(ct_rate), DATA)
+    assert "train_1_a_2.nii.gz" in table.listed["duplicate_id"]
+
+
 def test_ct_rate_has_one_reconstruction_a_scan_its_split_and_its_rescale(ct_rate):
     table = cases.read_manifest(str(ct_rate), "ct-rate", str(ct_rate), DATA)
     assert [(c.id, c.patient, c.split) for c in table.cases] == [

@@ -1,5 +1,6 @@
 """What all commands share."""
 
+import json
 import os
 import shlex
 
@@ -39,6 +40,23 @@ def test_generate_prints_brackets_as_they_are(monkeypatch):
     monkeypatch.setattr(scans, "report_scans", lambda *_: [entry])
     done = CliRunner().invoke(app, ["generate", "--checkpoint", "c", "x[/y].nii.gz"])
     assert done.exit_code == 0 and entry["path"] in done.stdout and entry["report"] in done.stdout
+
+
+def test_generate_lists_the_rows_of_a_manifest_that_it_cannot_use(monkeypatch, tmp_path):
+    """They were left out without a word."""
+
+    class Opened:
+        experiment = config.load("tiny").model_dump(mode="json")
+
+    (tmp_path / "a.nii.gz").write_bytes(b"x")
+    rows = [{"id": name, "volume": f"{name}.nii.gz"} for name in ("a", "gone")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(reports, "open_checkpoint", lambda uri: Opened)
+    monkeypatch.setattr(scans, "report_scans", lambda _, paths, *rest: [{"path": path, "report": ""} for path in paths])
+    words = ["generate", "--checkpoint", "c", "--manifest", f"{tmp_path}/m.jsonl", "--volumes", str(tmp_path), "--json"]
+    written, refused = json.loads(CliRunner().invoke(app, words).stdout)
+    assert written["path"].endswith("a.nii.gz") and refused["path"].endswith("gone.nii.gz")
+    assert refused["rejected"] == "not_found"
 
 
 @pytest.mark.parametrize(

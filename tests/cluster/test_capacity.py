@@ -8,6 +8,7 @@ import pytest
 from mu2llm import config
 from mu2llm.cluster import capacity
 from mu2llm.errors import UserError
+from mu2llm.memory import USABLE
 from mu2llm.model.memory import check_memory
 
 README = Path(__file__).parents[2] / "cluster" / "README.md"
@@ -62,7 +63,7 @@ def test_a_preset_says_what_it_needs(preset):
 def test_presets_fit_the_gpus_that_they_name():
     for preset, gib in {"paper": 40, "llama3-1b": 24, "qwen3-1.7b": 32}.items():
         for stage, kept in capacity.memory(config.load(preset)).items():
-            assert kept.peak / 2**30 <= capacity.USABLE * gib, f"{preset}: {stage}"
+            assert kept.peak / 2**30 <= USABLE * gib, f"{preset}: {stage}"
 
 
 def test_a_stage_that_cannot_fit_is_refused_with_numbers_and_mends():

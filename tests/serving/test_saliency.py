@@ -7,6 +7,7 @@ import torch
 from small_writer import FIRST, QUESTION, experiment
 
 from mu2llm.ct import SPECS, CTVolume, prepare
+from mu2llm.engine.loading import numerics, place
 from mu2llm.model import build
 from mu2llm.serving.saliency import overlay, sentence_maps, spans
 
@@ -98,3 +99,18 @@ def by_differences(model, processor, features, mask, span, step=1e-3):
     gradient = (likelihoods(tokens + shifts) - likelihoods(tokens - shifts)) / (2 * step)
     weights = gradient.view(queries, width).norm(dim=-1) * tokens[0].norm(dim=-1)
     return torch.einsum("q,qtzyx->tzyx", weights, visual.selection[0].double()).numpy()
+
+
+def test_in_half_precision_each_sentence_still_gets_its_map(tmp_path):
+    """Linear layers are in bf16 there and embeddings in fp32: without autocast every such request failed."""
+    settings = experiment()
+    model, processor = build(settings.model, settings.data.spec, [FIRST] * 8, seed=1)
+    voxels = torch.randint(0, 256, (1, *settings.data.spec.shape), dtype=torch.uint8)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    whole = sentence_maps(model.eval(), processor, model.encode_vision(voxels, mask).detach(), mask, QUESTION, FIRST)
+    model = place(model, "bf16", "cpu")
+    with numerics(model.device, "bf16"):
+        features = model.encode_vision(voxels, mask)
+    rounded = sentence_maps(model, processor, features.clone(), mask, QUESTION, FIRST, "bf16")
+    for (_, exact), (_, half) in zip(whole, rounded, strict=True):
+        assert np.corrcoef(exact.ravel(), half.ravel())[0, 1] > 0.95

@@ -12,12 +12,12 @@ from transformers import TrainerState
 
 from mu2llm import artefacts, config, storage, tracking
 from mu2llm.errors import UserError
-from mu2llm.records import Checkpoint
+from mu2llm.records import Checkpoint, Lineage
 from mu2llm.stages import launch, placement, trainer
-from mu2llm.stages.job import FINISHED_FILE, Job, Watch
+from mu2llm.stages.job import FINISHED_FILE, Job, Watch, check_parent
 from mu2llm.stages.launch import KEPT_SNAPSHOT_FILE, SNAPSHOT_FILE
 from mu2llm.stages.placement import workers_that_fit
-from mu2llm.stages.worker import INTERMEDIATE_FILE, InProcessWorker, Resume, current_worker
+from mu2llm.stages.worker import INTERMEDIATE_FILE, InProcessWorker, Resume, current_worker, work
 
 
 def job(folder, *overrides):
@@ -239,6 +239,44 @@ def test_a_finished_run_of_another_configuration_is_kept_until_it_is_asked_for_a
     second = trained(tmp_path, 0.2, fresh=True)
     assert artefacts.open_checkpoint(first.uri).lineage == second.lineage
     assert second.lineage.weights != first.lineage.weights
+
+
+def test_fresh_removes_no_folder_that_no_stage_made(tmp_path, store):
+    """`--out runs --fresh` removed all of runs/."""
+    theirs = tmp_path / "out" / "a" / "thesis.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("years")
+    with pytest.raises(UserError, match=r"out holds no checkpoint, and --fresh removes nothing else"):
+        trained(tmp_path, 0.1, fresh=True)
+    assert theirs.read_text() == "years"
+    shutil.rmtree(tmp_path / "out")
+    assert trained(tmp_path, 0.1, fresh=True).training.steps == 1
+
+
+def test_an_older_parent_has_the_gate_that_there_was_then():
+    """A configuration without the key is not the same as one with its new default."""
+    experiment = config.load("tiny")
+    values = experiment.model_dump(mode="json")
+    del values["model"]["tokenizer"]["gate"]
+    lineage = Lineage(stage="sft", spec_hash=experiment.data.spec.hash)
+    older = Checkpoint(uri="older", experiment=values, lineage=lineage)
+    with pytest.raises(UserError, match=r"model\.tokenizer\.gate is mean there, mlp here"):
+        check_parent(older, experiment)
+    check_parent(older, config.load("tiny", ["model.tokenizer.gate=mean"]))
+
+
+def test_another_version_of_the_rules_is_another_training_on_what_they_read(tmp_path, monkeypatch):
+    aligned, plain = job(tmp_path, "sft.alignment=1"), job(tmp_path, "sft.alignment=0")
+    before = aligned.identity, plain.identity
+    monkeypatch.setattr("mu2llm.stages.job.rules_identity", lambda: "rules@other")
+    assert aligned.identity != before[0] and plain.identity == before[1]
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_stops_the_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    work({"job": job(tmp_path, "sft.gpus_per_worker=1").model_dump(), "loop": lambda *_: pytest.fail("it trained")})
+    stopped = storage.read_json(storage.join(job(tmp_path).state, "stopped.json"))
+    assert stopped["mistake"] and "sees no GPU" in stopped["why"]
 
 
 def test_an_alias_does_not_go_over_to_what_takes_its_checkpoints_place(tmp_path, store):

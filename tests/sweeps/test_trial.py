@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mu2llm import storage
+from mu2llm import storage, tracking
 from mu2llm.errors import Failure, UserError
 from mu2llm.stages.job import Watch
 from mu2llm.sweeps import trial
@@ -115,3 +115,30 @@ def test_measurements_are_spread_over_the_steps_and_end_with_the_last():
     assert Watch(times=4).steps(10) == [2, 5, 8, 10]
     assert Watch(times=4).steps(2) == [1, 2]
     assert Watch().steps(7) == [7]
+
+
+def test_what_decides_no_result_names_no_other_trial(plan, least):
+    """A log interval began a sweep anew."""
+
+    def id_of(*changes):
+        return plan.model_copy(update={"experiment": least(*changes).model_dump(mode="json")}).id_of(POINT)
+
+    assert id_of("sft.log_steps=7", "serving.max_batch_size=3", "sweep.max_concurrent=1") == id_of()
+    assert id_of("sft.learning_rate=0.5") != id_of()
+
+
+def test_a_trial_has_the_gpus_of_its_stage_unless_the_sweep_says_otherwise(plan, least):
+    """Trials of presets for GPUs ran on CPUs without a word."""
+    for changes, gpus in ((["sft.gpus_per_worker=1"], 1), (["sft.gpus_per_worker=1", "sweep.gpus_per_trial=0"], 0)):
+        sets = ["sweep.workers_per_trial=2", *changes]
+        of_gpus = plan.model_copy(update={"experiment": least(*sets).model_dump(mode="json")})
+        assert of_gpus.resolved(POINT).sft.gpus_per_worker == gpus
+        assert of_gpus.base.sweep.gpus_of(of_gpus.base.sft) == 2 * gpus
+
+
+@pytest.mark.parametrize("name", ["plain", "a%20b #1", "what? now"])
+def test_trials_write_into_the_sweeps_own_store_whatever_its_folder_is_called(name, plan, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert Plan(**plan.model_dump(exclude={"store"})).store == tracking.store()

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 
 from mu2llm import storage
 from mu2llm.ct.phantom.making import make
 from mu2llm.errors import Failure, UserError
+from mu2llm.progress import Counted
 
 PARALLEL_FROM = 64  # cases from which it pays to start processes
 BATCH = 8  # cases handed to a process at a time
 
 
-def write(
-    out: str, cases: int, seed: int, prevalence: float = 0.2, progress: Callable[[int, int], None] | None = None
-) -> str:
+def write(out: str, cases: int, seed: int, prevalence: float = 0.2, progress: Counted | None = None) -> str:
     """Writes `<out>/volumes/<id>.nii.gz` and, last, `<out>/manifest.jsonl`; gives the manifest's URI.
 
     `progress` is called with (done, all). Many cases are made in new processes (spawn), so a script that calls this
