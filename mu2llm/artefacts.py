@@ -160,6 +160,23 @@ def folder_weights(uri: str) -> Weights:
     return _read_weights(uri, stamps)
 
 
+def content(uri: str) -> str:
+    """SHA-256 of what a setting names by its place: a folder's weights, or a file; read once a process."""
+    if not storage.is_file(uri):
+        return folder_weights(uri).weights
+    return _read_whole(uri, storage.info(uri).mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _read_whole(uri: str, stamp: int | None) -> str:
+    filesystem, path = storage.resolve(uri)
+    whole = hashlib.sha256()
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        while part := stream.read(_READ_BYTES):
+            whole.update(part)
+    return whole.hexdigest()
+
+
 @functools.lru_cache(maxsize=256)
 def _read_weights(uri: str, stamps: tuple[tuple[str, int, int | None], ...]) -> Weights:
     names = [name for name, *_ in stamps if name.endswith(".safetensors") and not name.startswith(".")]

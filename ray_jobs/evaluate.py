@@ -22,6 +22,7 @@ def main(
     out: job.Out,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
     dated: Annotated[bool, typer.Option("--dated", help="Into a folder of today's date below --out.")] = False,
+    fresh: job.Fresh = False,
     preset: job.Preset = "demo",
     set_: job.Set = [],  # noqa: B006
 ) -> None:
@@ -30,7 +31,7 @@ def main(
 
     out = storage.join(out, datetime.now(UTC).date().isoformat()) if dated else out
     with job.started("evaluate", preset, set_, reads=[checkpoint, data], writes=[out]) as (experiment, lines):
-        job.show(evaluate(checkpoint, data, out, experiment, split, lines.counting("evaluate")))
+        job.show(evaluate(checkpoint, data, out, experiment, split, lines.counting("evaluate"), fresh))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,6 @@ Submitted again with the same --out, it goes on at the step that is not done; a 
 done again beside the old result, with what follows from it.
 """
 
-from typing import Annotated
-
-import typer
-
 from mu2llm.cluster import job
 
 
@@ -21,7 +17,7 @@ def main(
     volumes: job.Volumes,
     out: job.Out,
     format: job.Format = "jsonl",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    fresh: job.Fresh = False,
     preset: job.Preset = "demo",
     set_: job.Set = [],  # noqa: B006
 ) -> None:

@@ -18,6 +18,7 @@ def main(
     data: job.Data,
     out: job.Out,
     corrections: Annotated[str | None, typer.Option(help="URI of radiologists' corrections, pairs too.")] = None,
+    fresh: job.Fresh = False,
     preset: job.Preset = "demo",
     set_: job.Set = [],  # noqa: B006
 ) -> None:
@@ -26,7 +27,7 @@ def main(
     reads = [checkpoint, data, corrections]
     with job.started("preferences", preset, set_, reads=reads, writes=[out]) as (experiment, lines):
         progress = lines.counting("preferences")
-        job.show(prefer(checkpoint, data, out, experiment, progress=progress, corrections=corrections))
+        job.show(prefer(checkpoint, data, out, experiment, progress=progress, corrections=corrections, fresh=fresh))
 
 
 if __name__ == "__main__":

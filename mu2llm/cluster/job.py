@@ -48,6 +48,9 @@ Volumes = Annotated[str, typer.Option("--volumes", help="Root of the manifest's 
 Format = Annotated[str, typer.Option("--format", help="jsonl, csv, parquet, ct-rate, amos-mm, abdomenatlas3, m3d-cap")]
 
 
+Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what this job made at --out before, and start over.")]
+
+
 class Lines:
     """Progress as lines of a log, a few seconds apart: `[sft] 12/60 loss 1.2 samples/s 3`."""
 
@@ -89,10 +92,17 @@ def started(
 def training(stage: str) -> Callable[..., None]:
     """The job that trains one stage: contrastive, sft or dpo."""
 
-    def main(data: Data, out: Out, init: OptionalInit = None, preset: Preset = "demo", set_: Set = []) -> None:  # noqa: B006
+    def main(
+        data: Data,
+        out: Out,
+        init: OptionalInit = None,
+        fresh: Fresh = False,
+        preset: Preset = "demo",
+        set_: Set = [],  # noqa: B006
+    ) -> None:
         module: Any = import_module(f"mu2llm.stages.{stage}")
         with started(stage, preset, set_, reads=[data, init], writes=[out]) as (experiment, lines):
-            checkpoint = module.run(data, out, experiment, init, lines.training(stage))
+            checkpoint = module.run(data, out, experiment, init, lines.training(stage), fresh=fresh)
             show({"checkpoint": out, **checkpoint.training.model_dump(exclude={"history"})})
 
     return main

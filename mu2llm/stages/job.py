@@ -26,6 +26,9 @@ _OF_OLDER_CHECKPOINTS = {"model.tokenizer": {"gate": "mean"}}
 """What settings were before they could be set: checkpoints without them have these."""
 
 
+_NAMES_OF_WEIGHTS = ("model.vision.weights", "model.language_model", "model.text_encoder")
+
+
 class Watch(BaseModel):
     """Reports on held-out cases while a stage trains, `times` spread evenly over its steps, the last at its end.
 
@@ -102,6 +105,9 @@ class Job(BaseModel):
             **artefacts.decides("model", experiment.model, vision_alone),
             "seed": experiment.seed,
         }
+        for key in _NAMES_OF_WEIGHTS:
+            if "/" in str(inputs.get(key, "")) and storage.exists(inputs[key]):
+                inputs[key] = artefacts.content(inputs[key])  # by what it is, not by where it lies
         if data.shuffle_rows != 1:
             inputs["data.shuffle_rows"] = data.shuffle_rows
         if self.stage == "sft":

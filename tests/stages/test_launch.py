@@ -1,4 +1,4 @@
-"""The runner's own bookkeeping, without Ray."""
+"""Placing, launching and resuming a stage: the bookkeeping, without Ray."""
 
 import json
 import shutil
@@ -270,6 +270,15 @@ def test_another_version_of_the_rules_is_another_training_on_what_they_read(tmp_
     before = aligned.identity, plain.identity
     monkeypatch.setattr("mu2llm.stages.job.rules_identity", lambda: "rules@other")
     assert aligned.identity != before[0] and plain.identity == before[1]
+
+
+def test_weights_that_a_setting_names_count_by_what_they_are(tmp_path):
+    for name, data in (("a", b"1"), ("moved", b"1"), ("other", b"2")):
+        (tmp_path / f"{name}.bin").write_bytes(data)
+    a, moved, other = (
+        job(tmp_path, f"model.vision.weights={tmp_path}/{name}.bin").identity for name in ("a", "moved", "other")
+    )
+    assert a == moved != other
 
 
 def test_a_gpu_that_is_asked_for_and_not_there_stops_the_stage(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -72,9 +73,7 @@ def test_a_sweep_that_is_killed_and_moved_goes_on(ray_cluster, shards, pairs, wr
     assert empty and all(trial.status == "infeasible" and "leaves no pair" in trial.why for trial in empty)
     done = [trial for trial in trials if trial.status == "done"]
     assert done and all(len(trial.history) == 2 for trial in done)
-    assert found["statuses"] == {
-        status: sum(trial.status == status for trial in trials) for status in found["statuses"]
-    }
+    assert found["statuses"] == Counter(trial.status for trial in trials)
     best = found["best"]
     assert best["green"]["value"] == max(trial.metrics["green"] for trial in done)
     assert all(point["green"] and point["kl"] for point in found["front"])
