@@ -1,5 +1,7 @@
 """A cluster of its own for the tests that send jobs: a head with token authentication, over HTTP, started once."""
 
+import shutil
+
 import pytest
 from hosts import Hosts, ingest, mu2llm
 
@@ -17,7 +19,9 @@ def secret():
 @pytest.fixture(scope="session")
 def head(tmp_path_factory, empty_store):
     """A running head of two CPUs, and whoever joins it."""
-    environment = {"AWS_SECRET_ACCESS_KEY": SECRET, "MLFLOW_TRACKING_URI": f"sqlite:///{empty_store}"}
+    store = tmp_path_factory.mktemp("head") / "tracking.db"
+    shutil.copy(empty_store, store)
+    environment = {"AWS_SECRET_ACCESS_KEY": SECRET, "MLFLOW_TRACKING_URI": f"sqlite:///{store}"}
     with Hosts(2, environment) as hosts:
         hosts.wait_for(1)
         yield hosts

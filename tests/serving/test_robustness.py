@@ -232,7 +232,7 @@ def endless(url, scan):
         yield answer.iter_lines()
 
 
-ENDLESS = 8000  # tokens
+ENDLESS = 4096  # tokens: the most that a request may ask for
 
 
 def write_endless(checkpoint, uri):
