@@ -7,8 +7,19 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # "the Ray that runs here" is looked up in its folder
+    os.environ["RAY_TMPDIR"] = f"/tmp/ray-{worker}"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes share the suite: every file that meets the one Ray goes to one of them, the others file by file."""
+    meets_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in meets_ray else item.path.stem))
+    items.sort(key=lambda item: item.path not in meets_ray)
 
 
 @pytest.fixture(scope="session")

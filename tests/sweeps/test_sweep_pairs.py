@@ -19,7 +19,7 @@ def test_every_setting_takes_its_part_of_one_reference(pairs, least, tmp_path):
     logps = pa.table(
         {"item": range(len(every)), "chosen": np.arange(len(every)) * 1.0, "rejected": np.arange(len(every)) * 2.0}
     )
-    derived_pairs._write(storage.join(whole, "reference", "parent.parquet"), logps)
+    storage.write_table(storage.join(whole, "reference", "parent.parquet"), logps)
     part = derived_pairs.part_with_reference(pairs, str(tmp_path), settings.model_copy(update={"margin": 0.6}))
     own = read_pairs(part)
     assert 0 < len(own) < len(every)
@@ -34,7 +34,7 @@ def test_corrections_are_in_the_pairs_of_every_margin(pairs, least, tmp_path):
     storage.copy(pairs, place)
     human = {"chosen_score": None, "rejected_score": None, "judge": "human", "origin": "human"}
     corrected = read_pairs(pairs)[0].model_copy(update={"chosen": "There is a nodule.", **human})
-    derived_pairs._write(storage.join(place, "pairs.parquet"), PreferencePair.table([*read_pairs(pairs), corrected]))
+    storage.write_table(storage.join(place, "pairs.parquet"), PreferencePair.table([*read_pairs(pairs), corrected]))
     part = derived_pairs.derived(place, str(tmp_path), least().preferences.model_copy(update={"margin": 0.6}))
     assert [pair for pair in read_pairs(part) if pair.origin == "human"] == [corrected]
 
