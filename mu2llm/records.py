@@ -181,7 +181,7 @@ class Judgement(Record):
     significant_sentences: tuple[tuple[str, ...], ...] = ()
     insignificant_sentences: tuple[tuple[str, ...], ...] = ()
     matched_sentences: tuple[str, ...] = ()
-    why: str = Field("", description="the reason where invalid")
+    why: str = Field("", description="the reason where invalid, or where the candidate failed")
     judge: str = Field("", description="the judge's identity")
 
     arrow_schema = pa.schema(
@@ -198,6 +198,11 @@ class Judgement(Record):
             pa.field("judge", pa.string()),
         ]
     )
+
+    @property
+    def failed(self) -> bool:
+        """Whether the candidate scores 0 for what it is (empty, cut off, unreadable), and not for what it says."""
+        return self.valid and bool(self.why)
 
 
 class Candidate(Record):

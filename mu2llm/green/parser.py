@@ -78,6 +78,7 @@ _NOTHING = re.compile(
     re.IGNORECASE,
 )
 _BUT = re.compile(r"\b(?:but|however|except|although|though)\b", re.IGNORECASE)
+_THINKING = re.compile(r"<(/?)(?:think(?:ing)?|thoughts?|reasoning|reflection)>|\[(/?)THINK\]", re.IGNORECASE)
 _REFUSAL = re.compile(
     r"please provide|not provided|is (?:incomplete|missing|empty)|cannot|can't|unable|sorry", re.IGNORECASE
 )
@@ -90,7 +91,7 @@ class _Unreadable(Exception):
 def parse(text: str) -> Judgement:
     """A judge's answer → its Judgement; an incomplete or ambiguous one is invalid with the reason in `why`."""
     try:
-        readings = [_read(sections) for sections in _answers(_plain(text))]
+        readings = [_read(sections) for sections in _answers(_plain(_spoken(text)))]
     except _Unreadable as error:
         return Judgement(valid=False, score=None, why=str(error))
     if len({(r.significant, r.insignificant, r.matched) for r in readings}) > 1:
@@ -101,6 +102,25 @@ def parse(text: str) -> Judgement:
 def score(matched: int, significant: tuple[int, ...]) -> float:
     """GREEN = matched / (matched + Σ significant errors), 0 where nothing matched (METHOD.md §4.1)."""
     return matched / (matched + sum(significant)) if matched else 0.0
+
+
+def _spoken(text: str) -> str:
+    """Without what the judge thought before it answered: a draft in a block of thoughts is no answer.
+
+    A block whose beginning stood in the prompt is one too. What comes before an unclosed block is kept.
+    """
+    spoken, start, depth = [""], 0, 0
+    for mark in _THINKING.finditer(text):
+        if not (mark[1] or mark[2]):
+            spoken += [text[start : mark.start()]] if not depth else []
+            depth += 1
+        else:
+            spoken = spoken if depth else [""]
+            depth = max(0, depth - 1)
+        start = mark.end()
+    if depth and not "".join(spoken).strip():
+        raise _Unreadable("the answer is cut off within the judge's thoughts; raise judge.max_new_tokens")
+    return "".join(spoken) + ("" if depth else text[start:])
 
 
 def _plain(text: str) -> str:

@@ -69,7 +69,7 @@ class _Tally:
     significant: dict[str, list[str]] = field(default_factory=lambda: {c: [] for c in "abcdef"})
     insignificant: dict[str, list[str]] = field(default_factory=lambda: {c: [] for c in "abcdef"})
 
-    def judgement(self) -> Judgement:
+    def judgement(self, why: str) -> Judgement:
         significant = tuple(len(s) for s in self.significant.values())
         return Judgement(
             valid=True,
@@ -80,6 +80,7 @@ class _Tally:
             significant_sentences=tuple(tuple(s) for s in self.significant.values()),
             insignificant_sentences=tuple(tuple(s) for s in self.insignificant.values()),
             matched_sentences=tuple(self.matched),
+            why=why,
             judge=_identity(),
         )
 
@@ -117,7 +118,8 @@ def _judge(reference: str, candidate: str) -> Judgement:
         tally.significant["e"].append(_COMPARISON)
     elif ours.compares and not theirs.compares:
         tally.significant["f"].append(_COMPARISON)
-    return tally.judgement()
+    silent = not (theirs.present or theirs.normal or theirs.compares)
+    return tally.judgement("the candidate report states nothing that the rules know" if silent else "")
 
 
 def _by_name(reading: Reading) -> dict[str, list[Mention]]:

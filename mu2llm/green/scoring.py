@@ -14,7 +14,10 @@ from mu2llm.records import Judgement
 
 
 def score_lines(lines: Iterable[str], judge: Judge) -> dict[str, Any]:
-    """Lines of {reference, candidate} → judgements, their mean over the valid ones, and counts."""
+    """Lines of {reference, candidate} → judgements, their mean over the valid ones, and counts.
+
+    `n_failed` candidates say nothing that can be judged and count as 0; `n_invalid` the judge failed on.
+    """
     return _summary([pair for number, row in _rows(lines) for pair in _pairs(row, number)], judge)
 
 
@@ -41,6 +44,7 @@ def _summary(pairs: list[Pair], judge: Judge) -> dict[str, Any]:
         "mean": sum(scores) / len(scores) if scores else None,
         "n_valid": len(scores),
         "n_invalid": len(judgements) - len(scores),
+        "n_failed": sum(judgement.failed for judgement in judgements),
     }
 
 

@@ -176,7 +176,8 @@ class GreenAnswer(BaseModel):
     results: list[GreenResult]
     mean: float | None = Field(description="over the valid ones")
     n_valid: int
-    n_invalid: int
+    n_invalid: int = Field(description="pairs that the judge failed on; not in the mean")
+    n_failed: int = Field(description="candidates that are empty or cannot be read; 0 in the mean")
     categories: dict[str, str] = ERROR_CATEGORIES
 
 

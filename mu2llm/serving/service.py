@@ -303,6 +303,7 @@ class Service:
             mean=sum(scores) / len(scores) if scores else None,
             n_valid=len(scores),
             n_invalid=len(judgements) - len(scores),
+            n_failed=sum(judgement.failed for judgement in judgements),
         )
 
     async def correct(self, given: CorrectionIn) -> CorrectionOut:

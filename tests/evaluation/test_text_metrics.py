@@ -7,6 +7,7 @@ import pytest
 import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
 from mu2llm.evaluation import text_metrics as tm
 from mu2llm.evaluation.bootstrap import Bootstrap
@@ -48,6 +49,28 @@ def test_known_rouge():
     assert value(tm.rouge([("testing one two", "testing")])["rouge_1"]) == pytest.approx(0.5)
     assert value(tm.rouge([("testing one two", "testing two")])["rouge_l"]) == pytest.approx(0.8)
     assert value(tm.rouge([("two nodules", "two nodule")])["rouge_2"]) == pytest.approx(1.0)  # stemmed
+
+
+WORDS = st.lists(st.sampled_from(["left", "lung", "nodules", "nodule", "is", "normal", "3", "mm"]), max_size=30)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(reference=WORDS, candidate=WORDS)
+def test_rouge_is_the_packages(reference, candidate):
+    names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+    pair = " ".join(reference), " ".join(candidate)
+    expected = RougeScorer(list(names.values()), use_stemmer=True).score(*pair)
+    for ours, statistic in tm.rouge([pair]).items():
+        assert value(statistic) == pytest.approx(expected[names[ours]].fmeasure), ours
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(reference=WORDS, candidate=WORDS)
+def test_counts_of_bleu_are_sacrebleus(reference, candidate):
+    reference, candidate = " ".join(reference), " ".join(candidate)
+    score = sacrebleu.BLEU(effective_order=True).sentence_score(candidate, [reference])
+    expected = [*score.counts, *score.totals, score.sys_len, score.ref_len]
+    assert tm.bleu([(reference, candidate)])["bleu_4"].rows[0].tolist() == expected
 
 
 def test_meteor_without_wordnet_counts_exact_words_and_stems(monkeypatch):

@@ -388,3 +388,27 @@ def test_dress_changes_nothing_of_real_answers(shared, name):
         assert dressed.model_dump(include={"significant", "insignificant", "matched"}) == plain.model_dump(
             include={"significant", "insignificant", "matched"}
         ), row["id"]
+
+
+@pytest.mark.parametrize(
+    "thoughts",
+    [
+        "<think>\n{draft}\n</think>\n\n{answer}",
+        "<think>{draft}</think>{answer}",
+        "{draft}\nBut the prompt opened this block.\n</think>\n{answer}",  # as templates of chat models do
+        "<thinking>a <think>{draft}</think> within</thinking>\n{answer}",
+        "[THINK]{draft}[/THINK]{answer}",
+        "{answer}\n<think>\n{draft}",  # never closed
+    ],
+)
+def test_what_a_judge_thought_is_no_answer(thoughts):
+    """A draft in the answer's format was one of several answers that differ."""
+    draft = ANSWER.replace("3. No pneumothorax;", "4. Effusion; No pneumothorax;")
+    assert "differ" in parse(f"{draft}\n{ANSWER}").why
+    assert_read(parse(thoughts.format(draft=draft, answer=ANSWER)))
+
+
+def test_thoughts_that_never_end_are_no_answer():
+    judgement = parse(f"<think>\n{ANSWER}")
+    assert not judgement.valid and judgement.score is None
+    assert "cut off within the judge's thoughts" in judgement.why

@@ -21,7 +21,7 @@ def test_scores():
     silent, lost = ({"reference": "Clear lungs.", "candidate": ""}, {"reference": "", "candidate": "Clear lungs."})
     found = score_lines(lines(PAIR, silent, lost), JUDGE)
     assert found == score_pairs([PAIR, silent, lost], JUDGE)
-    assert (found["mean"], found["n_valid"], found["n_invalid"]) == (0.25, 2, 1)
+    assert [found[name] for name in ("mean", "n_valid", "n_invalid", "n_failed")] == [0.25, 2, 1, 1]
     assert found["results"][0] == {
         "score": 0.5,
         "significant": [1, 0, 0, 0, 0, 0],
@@ -37,7 +37,7 @@ def test_scores():
 
 
 def test_nothing_valid_has_no_mean():
-    assert score_pairs([], JUDGE) == {"results": [], "mean": None, "n_valid": 0, "n_invalid": 0}
+    assert score_pairs([], JUDGE) == {"results": [], "mean": None, "n_valid": 0, "n_invalid": 0, "n_failed": 0}
 
 
 def test_lists_of_the_same_length_are_pairs():
