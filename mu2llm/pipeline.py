@@ -240,9 +240,8 @@ def _register(pipeline: Pipeline, checkpoints: dict[str, str], results: Results)
 
     def work() -> dict[str, Any]:
         scores = {run: results.runs[run].metrics["green"] for run in ("sft", "dpo")}
-        audits = {run: results.runs[run].audit for run in scores}
         ranked = sorted(scores, key=lambda run: -estimate.value if (estimate := scores[run]) else 0.0)
-        passing = [run for run in ranked if (audit := audits[run]) and audit.passed]
+        passing = [run for run in ranked if results.runs[run].audit.passed]
         best = (passing or ranked)[0]
         if not passing:
             version = tracking.register(open_checkpoint(checkpoints[best]))

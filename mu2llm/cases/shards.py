@@ -85,6 +85,11 @@ class Shards:
         except ValidationError as error:
             raise UserError(f"{uri}/{INDEX}: {error.errors()[0]['msg']}; ingest again") from None
 
+    @staticmethod
+    def there(uri: str) -> bool:
+        """Whether finished shards lie at a URI."""
+        return bool(uri) and storage.exists(storage.join(uri, INDEX))
+
     @property
     def spec(self) -> PreprocessSpec:
         return self.index.spec

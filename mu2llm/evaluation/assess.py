@@ -9,20 +9,18 @@ from itertools import combinations
 import pyarrow as pa
 
 from mu2llm.config import Experiment
-from mu2llm.engine.predictions import Prediction
-from mu2llm.evaluation import text_metrics
+from mu2llm.engine.predictions import Prediction, Variant
+from mu2llm.evaluation import floors, splits, text_metrics
 from mu2llm.evaluation.audits import Audit, audit
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic, estimates
 from mu2llm.evaluation.clinical import RATES, Tally, finding_metrics, tally_findings
+from mu2llm.evaluation.floors import CLINICAL, PRIOR, Level
 from mu2llm.evaluation.last_layer import LastLayer
-from mu2llm.evaluation.results import Difference, Group, Header, Results, RunResult
-from mu2llm.evaluation.scoring import Texts, content, embedded, judged
+from mu2llm.evaluation.results import TITLES, Difference, Group, Header, Results, RunResult
+from mu2llm.evaluation.scoring import Texts, content, embedded, judge_finished, judged
 from mu2llm.green import Judge, load_judge
 from mu2llm.records import Case, Judgement
 from mu2llm.settings.green import JudgeConfig
-
-PRIOR = "prior"
-"""The run that answers every scan with one training report."""
 
 
 @dataclass(frozen=True)
@@ -40,38 +38,45 @@ def assess(
 ) -> tuple[Results, pa.Table]:
     """The results, and the table of judgements (run, case_id and the columns of Judgement)."""
     judge, rules = load_judge(experiment.judge), load_judge(JudgeConfig())
-    encoder = LastLayer(experiment.evaluation.text_encoder)
+    name = experiment.evaluation.text_encoder
+    encoder = None if name == "none" else LastLayer(name)
     known = {case.id: case for case in cases}
     bootstrap = Bootstrap([case.patient for case in cases], experiment.evaluation.bootstrap, header.seed)
     runs: dict[str, _Run] = {}
-    for run in [*header.checkpoints, PRIOR]:
+    for run in header.checkpoints:
         own = _of(predictions, run)
-        texts = _texts(own, known)
-        judgements = (rules if run == PRIOR else judge).judge(texts.pairs)
+        texts, finished = _texts(own, known), [p.finished for p in own]
+        judgements = judge_finished(judge, texts.pairs, finished)
         statistics = {**content(texts), "green": judged(judgements), **text_metrics.text_metrics(texts.pairs)}
-        if run == PRIOR and judge.identity != rules.identity:
-            del statistics["green"]  # not by the judge of the others
-        runs[run] = _Run(texts, [p.finished for p in own], list(judgements), statistics)
-    for run, statistic in embedded({run: each.texts for run, each in runs.items()}, encoder).items():
-        runs[run].statistics["bert_score"] = statistic
-    audits = {run: _audit(run, runs, predictions, known, rules, bootstrap) for run in header.checkpoints}
+        runs[run] = _Run(texts, finished, judgements, statistics)
+    if encoder:
+        for run, statistic in embedded({run: each.texts for run, each in runs.items()}, encoder).items():
+            runs[run].statistics["bert_score"] = statistic
+    fixed = {floors.NAMES[run]: _texts(own, known) for run in floors.NAMES if (own := _of(predictions, run))}
+    bounds = floors.bounds(fixed, judge, bootstrap, encoder, header.data) if fixed else {}
+    metrics = {run: estimates(each.statistics, bootstrap) for run, each in runs.items()}
+    levels = {run: floors.levels(each, bounds) for run, each in metrics.items()}
     results = Results(
         header=header,
         cases=len(cases),
+        split=splits.named(cases, header.split),
+        split_hash=splits.split_hash(cases),
         judge=judge.identity,
         truth=_truth(cases),
         notes={
             "bleu": f"sacrebleu {text_metrics.bleu_signature()}",
             "rouge": "rouge_score, F-measure, stemmed",
             "meteor": f"nltk, {text_metrics.meteor_variant()}",
-            "bert_score": encoder.identity,
+            "bert_score": encoder.identity if encoder else "not measured",
             "prior": header.prior,
             "intervals": f"95 % percentile bootstrap over patients, {bootstrap.resamples} resamples",
         },
+        floors=bounds,
         runs={
             run: RunResult(
-                metrics=estimates(each.statistics, bootstrap),
-                audit=audits.get(run),
+                metrics=metrics[run],
+                levels=levels[run],
+                audit=_audit(run, runs, levels[run], predictions, known, rules, bootstrap),
                 findings=_groups(tally_findings(each.texts.truth, each.texts.found), bootstrap),
                 labels=_groups(each.texts.labels, bootstrap),
                 regions=_regions(predictions, run, known, rules, bootstrap),
@@ -86,7 +91,7 @@ def assess(
     return results, _judgements(runs)
 
 
-def _of(predictions: Sequence[Prediction], run: str, variant: str = "as_is") -> list[Prediction]:
+def _of(predictions: Sequence[Prediction], run: str, variant: Variant = "as_is") -> list[Prediction]:
     """The reports of a run on whole scans."""
     return [p for p in predictions if (p.run, p.variant, p.region) == (run, variant, None)]
 
@@ -99,15 +104,29 @@ def _texts(predictions: Sequence[Prediction], known: Mapping[str, Case]) -> Text
 def _audit(
     run: str,
     runs: Mapping[str, _Run],
+    levels: Mapping[str, Level],
     predictions: Sequence[Prediction],
     known: Mapping[str, Case],
     rules: Judge,
     bootstrap: Bootstrap,
 ) -> Audit:
+    """With the contrasts of what was written without the case's own scan, where there is such."""
     own = runs[run]
-    variants = {variant: _texts(_of(predictions, run, variant), known) for variant in ("shuffled", "zeroed")}
-    variants[PRIOR] = runs[PRIOR].texts
-    return audit(own.texts, variants, own.judgements, own.finished, rules, bootstrap.resamples, bootstrap.seed)
+    without = {variant: _of(predictions, run, variant) for variant in ("shuffled", "zeroed")}
+    without["prior"] = _of(predictions, PRIOR)
+    variants = {variant: _texts(each, known) for variant, each in without.items() if each}
+    clinical, below = floors.told(levels, TITLES, CLINICAL), floors.told(levels, TITLES)
+    return audit(
+        own.texts,
+        variants,
+        own.judgements,
+        own.finished,
+        rules,
+        shortfalls=[clinical] if clinical else [],
+        warnings=[below] if below else [],
+        resamples=bootstrap.resamples,
+        seed=bootstrap.seed,
+    )
 
 
 def _truth(cases: Sequence[Case]) -> str:

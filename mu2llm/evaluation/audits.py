@@ -18,6 +18,8 @@ from mu2llm.evaluation.scoring import Texts, content, judged
 from mu2llm.green import Judge
 from mu2llm.records import Estimate, Judgement
 
+COVERED = 0.95
+"""A mean over a smaller fraction of the cases is no score of the split."""
 MUCH = 0.1
 """A score that falls by less than this fraction of itself, when the scan is taken away, is called the same."""
 TEMPLATE = 0.5
@@ -38,12 +40,15 @@ class Contrast(BaseModel):
 class Audit(BaseModel):
     """`contrasts`: variant (shuffled, zeroed, prior) → metric (finding_f1, green_rules) → contrast.
 
-    `passed` is False for a model that does not look, or writes one template; `reasons` says why, `warnings` what
-    else to know. Words are of the reports and of the references: 5th, 50th and 95th percentile.
+    `passed` is False for a model that does not look, or writes one template (`reasons` says why), and where its scores
+    cannot stand (`shortfalls`): too few cases in a mean, or no better than without a model. `warnings` is what else to
+    know. `failed` reports score 0 (empty, cut off, unreadable), on `invalid` ones the judge failed: reason → number.
+    Words are of the reports and of the references: 5th, 50th and 95th percentile.
     """
 
     passed: bool
     reasons: list[str]
+    shortfalls: list[str] = []
     warnings: list[str]
     contrasts: dict[str, dict[str, Contrast]]
     distinct_reports: float
@@ -54,12 +59,14 @@ class Audit(BaseModel):
     words: tuple[float, float, float]
     reference_words: tuple[float, float, float]
     cut_off: float
+    failed: dict[str, int] = {}
     invalid: dict[str, int]
 
     @property
     def red_line(self) -> str:
         """One line for every table; empty where all is well."""
-        return "" if self.passed else f"does not look at the scan: {'; '.join(self.reasons)}"
+        blind = [f"does not look at the scan: {'; '.join(self.reasons)}"] if self.reasons else []
+        return "; ".join([*blind, *self.shortfalls])
 
 
 def audit(
@@ -68,27 +75,33 @@ def audit(
     judgements: Sequence[Judgement],
     finished: Sequence[bool],
     rules: Judge,
+    shortfalls: Sequence[str] = (),
+    warnings: Sequence[str] = (),
     resamples: int = 1000,
     seed: int = 0,
 ) -> Audit:
     """The audit of one run.
 
     `own` are its reports, `variants` those written without the case's own scan (shuffled, zeroed) and the fixed
-    report (prior), each for all or some of the cases; `judgements` and `finished` are of `own`.
+    report (prior), each for all or some of the cases; `judgements` and `finished` are of `own`. `shortfalls` and
+    `warnings` are added to what is found here.
     """
     bootstrap = Bootstrap([case.patient for case in own.cases], resamples, seed)
     contrasts = {name: _contrasts(own, texts, rules, resamples, seed) for name, texts in variants.items()}
     texts = Counter(own.candidates)
     frequent, times = texts.most_common(1)[0]
     invalid = Counter(judgement.why for judgement in judgements if not judgement.valid)
+    failed = Counter(judgement.why for judgement in judgements if judgement.failed)
+    short = [*shortfalls, *_uncovered(invalid, len(own))]
     template = times / len(own) > max(TEMPLATE, 2 * _share_of_one(own.references))
     reasons = _reasons(contrasts)
     if template:
         reasons.append(f"one text is {times / len(own):.0%} of the reports")
     return Audit(
-        passed=not reasons,
+        passed=not reasons and not short,
         reasons=reasons,
-        warnings=_warnings(own, judgements, finished),
+        shortfalls=short,
+        warnings=[*_warnings(len(own), failed, invalid, finished), *warnings],
         contrasts=contrasts,
         distinct_reports=len(texts) / len(own),
         most_frequent_report=frequent,
@@ -98,20 +111,9 @@ def audit(
         words=_words(own.candidates),
         reference_words=_words(own.references),
         cut_off=1 - sum(finished) / len(finished),
+        failed=dict(failed),
         invalid=dict(invalid),
     )
-
-
-def prior_report(reports: Sequence[str], rules: Judge, seed: int = 0, sample: int = 48) -> str:
-    """The training report that, given as the answer to every scan, scores best (GREEN by rules) on the others.
-
-    Chosen among and judged by `sample` reports drawn by seed.
-    """
-    distinct = sorted(set(reports))
-    chosen = [distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))[:sample]]
-    pairs = [(reference, candidate) for candidate in chosen for reference in chosen]
-    scores = np.array([judgement.score or 0.0 for judgement in rules.judge(pairs)]).reshape(len(chosen), len(chosen))
-    return chosen[int((scores.sum(axis=1) - scores.diagonal()).argmax())]
 
 
 def _contrasts(own: Texts, other: Texts, rules: Judge, resamples: int, seed: int) -> dict[str, Contrast]:
@@ -150,19 +152,26 @@ def _reasons(contrasts: Mapping[str, Mapping[str, Contrast]]) -> list[str]:
     return reasons
 
 
-def _warnings(own: Texts, judgements: Sequence[Judgement], finished: Sequence[bool]) -> list[str]:
+def _uncovered(invalid: Counter[str], cases: int) -> list[str]:
+    valid = cases - invalid.total()
+    if valid >= COVERED * cases:
+        return []
+    why, times = invalid.most_common(1)[0]
+    return [f"GREEN is a mean over {valid} of {cases} cases only: the judge failed on the others, {times}: {why}"]
+
+
+def _warnings(cases: int, failed: Counter[str], invalid: Counter[str], finished: Sequence[bool]) -> list[str]:
     warnings = []
-    invalid, silent = (Counter(j.why for j in judgements if j.why and j.valid is valid) for valid in (False, True))
     if invalid:
         why, times = invalid.most_common(1)[0]
-        warnings.append(f"{invalid.total()} of {len(own)} judgements are invalid and not in the mean, {times}: {why}")
+        warnings.append(f"{invalid.total()} of {cases} judgements are invalid and not in the mean, {times}: {why}")
     if not all(finished):
         warnings.append(
             f"{len(finished) - sum(finished)} of {len(finished)} reports were cut off at the longest length"
         )
-    if silent:
-        why, times = silent.most_common(1)[0]
-        warnings.append(f"{silent.total()} of {len(own)} reports say nothing and score 0, {times}: {why}")
+    if failed:
+        why, times = failed.most_common(1)[0]
+        warnings.append(f"{failed.total()} of {cases} reports cannot be judged and score 0, {times}: {why}")
     return warnings
 
 

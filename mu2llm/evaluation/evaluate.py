@@ -19,15 +19,13 @@ from mu2llm.engine.generate import checked, generate
 from mu2llm.engine.predictions import VARIANTS, Prediction, Request
 from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import UserError
-from mu2llm.evaluation.assess import PRIOR, assess
-from mu2llm.evaluation.audits import prior_report
+from mu2llm.evaluation import floors
+from mu2llm.evaluation.assess import assess
 from mu2llm.evaluation.leaderboard import rows, track
 from mu2llm.evaluation.report import PAGE, write_report
 from mu2llm.evaluation.results import METRICS, Header, Results
-from mu2llm.green import load_judge
 from mu2llm.progress import Counted
 from mu2llm.records import Case, Checkpoint, Judgement
-from mu2llm.settings.green import JudgeConfig
 
 STATE = "predictions.state"
 """Below `out`, while reports are written: finished batches."""
@@ -164,9 +162,9 @@ def compare_saved(evaluations: Sequence[str], out: str, experiment: Experiment) 
         }
     )
     _check_same(out, identity, experiment, "another --out keeps both")
-    predictions = [p for p in saved[0][1] if p.run == PRIOR]
+    predictions = [p for p in saved[0][1] if p.run in floors.NAMES]
     for i, (_, found) in enumerate(saved):
-        predictions += [p.model_copy(update={"run": names[i, p.run]}) for p in found if p.run != PRIOR]
+        predictions += [p.model_copy(update={"run": names[i, p.run]}) for p in found if p.run not in floors.NAMES]
     storage.write_table(storage.join(out, "cases.parquet"), Case.table(saved[0][0]))
     storage.write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
     header.write(out)
@@ -216,9 +214,8 @@ def _write_predictions(request: Request, shards: Shards, out: str, progress: Cou
     """Cases and predictions, and last the header, which says that they are whole."""
     predictions = generate(request, storage.join(out, STATE), progress)
     cases = shards.cases(request.split)[: request.max_cases]
-    train = [case.report for case in shards.cases("train")]
-    fixed = prior_report(train or [case.report for case in cases], load_judge(JudgeConfig()), request.decoding.seed)
-    predictions += [_prior(case, fixed, request) for case in cases]
+    train = shards.cases("train")
+    predictions += without_model(cases, train, request.question, request.decoding.seed)
     storage.write_table(storage.join(out, "cases.parquet"), Case.table(cases))
     storage.write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
     Header(
@@ -230,15 +227,20 @@ def _write_predictions(request: Request, shards: Shards, out: str, progress: Cou
         split=request.split,
         question=request.question,
         seed=request.decoding.seed,
-        prior=f"one of {len(train)} training reports" if train else "one of the split's own reports: there is no train",
+        prior=floors.told_source(train),
         histories=_histories(request.checkpoints),
     ).write(out)
     storage.delete(storage.join(out, STATE))
 
 
-def _prior(case: Case, text: str, request: Request) -> Prediction:
-    same = {"question": request.question, "text": text, "tokens": 0, "finished": True, "seed": request.decoding.seed}
-    return Prediction(run=PRIOR, case_id=case.id, variant="as_is", region=None, index=0, scan_of="", **same)
+def without_model(cases: Sequence[Case], train: Sequence[Case], question: str, seed: int) -> list[Prediction]:
+    """What the floors write for every case, kept beside the models' reports so that they can be scored anew."""
+    same = {"question": question, "tokens": 0, "finished": True, "seed": seed}
+    return [
+        Prediction(run=run, case_id=case.id, variant="as_is", region=None, index=0, scan_of="", text=text, **same)
+        for run, reports in floors.written(cases, train, seed).items()
+        for case, text in zip(cases, reports, strict=True)
+    ]
 
 
 def _histories(checkpoints: Mapping[str, str]) -> dict[str, list[dict[str, float]]]:

@@ -14,11 +14,13 @@ from rich.text import Text
 
 from mu2llm import tracking
 from mu2llm.evaluation import published
+from mu2llm.evaluation.floors import TITLES as FLOORS
+from mu2llm.evaluation.floors import Level
 from mu2llm.evaluation.pages import environment, source
 from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.records import Estimate
 
-SHOWN = ("finding_f1", "green", "ce_macro_f1", "bleu_1", "rouge_1", "rouge_l", "meteor", "bert_score")
+SHOWN = ("finding_f1", "green", "ce_macro_f1", "crg", "bleu_1", "rouge_1", "rouge_l", "meteor", "bert_score")
 
 
 ROW = "leaderboard_row"
@@ -28,39 +30,48 @@ ROW = "leaderboard_row"
 class Row(BaseModel):
     """One line: numbers (a plain one has no interval) with what they must share to be comparable.
 
-    `identity` is the digest of the checkpoint's weights then; `source` names a publication, "" is ours.
+    `identity` is the digest of the checkpoint's weights then; `source` names a publication, "" is ours. `floors` is
+    what needs no model, on the same cases, `levels` where the metrics stand between floor and ceiling.
     """
 
     run: str
     data: str
     split: str
+    split_hash: str = ""
     judge: str
     cases: int | None
     metrics: dict[str, Estimate | float | None]
+    levels: dict[str, Level] = {}
+    floors: dict[str, dict[str, Estimate | None]] = {}
     red_line: str = ""
+    notes: list[str] = []
     checkpoint: str | None = None
     identity: str = ""
     report: str | None = None
     source: str = ""
 
     @property
-    def league(self) -> tuple[str, str, str, str]:
+    def league(self) -> tuple[str, str, str, str, str]:
         """Rows are comparable within it."""
-        return self.source, self.data, self.split, self.judge
+        return self.source, self.data, self.split, self.split_hash, self.judge
 
 
 def rows(results: Results, report: str | None = None) -> list[Row]:
-    """The rows of an evaluation: each run, and the fixed report."""
+    """The rows of an evaluation: each run, with the floors of its cases."""
     header = results.header
     return [
         Row(
             run=run,
             data=header.data,
-            split=header.split,
+            split=results.split or header.split,
+            split_hash=results.split_hash,
             judge=results.judge,
             cases=results.cases,
             metrics=result.metrics,
-            red_line=result.audit.red_line if result.audit else "",
+            levels=result.levels,
+            floors=results.floors,
+            red_line=result.audit.red_line,
+            notes=result.audit.warnings,
             checkpoint=header.checkpoints.get(run),
             identity=header.identities.get(run, ""),
             report=report,
@@ -120,6 +131,12 @@ class League(BaseModel):
     note: str
     rows: list[Row]
 
+    @property
+    def floors(self) -> dict[str, dict[str, Estimate | None]]:
+        """What needs no model, on the same cases."""
+        known = next((row.floors for row in self.rows if row.floors), {})
+        return {name: known[name] for name in FLOORS if name in known}
+
 
 def leagues(table: Iterable[Row]) -> list[League]:
     """Ours in the order of their first rows, then what was published."""
@@ -127,13 +144,14 @@ def leagues(table: Iterable[Row]) -> list[League]:
     for row in table:
         grouped.setdefault(row.league, []).append(row)
     found = []
-    for (origin, data, split, judge), members in sorted(grouped.items(), key=lambda item: bool(item[0][0])):
+    for (origin, data, split, split_hash, judge), members in sorted(grouped.items(), key=lambda item: bool(item[0][0])):
         ranked = sorted(members, key=lambda row: (bool(row.red_line), -_value(row.metrics.get("green"))))
         if origin:
             found.append(League(title=f"{data} ({origin})", note=f"not comparable: {published.WHY}", rows=ranked))
         else:
             cases = f"{members[0].cases} cases of " if members[0].cases else ""
-            found.append(League(title=f"{data}, {cases}split {split}", note=f"judge {judge}", rows=ranked))
+            same = f"{split} ({split_hash})" if split_hash else split
+            found.append(League(title=f"{data}, {cases}split {same}", note=f"judge {judge}", rows=ranked))
     return found
 
 
@@ -163,6 +181,8 @@ def terminal(table: Sequence[Row]) -> list[Table]:
         for row in league.rows:
             if row.red_line:
                 caption.append(f"\n✗ {row.run} {row.red_line}", style="bold red")
+            for note in row.notes:
+                caption.append(f"\n{row.run}: {note}", style="yellow")
         shown = Table(
             title=Text(league.title), caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD
         )
@@ -170,8 +190,10 @@ def terminal(table: Sequence[Row]) -> list[Table]:
         for name in columns:
             shown.add_column(TITLES[name], justify="right", overflow="fold")
         for row in league.rows:
-            numbers = [_wrapping(row.metrics.get(name)) for name in columns]
+            numbers = [_wrapping(row.metrics.get(name)) + _share(row.levels.get(name)) for name in columns]
             shown.add_row(escape(row.run), *numbers, style="red" if row.red_line else "dim" if row.source else None)
+        for name, metrics in league.floors.items():
+            shown.add_row(FLOORS[name], *(_plain(metrics.get(column)) for column in columns), style="dim italic")
         found.append(shown)
     return found
 
@@ -201,6 +223,14 @@ def _wrapping(number: Estimate | float | None) -> str:
     return cell(number).replace(" (", "\n").replace("–", " – ").rstrip(")") if number is not None else cell(number)
 
 
+def _share(level: Level | None) -> str:
+    return f"\n{level.share:.0%} ↑" if level else ""
+
+
+def _plain(number: Estimate | float | None) -> str:
+    return cell(number).partition(" (")[0]
+
+
 def markdown(table: Sequence[Row]) -> str:
     """One table a league."""
     parts = []
@@ -210,7 +240,10 @@ def markdown(table: Sequence[Row]) -> str:
         lines.append(_line("run", *(TITLES[name] for name in columns)))
         lines.append(_line("---", *("---:" for _ in columns)))
         lines += [_line(row.run, *(cell(row.metrics.get(name)) for name in columns)) for row in league.rows]
+        for name, metrics in league.floors.items():
+            lines.append(_line(f"*{FLOORS[name]}*", *(_plain(metrics.get(column)) for column in columns)))
         lines += ["", *(f"- **✗ {row.run} {row.red_line}**" for row in league.rows if row.red_line)]
+        lines += [f"- {row.run}: {note}" for row in league.rows for note in row.notes]
         parts.append("\n".join(lines).rstrip())
     return "\n\n".join(parts) + "\n"
 
@@ -228,6 +261,7 @@ def html(table: Sequence[Row]) -> str:
         .render(
             leagues=[(league, _columns(league.rows)) for league in leagues(table)],
             titles=TITLES,
+            floors=FLOORS,
             cell=cell,
             style=Markup(source("page.css")),
         )

@@ -17,6 +17,7 @@ from mu2llm.artefacts import open_checkpoint, weights_of
 from mu2llm.config import validate
 from mu2llm.errors import UserError
 from mu2llm.evaluation import leaderboard
+from mu2llm.evaluation.floors import Level
 from mu2llm.evaluation.leaderboard import Row
 from mu2llm.evaluation.results import TITLES
 from mu2llm.records import Checkpoint, Estimate
@@ -50,7 +51,8 @@ def promote(checkpoint: str, alias: Alias = "champion", force: bool = False) -> 
     """Gives a checkpoint the alias, writes its model card and records who replaced what.
 
     Raises UserError where it does not write reports, where its spec is not the one that it was configured with, and,
-    unless `force`, where it was never evaluated as it is now on held-out cases, or an audit has a red line.
+    unless `force`, where it was never evaluated as it is now on held-out cases, or an audit has a red line: it does not
+    look at the scan, too few cases are in a mean, or it is no better than what needs no model.
     """
     promoted = open_checkpoint(tracking.locate(checkpoint))
     rows = evaluations(promoted)
@@ -185,13 +187,20 @@ def _eval_results(row: Row) -> list[EvalResult]:
 
 def _metrics(row: Row) -> str:
     numbers = [
-        (TITLES.get(name, name), leaderboard.cell(number), str(number.n))
+        (TITLES.get(name, name), leaderboard.cell(number), str(number.n), *_bounds(row.levels.get(name)))
         for name, number in row.metrics.items()
         if isinstance(number, Estimate)
     ]
     audit = f"**Audit: {row.red_line}**" if row.red_line else "Audit passed: it looks at the scan."
-    title = f"On `{row.data}`, split {row.split}, {row.cases} cases, judge {row.judge}; 95 % bootstrap intervals."
-    return f"{title}\n\n{_table(('metric', 'value', 'n'), numbers)}\n\n{audit}"
+    same = f"{row.split} ({row.split_hash})" if row.split_hash else row.split
+    title = f"On `{row.data}`, split {same}, {row.cases} cases, judge {row.judge}; 95 % bootstrap intervals."
+    head = ("metric", "value", "n", "floor: no model", "of the way up")
+    notes = [f"- {note}" for note in row.notes]
+    return "\n\n".join([title, _table(head, numbers), audit, *(["\n".join(notes)] if notes else [])])
+
+
+def _bounds(level: Level | None) -> tuple[str, str]:
+    return (f"{level.floor:.3f} ({level.of})", f"{level.share:.0%}") if level else ("–", "–")
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

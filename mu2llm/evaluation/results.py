@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from mu2llm import storage
 from mu2llm.errors import UserError
 from mu2llm.evaluation.audits import Audit
+from mu2llm.evaluation.floors import Level
 from mu2llm.records import Estimate
 
 METRICS = "metrics.json"
@@ -48,10 +49,11 @@ class Group(BaseModel):
 
 
 class RunResult(BaseModel):
-    """One run's results; `prior`, the fixed report, has no audit."""
+    """One run's results; `levels` say where its metrics stand between floor and ceiling."""
 
     metrics: Metrics
-    audit: Audit | None
+    levels: dict[str, Level] = {}
+    audit: Audit
     findings: list[Group]
     labels: list[Group]
     regions: list[Group]
@@ -102,7 +104,8 @@ class Header(BaseModel):
 class Results(BaseModel):
     """metrics.json. `truth` says what the findings were compared with; `notes` what metrics need to be comparable.
 
-    `scored_by` is what decided the scores, as inputs of an identity, `pages` how many cases the report shows.
+    `scored_by` is what decided the scores, as inputs of an identity, `pages` how many cases the report shows. `split`
+    is the name of the cases, `split_hash` what other scores of the same cases share, `floors` what needs no model.
     """
 
     format_version: int = 1
@@ -110,9 +113,12 @@ class Results(BaseModel):
     pages: int | None = None
     header: Header
     cases: int
+    split: str = ""
+    split_hash: str = ""
     judge: str
     truth: str
     notes: dict[str, str]
+    floors: dict[str, Metrics] = {}
     runs: dict[str, RunResult]
     differences: list[Difference]
 
@@ -130,14 +136,29 @@ class Results(BaseModel):
         """One run flat, as `mu2llm evaluate --json` prints it and the demo's summary.json holds it."""
         result = self.runs[run]
         flat: dict[str, Any] = {name: value.model_dump() if value else None for name, value in result.metrics.items()}
-        if result.audit:
-            for variant, contrasts in result.audit.contrasts.items():
-                for metric, contrast in contrasts.items():
-                    flat[f"{metric}_{variant}"] = contrast.without.model_dump()
-            flat["distinct_reports"] = result.audit.distinct_reports
-            flat["audits"] = {**result.audit.model_dump(), "red_line": result.audit.red_line}
+        for variant, contrasts in result.audit.contrasts.items():
+            for metric, contrast in contrasts.items():
+                flat[f"{metric}_{variant}"] = contrast.without.model_dump()
+        flat["distinct_reports"] = result.audit.distinct_reports
+        flat["audits"] = {**result.audit.model_dump(), "red_line": result.audit.red_line}
         of = {"checkpoint": self.header.checkpoints.get(run), "data": self.header.data, "split": self.header.split}
-        return {**flat, **of, "cases": self.cases, "judge": self.judge, "truth": self.truth, "notes": self.notes}
+        by = {"judge": self.judge, "truth": self.truth, "notes": self.notes}
+        return {**flat, **of, "cases": self.cases, **self.bounds(run), **by}
+
+    def bounds(self, run: str) -> dict[str, Any]:
+        """What stands beside a run's metrics: the split's hash, floors, shares of the way to the ceiling."""
+        levels = self.runs[run].levels
+        values = {
+            floor: {name: estimate.value for name, estimate in metrics.items() if estimate}
+            for floor, metrics in self.floors.items()
+        }
+        return {
+            "split_name": self.split,
+            "split_hash": self.split_hash,
+            "floors": values,
+            "shares": {name: level.share for name, level in levels.items()},
+            "below_floor": [name for name, level in levels.items() if level.below],
+        }
 
     def difference(self, ours: str, theirs: str) -> dict[str, dict[str, float] | None]:
         """The paired differences of two runs by metric."""
@@ -145,7 +166,7 @@ class Results(BaseModel):
         return {name: value.model_dump() if value else None for name, value in found.metrics.items()}
 
     def table(self) -> pa.Table:
-        """Every number as a row: run, group (all, finding, label, region, difference), name, metric, value …"""
+        """Every number as a row: run, group (all, finding, label, region, floor, difference), name, metric, value …"""
         rows = []
         for run, result in self.runs.items():
             groups = {"finding": result.findings, "label": result.labels, "region": result.regions}
@@ -153,6 +174,8 @@ class Results(BaseModel):
             for group, members in groups.items():
                 for member in members:
                     rows += _rows(run, group, member.name, member.metrics)
+        for floor, metrics in self.floors.items():
+            rows += _rows(floor, "floor", "", metrics)
         for each in self.differences:
             rows += _rows(each.ours, "difference", each.theirs, each.metrics)
         texts = [pa.field(name, pa.string()) for name in ("run", "group", "name", "metric")]

@@ -13,7 +13,10 @@ from mu2llm import green
 from mu2llm.evaluation import clinical
 from mu2llm.evaluation.bootstrap import Statistic
 from mu2llm.evaluation.clinical import Tally
+from mu2llm.green import Judge
 from mu2llm.records import Case, Finding, Judgement
+
+CUT_OFF = "the candidate report was cut off at the longest length"
 
 if TYPE_CHECKING:
     from mu2llm.evaluation.text_metrics import TokenEncoder
@@ -58,13 +61,18 @@ class Texts:
         return [green.findings(text) for text in self.candidates]
 
     @cached_property
-    def labels(self) -> Tally:
+    def true_labels(self) -> list[dict[str, int]]:
         """The 18 labels: the data set's where a case has them, else those read in the reference."""
-        truth = [
+        return [
             case.labels if case.labels is not None else green.labels(reference)
             for case, reference in zip(self.cases, self.references, strict=True)
         ]
-        return clinical.tally_labels(truth, [green.labels(text) for text in self.candidates], green.LABELS)
+
+    @cached_property
+    def labels(self) -> Tally:
+        """The labels read in the candidates against the true ones."""
+        found = [green.labels(text) for text in self.candidates]
+        return clinical.tally_labels(self.true_labels, found, green.LABELS)
 
 
 def content(texts: Texts) -> dict[str, Statistic]:
@@ -83,6 +91,13 @@ def embedded(runs: Mapping[str, Texts], encoder: TokenEncoder) -> dict[str, Stat
     by_case = [pair for pairs in zip(*(texts.pairs for texts in runs.values()), strict=True) for pair in pairs]
     scores = text_metrics.bert_score(by_case, encoder)
     return {run: Statistic.mean(scores[i :: len(runs)]) for i, run in enumerate(runs)}
+
+
+def judge_finished(judge: Judge, pairs: Sequence[tuple[str, str]], finished: Sequence[bool]) -> list[Judgement]:
+    """Judgements of pairs; a report that was cut off is not asked about, it scores 0."""
+    cut = Judgement(valid=True, score=0.0, why=CUT_OFF, judge=judge.identity)
+    whole = iter(judge.judge([pair for pair, done in zip(pairs, finished, strict=True) if done]))
+    return [next(whole) if done else cut for done in finished]
 
 
 def judged(judgements: Sequence[Judgement]) -> Statistic:

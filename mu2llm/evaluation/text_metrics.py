@@ -101,7 +101,8 @@ _stems = cache(_Stems)
 
 
 @lru_cache(maxsize=4096)
-def _stemmed(text: str) -> tuple[str, ...]:
+def stemmed(text: str) -> tuple[str, ...]:
+    """What rouge_score makes of a text: its words, stemmed."""
     return tuple(_stems().tokenize(text))
 
 
@@ -110,7 +111,7 @@ def rouge(pairs: Sequence[Pair]) -> dict[str, Statistic]:
 
     rouge_score's tokens and numbers; its table of the longest common subsequence takes 0.1 s a pair of CT reports.
     """
-    scores = [_rouge(_stemmed(reference), _stemmed(candidate)) for reference, candidate in pairs]
+    scores = [_rouge(stemmed(reference), stemmed(candidate)) for reference, candidate in pairs]
     columns = zip(*scores, strict=True) if scores else ((), (), ())
     return {name: Statistic.mean(list(column)) for name, column in zip(ROUGE, columns, strict=True)}
 

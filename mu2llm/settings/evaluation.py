@@ -16,4 +16,4 @@ class EvaluationConfig(InferenceConfig):
     regions: bool = Field(True, description="also ask the cases' own questions about a region of the body")
     pages: Execution[int] = Field(10, ge=0, description="cases that the report shows with their scans")
     question: str = "Write the radiology report of this CT scan."
-    text_encoder: str = Field("minilm", description="encoder of BERTScore")
+    text_encoder: str = Field("minilm", description="encoder of BERTScore; none leaves it out")

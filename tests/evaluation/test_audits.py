@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from small_runs import SIDES
 
-from mu2llm.evaluation.audits import audit, prior_report
-from mu2llm.evaluation.scoring import Texts
+from mu2llm.evaluation.audits import audit
+from mu2llm.evaluation.bootstrap import Bootstrap
+from mu2llm.evaluation.scoring import CUT_OFF, Texts, judge_finished, judged
 from mu2llm.green import load_judge
 from mu2llm.records import Case, Finding, Judgement
 from mu2llm.settings.green import JudgeConfig
@@ -89,7 +90,28 @@ def test_invalid_cut_off_and_empty_are_said():
     assert result.cut_off == pytest.approx(0.1)
     told = " | ".join(result.warnings)
     assert "3 of 60 judgements are invalid" in told and "6 of 60 reports were cut off" in told
-    assert "1 of 60 reports say nothing and score 0" in told
+    assert "1 of 60 reports cannot be judged and score 0" in told
+    assert not result.shortfalls and sum(result.failed.values()) == 1
+
+
+def test_a_mean_over_less_than_95_of_100_cases_is_no_score():
+    judgements = [Judgement(valid=False, score=None, why="refused")] * 4 + RULES.judge(texts(REFERENCES).pairs)[4:]
+    result = run(REFERENCES, shifted(7), judgements=judgements)
+    assert not result.passed and result.reasons == []
+    assert result.red_line.startswith(
+        "GREEN is a mean over 56 of 60 cases only: the judge failed on the others, 4: ref"
+    )
+
+
+def test_one_right_report_and_four_empty_ones_are_a_fifth():
+    """They were invalid, and GREEN was 1.0 at n 1."""
+    pairs = [
+        ("Left pleural effusion.", text) for text in ("Left pleural effusion.", "", "-", "qwe rty", "Kein Erguss.")
+    ]
+    cut = judge_finished(RULES, [pairs[0], *pairs], [False] + [True] * 5)
+    assert cut[0].failed and cut[0].score == 0 and cut[0].why == CUT_OFF and not cut[1].failed
+    assert [judgement.failed for judgement in cut[2:]] == [True] * 4
+    assert judged(cut[1:]).n == 5 and Bootstrap(range(5)).estimate(judged(cut[1:])).value == pytest.approx(0.2)
 
 
 def test_without_another_patient_there_is_no_verdict_to_pass():
@@ -102,9 +124,3 @@ def test_variants_of_some_cases_are_compared_on_these():
     some = Texts(CASES[:30], REFERENCES[:30], tuple(shifted(7)[:30]))
     contrast = run(REFERENCES, shifted(7), variants={"shuffled": some}).contrasts["shuffled"]["finding_f1"]
     assert contrast.without.n == contrast.gain.n == 30
-
-
-def test_the_fixed_report_is_the_one_that_fits_most():
-    reports = [NORMAL] * 3 + ["Left pleural effusion."] + ["No pleural effusion. Normal liver."] * 6
-    assert prior_report(reports, RULES) in (NORMAL, "No pleural effusion. Normal liver.")
-    assert prior_report(reports, RULES, seed=1) == prior_report(reports, RULES, seed=1)

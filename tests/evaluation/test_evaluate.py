@@ -1,6 +1,7 @@
 """`evaluate` from shards to files; scores anew from the files alone."""
 
 import json
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +14,7 @@ from mu2llm.engine.predictions import Prediction
 from mu2llm.errors import UserError
 from mu2llm.evaluation import assess as assess_module
 from mu2llm.evaluation import evaluate as evaluate_module
+from mu2llm.evaluation import floors
 from mu2llm.evaluation.evaluate import compare, compare_saved, evaluate, rescore
 from mu2llm.evaluation.results import Header, Results
 from mu2llm.records import Case
@@ -57,6 +59,7 @@ def save(out):
         *predict("dpo", "shuffled", wrong),
         *predict("dpo", "zeroed", ["The liver is normal."] * 12),
         *predict("dpo", "as_is", [c.questions[0].answer for c in CASES], "chest", questions.question),
+        *(p for p in evaluate_module.without_model(CASES, CASES, "q", 0) if p.run != "prior"),
         *predict("prior", "as_is", ["No pleural effusion. The liver is normal."] * 12),
     ]
     storage.write_table(storage.join(out, "cases.parquet"), Case.table(CASES))
@@ -77,7 +80,7 @@ def only(out, run, name):
     """The saved evaluation of one run of `out`, below another name."""
     header, (cases, predictions) = Header.open(str(out)), evaluate_module.read_predictions(str(out))
     folder = str(out.parent / name)
-    kept = [p for p in predictions if p.run in (run, "prior")]
+    kept = [p for p in predictions if p.run == run or p.run in floors.NAMES]
     storage.write_table(storage.join(folder, "cases.parquet"), Case.table(cases))
     storage.write_table(storage.join(folder, "predictions.parquet"), Prediction.table(kept))
     header.model_copy(update={"checkpoints": {run: header.checkpoints[run]}, "identity": name}).write(folder)
@@ -109,11 +112,13 @@ def test_rescore_needs_nothing_but_the_files(tmp_path, no_encoder):
     save(out)
     results = rescore(out, least())
     assert Results.open(out) == results
-    dpo, sft, prior = (results.summary(run) for run in ("dpo", "sft", "prior"))
+    dpo, sft = (results.summary(run) for run in ("dpo", "sft"))
     assert [dpo[name]["value"] for name in ("finding_f1", "green", "bleu_1", "rouge_l")] == [1, 1, 1, 1]
     assert dpo["finding_f1"]["n"] == 12
     assert sft["finding_f1"]["value"] < 0.5
-    assert prior["finding_f1"]["value"] == 0 and "audits" not in prior
+    assert results.floors["constant"]["finding_f1"].value == 0 == dpo["floors"]["constant"]["finding_f1"]
+    assert dpo["shares"]["finding_f1"] == 1 and dpo["below_floor"] == []
+    assert "green" in sft["below_floor"] and "below its floor: " in sft["audits"]["red_line"]
     assert dpo["finding_f1_shuffled"]["value"] == sft["finding_f1"]["value"]
     assert dpo["distinct_reports"] == len({each.report for each in CASES}) / 12
     assert dpo["audits"]["passed"] and not sft["audits"]["passed"]
@@ -128,13 +133,14 @@ def test_tables(tmp_path, no_encoder):
     save(out)
     results = rescore(out, least())
     judgements = pq.read_table(tmp_path / "judgements.parquet")
-    assert judgements.num_rows == 36 and judgements["run"].unique().to_pylist() == ["sft", "dpo", "prior"]
+    assert judgements.num_rows == 24 and judgements["run"].unique().to_pylist() == ["sft", "dpo"]
     metrics = pq.read_table(tmp_path / "metrics.parquet").to_pylist()
     keys = {(row["run"], row["group"], row["name"], row["metric"]) for row in metrics}
     assert ("dpo", "finding", "pleural effusion", "recall") in keys
     assert ("dpo", "label", "Pleural effusion", "f1") in keys
     assert ("dpo", "region", "chest", "rouge_l") in keys
     assert ("dpo", "difference", "sft", "finding_f1") in keys
+    assert ("other_patient", "floor", "", "bleu_1") in keys
     [effusion] = results.runs["dpo"].findings
     assert effusion.n == sum(bool(each.findings) for each in CASES)
     [chest] = results.runs["dpo"].regions
@@ -157,7 +163,9 @@ def test_nothing_saved_says_what_to_do(tmp_path):
 def test_from_shards_to_files(ray_cluster, shards, checkpoints, tmp_path, monkeypatch):
     out = str(tmp_path / "out")
     results = compare(checkpoints, shards.uri, out, least())
-    assert list(results.runs) == ["sft", "dpo", "prior"]
+    assert list(results.runs) == ["sft", "dpo"]
+    assert set(results.floors) == set(floors.TITLES)
+    assert len(list((Path(shards.uri) / "floors").iterdir())) == 1  # kept with the data
     assert results.cases == 10
     assert not results.runs["sft"].audit.passed  # it has learnt nothing
     assert results.header.histories["sft"][0] == {"step": 0, "loss": 3.0}

@@ -6,15 +6,25 @@ import pytest
 from rich.console import Console
 
 from mu2llm.evaluation import leaderboard
+from mu2llm.evaluation.floors import Level
 from mu2llm.evaluation.leaderboard import Row
 from mu2llm.records import Estimate
 
 LINE = "does not look at the scan: finding_f1 0.20 is much the same with other patients' scans"
 
 
+FLOORS = {"constant": {"green": Estimate(value=0.25, low=0.2, high=0.3, n=10)}}
+NOTE = "below its floor: CRG 0.333 (constant 0.362)"
+
+
 def row(run, green, data="phantoms", red_line="", judge="rules"):
     metrics = {"green": Estimate(value=green, low=green - 0.1, high=green + 0.1, n=10), "bleu_1": None}
-    return Row(run=run, data=data, split="test", judge=judge, cases=10, metrics=metrics, red_line=red_line)
+    beside = {
+        "levels": {"green": Level(value=green, low=green, floor=0.25, of="constant", ceiling=1)},
+        "floors": FLOORS,
+    }
+    beside |= {"split_hash": "0a1b2c3d4e5f", "notes": [NOTE] if run == "sft" else []}
+    return Row(run=run, data=data, split="test", judge=judge, cases=10, metrics=metrics, red_line=red_line, **beside)
 
 
 ROWS = [row("sft", 0.3), row("cheat", 0.9, red_line=LINE), row("dpo", 0.4), row("other", 0.8, judge="hf:x")]
@@ -33,6 +43,8 @@ def test_ranked_within_data_and_judge_and_the_red_line_last():
     first, second = leaderboard.leagues(ROWS)
     assert [each.run for each in first.rows] == ["dpo", "sft", "cheat"]
     assert [each.run for each in second.rows] == ["other"]
+    elsewhere = ROWS[0].model_copy(update={"split_hash": "other cases"})
+    assert len(leaderboard.leagues([ROWS[0], elsewhere])) == 2
 
 
 def test_the_papers_numbers_are_apart_with_their_source():
@@ -50,6 +62,8 @@ def test_every_form_has_all_of_it(form):
         assert run in text
     assert "does not look at the scan" in text
     assert "not comparable" in text
+    assert "one typical training report" in text and "0.250" in text and "0a1b2c3d4e5f" in text
+    assert NOTE in text
     assert "0.400" in text and "0.30–0.50" in text and "0.429" in text
 
 

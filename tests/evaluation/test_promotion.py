@@ -111,6 +111,12 @@ def test_a_red_line_is_refused_unless_forced(sft):
     assert "**Audit: does not look at the scan**" in storage.read_bytes(storage.join(sft, CARD)).decode()
 
 
+def test_a_score_not_above_its_floor_is_refused(sft):
+    evaluated(sft, "below its floor: GREEN 0.500 (constant 0.600)")
+    with pytest.raises(UserError, match=r"on phantoms, test: below its floor: GREEN 0\.500 \(constant 0\.600\)"):
+        promote(sft)
+
+
 def test_what_writes_no_reports_or_has_another_spec_is_refused(sft, tmp_path):
     evaluated(sft)
     checkpoint = open_checkpoint(sft)

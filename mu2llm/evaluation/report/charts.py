@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import is_color_like, to_hex
 from matplotlib.figure import Figure
 
+from mu2llm.evaluation.floors import Level
 from mu2llm.evaluation.pages import source
 from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.records import Estimate
@@ -41,30 +42,42 @@ STYLE: Any = {
     "axes.facecolor": "none",
     "legend.frameon": False,
 }
-SHOWN = ("finding_f1", "green", "ce_macro_f1", "bleu_1", "rouge_l", "meteor", "bert_score")
+SHOWN = ("finding_f1", "green", "ce_macro_f1", "crg", "bleu_1", "rouge_l", "meteor", "bert_score")
 
 
 def metrics(results: Results) -> str:
-    """Bars with intervals: the chief metrics of every run."""
+    """Bars with intervals: the chief metrics of every run, with a line at what needs no model and one at the most."""
     runs = list(results.runs)
     names = [name for name in SHOWN if any(result.metrics.get(name) for result in results.runs.values())]
     with rc_context(STYLE):
-        figure = Figure(figsize=(9, 0.6 + 0.17 * len(runs) * len(names) + 0.16 * len(names)), layout="constrained")
+        figure = Figure(figsize=(9, 0.6 + (0.2 * len(runs) + 0.2) * len(names)), layout="constrained")
         axes = figure.subplots()
         rows = np.arange(len(names))
         for i, run in enumerate(runs):
             values = [results.runs[run].metrics.get(name) for name in names]
             _bars(axes, rows + (i - (len(runs) - 1) / 2) * 0.8 / len(runs), values, RUNS[i], run, 0.8 / len(runs))
+        levels = {name: each.levels[name] for each in results.runs.values() for name in names if name in each.levels}
+        for name, level in levels.items():
+            _bounds(axes, names.index(name), level, named=name == next(iter(levels)))
         axes.set_yticks(rows, [TITLES[name] for name in names])
         axes.invert_yaxis()
         _finish(axes)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(runs), borderaxespad=0, handlelength=1)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(runs) + 2, borderaxespad=0, handlelength=1)
         return as_svg(figure, f"chief metrics of {', '.join(runs)}, with 95 % intervals")
+
+
+def _bounds(axes: Axes, row: int, level: Level, named: bool) -> None:
+    """Lines across a metric's bars, at its floor and at its ceiling."""
+    ends, label = [row - 0.46, row + 0.46], "floor: no model" if named else None
+    axes.plot([level.floor] * 2, ends, color=INK, linewidth=1.6, linestyle=(0, (2, 1.2)), label=label)
+    axes.plot([level.ceiling] * 2, ends, color=INK, linewidth=0.8, label="ceiling" if named else None)
 
 
 def grounding(results: Results) -> str:
     """Findings F1 of each run with its scan, with another patient's, with an empty one."""
-    runs = [(i, run) for i, run in enumerate(results.runs) if results.runs[run].audit]
+    runs = [(i, run) for i, run in enumerate(results.runs) if "shuffled" in results.runs[run].audit.contrasts]
+    if not runs:
+        return ""
     variants = {"own scan": None, "another patient's": "shuffled", "empty": "zeroed"}
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 0.7 + 0.75 * len(runs)), layout="constrained")
@@ -85,15 +98,15 @@ def grounding(results: Results) -> str:
 
 def _f1(results: Results, run: str, variant: str | None) -> Estimate | None:
     result = results.runs[run]
-    if variant is None or result.audit is None:
+    if variant is None:
         return result.metrics.get("finding_f1")
     contrast = result.audit.contrasts.get(variant, {}).get("finding_f1")
     return contrast.without if contrast else None
 
 
 def green_distribution(results: Results) -> str:
-    """How many cases have which GREEN, of each run that a model made."""
-    runs = [(i, run) for i, run in enumerate(results.runs) if results.runs[run].audit]
+    """How many cases have which GREEN, of each run."""
+    runs = list(enumerate(results.runs))
     edges = np.linspace(0, 1, 11)
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 2.6), layout="constrained")

@@ -12,6 +12,8 @@ from mu2llm import green, storage
 from mu2llm.cases import Shards
 from mu2llm.cases.shards import read_rows
 from mu2llm.engine.predictions import Prediction
+from mu2llm.evaluation.floors import TITLES as FLOORS
+from mu2llm.evaluation.floors import Level
 from mu2llm.evaluation.pages import environment, source
 from mu2llm.evaluation.report import scans
 from mu2llm.evaluation.report.marks import SHORT, Piece, Sentence, Verdict, changes, mark, verdicts
@@ -59,10 +61,11 @@ def write_report(
         _page(case, pictures.get(case.id, []), list(results.header.checkpoints), texts, judgements) for case in chosen
     ]
     templates = environment()
-    templates.filters["number"] = number
+    templates.filters |= {"number": number, "share": share}
     html = templates.get_template("page.html").render(
         results=results,
         titles=TITLES,
+        floors=FLOORS,
         charts={name: Markup(svg) for name, svg in _charts(results).items()},
         pages=shown,
         windows=windows,
@@ -94,6 +97,13 @@ def number(estimate: Estimate | None, signed: bool = False) -> Markup:
     )
 
 
+def share(level: Level) -> Markup:
+    """How far up from the floor to the ceiling, with both where the mouse rests."""
+    title = f"floor: {FLOORS[level.of]}, {level.floor:.3f}; ceiling: {level.ceiling:.3f}"
+    kind = "below" if level.below else "up"
+    return Markup('<small class="{}" title="{}">{} up</small>').format(kind, title, f"{100 * level.share:.0f} %")
+
+
 def _page(
     case: Case,
     planes: list[scans.Plane],
@@ -115,7 +125,7 @@ def _page(
 def _pictures(results: Results, ids: Sequence[str]) -> tuple[dict[str, list[scans.Plane]], list[str]]:
     """Planes by case and the names of the windows; nothing where the shards are out of reach."""
     header = results.header
-    if not storage.exists(storage.join(header.data, "shards.json")):
+    if not Shards.there(header.data):
         return {}, []
     shards = Shards.open(header.data)
     places = {case.id: i for i, case in enumerate(shards.cases(header.split))}

@@ -7,6 +7,7 @@ import pytest
 
 from mu2llm.engine.predictions import Prediction
 from mu2llm.evaluation.audits import Audit
+from mu2llm.evaluation.floors import Level
 from mu2llm.evaluation.report import write_report
 from mu2llm.evaluation.report.page import choose
 from mu2llm.evaluation.results import Difference, Group, Header, Results, RunResult
@@ -45,6 +46,7 @@ def run(value, reasons=(), scores=(1.0, 0.5, None, 0.0, 0.75)):
     region = {name: estimate(0.5) for name in ("finding_f1", "green_rules", "bleu_1", "rouge_l")}
     return RunResult(
         metrics={name: estimate(value) for name in NAMES},
+        levels={"green": Level(value=value, low=value / 2, floor=0.2, of="constant", ceiling=0.9)},
         audit=audit,
         findings=groups,
         labels=groups,
@@ -54,7 +56,6 @@ def run(value, reasons=(), scores=(1.0, 0.5, None, 0.0, 0.75)):
 
 
 def results(out):
-    prior = run(0.1).model_copy(update={"audit": None, "regions": []})
     header = Header(
         identity="x",
         checkpoints={"sft": "a", "dpo": "b"},
@@ -71,7 +72,9 @@ def results(out):
         judge="rules@1",
         truth="the cases' own findings",
         notes={"bleu": "b", "rouge": "r", "meteor": "m", "bert_score": "e", "prior": "p", "intervals": "i"},
-        runs={"sft": run(0.3, ["finding_f1 is much the same"]), "dpo": run(0.5), "prior": prior},
+        split_hash="0a1b2c3d4e5f",
+        floors={"constant": {"green": estimate(0.2)}, "reference": {"green": estimate(0.9)}},
+        runs={"sft": run(0.3, ["finding_f1 is much the same"]), "dpo": run(0.5)},
         differences=[Difference(ours="dpo", theirs="sft", metrics={"green": estimate(0.2)})],
     )
 
@@ -107,6 +110,8 @@ def test_all_is_there(page):
     for text in ("dpo − sft", "does not look at the scan: finding_f1 is much the same", "renal cyst", "cut off"):
         assert text in page
     for text in ("invalid", "refused", "chest", "+0.20", "one of 3 training reports", "dpo: 0.7 → 0.5"):
+        assert text in page
+    for text in ("0a1b2c3d4e5f", "one typical training report for all", "floor: no model", "43 % up"):
         assert text in page
     assert page.count("<article>") == 3
     assert page.count("<svg role") == 4
