@@ -1,4 +1,4 @@
-"""Reports and what they are worth: evaluate, generate, green, labels."""
+"""Reports and what they are worth: evaluate, score, generate, green, labels."""
 
 from __future__ import annotations
 
@@ -63,6 +63,38 @@ def evaluate(
 
 
 @app.command()
+def score(
+    predictions: Annotated[str, typer.Option(help="CSV, JSON lines, Parquet, results.json or a folder of <id>.txt.")],
+    references: Annotated[str, typer.Option(help="The same, or shards that `ingest` wrote.")],
+    out: Out,
+    split: Annotated[str | None, typer.Option(help="Of shards, or one of CT-RATE's: ct-rate-valid …")] = None,
+    train: Annotated[str | None, typer.Option(help="Training reports for the floors; shards have their own.")] = None,
+    name: Annotated[str | None, typer.Option(help="How tables call the run; default: the file's name.")] = None,
+    bert_score: Annotated[bool, typer.Option("--bert-score", help="BERTScore too, which needs an encoder.")] = False,
+    judge: JudgeName = None,
+    preset: Preset = "demo",
+    set_: Set = [],  # noqa: B006
+    fresh: Fresh = False,
+    dry: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Score anyone's reports: joined by id, with floors, intervals and report.html. No model, no scans."""
+    encoder = [] if bert_score else ["evaluation.text_encoder=none"]
+    experiment = load_with_judge(preset, [*encoder, *set_], judge)
+    if dry:
+        dry_run(experiment, [predictions, references], [out], f"judge {experiment.judge.name}")
+    from mu2llm.evaluation.leaderboard import rows, terminal
+    from mu2llm.evaluation.score import score as score_reports
+    from mu2llm.evaluation.score import summary
+
+    results = score_reports(predictions, references, out, experiment, split, train, name, fresh)
+    if as_json:
+        show(summary(results), as_json)
+        return
+    Console().print(*terminal(rows(results)))
+
+
+@app.command()
 def rescore(
     evaluation: Annotated[str, typer.Argument(help="Folder that `evaluate` wrote.")],
     judge: JudgeName = None,
@@ -88,6 +120,7 @@ def rescore(
 def compare(
     evaluations: Annotated[list[str], typer.Argument(metavar="EVALUATION EVALUATION…", help="Folders of `evaluate`.")],
     out: Out,
+    common: Annotated[bool, typer.Option("--common", help="Of different cases: those that all have.")] = False,
     judge: JudgeName = None,
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
@@ -100,7 +133,7 @@ def compare(
     from mu2llm.evaluation.evaluate import compare_saved
     from mu2llm.evaluation.leaderboard import differences, rows, terminal
 
-    results = compare_saved(evaluations, out, experiment)
+    results = compare_saved(evaluations, out, experiment, common)
     if as_json:
         runs = {run: results.summary(run) for run in results.header.checkpoints}
         show({"runs": runs, "differences": [each.model_dump() for each in results.differences]}, as_json)

@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from mu2llm.config import Experiment
 from mu2llm.engine.predictions import Prediction, Variant
-from mu2llm.evaluation import floors, splits, text_metrics
-from mu2llm.evaluation.audits import Audit, audit
+from mu2llm.evaluation import floors, foreign, splits, text_metrics
+from mu2llm.evaluation.audits import COVERED, Audit, audit
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic, estimates
 from mu2llm.evaluation.clinical import RATES, Tally, finding_metrics, tally_findings
 from mu2llm.evaluation.floors import CLINICAL, PRIOR, Level
@@ -76,7 +76,7 @@ def assess(
             run: RunResult(
                 metrics=metrics[run],
                 levels=levels[run],
-                audit=_audit(run, runs, levels[run], predictions, known, rules, bootstrap),
+                audit=_audit(run, header, runs, levels[run], predictions, known, rules, bootstrap),
                 findings=_groups(tally_findings(each.texts.truth, each.texts.found), bootstrap),
                 labels=_groups(each.texts.labels, bootstrap),
                 regions=_regions(predictions, run, known, rules, bootstrap),
@@ -103,6 +103,7 @@ def _texts(predictions: Sequence[Prediction], known: Mapping[str, Case]) -> Text
 
 def _audit(
     run: str,
+    header: Header,
     runs: Mapping[str, _Run],
     levels: Mapping[str, Level],
     predictions: Sequence[Prediction],
@@ -122,11 +123,18 @@ def _audit(
         own.judgements,
         own.finished,
         rules,
-        shortfalls=[clinical] if clinical else [],
-        warnings=[below] if below else [],
+        shortfalls=[line for line in (clinical, _missing(header, len(known))) if line],
+        warnings=[*([below] if below not in ("", clinical) else []), *foreign.told(header.unmatched)],
         resamples=bootstrap.resamples,
         seed=bootstrap.seed,
     )
+
+
+def _missing(header: Header, cases: int) -> str:
+    """What is said where too many references have no prediction."""
+    expected = cases + len(header.unmatched.get("missing", ()))
+    few = cases < COVERED * expected
+    return f"scored on {cases} of {expected} cases only: the others have no prediction" if few else ""
 
 
 def _truth(cases: Sequence[Case]) -> str:

@@ -24,6 +24,7 @@ from mu2llm.evaluation.assess import assess
 from mu2llm.evaluation.leaderboard import rows, track
 from mu2llm.evaluation.report import PAGE, write_report
 from mu2llm.evaluation.results import METRICS, Header, Results
+from mu2llm.evaluation.splits import split_hash
 from mu2llm.progress import Counted
 from mu2llm.records import Case, Checkpoint, Judgement
 
@@ -69,12 +70,22 @@ def compare(
     checked(request)
     green.check_judge(experiment.judge)  # before hours of writing, and before anything is removed
     if fresh:
-        for name in MADE:
-            storage.delete(storage.join(out, name))
-    _check_same(out, request.identity, experiment)
+        clear(out)
+    check_same(out, request.identity, experiment)
     if not Header.there(out):
         artefacts.claim(storage.join(out, STATE), request.identity, "an interrupted evaluation")
         _write_predictions(request, shards, out, progress)
+    return scored(out, experiment)
+
+
+def clear(out: str) -> None:
+    """Removes what an evaluation made in `out`."""
+    for name in MADE:
+        storage.delete(storage.join(out, name))
+
+
+def scored(out: str, experiment: Experiment) -> Results:
+    """The results of saved predictions, judged unless they are already; new ones go to the tracking store too."""
     before = Results.open(out) if storage.exists(storage.join(out, METRICS)) else None
     if before and before.scored_by == scoring(experiment).inputs:
         return render(out, experiment)
@@ -91,7 +102,7 @@ def scoring(experiment: Experiment) -> Identity:
     return Identity.of({**green.decides(experiment.judge), "rules": green.rules_identity(), **settings})
 
 
-def _check_same(out: str, identity: Identity, experiment: Experiment, mend: str = artefacts.MEND) -> None:
+def check_same(out: str, identity: Identity, experiment: Experiment, mend: str = artefacts.MEND) -> None:
     """A UserError where `out` holds other predictions, or another judge's verdicts, which would be lost."""
     if not Header.there(out):
         return
@@ -133,19 +144,29 @@ def render(out: str, experiment: Experiment) -> Results:
     return results
 
 
-def compare_saved(evaluations: Sequence[str], out: str, experiment: Experiment) -> Results:
+def compare_saved(evaluations: Sequence[str], out: str, experiment: Experiment, common: bool = False) -> Results:
     """Evaluations that are there already, put side by side in `out`: paired differences on the same cases, no model.
 
-    Runs of the same name are told apart by their folder. Raises UserError where the cases are not the same.
+    Runs of the same name are told apart by their folder. Raises UserError where the cases are not the same, unless
+    `common` asks for those that all of them have, with the same reference.
     """
     headers = [Header.open(each) for each in evaluations]
     saved = [read_predictions(each) for each in evaluations]
-    cases = {case.id: case.report for case in saved[0][0]}
-    for folder, (others, _) in zip(evaluations, saved, strict=True):
-        if {case.id: case.report for case in others} != cases:
-            raise UserError(f"{folder} and {evaluations[0]} are of different cases; only the same can be paired")
+    hashes = [split_hash(cases) for cases, _ in saved]
+    if len(set(hashes)) > 1 and not common:
+        other = next(i for i, each in enumerate(hashes) if each != hashes[0])
+        raise UserError(
+            f"{evaluations[other]} ({hashes[other]}) and {evaluations[0]} ({hashes[0]}) are of different cases; "
+            "only the same can be paired: --common compares those that both have"
+        )
+    kept = _in_all([cases for cases, _ in saved])
+    if not kept:
+        raise UserError(f"no case with the same reference is in all of {', '.join(evaluations)}")
+    cases = [case for case in saved[0][0] if case.id in kept]
+    saved = [(cases, [p for p in found if p.case_id in kept]) for _, found in saved]
     names = _told_apart(evaluations, headers)
-    identity = Identity.of({f"evaluation.{i}": each.identity for i, each in enumerate(headers)})
+    inputs = {f"evaluation.{i}": each.identity for i, each in enumerate(headers)}
+    identity = Identity.of({**inputs, **({"common": split_hash(cases)} if len(set(hashes)) > 1 else {})})
     header = headers[0].model_copy(
         update={
             "identity": identity.digest,
@@ -161,7 +182,7 @@ def compare_saved(evaluations: Sequence[str], out: str, experiment: Experiment) 
             "histories": {stage: losses for each in headers for stage, losses in each.histories.items()},
         }
     )
-    _check_same(out, identity, experiment, "another --out keeps both")
+    check_same(out, identity, experiment, "another --out keeps both")
     predictions = [p for p in saved[0][1] if p.run in floors.NAMES]
     for i, (_, found) in enumerate(saved):
         predictions += [p.model_copy(update={"run": names[i, p.run]}) for p in found if p.run not in floors.NAMES]
@@ -169,6 +190,12 @@ def compare_saved(evaluations: Sequence[str], out: str, experiment: Experiment) 
     storage.write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
     header.write(out)
     return rescore(out, experiment)
+
+
+def _in_all(saved: Sequence[Sequence[Case]]) -> set[str]:
+    """The ids of the cases that all have, with the same reference."""
+    pairs = [{(case.id, " ".join(case.report.split())) for case in cases} for cases in saved]
+    return {name for name, _ in set.intersection(*pairs)}
 
 
 def _told_apart(evaluations: Sequence[str], headers: Sequence[Header]) -> dict[tuple[int, str], str]:

@@ -88,11 +88,12 @@ def levels(metrics: Metrics, floors: Mapping[str, Metrics]) -> dict[str, Level]:
 
 def told(levels: Mapping[str, Level], titles: Mapping[str, str], names: Sequence[str] | None = None) -> str:
     """What is not above its floor, in words; "" where all is. `names`: of these alone."""
-    below = {name: level for name, level in levels.items() if level.below and (names is None or name in names)}
+    below = {name: level for name, level in levels.items() if level.below}
+    if below and len(below) == len(levels):
+        return "this is the floor: no metric is above what needs no model"
+    below = {name: level for name, level in below.items() if names is None or name in names}
     if not below:
         return ""
-    if names is None and len(below) == len(levels):
-        return "this is the floor: no metric is above what needs no model"
     said = [f"{titles.get(name, name)} {each.value:.3f} ({each.of} {each.floor:.3f})" for name, each in below.items()]
     return f"below its floor: {', '.join(said)}"
 

@@ -30,8 +30,9 @@ ROW = "leaderboard_row"
 class Row(BaseModel):
     """One line: numbers (a plain one has no interval) with what they must share to be comparable.
 
-    `identity` is the digest of the checkpoint's weights then; `source` names a publication, "" is ours. `floors` is
-    what needs no model, on the same cases, `levels` where the metrics stand between floor and ceiling.
+    `identity` is the digest of the checkpoint's weights then; `foreign` is where reports came from that we did
+    not write, `source` names a publication, "" is ours. `floors` is what needs no model, on the same cases, `levels`
+    where the metrics stand between floor and ceiling.
     """
 
     run: str
@@ -46,9 +47,15 @@ class Row(BaseModel):
     red_line: str = ""
     notes: list[str] = []
     checkpoint: str | None = None
+    foreign: str = ""
     identity: str = ""
     report: str | None = None
     source: str = ""
+
+    @property
+    def label(self) -> str:
+        """How tables call it."""
+        return f"{self.run} (foreign)" if self.foreign else self.run
 
     @property
     def league(self) -> tuple[str, str, str, str, str]:
@@ -72,7 +79,8 @@ def rows(results: Results, report: str | None = None) -> list[Row]:
             floors=results.floors,
             red_line=result.audit.red_line,
             notes=result.audit.warnings,
-            checkpoint=header.checkpoints.get(run),
+            checkpoint=None if header.foreign else header.checkpoints.get(run),
+            foreign=header.foreign,
             identity=header.identities.get(run, ""),
             report=report,
         )
@@ -81,11 +89,10 @@ def rows(results: Results, report: str | None = None) -> list[Row]:
 
 
 def track(row: Row) -> None:
-    """Puts a checkpoint's row into the tracking store, as a run of the stage `evaluate` with its metrics."""
-    if row.checkpoint is None:
-        return
+    """Puts a row into the tracking store, as a run of the stage `evaluate` with its metrics."""
     of = {"data": row.data, "split": row.split, "judge": row.judge}
-    tags = {"checkpoint": row.checkpoint, ROW: row.model_dump_json(), "commit": tracking.git_commit() or ""}
+    what = {"foreign": row.foreign} if row.checkpoint is None else {"checkpoint": row.checkpoint}
+    tags = {**what, ROW: row.model_dump_json(), "commit": tracking.git_commit() or ""}
     run = tracking.start_stage("evaluate", of, {**of, **tags})
     numbers = {name: value for name, value in row.metrics.items() if isinstance(value, Estimate)}
     run.log({name: number.value for name, number in numbers.items()}, step=0)
@@ -98,7 +105,7 @@ def tracked(tags: Iterable[Mapping[str, str]]) -> list[Row]:
     for each in tags:
         if ROW in each:
             row = Row.model_validate_json(each[ROW])
-            found.setdefault((row.checkpoint or row.run, *row.league), row)
+            found.setdefault((row.checkpoint or row.foreign or row.run, *row.league), row)
     return list(found.values())
 
 
@@ -191,7 +198,7 @@ def terminal(table: Sequence[Row]) -> list[Table]:
             shown.add_column(TITLES[name], justify="right", overflow="fold")
         for row in league.rows:
             numbers = [_wrapping(row.metrics.get(name)) + _share(row.levels.get(name)) for name in columns]
-            shown.add_row(escape(row.run), *numbers, style="red" if row.red_line else "dim" if row.source else None)
+            shown.add_row(escape(row.label), *numbers, style="red" if row.red_line else "dim" if row.source else None)
         for name, metrics in league.floors.items():
             shown.add_row(FLOORS[name], *(_plain(metrics.get(column)) for column in columns), style="dim italic")
         found.append(shown)
@@ -224,7 +231,7 @@ def _wrapping(number: Estimate | float | None) -> str:
 
 
 def _share(level: Level | None) -> str:
-    return f"\n{level.share:.0%} ↑" if level else ""
+    return f"\n{'↓' if level.share < 0 else '↑'} {abs(level.share):.0%}" if level else ""
 
 
 def _plain(number: Estimate | float | None) -> str:
@@ -239,7 +246,7 @@ def markdown(table: Sequence[Row]) -> str:
         lines = [f"### {league.title}", "", league.note, ""]
         lines.append(_line("run", *(TITLES[name] for name in columns)))
         lines.append(_line("---", *("---:" for _ in columns)))
-        lines += [_line(row.run, *(cell(row.metrics.get(name)) for name in columns)) for row in league.rows]
+        lines += [_line(row.label, *(cell(row.metrics.get(name)) for name in columns)) for row in league.rows]
         for name, metrics in league.floors.items():
             lines.append(_line(f"*{FLOORS[name]}*", *(_plain(metrics.get(column)) for column in columns)))
         lines += ["", *(f"- **✗ {row.run} {row.red_line}**" for row in league.rows if row.red_line)]

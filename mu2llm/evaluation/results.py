@@ -70,7 +70,8 @@ class Difference(BaseModel):
 
 class Header(BaseModel):
     """request.json: what the saved predictions are of. `identity` is the digest of `inputs`, all that decided them;
-    `identities` are the digests of the checkpoints' weights; `histories` is what each stage logged while it trained."""
+    `identities` are the digests of the checkpoints' weights; `histories` is what each stage logged while it trained.
+    `foreign` is the URI of predictions that were not written here, `unmatched` the ids that did not fit, by reason."""
 
     FILE: ClassVar[str] = "request.json"
     identity: str
@@ -80,6 +81,8 @@ class Header(BaseModel):
     data: str
     split: str
     question: str
+    foreign: str = ""
+    unmatched: dict[str, list[str]] = {}
     seed: int
     prior: str
     histories: dict[str, list[dict[str, float]]]

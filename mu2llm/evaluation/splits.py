@@ -2,6 +2,7 @@
 
 CT-RATE's validation set is published as 1,564 studies in 3,039 volumes. Thirteen of the studies are no chest CT, and
 58 of the others repeat the findings of an earlier one; published numbers use each of the three without saying which.
+Where cases are volumes, a study is left out with all of its own (64 without a chest; the published list names 37).
 """
 
 from __future__ import annotations

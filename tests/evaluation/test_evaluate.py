@@ -118,7 +118,7 @@ def test_rescore_needs_nothing_but_the_files(tmp_path, no_encoder):
     assert sft["finding_f1"]["value"] < 0.5
     assert results.floors["constant"]["finding_f1"].value == 0 == dpo["floors"]["constant"]["finding_f1"]
     assert dpo["shares"]["finding_f1"] == 1 and dpo["below_floor"] == []
-    assert "green" in sft["below_floor"] and "below its floor: " in sft["audits"]["red_line"]
+    assert "green" in sft["below_floor"] and "this is the floor" in sft["audits"]["red_line"]
     assert dpo["finding_f1_shuffled"]["value"] == sft["finding_f1"]["value"]
     assert dpo["distinct_reports"] == len({each.report for each in CASES}) / 12
     assert dpo["audits"]["passed"] and not sft["audits"]["passed"]
