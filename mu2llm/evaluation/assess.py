@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+import numpy as np
 import pyarrow as pa
 
 from mu2llm.config import Experiment
 from mu2llm.engine.predictions import Prediction, Variant
-from mu2llm.evaluation import floors, foreign, splits, text_metrics
+from mu2llm.evaluation import floors, foreign, length, splits, text_metrics
 from mu2llm.evaluation.audits import COVERED, Audit, audit
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic, estimates
 from mu2llm.evaluation.clinical import RATES, Tally, finding_metrics, tally_findings
@@ -18,8 +19,8 @@ from mu2llm.evaluation.floors import CLINICAL, PRIOR, Level
 from mu2llm.evaluation.last_layer import LastLayer
 from mu2llm.evaluation.results import TITLES, Difference, Group, Header, Results, RunResult
 from mu2llm.evaluation.scoring import Texts, content, embedded, judge_finished, judged
-from mu2llm.green import Judge, load_judge
-from mu2llm.records import Case, Judgement
+from mu2llm.green import Judge, judge_reworded, load_judge
+from mu2llm.records import Case, Estimate, Judgement
 from mu2llm.settings.green import JudgeConfig
 
 
@@ -31,6 +32,15 @@ class _Run:
     finished: list[bool]
     judgements: list[Judgement]
     statistics: dict[str, Statistic]
+
+    @property
+    def scores(self) -> list[float | None]:
+        """GREEN of each case."""
+        return [judgement.score for judgement in self.judgements]
+
+    @property
+    def by_length(self) -> Statistic:
+        return length.correlation(self.scores, self.texts.candidates)
 
 
 def assess(
@@ -54,8 +64,12 @@ def assess(
             runs[run].statistics["bert_score"] = statistic
     fixed = {floors.NAMES[run]: _texts(own, known) for run in floors.NAMES if (own := _of(predictions, run))}
     bounds = floors.bounds(fixed, judge, bootstrap, encoder, header.data) if fixed else {}
-    metrics = {run: estimates(each.statistics, bootstrap) for run, each in runs.items()}
+    metrics = {
+        run: {**estimates(each.statistics, bootstrap), "green_length_correlation": bootstrap.estimate(each.by_length)}
+        for run, each in runs.items()
+    }
     levels = {run: floors.levels(each, bounds) for run, each in metrics.items()}
+    paraphrase = _paraphrase(cases, judge, experiment.evaluation.paraphrases, header.seed)
     results = Results(
         header=header,
         cases=len(cases),
@@ -72,6 +86,7 @@ def assess(
             "intervals": f"95 % percentile bootstrap over patients, {bootstrap.resamples} resamples",
         },
         floors=bounds,
+        paraphrase=paraphrase,
         runs={
             run: RunResult(
                 metrics=metrics[run],
@@ -80,7 +95,7 @@ def assess(
                 findings=_groups(tally_findings(each.texts.truth, each.texts.found), bootstrap),
                 labels=_groups(each.texts.labels, bootstrap),
                 regions=_regions(predictions, run, known, rules, bootstrap),
-                green=[judgement.score for judgement in each.judgements],
+                green=each.scores,
             )
             for run, each in runs.items()
         },
@@ -137,6 +152,13 @@ def _missing(header: Header, cases: int) -> str:
     return f"scored on {cases} of {expected} cases only: the others have no prediction" if few else ""
 
 
+def _paraphrase(cases: Sequence[Case], judge: Judge, most: int, seed: int) -> Estimate | None:
+    """What the judge gives some references in other words; None where it is not asked."""
+    some = [cases[i] for i in sorted(np.random.default_rng(seed).permutation(len(cases))[:most])]
+    statistic = judged(judge_reworded(judge, [case.report for case in some]))
+    return Bootstrap([case.patient for case in some], seed=seed).estimate(statistic)
+
+
 def _truth(cases: Sequence[Case]) -> str:
     known = sum(case.findings is not None for case in cases)
     if known == len(cases):
@@ -189,6 +211,8 @@ def _answers(predictions: Sequence[Prediction], known: Mapping[str, Case]) -> Te
 def _difference(ours: str, theirs: str, runs: Mapping[str, _Run], bootstrap: Bootstrap) -> Difference:
     mine, other = runs[ours].statistics, runs[theirs].statistics
     metrics = {name: bootstrap.difference(statistic, other[name]) for name, statistic in mine.items()}
+    us, them = ((runs[run].scores, runs[run].texts.candidates) for run in (ours, theirs))
+    metrics["green_matched_length"] = bootstrap.estimate(length.at_matched_length(us, them))
     return Difference(ours=ours, theirs=theirs, metrics=metrics)
 
 

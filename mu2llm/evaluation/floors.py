@@ -67,6 +67,11 @@ class Level(BaseModel):
         """Of the way from floor to ceiling: 0 is the floor, 1 the ceiling, below 0 is worse than no model."""
         return (self.value - self.floor) / (self.ceiling - self.floor)
 
+    @property
+    def told(self) -> str:
+        """The share as tables have it: ↑ 37 %."""
+        return f"{'↓' if self.share < 0 else '↑'} {100 * abs(self.share):.0f} %"
+
 
 Metrics = Mapping[str, Estimate | None]
 

@@ -20,7 +20,10 @@ from mu2llm.evaluation.pages import environment, source
 from mu2llm.evaluation.results import TITLES, Results
 from mu2llm.records import Estimate
 
-SHOWN = ("finding_f1", "green", "ce_macro_f1", "crg", "bleu_1", "rouge_1", "rouge_l", "meteor", "bert_score")
+SHOWN = (
+    *("finding_f1", "green", "green_length_correlation", "ce_macro_f1", "crg"),
+    *("bleu_1", "rouge_1", "rouge_l", "meteor", "bert_score"),
+)
 
 
 ROW = "leaderboard_row"
@@ -78,7 +81,7 @@ def rows(results: Results, report: str | None = None) -> list[Row]:
             levels=result.levels,
             floors=results.floors,
             red_line=result.audit.red_line,
-            notes=result.audit.warnings,
+            notes=[*result.audit.warnings, *([results.judge_warning] if results.judge_warning else [])],
             checkpoint=None if header.foreign else header.checkpoints.get(run),
             foreign=header.foreign,
             identity=header.identities.get(run, ""),
@@ -231,7 +234,7 @@ def _wrapping(number: Estimate | float | None) -> str:
 
 
 def _share(level: Level | None) -> str:
-    return f"\n{'↓' if level.share < 0 else '↑'} {abs(level.share):.0%}" if level else ""
+    return f"\n{level.told}" if level else ""
 
 
 def _plain(number: Estimate | float | None) -> str:

@@ -16,6 +16,8 @@ from mu2llm.records import Estimate
 
 METRICS = "metrics.json"
 Metrics = dict[str, Estimate | None]
+REWORDED = 0.9
+"""What a judge must give a reference in other words."""
 
 TITLES = {
     "finding_f1": "Findings F1 (finding and side)",
@@ -23,6 +25,8 @@ TITLES = {
     "finding_precision": "Findings precision",
     "finding_recall": "Findings recall",
     "green": "GREEN",
+    "green_matched_length": "GREEN at matched length",
+    "green_length_correlation": "GREEN and words, correlation",
     "ce_macro_f1": "18 labels, macro F1",
     "ce_micro_f1": "18 labels, micro F1",
     "crg": "CRG",
@@ -109,6 +113,7 @@ class Results(BaseModel):
 
     `scored_by` is what decided the scores, as inputs of an identity, `pages` how many cases the report shows. `split`
     is the name of the cases, `split_hash` what other scores of the same cases share, `floors` what needs no model.
+    `paraphrase` is what the judge gives references that say the same in other words.
     """
 
     format_version: int = 1
@@ -122,6 +127,7 @@ class Results(BaseModel):
     truth: str
     notes: dict[str, str]
     floors: dict[str, Metrics] = {}
+    paraphrase: Estimate | None = None
     runs: dict[str, RunResult]
     differences: list[Difference]
 
@@ -145,8 +151,17 @@ class Results(BaseModel):
         flat["distinct_reports"] = result.audit.distinct_reports
         flat["audits"] = {**result.audit.model_dump(), "red_line": result.audit.red_line}
         of = {"checkpoint": self.header.checkpoints.get(run), "data": self.header.data, "split": self.header.split}
-        by = {"judge": self.judge, "truth": self.truth, "notes": self.notes}
+        told = self.paraphrase.model_dump() if self.paraphrase else None
+        by = {"paraphrase": told, "judge": self.judge, "truth": self.truth, "notes": self.notes}
         return {**flat, **of, "cases": self.cases, **self.bounds(run), **by}
+
+    @property
+    def judge_warning(self) -> str:
+        """What there is to say against the judge; empty where it takes rewording for what it is."""
+        if self.paraphrase is None or self.paraphrase.value >= REWORDED:
+            return ""
+        told = f"{self.paraphrase.value:.2f} for {self.paraphrase.n} references against themselves in other words"
+        return f"the judge punishes harmless rewording: {told}"
 
     def bounds(self, run: str) -> dict[str, Any]:
         """What stands beside a run's metrics: the split's hash, floors, shares of the way to the ceiling."""

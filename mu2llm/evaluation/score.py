@@ -78,6 +78,7 @@ def summary(results: Results) -> dict[str, Any]:
         "split_hash": beside.pop("split_hash"),
         "metrics": {name: value.model_dump() if value else None for name, value in results.runs[run].metrics.items()},
         **beside,
+        "paraphrase": results.paraphrase.model_dump() if results.paraphrase else None,
         "failed": results.runs[run].audit.failed,
         "invalid": results.runs[run].audit.invalid,
         "red_line": results.runs[run].audit.red_line,

@@ -5,6 +5,7 @@ from mu2llm.green.identity import decides, rules_identity
 from mu2llm.green.judge import Judge
 from mu2llm.green.judges import check_judge, load_judge
 from mu2llm.green.lexicon import LABELS
+from mu2llm.green.paraphrase import judge_reworded, reworded
 from mu2llm.green.parser import parse
 from mu2llm.green.prompt import write_answer
 from mu2llm.green.scoring import label_lines, parse_lines, score_lines, score_pairs
@@ -16,11 +17,13 @@ __all__ = [
     "check_judge",
     "decides",
     "findings",
+    "judge_reworded",
     "label_lines",
     "labels",
     "load_judge",
     "parse",
     "parse_lines",
+    "reworded",
     "rules_identity",
     "score_lines",
     "score_pairs",

@@ -13,6 +13,7 @@ class EvaluationConfig(InferenceConfig):
     max_new_tokens: int = 256
     max_cases: int | None = None
     bootstrap: int = Field(1000, ge=100)
+    paraphrases: int = Field(32, ge=0, description="references that the judge gets in other words, to audit it")
     regions: bool = Field(True, description="also ask the cases' own questions about a region of the body")
     pages: Execution[int] = Field(10, ge=0, description="cases that the report shows with their scans")
     question: str = "Write the radiology report of this CT scan."

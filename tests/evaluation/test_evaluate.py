@@ -125,6 +125,9 @@ def test_rescore_needs_nothing_but_the_files(tmp_path, no_encoder):
     assert sft["audits"]["red_line"].startswith("does not look at the scan")
     difference = results.difference("dpo", "sft")["green"]
     assert difference["value"] == pytest.approx(1 - sft["green"]["value"]) and difference["low"] > 0
+    assert results.paraphrase.value == 1 and results.judge_warning == ""
+    assert results.difference("dpo", "sft")["green_matched_length"]["n"] == 12
+    assert "green_length_correlation" in dpo
     assert json.dumps(dpo)  # what --json prints
 
 

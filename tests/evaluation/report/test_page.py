@@ -111,7 +111,7 @@ def test_all_is_there(page):
         assert text in page
     for text in ("invalid", "refused", "chest", "+0.20", "one of 3 training reports", "dpo: 0.7 → 0.5"):
         assert text in page
-    for text in ("0a1b2c3d4e5f", "one typical training report for all", "floor: no model", "43 % up"):
+    for text in ("0a1b2c3d4e5f", "one typical training report for all", "floor: no model", "↑ 43 %"):
         assert text in page
     assert page.count("<article>") == 3
     assert page.count("<svg role") == 4
