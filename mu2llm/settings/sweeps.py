@@ -34,7 +34,9 @@ class SweepConfig(Section):
     time_budget_s: float | None = Field(None, gt=0)
     storage: str | None = Field(None, description="Optuna's database; None: optuna.journal below --out")
     final_seeds: int = Field(3, ge=0, description="seeds with which the winner and the default are trained again")
-    final_split: Literal["validation", "test"] = Field("test", description="where those two are compared")
+    final_split: Literal["validation", "test"] = Field(
+        "test", description="where those two are reported; validation decides"
+    )
 
     def gpus_of(self, stage: StageConfig) -> float:
         """GPUs of a whole trial of the stage, all its workers together."""

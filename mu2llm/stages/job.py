@@ -32,14 +32,21 @@ _NAMES_OF_WEIGHTS = ("model.vision.weights", "model.language_model", "model.text
 class Watch(BaseModel):
     """Reports on held-out cases while a stage trains, `times` spread evenly over its steps, the last at its end.
 
-    `out` is the URI of a Parquet table for the last reports; `kl` measures how far the policy is from its parent.
+    `out` is the URI of a Parquet table for the last reports; `then` names a split whose reports are written beside it,
+    at the end, and not measured. `kl` measures how far the policy is from its parent.
     """
 
     times: int = Field(1, ge=1)
     cases: int | None = Field(None, ge=1)
     split: Literal["validation", "test"] = "validation"
+    then: Literal["validation", "test"] | None = None
     kl: bool = False
     out: str | None = None
+
+    def table(self, split: str) -> str:
+        """Where the last reports on the watched split, or on the one behind it, lie."""
+        out = str(self.out)
+        return out if split == self.split else f"{out.removesuffix('.parquet')}.{split}.parquet"
 
     def steps(self, total: int) -> list[int]:
         """After which optimiser steps of `total`."""

@@ -44,7 +44,6 @@ class Validation(TrainerCallback):
     def __init__(self, job: Job, trainer: Trainer, processor: Mu2Processor, shards: Shards) -> None:
         assert job.watch
         self.job, self.watch, self.trainer, self.processor, self.shards = job, job.watch, trainer, processor, shards
-        self.cases = shards.cases(job.watch.split)[: job.watch.cases]
         self.steps = job.watch.steps(job.total_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -59,26 +58,36 @@ class Validation(TrainerCallback):
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         training = model.training
         model.eval()
+        cases = self.shards.cases(self.watch.split)[: self.watch.cases]
         try:
-            texts, numbers = self._reports(model)
+            texts, numbers = self._reports(model, self.watch.split, cases)
+            if last and self.watch.out:
+                self._write(self.watch.split, cases, texts)
+                if self.watch.then:
+                    others = self.shards.cases(self.watch.then)
+                    self._write(self.watch.then, others, self._reports(model, self.watch.then, others)[0])
         finally:
             model.train(training)
-        if last and self.watch.out:
-            write_reports(self.watch.out, self.cases, texts, self.job.resolved.evaluation.question)
-        estimates = score(self.cases, [text.text for text in texts], self.job)
+        estimates = score(cases, [text.text for text in texts], self.job)
         for name, estimate in estimates.items():
             if estimate:
                 ends = {"": estimate.value, "_low": estimate.low, "_high": estimate.high}
                 numbers |= {f"{name}{end}": value for end, value in ends.items()}
         return {f"{PREFIX}{name}": value for name, value in numbers.items()}
 
-    def _reports(self, model: Mu2ForConditionalGeneration) -> tuple[list[Text], dict[str, float]]:
+    def _write(self, split: str, cases: list[Case], texts: list[Text]) -> None:
+        question = self.job.resolved.evaluation.question
+        write_reports(self.watch.table(split), cases, texts, question)
+
+    def _reports(
+        self, model: Mu2ForConditionalGeneration, split: str, wanted: list[Case]
+    ) -> tuple[list[Text], dict[str, float]]:
         settings, precision = self.job.resolved.evaluation, self.job.settings.precision
         decoder = ContinuousDecoder(model, self.processor, precision)
         decoding = Decoding(settings.max_new_tokens, seed=self.job.resolved.seed)
         texts: list[Text] = []
         seconds, divergence, tokens = 0.0, 0.0, 0
-        for cases, features, mask in self._batches(model):
+        for cases, features, mask in self._batches(model, split, wanted):
             prompts = [Prompt(settings.question, case.id, decoding) for case in cases]
             started = time.perf_counter()
             written = [text for (text,) in write(decoder, features, mask, prompts, settings.max_sequences)]
@@ -98,13 +107,15 @@ class Validation(TrainerCallback):
         }
         return texts, {**numbers, **({"kl": divergence / tokens} if tokens else {})}
 
-    def _batches(self, model: Mu2ForConditionalGeneration) -> Iterator[tuple[list[Case], Tensor, Tensor]]:
+    def _batches(
+        self, model: Mu2ForConditionalGeneration, split: str, wanted: list[Case]
+    ) -> Iterator[tuple[list[Case], Tensor, Tensor]]:
         """Cases, their vision features (b, T, n, E) and chunk mask (b, T)."""
         size, precision = self.job.resolved.evaluation.batch_size, self.job.settings.precision
-        for start in range(0, len(self.cases), size):
-            cases = self.cases[start : start + size]
+        for start in range(0, len(wanted), size):
+            cases = wanted[start : start + size]
             rows = np.arange(start, start + len(cases))
-            yield cases, *read_scans(model, self.shards, self.watch.split, rows, precision)
+            yield cases, *read_scans(model, self.shards, split, rows, precision)
 
 
 def write_reports(uri: str, cases: list[Case], texts: list[Text], question: str) -> None:

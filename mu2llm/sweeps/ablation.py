@@ -33,7 +33,7 @@ from mu2llm.stages.job import Watch
 from mu2llm.stages.preferences import prefer
 from mu2llm.stages.validation import statistics
 from mu2llm.sweeps import charts, page
-from mu2llm.sweeps.results import TITLES, cell, over_seeds, pooled, write_table
+from mu2llm.sweeps.results import TITLES, cell, write_table
 from mu2llm.sweeps.runner import concurrency, run_trials
 from mu2llm.sweeps.space import Params, apply
 from mu2llm.sweeps.study import Study, database
@@ -227,7 +227,7 @@ def measure(
 ) -> list[Cell]:
     """Reports of the same cases by what wrote them → every variant's metrics over its seeds, and minus the baseline's.
 
-    The differences are paired over seeds and patients. A Failure where there are no reports.
+    Intervals are over seeds and patients, the differences paired by both. A Failure where there are no reports.
     """
     if not found:
         raise Failure(f"no variant could be trained, such as: {next(iter(missing.values()), 'none was started')}")
@@ -245,7 +245,7 @@ def measure(
             variant=name,
             fraction=fraction,
             seeds=sorted(seeds),
-            metrics={m: over_seeds([bootstrap.estimate(each[m]) for each in seeds.values()]) for m in METRICS},
+            metrics={m: bootstrap.over_seeds([each[m] for each in seeds.values()]) for m in METRICS},
             minus_baseline={m: _difference(seeds, baseline, m, bootstrap) for m in METRICS},
             published=PUBLISHED[name] if fraction == 1 else {},
             missing=[why for key, why in missing.items() if key[:2] == (name, fraction)],
@@ -261,7 +261,7 @@ def _difference(ours: Seeds, theirs: Seeds, metric: str, bootstrap: Bootstrap) -
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds or ours is theirs:
         return None
-    return bootstrap.difference(*(pooled([side[seed][metric] for seed in seeds]) for side in (ours, theirs)))
+    return bootstrap.difference_over_seeds(*([side[seed][metric] for seed in seeds] for side in (ours, theirs)))
 
 
 def _write(out: str, cells: Sequence[Cell], about: dict[str, Any], missing: Mapping[Key, str]) -> dict[str, Any]:
@@ -304,6 +304,6 @@ def terminal(cells: Sequence[Cell], found: dict[str, Any]) -> Table:
         paper = each.published.get("green")
         shown.add_row(each.variant, f"{each.fraction:.0%}", str(len(each.seeds)), *values, f"{paper}" if paper else "–")
     shown.caption = (
-        f"{found['cases']} test cases, judge {found['judge']}; intervals 95 %: over seeds, of differences over patients"
+        f"{found['cases']} test cases, judge {found['judge']}; intervals 95 %: over seeds and patients, drawn crosswise"
     )
     return shown

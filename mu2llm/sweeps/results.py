@@ -14,7 +14,6 @@ from rich.table import Table
 from scipy import stats
 
 from mu2llm import storage
-from mu2llm.evaluation.bootstrap import Statistic
 from mu2llm.evaluation.results import TITLES as METRIC_TITLES
 from mu2llm.records import Estimate
 from mu2llm.stages.validation import METRICS
@@ -62,11 +61,6 @@ def over_seeds(seeds: Sequence[Estimate | None]) -> Estimate | None:
     mean, error = float(np.mean(values)), float(stats.sem(values))
     half = float(stats.t.ppf(0.975, len(values) - 1)) * error
     return Estimate(value=mean, low=mean - half, high=mean + half, n=len(values))
-
-
-def pooled(seeds: Sequence[Statistic]) -> Statistic:
-    """The seeds' statistics of the same cases as one: each case counts with the sum over its seeds."""
-    return Statistic(np.sum([each.rows for each in seeds], axis=0), seeds[0].metric, seeds[0].n)
 
 
 def ranked(trials: Sequence[Trial], objective: Sequence[str]) -> list[Row]:

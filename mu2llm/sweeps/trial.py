@@ -126,7 +126,8 @@ class Plan(BaseModel):
         return {**found, **green.decides(base.judge)}
 
     def id_of(self, point: Point) -> str:
-        what = [self.watch.model_dump(exclude={"out"}), point.model_dump(exclude={"keep"})]
+        watched = self.watch.model_dump(exclude={"out"} if self.watch.then else {"out", "then"})
+        what = [watched, point.model_dump(exclude={"keep"})]
         return artefacts.digest([self.identity, *what])
 
     def place(self, point: Point, *below: str) -> str:
@@ -135,9 +136,13 @@ class Plan(BaseModel):
     def checkpoint(self, point: Point) -> str:
         return self.place(point, "checkpoint")
 
-    def reports(self, point: Point) -> list[str]:
-        """A trial's last reports, in the order of the cases."""
-        table = storage.read_table(self.place(point, "reports.parquet"))
+    def watched(self, point: Point) -> Watch:
+        """What is written of a trial while it trains, and where."""
+        return self.watch.model_copy(update={"out": self.place(point, "reports.parquet")})
+
+    def reports(self, point: Point, split: str | None = None) -> list[str]:
+        """A trial's last reports on a split (default: the one that is watched), in the order of the cases."""
+        table = storage.read_table(self.watched(point).table(split or self.watch.split))
         return [Prediction.from_row(row).text for row in table.to_pylist()]
 
     def clean(self, point: Point) -> None:
@@ -203,7 +208,7 @@ def run(plan: Plan, point: Point, report: Callable[[dict[str, Any]], None]) -> N
 def train(plan: Plan, point: Point, progress: Logged) -> dict[str, float]:
     """The stage, as `mu2llm train` runs it; its last metrics."""
     experiment, (data, init) = plan.resolved(point), plan.inputs(point)
-    out, watch = plan.checkpoint(point), plan.watch.model_copy(update={"out": plan.place(point, "reports.parquet")})
+    out, watch = plan.checkpoint(point), plan.watched(point)
     with tracking.under(plan.parent):
         if plan.stage == "sft":
             return sft.run(data, out, experiment, init, progress, watch).training.metrics

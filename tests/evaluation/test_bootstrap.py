@@ -67,6 +67,33 @@ def test_whole_patients_are_drawn():
     assert (estimate.low, estimate.high) == (0.0, 1.0)
 
 
+def test_seeds_that_differ_widen_the_interval_as_they_must():
+    """Patients alone say ±2·sd(patient)/√n; what differs between seeds was left out."""
+    seeds, n, of_seeds, of_patients = 4, 50, 0.2, 0.2
+    widths, narrow, rng = [], [], np.random.default_rng(0)
+    for trial in range(60):
+        drawn = rng.normal(0, of_seeds, seeds)[:, None] + rng.normal(0, of_patients, (1, n)) + np.zeros((seeds, n))
+        found = [Statistic.mean(each) for each in drawn]
+        bootstrap = Bootstrap(range(n), 400, seed=trial)
+        crossed, pooled = bootstrap.over_seeds(found), bootstrap.mean(drawn.mean(axis=0))
+        assert crossed.value == pytest.approx(pooled.value)
+        widths.append(((crossed.high - crossed.low) / 3.92) ** 2)
+        narrow.append(((pooled.high - pooled.low) / 3.92) ** 2)
+    true = of_seeds**2 / seeds + of_patients**2 / n
+    assert np.mean(widths) == pytest.approx(true, rel=0.35)
+    assert np.mean(narrow) < true / 5
+
+
+def test_a_difference_over_seeds_is_paired_by_seed_and_case():
+    rng = np.random.default_rng(1)
+    theirs = [rng.uniform(0, 1, 20) + seed for seed in (0.0, 0.3, 0.6)]
+    bootstrap = Bootstrap(range(20), 200)
+    found = bootstrap.difference_over_seeds(*([Statistic.mean(x + by) for x in theirs] for by in (0.1, 0.0)))
+    assert (found.value, found.low, found.high, found.n) == (*[pytest.approx(0.1)] * 3, 20)
+    alone = Statistic.mean(theirs[0])
+    assert bootstrap.over_seeds([alone]) == bootstrap.estimate(alone) and bootstrap.over_seeds([]) is None
+
+
 def test_a_metric_of_sums():
     counts = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 0]] * 5, dtype=float)
     statistic = Statistic(counts, lambda s: 2 * s[..., 0] / (2 * s[..., 0] + s[..., 1] + s[..., 2]))

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from scipy import stats
 
 from mu2llm import storage
 from mu2llm.errors import Failure, UserError
@@ -54,19 +53,18 @@ def right(cases, n):
     return [case.report if i < n else "The heart is normal." for i, case in enumerate(cases)]
 
 
-def test_a_variants_interval_is_over_its_seeds_and_its_gain_over_patients(cases, measured):
+def test_a_variants_interval_and_its_gain_are_over_seeds_and_patients(cases, measured):
     ours, theirs = {0: 4, 1: 2, 2: 3}, {0: 2, 1: 2, 2: 1}
     found = {("all", 1.0, seed): right(cases, n) for seed, n in ours.items()}
     cells = measured(found | {("baseline", 1.0, seed): right(cases, n) for seed, n in theirs.items()})
     mine, base = cells["all", 1.0], cells["baseline", 1.0]
     green = mine.metrics["green"]
     by_seed = [measured({("all", 1.0, 0): right(cases, n)})["all", 1.0].metrics["green"].value for n in (4, 2, 3)]
-    assert green.value == pytest.approx(np.mean(by_seed)) and green.n == 3
-    half = stats.t.ppf(0.975, 2) * np.std(by_seed, ddof=1) / 3**0.5
-    assert (green.low, green.high) == (pytest.approx(green.value - half), pytest.approx(green.value + half))
+    assert green.value == pytest.approx(np.mean(by_seed)) and green.n == len(cases) and mine.seeds == [0, 1, 2]
+    assert green.low < min(by_seed[1:]) < green.value < green.high
     gain = mine.minus_baseline["green"]
     assert gain.value == pytest.approx(green.value - base.metrics["green"].value) and gain.n == len(cases)
-    assert 0 < gain.low <= gain.value <= gain.high
+    assert 0 <= gain.low < gain.value < gain.high
     assert set(base.minus_baseline.values()) == {None}
 
 

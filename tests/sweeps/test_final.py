@@ -45,7 +45,8 @@ class Trained:
         self.points += points
         for point in points:
             texts = [_Text(text) for text in self.writes[point.name](point.seed)]
-            write_reports(plan.place(point, "reports.parquet"), self.cases, texts, "?")
+            for split in (plan.watch.split, plan.watch.then):
+                write_reports(plan.watched(point).table(split), self.cases, texts, "?")
         numbers = {"green": 0.5, "finding_f1": 0.5}
         return [Trial(id=plan.id_of(p), point=p, status=self.status, why="why not", metrics=numbers) for p in points]
 
@@ -94,6 +95,23 @@ def test_a_winner_that_was_lucky_is_not_evaluated(plan, cases, monkeypatch):
     found, evaluated = compared(plan, Trained(cases, lucky | steady), monkeypatch)
     assert not found.better and not evaluated and found.evaluation is None
     assert "is not better" in found.said and found.said.endswith("keep the default")
+
+
+def test_validation_decides_and_the_test_split_only_reports(plan, cases, shards, monkeypatch):
+    references = [case.report for case in cases]
+    trained = Trained(cases, {"winner": lambda seed: references, "default": lambda seed: ["Nothing."] * 4})
+    real, asked = finals.compare, []
+
+    def compare(cases, *given):
+        asked.append({case.split for case in cases})
+        found = real(cases, *given)
+        return found if asked[-1] == {"validation"} else {**found, "difference": dict.fromkeys(found["difference"])}
+
+    monkeypatch.setattr(finals, "compare", compare)
+    found, evaluated = compared(plan, trained, monkeypatch)
+    assert asked == [{"validation"}, {"test"}] and found.split == "test" and found.decided_on == "validation"
+    assert found.better and evaluated  # whatever test says
+    assert found.decision["finding_f1"].low > 0 and "on validation, – on test" in found.said
 
 
 def test_a_side_that_could_not_be_trained_is_named(plan, cases, monkeypatch):

@@ -7,7 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from mu2llm import config
-from mu2llm.evaluation.bootstrap import Bootstrap, Statistic
 from mu2llm.stages.job import Watch
 from mu2llm.sweeps import results
 from mu2llm.sweeps.sweep import command
@@ -48,14 +47,6 @@ def test_what_gave_nothing_is_last_and_wins_nothing():
 def test_among_equals_by_the_first_objective_the_one_that_is_beaten_in_no_other_wins():
     rows = results.ranked([trial(0, 4, green=0.5, kl=0.3), trial(1, 8, green=0.5, kl=0.1)], ["green", "kl"])
     assert results.winner(rows, ["green", "kl"]).trials[0].id == "t1"
-
-
-def test_seeds_of_the_same_cases_are_one_statistic():
-    """Two seeds of a mean over three cases; the second has no value for the last."""
-    seeds = [Statistic.mean([0.0, 0.5, 1.0]), Statistic.mean([1.0, 0.5, None])]
-    whole = results.pooled(seeds)
-    assert whole.metric(whole.rows.sum(0)) == pytest.approx(3.0 / 5)
-    assert Bootstrap(["a", "b", "c"]).estimate(whole).value == pytest.approx(0.6)
 
 
 def test_the_front_is_beaten_in_no_objective():
