@@ -15,9 +15,10 @@ from mu2llm.engine.sampling import Decoding
 from mu2llm.records import Case, Record
 from mu2llm.settings.inference import InferenceConfig
 
-Variant = Literal["as_is", "shuffled", "zeroed"]
+Variant = Literal["as_is", "shuffled", "zeroed", "table"]
 VARIANTS: tuple[Variant, ...] = ("as_is", "shuffled", "zeroed")
-"""With the case's own scan, with another patient's, with an empty one."""
+"""With the case's own scan, with another patient's, with an empty one. A checkpoint is not asked for the fourth: what a
+table of training reports has for the findings that it named."""
 _DECIDES = {"variants", "regions", "max_cases", "max_new_tokens", "samples", "temperature", "top_p", "seed"}
 
 

@@ -23,6 +23,8 @@ from mu2llm.green import Judge, judge_reworded, load_judge
 from mu2llm.records import Case, Estimate, Judgement
 from mu2llm.settings.green import JudgeConfig
 
+WITHOUT: tuple[Variant, ...] = ("shuffled", "zeroed", "table")
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -128,7 +130,7 @@ def _audit(
 ) -> Audit:
     """With the contrasts of what was written without the case's own scan, where there is such."""
     own = runs[run]
-    without = {variant: _of(predictions, run, variant) for variant in ("shuffled", "zeroed")}
+    without = {str(variant): _of(predictions, run, variant) for variant in WITHOUT}
     without["prior"] = _of(predictions, PRIOR)
     variants = {variant: _texts(each, known) for variant, each in without.items() if each}
     clinical, below = floors.told(levels, TITLES, CLINICAL), floors.told(levels, TITLES)

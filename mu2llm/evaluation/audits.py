@@ -22,6 +22,8 @@ COVERED = 0.95
 """A mean over a smaller fraction of the cases is no score of the split."""
 MUCH = 0.1
 """A score that falls by less than this fraction of itself, when the scan is taken away, is called the same."""
+TABLE = "table"
+"""The training reports nearest to what a model's reports name, in their place."""
 TEMPLATE = 0.5
 """More than this fraction of the reports being one and the same text is a template."""
 
@@ -38,7 +40,7 @@ class Contrast(BaseModel):
 
 
 class Audit(BaseModel):
-    """`contrasts`: variant (shuffled, zeroed, prior) → metric (finding_f1, green_rules) → contrast.
+    """`contrasts`: variant (shuffled, zeroed, prior, table) → metric (finding_f1, green_rules) → contrast.
 
     `passed` is False for a model that does not look, or writes one template (`reasons` says why), and where its scores
     cannot stand (`shortfalls`): too few cases in a mean, or no better than without a model. `warnings` is what else to
@@ -82,9 +84,9 @@ def audit(
 ) -> Audit:
     """The audit of one run.
 
-    `own` are its reports, `variants` those written without the case's own scan (shuffled, zeroed) and the fixed
-    report (prior), each for all or some of the cases; `judgements` and `finished` are of `own`. `shortfalls` and
-    `warnings` are added to what is found here.
+    `own` are its reports, `variants` those written without the case's own scan (shuffled, zeroed), the fixed report
+    (prior) and what a table has for the findings that its reports name (table), each for all or some of the cases;
+    `judgements` and `finished` are of `own`. `shortfalls` and `warnings` are added to what is found here.
     """
     bootstrap = Bootstrap([case.patient for case in own.cases], resamples, seed)
     contrasts = {name: _contrasts(own, texts, rules, resamples, seed) for name, texts in variants.items()}
@@ -101,7 +103,7 @@ def audit(
         passed=not reasons and not short,
         reasons=reasons,
         shortfalls=short,
-        warnings=[*_warnings(len(own), failed, invalid, finished), *warnings],
+        warnings=[*_warnings(len(own), failed, invalid, finished), *_of_the_table(contrasts), *warnings],
         contrasts=contrasts,
         distinct_reports=len(texts) / len(own),
         most_frequent_report=frequent,
@@ -138,6 +140,8 @@ def _reasons(contrasts: Mapping[str, Mapping[str, Contrast]]) -> list[str]:
     described = {"shuffled": "with other patients' scans", "zeroed": "with empty scans", "prior": "as one fixed report"}
     reasons = []
     for variant, metrics in contrasts.items():
+        if variant == TABLE:
+            continue  # as good as a table, a report may still be of the scan
         # one fixed report finds nothing, which is no feat to beat: there GREEN decides
         decisive = ("green_rules", "finding_f1") if variant == "prior" else ("finding_f1", "green_rules")
         metric = next((name for name in decisive if name in metrics), None)
@@ -150,6 +154,16 @@ def _reasons(contrasts: Mapping[str, Mapping[str, Contrast]]) -> list[str]:
                 f"({contrast.without.value:.2f}; gain {contrast.gain.low:+.2f} … {contrast.gain.high:+.2f})"
             )
     return reasons
+
+
+def _of_the_table(contrasts: Mapping[str, Mapping[str, Contrast]]) -> list[str]:
+    contrast = contrasts.get(TABLE, {}).get("green_rules")
+    if contrast is None or not contrast.same:
+        return []
+    gain = f"gain {contrast.gain.low:+.2f} … {contrast.gain.high:+.2f}"
+    return [
+        f"its wording adds nothing to a table of training reports for the findings that it names: GREEN by rules {gain}"
+    ]
 
 
 def _uncovered(invalid: Counter[str], cases: int) -> list[str]:

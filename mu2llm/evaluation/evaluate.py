@@ -242,6 +242,7 @@ def _write_predictions(request: Request, shards: Shards, out: str, progress: Cou
     predictions = generate(request, storage.join(out, STATE), progress)
     cases = shards.cases(request.split)[: request.max_cases]
     train = shards.cases("train")
+    predictions += by_table(predictions, cases, train, request.decoding.seed)
     predictions += without_model(cases, train, request.question, request.decoding.seed)
     storage.write_table(storage.join(out, "cases.parquet"), Case.table(cases))
     storage.write_table(storage.join(out, "predictions.parquet"), Prediction.table(predictions))
@@ -258,6 +259,17 @@ def _write_predictions(request: Request, shards: Shards, out: str, progress: Cou
         histories=_histories(request.checkpoints),
     ).write(out)
     storage.delete(storage.join(out, STATE))
+
+
+def by_table(
+    predictions: Sequence[Prediction], cases: Sequence[Case], train: Sequence[Case], seed: int
+) -> list[Prediction]:
+    """The table writer's report beside each that a model wrote of a whole scan."""
+    own = [p for p in predictions if p.variant == "as_is" and p.region is None]
+    known = {case.id: case for case in cases}
+    texts = floors.table([known[p.case_id] for p in own], train, [p.text for p in own], seed) if own else []
+    changed = {"variant": "table", "tokens": 0, "finished": True, "scan_of": ""}
+    return [p.model_copy(update={**changed, "text": text}) for p, text in zip(own, texts, strict=True)]
 
 
 def without_model(cases: Sequence[Case], train: Sequence[Case], question: str, seed: int) -> list[Prediction]:

@@ -156,6 +156,21 @@ def written(cases: Sequence[Case], train: Sequence[Case], seed: int = 0) -> dict
     }
 
 
+def table(cases: Sequence[Case], train: Sequence[Case], reports: Sequence[str], seed: int = 0) -> list[str]:
+    """The table writer: for every report of a model the training report whose labels and findings are nearest to those
+    that it names. What a model's language adds to its own classification is what its reports score above these."""
+    pool = _drawn(train or cases, seed)
+    named = [
+        case.model_copy(update={"report": text, "labels": None, "findings": _findings(case, text)})
+        for case, text in zip(cases, reports, strict=True)
+    ]
+    return _nearest(named, pool, typicality([case.report for case in pool]))
+
+
+def _findings(case: Case, text: str) -> tuple[Finding, ...] | None:
+    return None if case.findings is None else tuple(green.findings(text))
+
+
 def told_source(train: Sequence[Case]) -> str:
     """Whence the constant and the nearest report are."""
     return f"one of {len(train)} training reports" if train else "one of the split's own reports: there is no train"

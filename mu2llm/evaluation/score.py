@@ -13,7 +13,7 @@ from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.engine.predictions import Prediction
 from mu2llm.evaluation import floors, foreign
-from mu2llm.evaluation.evaluate import check_same, clear, scored, without_model
+from mu2llm.evaluation.evaluate import by_table, check_same, clear, scored, without_model
 from mu2llm.evaluation.results import Header, Results
 from mu2llm.records import Case
 
@@ -103,6 +103,7 @@ def _write(out: str, joined: foreign.Joined, training: list[Case], identity: Ide
         Prediction(case_id=case.id, text=text, finished=finished, scan_of=case.id, **same)
         for case, text, finished in zip(joined.cases, joined.reports, joined.finished, strict=True)
     ]
+    written += by_table(written, joined.cases, training, seed)
     written += without_model(joined.cases, training, "", seed)
     storage.write_table(storage.join(out, "cases.parquet"), Case.table(joined.cases))
     storage.write_table(storage.join(out, "predictions.parquet"), Prediction.table(written))

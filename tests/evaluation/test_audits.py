@@ -124,3 +124,11 @@ def test_variants_of_some_cases_are_compared_on_these():
     some = Texts(CASES[:30], REFERENCES[:30], tuple(shifted(7)[:30]))
     contrast = run(REFERENCES, shifted(7), variants={"shuffled": some}).contrasts["shuffled"]["finding_f1"]
     assert contrast.without.n == contrast.gain.n == 30
+
+
+def test_words_that_add_nothing_to_a_table_are_said_to_but_get_no_red_line():
+    result = run(REFERENCES, shifted(7), variants={"table": texts(REFERENCES)})
+    assert result.passed and result.contrasts["table"]["green_rules"].gain.value == 0
+    assert any(line.startswith("its wording adds nothing to a table") for line in result.warnings)
+    better = run(REFERENCES, shifted(7), variants={"table": texts([NORMAL] * len(CASES))})
+    assert not any("table" in line for line in better.warnings)

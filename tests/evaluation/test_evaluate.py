@@ -51,7 +51,9 @@ def save(out):
     right = [each.report for each in CASES]
     wrong = right[1:] + right[:1]
     questions = CASES[0].questions[0]
+    models = [*predict("sft", "as_is", wrong), *predict("dpo", "as_is", right)]
     predictions = [
+        *evaluate_module.by_table(models, CASES, [case(i) for i in range(20, 32)], 0),
         *predict("sft", "as_is", wrong),
         *predict("sft", "shuffled", wrong),
         *predict("sft", "zeroed", wrong),
@@ -120,6 +122,8 @@ def test_rescore_needs_nothing_but_the_files(tmp_path, no_encoder):
     assert dpo["shares"]["finding_f1"] == 1 and dpo["below_floor"] == []
     assert "green" in sft["below_floor"] and "this is the floor" in sft["audits"]["red_line"]
     assert dpo["finding_f1_shuffled"]["value"] == sft["finding_f1"]["value"]
+    assert dpo["green_rules_table"]["value"] == 1 and dpo["finding_f1_table"]["value"] == 1
+    assert sft["finding_f1_table"]["value"] == sft["finding_f1"]["value"]
     assert dpo["distinct_reports"] == len({each.report for each in CASES}) / 12
     assert dpo["audits"]["passed"] and not sft["audits"]["passed"]
     assert sft["audits"]["red_line"].startswith("does not look at the scan")

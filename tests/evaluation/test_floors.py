@@ -61,6 +61,16 @@ def test_nearest_without_training_is_never_the_patients_own():
     assert written(alone, [])["nearest"] == written(alone, [])["other_patient"] == [alone[0].report]
 
 
+def test_the_table_writes_training_reports_for_what_a_report_names():
+    train = [case(i) for i in range(20, 32)]
+    reports = [each.report for each in CASES]
+    shifted = reports[1:] + reports[:1]
+    assert floors.table(CASES, train, shifted) == shifted  # not what is true, but what is named
+    spoken = [f"In summary. {text}" for text in shifted]
+    assert floors.table(CASES, train, spoken) == shifted
+    assert set(floors.table(CASES, train, ["Nothing is known."] * 12)) == {case(21).report}  # the one without findings
+
+
 def test_floors_lie_below_the_ceiling():
     found = measured(CASES)
     assert list(found) == ["constant", "other_patient", "nearest", "reference", "all_positive", "all_negative"]
