@@ -16,7 +16,6 @@ import threading
 import time
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -25,7 +24,7 @@ import pyarrow.fs as pafs
 import pydicom
 
 from mu2llm import ct, storage
-from mu2llm.ct import sources
+from mu2llm.ct import dicom_headers, sources
 from mu2llm.errors import Rejection
 from mu2llm.records import PreprocessSpec
 from mu2llm.serving.refusal import Refusal
@@ -99,21 +98,20 @@ def _references(reading: Reading, volume: ct.CTVolume) -> References | None:
     for."""
     if not reading.references:
         return None
-    tags = ["StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID", "Rows", *ATTRIBUTES]
     joined = "series_joined" in volume.warnings
-    found, study = [], ""
-    attributes: dict[str, str] = {}
-    for part in _parts(reading.source):
-        with contextlib.suppress(Exception):  # what is no DICOM was left aside when the scan was read
-            header = pydicom.dcmread(io.BytesIO(part.load()), stop_before_pixels=True, specific_tags=tags, force=True)
-            series = str(header.get("SeriesInstanceUID", ""))
-            if (joined or series == volume.series) and header.get("Rows"):
-                found.append((series, str(header.SOPClassUID), str(header.SOPInstanceUID)))
-                study = study or str(header.get("StudyInstanceUID", ""))
-                attributes = attributes or {
-                    name: str(header[name].value or "") for name in ATTRIBUTES if name in header
-                }
-    return References(study, tuple(found), attributes) if found else None
+    slices, _ = dicom_headers.parse(_parts(reading.source), "")
+    files = {id(each.part): each for each in slices if (joined or each.series == volume.series) and each.rows}
+    tags = ["StudyInstanceUID", "SOPClassUID", "SOPInstanceUID", *ATTRIBUTES]
+    found = []
+    for each in files.values():
+        stream = io.BytesIO(each.part.load())
+        header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
+        if "SOPClassUID" in header and "SOPInstanceUID" in header:
+            found.append((each.series, str(header.SOPClassUID), str(header.SOPInstanceUID)))
+    if not found:
+        return None
+    attributes = {name: str(header[name].value or "") for name in ATTRIBUTES if name in header}
+    return References(str(header.get("StudyInstanceUID", "")), tuple(found), attributes)
 
 
 def _parts(source: list[bytes] | str) -> list[sources.Part]:
@@ -125,7 +123,7 @@ def _parts(source: list[bytes] | str) -> list[sources.Part]:
         source = [storage.read_bytes(source)]
     if len(source) == 1 and sources.kind_of(source[0][:1024]) == sources.ZIP:
         return sources.zip_parts(source[0], "")
-    return [sources.Part("", partial(bytes, data)) for data in source]
+    return sources.byte_parts(source, "")
 
 
 class Decoder:

@@ -10,7 +10,9 @@ import threading
 import zipfile
 
 import httpx
+import pydicom
 import pytest
+from ct_scans import to_bytes
 from small_service import PATIENT, PATIENT_ID
 
 from mu2llm.errors import Rejection, UserError
@@ -315,6 +317,21 @@ def test_nothing_of_the_patient_leaves_the_decoder(reader, spec, dicom, capfd):
     assert isinstance(scan, Scan) and len(scan.references.instances) == len(dicom)
     told = repr((scan.facts, scan.references)) + "".join(capfd.readouterr())
     assert PATIENT not in told and PATIENT_ID not in told
+
+
+def test_the_instances_of_whatever_can_be_read(spec, dicom):
+    """Of gzipped files, zips in zips and series of one slice each there were none, and an SR was refused."""
+    plain = decoder.read(Reading(dicom, spec, references=True), 200).references
+    zipped = archive(**{f"{n}.dcm": data for n, data in enumerate(dicom)})
+    for packed in ([gzip.compress(data) for data in dicom], [archive(inner=zipped)]):
+        assert decoder.read(Reading(packed, spec, references=True), 200).references == plain
+    assert plain.attributes["PatientID"] == PATIENT_ID
+    own = [pydicom.dcmread(io.BytesIO(data)) for data in dicom]
+    for number, dataset in enumerate(own):
+        dataset.SeriesInstanceUID = f"1.9.{number}"
+    reading = Reading([to_bytes(each) for each in own], spec, ("series_per_slice",), references=True)
+    joined = decoder.read(reading, 200).references
+    assert len({series for series, *_ in joined.instances}) == len(dicom)
 
 
 @pytest.mark.parametrize("packed", [True, False])
