@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from mu2llm.ct import Acceptable
 from mu2llm.records import ERROR_CATEGORIES, Judgement
@@ -198,7 +199,7 @@ class CorrectionIn(Body):
     @classmethod
     def _says_something(cls, edited: str) -> str:
         if not any(letter.isalnum() for letter in edited):
-            raise ValueError("the text is blank, which teaches nothing")
+            raise PydanticCustomError("blank", "the text is blank, which teaches nothing")
         return edited
 
 
