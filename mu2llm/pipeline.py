@@ -23,7 +23,7 @@ from mu2llm.cases import Shards, ingest, read_manifest
 from mu2llm.cases.manifest import check_manifest
 from mu2llm.config import Experiment
 from mu2llm.ct import phantom
-from mu2llm.engine.scans import report_scans
+from mu2llm.engine.scans import ScanPlace, report_scans
 from mu2llm.errors import UserError
 from mu2llm.evaluation.evaluate import compare, render, request_of, scoring
 from mu2llm.evaluation.promotion import promote
@@ -152,7 +152,8 @@ def _whole(pipeline: Pipeline, source: Source, plain_shards: str, scans: Sequenc
         results = Results.open(evaluation)
         best = _register(pipeline, checkpoints, results)
         settings = pipeline.experiment
-        reports = report_scans(best["checkpoint"], scans, settings.evaluation, settings.data.accept) if scans else []
+        places = [ScanPlace(path) for path in scans]
+        reports = report_scans(best["checkpoint"], places, settings.evaluation, settings.data.accept) if scans else []
     page = storage.join(evaluation, PAGE)
     if storage.exists(page):
         storage.write_bytes(storage.join(pipeline.out, PAGE), storage.read_bytes(page))

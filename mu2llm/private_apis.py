@@ -5,8 +5,11 @@ tests/test_private_apis.py fails where an upgrade changes one of them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,11 +40,26 @@ def largest_resources() -> dict[str, float]:
 def ask_head(address: str) -> None:
     """Speaks to the head of a Ray cluster at HOST:PORT; an AuthenticationError where it wants a token and has none.
 
-    `ray.init` says of such a cluster only that it could not be joined.
+    `ray.init` says of such a cluster only that it could not be joined. What Ray's core writes to stderr meanwhile is in
+    the exception too.
     """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
-    GcsClient(address=address)
+    with _stderr_of_the_core_closed():
+        GcsClient(address=address)
+
+
+@contextlib.contextmanager
+def _stderr_of_the_core_closed() -> Iterator[None]:
+    """Meanwhile what C++ writes to file descriptor 2 goes nowhere."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def pause_scheduler(dataset: ray.data.Dataset) -> None:

@@ -86,7 +86,8 @@ class Case(Record):
     )
     series: str | None = Field(
         None,
-        description="DICOM series among those at `volume`, by instance UID or description; None: the largest axial",
+        description="DICOM series among those at `volume`, by instance UID or description, NAME#2 for the second scan "
+        "in it; None: the largest axial",
     )
     source: str = ""
 

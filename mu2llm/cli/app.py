@@ -46,6 +46,14 @@ CheckpointUri = Annotated[
     ),
 ]
 Manifest = Annotated[str, typer.Option(help="The table of cases.")]
+Series = Annotated[
+    str | None,
+    typer.Option(help="DICOM series to read, by instance UID or description; NAME#2: the second scan in it."),
+]
+Accept = Annotated[
+    list[str],
+    typer.Option(metavar="CODE", help="Reason codes to let in all the same, such as not_hu; a wrong one names them."),
+]
 Volumes = Annotated[str, typer.Option(help="Root of the manifest's relative paths.")]
 Format = Annotated[str, typer.Option(help="jsonl, csv, parquet, ct-rate, amos-mm, abdomenatlas3 or m3d-cap")]
 Data = Annotated[

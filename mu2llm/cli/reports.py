@@ -14,6 +14,7 @@ from mu2llm import config
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cli.app import (
     JUDGES,
+    Accept,
     Address,
     CheckpointUri,
     Data,
@@ -23,6 +24,7 @@ from mu2llm.cli.app import (
     JudgeName,
     Out,
     Preset,
+    Series,
     Set,
     app,
     console,
@@ -173,19 +175,20 @@ def generate(
     paths: Annotated[list[str] | None, typer.Argument(help="Scans: file, DICOM folder, zip or URI.")] = None,
     manifest: Annotated[str | None, typer.Option(help="A manifest of scans instead of paths.")] = None,
     volumes: Annotated[str, typer.Option(help="Root of the manifest's relative paths.")] = ".",
-    accept: Annotated[list[str], typer.Option(help="Codes that are let in, such as not_hu.")] = [],  # noqa: B006
+    series: Series = None,
+    accept: Accept = [],  # noqa: B006
     set_: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Scans → reports."""
     from mu2llm.cases import read_manifest
-    from mu2llm.engine.scans import report_scans
+    from mu2llm.engine.scans import ScanPlace, report_scans
 
     experiment = config.override(open_checkpoint(checkpoint).experiment, set_)
-    scans, refused = list(paths or []), []
+    scans, refused = [ScanPlace(path, series) for path in paths or []], []
     if manifest:
         table = read_manifest(manifest, "jsonl", volumes, experiment.data, need_report=False)
-        scans += [case.volume for case in table.cases]
+        scans += [ScanPlace(case.volume, case.series, case.rescale) for case in table.cases]
         refused = [{"path": each.uri, "rejected": each.reason, "message": each.message} for each in table.rejections]
     if not scans and not refused:
         raise UserError("no scans: give paths, or --manifest")

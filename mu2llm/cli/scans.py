@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from rich.markup import escape
 
 from mu2llm import config, storage
 from mu2llm.cli.app import (
+    Accept,
     Address,
     DryRun,
     Format,
@@ -20,6 +22,7 @@ from mu2llm.cli.app import (
     Manifest,
     Out,
     Preset,
+    Series,
     Set,
     Volumes,
     app,
@@ -46,10 +49,8 @@ def inspect(
     paths: list[str],
     as_json: Json = False,
     save_png: Annotated[str | None, typer.Option(help="Folder for a three-plane picture of each scan.")] = None,
-    series: Annotated[str | None, typer.Option(help="DICOM series to read, by instance UID or description.")] = None,
-    accept: Annotated[
-        list[str], typer.Option(metavar="CODE", help="Let in all the same: unknown_orientation, series_per_slice.")
-    ] = [],  # noqa: B006
+    series: Series = None,
+    accept: Accept = [],  # noqa: B006
 ) -> None:
     """Read scans and say what they are, what was set right, and why one is rejected."""
     from mu2llm import ct
@@ -78,6 +79,8 @@ def _description(item: dict[str, Any]) -> Iterator[str]:
     yield f"[green]ok[/]  {shape} voxels of {spacing} mm, stored {item['orientation']}, {low:g} to {high:g} HU"
     for code in item["warnings"]:
         yield f"[yellow]{code}[/]: {ct.WARNINGS[code]}"
+    for name, told in item["others"].items():
+        yield f"not read: {escape(told)}; --series {escape(shlex.quote(name))} reads it"
 
 
 def _pictures(paths: list[str], folder: str) -> list[str]:

@@ -44,13 +44,13 @@ def session(address: str | None = None, cpus: int | None = None) -> Iterator[Non
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
+        if _refuses(address):  # asked first: Ray tries for a minute, and says at last that there is no cluster
+            raise _no_token(address)
         try:
             ray.init(address=address, **quiet)
         except ray.exceptions.AuthenticationError as error:
-            raise UserError(f"the Ray cluster at {address} refused the token: {TOKEN_FIX}") from error
+            raise _no_token(address) from error
         except (ConnectionError, RuntimeError, ValueError) as error:
-            if _wants_token(address):
-                raise UserError(f"the Ray cluster at {address} asks for a token: {TOKEN_FIX}") from error
             raise Failure(
                 f"no Ray cluster at {address}: {str(error).splitlines()[0]}; start one or drop --address"
             ) from error
@@ -70,9 +70,14 @@ def session(address: str | None = None, cpus: int | None = None) -> Iterator[Non
         ray.shutdown()
 
 
-def _wants_token(address: str) -> bool:
-    """Whether the cluster at HOST:PORT is there and refuses who has no token: joining it says only that it failed."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
+def _no_token(address: str) -> UserError:
+    said = "refused the token" if os.environ.get("RAY_AUTH_MODE") == "token" else "asks for a token"
+    return UserError(f"the Ray cluster at {address} {said}: {TOKEN_FIX}")
+
+
+def _refuses(address: str) -> bool:
+    """Whether the cluster at HOST:PORT is there and refuses whoever has not its token."""
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
         private_apis.ask_head(f"{host}:{port}")

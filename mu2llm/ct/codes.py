@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 from mu2llm.errors import UserError
 
@@ -62,7 +63,8 @@ WARNINGS: dict[str, str] = {
     "not_hu": "the distribution of values cannot be CT in HU (MR, label map, 8-bit export, scaled twice)",
 }
 
-ACCEPTABLE = ("unknown_orientation", "series_per_slice", "not_hu")  # reasons; warnings but not_hu are let in anyway
+Acceptable = Literal["unknown_orientation", "series_per_slice", "not_hu"]
+ACCEPTABLE: tuple[Acceptable, ...] = get_args(Acceptable)  # reasons; warnings but not_hu are let in anyway
 
 MAX_VOXELS = 2**30  # of one scan: 512×512×4096
 MAX_BYTES = 2 * MAX_VOXELS  # of the DICOM files of one scan, decompressed

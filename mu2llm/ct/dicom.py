@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from mu2llm.ct import dicom_headers, geometry
@@ -37,7 +39,7 @@ def read(
         warnings.add("orientation_assumed")
     ordered, origins, order_warnings = order(chosen, uri)
     warnings |= order_warnings | leftovers(ordered, choice.left, uri)
-    return _stack(ordered, axes, origins, uri, warnings, rescale)
+    return replace(_stack(ordered, axes, origins, uri, warnings, rescale), others=choice.others)
 
 
 def _stack(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,18 @@ def _by_grid(slices: list[Slice]) -> list[list[Slice]]:
     for each in slices:
         grid = next((grid for grid in grids if share_grid(grid[0], each)), None)
         grids.append([each]) if grid is None else grid.append(each)
-    return grids
+    return grids if len(grids) == 1 else sorted(grids, key=lambda grid: min(map(_rank, grid)))
+
+
+def _rank(each: Slice) -> tuple[Any, ...]:
+    """What puts grids in order, whatever the order of the files."""
+    return (
+        [_natural(value) for value in each.clues],
+        each.rows,
+        each.columns,
+        each.spacing or (),
+        each.orientation or (),
+    )
 
 
 def share_grid(one: Slice, other: Slice) -> bool:

@@ -28,7 +28,7 @@ def inspect(source: str | Path, picture: str | None = None, **options: Any) -> d
     try:
         volume = read(source, **options)
     except Rejection as rejection:
-        nothing = dict.fromkeys(("shape", "spacing", "orientation", "hu_range", "sha256", *drawn))
+        nothing = dict.fromkeys(("shape", "spacing", "orientation", "hu_range", "sha256", "others", *drawn))
         return item | nothing | {"status": "rejected", "reason": rejection.reason, "message": rejection.args[2]}
     if picture is not None:
         three_planes(volume, picture)
@@ -44,6 +44,7 @@ def describe(volume: CTVolume) -> dict[str, Any]:
         "orientation": volume.stored_axes,
         "hu_range": list(volume.hu_range),
         "sha256": volume.sha256,
+        "others": dict(volume.others),
     }
 
 

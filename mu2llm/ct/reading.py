@@ -28,9 +28,9 @@ def read(
 
     `source` is a path or URI (s3://, gs://) of a NIfTI, a DICOM file, a zip or a folder of DICOM files, or the
     bytes of one of them, or a list of the bytes of DICOM files; any of them may be gzipped. `series` picks a DICOM
-    series by its instance UID or description; a NIfTI has none. `rescale` is (slope, intercept) from a metadata
-    table: applied once, and not at all where the values are in HU already. `accept` lists codes to let in:
-    unknown_orientation, series_per_slice.
+    series by its instance UID or description, with `#2` the second of several scans in it; a NIfTI has none.
+    `rescale` is (slope, intercept) from a metadata table: applied once, and not at all where the values are in HU
+    already. `accept` lists codes to let in: unknown_orientation, series_per_slice.
 
     Raises Rejection (a code of `REASONS`) for what is wrong with the scan, OSError for storage that cannot be
     reached or refuses, UserError for an unknown scheme or code. What was set right is in `.warnings`.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from nibabel import affines
@@ -23,7 +23,8 @@ class CTVolume:
     `hu` is (x, y, z) in the closest canonical axes (RAS+: x to the patient's right, y to the front, z up),
     int16, or float32 where HU are not whole numbers, never below −1024. `affine` maps voxel (x, y, z) to mm.
     `warnings` are codes of `mu2llm.ct.WARNINGS`. `stored_axes` are the axes of the file, such as "LPS", and
-    `format` is NIfTI or DICOM; `modality` and `series` (its instance UID) are what DICOM says.
+    `format` is NIfTI or DICOM; `modality` and `series` (its instance UID) are what DICOM says. `others` are the scans
+    in the same place that were not read: the name by which `read` takes them → what tells them apart.
     """
 
     hu: np.ndarray
@@ -34,6 +35,7 @@ class CTVolume:
     series: str = ""
     stored_axes: str = "RAS"
     format: str = ""
+    others: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:

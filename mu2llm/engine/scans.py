@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mu2llm import ct
 from mu2llm.engine.decoder import ContinuousDecoder, Prompt, write
@@ -16,9 +16,17 @@ from mu2llm.progress import Counted
 from mu2llm.settings.evaluation import EvaluationConfig
 
 
+class ScanPlace(NamedTuple):
+    """Where a scan is: path or URI, and what `ct.read` needs besides to find it there and to put it in HU."""
+
+    path: str
+    series: str | None = None
+    rescale: tuple[float, float] | None = None
+
+
 def report_scans(
     checkpoint: str,
-    scans: Sequence[str],
+    scans: Sequence[ScanPlace],
     settings: EvaluationConfig,
     accept: tuple[str, ...] = (),
     progress: Counted | None = None,
@@ -32,11 +40,11 @@ def report_scans(
     decoder = ContinuousDecoder(model, processor, settings.used_precision)
     decoding = Decoding(settings.max_new_tokens)
     entries = []
-    for number, path in enumerate(scans):
+    for number, (path, series, rescale) in enumerate(scans):
         started = time.monotonic()
         entry: dict[str, Any] = {"path": path, "spec": {"name": processor.spec.name, "hash": processor.spec.hash}}
         try:
-            volume = ct.admit(ct.read(path, accept=accept), accept)
+            volume = ct.admit(ct.read(path, series=series, rescale=rescale, accept=accept), accept)
             prepared = ct.prepare(volume, processor.spec)
         except Rejection as rejection:
             entry |= {"rejected": rejection.reason, "message": rejection.message}

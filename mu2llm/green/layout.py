@@ -97,6 +97,8 @@ def _goes_on(before: str, after: str, gap: bool, as_list: bool, shouted: bool) -
     """Whether a line goes on with the sentence of the one before."""
     word = re.match(r"[^\W\d_]+", after)
     small = not word or after[0].islower() or shouted
+    if gap and before.endswith(":") and not _LABEL.match(after):  # a heading above its text
+        return True
     if gap:
         unfinished = before.endswith(",") or _OPEN.search(before) or _MODIFIER.search(before)
         return small and not _ENDED.search(before) and bool(unfinished) and not as_list

@@ -16,6 +16,7 @@ from mu2llm.serving.loaded import LoadedModel
 from mu2llm.serving.queue import QueuedRequest
 from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.saliency import overlay, sentence_maps
+from mu2llm.serving.stop import before_stop, without_begun_stop
 
 Queued = QueuedRequest[ReportRequest]
 
@@ -81,19 +82,24 @@ class RunningBatch:
 
     def _follow(self, sequences: list[TokenSequence]) -> None:
         """What follows from a further token of each sequence."""
-        for sequence in sequences:
-            queued = self._slots[sequence].queued
-            if queued.streamed and not queued.abandoned:
-                self._send(queued, sequence)
-        gone = {each for each in sequences if each.over or self._slots[each].queued.abandoned}
+        gone = {each for each in sequences if self._is_over(each, self._slots[each].queued)}
         for sequence in gone:
             slot = self._slots.pop(sequence)
             if not slot.queued.abandoned:
                 self._finish(slot, sequence)
         self.decoder.leave(gone)
 
-    def _send(self, queued: Queued, sequence: TokenSequence) -> None:
-        text = self.decoder.text(sequence).text
+    def _is_over(self, sequence: TokenSequence, queued: Queued) -> bool:
+        """Whether nothing more of a sequence is wanted; what is new of its text is sent where it is streamed."""
+        if queued.abandoned or not (queued.streamed or queued.request.stop):
+            return queued.abandoned or sequence.over
+        text, stopped = before_stop(self.decoder.text(sequence).text, queued.request.stop)
+        over = sequence.over or stopped
+        if queued.streamed:
+            self._send(queued, text if over else without_begun_stop(text, queued.request.stop))
+        return over
+
+    def _send(self, queued: Queued, text: str) -> None:
         # a character of several bytes may not be whole yet; what was sent before a failure is not sent again
         if not text.endswith("\ufffd") and text.startswith(queued.sent) and text != queued.sent:
             queued.send(text[len(queued.sent) :])
@@ -102,7 +108,8 @@ class RunningBatch:
         """The answer to a request, with where each sentence comes from where that is asked for."""
         loaded, queued, written = self.loaded, slot.queued, time.monotonic()
         text = self.decoder.text(sequence)
-        maps = self._maps(queued.request, text.text, slot.features) if queued.request.saliency else None
+        report, stopped = before_stop(text.text, queued.request.stop)
+        maps = self._maps(queued.request, report, slot.features) if queued.request.saliency else None
         seconds = {
             "queue": slot.started - queued.arrived,
             "encode": slot.encoded - slot.started,
@@ -111,10 +118,10 @@ class RunningBatch:
         }
         queued.finish(
             Written(
-                text=text.text,
+                text=report,
                 question=loaded.question(queued.request),
                 tokens=text.tokens,
-                finished=text.finished,
+                finished=text.finished or stopped,
                 model=loaded.facts,
                 spec={"name": loaded.spec.name, "hash": loaded.spec.hash},
                 batch=slot.together,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mu2llm.serving.problems import Problem
-from mu2llm.serving.schemas import Report, ReportOptions
-from mu2llm.serving.service import Upload
+from mu2llm.serving.schemas import Report, ReportOptions, StopSequence, StopSequences
+from mu2llm.serving.service import Made, Upload
 from mu2llm.serving.uris import data_url, decoded
 
 Reason = Literal["stop", "length"]
@@ -20,9 +21,14 @@ _FIELD = re.compile(rb'"(?:url|file_data)"\s*:\s*$')
 
 
 class Loose(BaseModel):
-    """OpenAI's clients send more than we need; what we don't know is ignored."""
+    """OpenAI's clients send more than we need: what we don't know is ignored, and null is as absent."""
 
     model_config = ConfigDict(extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
 
 class Url(Loose):
@@ -50,7 +56,7 @@ class Part(Loose):
 
 class Message(Loose):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[Part] = ""
 
     @property
     def text(self) -> str:
@@ -63,12 +69,18 @@ class Message(Loose):
         return [] if isinstance(self.content, str) else [part.scan for part in self.content if part.scan]
 
 
+class StreamOptions(Loose):
+    include_usage: bool = False
+
+
 class ChatRequest(Loose):
     """The last user message is the question; the last scan in the messages is what it is about."""
 
     model: str = ""
     messages: Annotated[list[Message], Field(min_length=1, max_length=100)]
     stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    stop: StopSequence | StopSequences = ()
     max_tokens: int | None = Field(None, ge=1, le=4096)
     max_completion_tokens: int | None = Field(None, ge=1, le=4096)
     temperature: float | None = Field(None, ge=0, le=5)
@@ -87,6 +99,7 @@ class ChatRequest(Loose):
             temperature=self.temperature or 0,
             top_p=self.top_p or 1,
             seed=self.seed or 0,
+            stop=(self.stop,) if isinstance(self.stop, str) else self.stop,
         )
 
     def scan(self) -> str:
@@ -166,22 +179,39 @@ def answer(report: Report) -> ChatAnswer:
         created=int(time.time()),
         model=report.model.id,
         choices=[Choice(message=ChatMessage(content=report.report), finish_reason=_reason(report))],
-        usage=Usage(completion_tokens=report.tokens, total_tokens=report.tokens),
+        usage=_usage(report),
         mu2llm=_besides(report),
     )
 
 
-def chunk(identity: str, model: str, content: str | None = None, report: Report | None = None) -> dict[str, Any]:
-    """One event of a streamed answer: a piece of the text, or with `report` the end."""
-    delta: dict[str, Any] = {} if content is None else {"role": "assistant", "content": content}
-    told = {
+async def chunks(
+    request: ChatRequest, identity: str, model: str, parts: AsyncIterator[str | Made]
+) -> AsyncIterator[dict[str, Any]]:
+    """The events of a streamed answer: the role, pieces of the text, the end, and the usage where it is asked for."""
+    counted = request.stream_options.include_usage
+    head = {
         "id": f"chatcmpl-{identity}",
         "object": "chat.completion.chunk",
         "created": int(time.time()),
         "model": model,
-        "choices": [{"index": 0, "delta": delta, "finish_reason": _reason(report) if report else None}],
+        **({"usage": None} if counted else {}),
     }
-    return told | {"mu2llm": _besides(report)} if report else told
+
+    def chunk(delta: dict[str, str], reason: Reason | None = None) -> dict[str, Any]:
+        return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+
+    yield chunk({"role": "assistant", "content": ""})
+    async for part in parts:
+        if isinstance(part, str):
+            yield chunk({"content": part})
+        else:
+            yield {**chunk({}, _reason(part.report)), "mu2llm": _besides(part.report)}
+            if counted:
+                yield {**head, "choices": [], "usage": _usage(part.report).model_dump()}
+
+
+def _usage(report: Report) -> Usage:
+    return Usage(completion_tokens=report.tokens, total_tokens=report.tokens)
 
 
 def _reason(report: Report) -> Reason:

@@ -15,8 +15,7 @@ import resource
 import threading
 import time
 import warnings
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -25,10 +24,16 @@ import pyarrow.fs as pafs
 import pydicom
 
 from mu2llm import ct, storage
-from mu2llm.ct import sources
+from mu2llm.ct import dicom_headers, sources
 from mu2llm.errors import Rejection
 from mu2llm.records import PreprocessSpec
 from mu2llm.serving.refusal import Refusal
+
+ATTRIBUTES = (  # of the patient and the study, by which an archive knows them
+    *("PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"),
+    *("StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber", "StudyDescription"),
+    "TimezoneOffsetFromUTC",
+)
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class References:
-    """Which DICOM instances a scan is made of: (SOP class, SOP instance) UIDs of one series of one study."""
+    """Which DICOM instances a scan is made of: (series, SOP class, SOP instance) UIDs of one study; and its patient and
+    study attributes, by keyword, as they were sent."""
 
     study: str
-    series: str
-    instances: tuple[tuple[str, str], ...]
+    instances: tuple[tuple[str, str, str], ...]
+    attributes: dict[str, str] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -83,23 +89,29 @@ def read(reading: Reading, max_slices: int) -> Scan:
         spec_hash=reading.spec.hash,
         key=ct.input_key(voxels, prepared.chunk_mask),
         seconds=time.monotonic() - started,
-        references=_references(reading, volume.series) if volume.format == sources.DICOM else None,
+        references=_references(reading, volume) if volume.format == sources.DICOM else None,
     )
 
 
-def _references(reading: Reading, series: str) -> References | None:
-    """The instances of the series that was read, by their headers, where they are asked for."""
+def _references(reading: Reading, volume: ct.CTVolume) -> References | None:
+    """The instances of the series that was read (of all that were joined), by their headers, where they are asked
+    for."""
     if not reading.references:
         return None
-    tags = ["StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID", "Rows"]
-    found, study = [], ""
-    for part in _parts(reading.source):
-        with contextlib.suppress(Exception):  # what is no DICOM was left aside when the scan was read
-            header = pydicom.dcmread(io.BytesIO(part.load()), stop_before_pixels=True, specific_tags=tags, force=True)
-            if str(header.get("SeriesInstanceUID", "")) == series and header.get("Rows"):
-                found.append((str(header.SOPClassUID), str(header.SOPInstanceUID)))
-                study = str(header.get("StudyInstanceUID", ""))
-    return References(study, series, tuple(found)) if found else None
+    joined = "series_joined" in volume.warnings
+    slices, _ = dicom_headers.parse(_parts(reading.source), "")
+    files = {id(each.part): each for each in slices if (joined or each.series == volume.series) and each.rows}
+    tags = ["StudyInstanceUID", "SOPClassUID", "SOPInstanceUID", *ATTRIBUTES]
+    found = []
+    for each in files.values():
+        stream = io.BytesIO(each.part.load())
+        header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
+        if "SOPClassUID" in header and "SOPInstanceUID" in header:
+            found.append((each.series, str(header.SOPClassUID), str(header.SOPInstanceUID)))
+    if not found:
+        return None
+    attributes = {name: str(header[name].value or "") for name in ATTRIBUTES if name in header}
+    return References(str(header.get("StudyInstanceUID", "")), tuple(found), attributes)
 
 
 def _parts(source: list[bytes] | str) -> list[sources.Part]:
@@ -111,7 +123,7 @@ def _parts(source: list[bytes] | str) -> list[sources.Part]:
         source = [storage.read_bytes(source)]
     if len(source) == 1 and sources.kind_of(source[0][:1024]) == sources.ZIP:
         return sources.zip_parts(source[0], "")
-    return [sources.Part("", partial(bytes, data)) for data in source]
+    return sources.byte_parts(source, "")
 
 
 class Decoder:

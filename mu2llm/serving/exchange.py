@@ -24,6 +24,7 @@ class ReportRequest:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    stop: tuple[str, ...] = ()
     saliency: bool = False
 
 

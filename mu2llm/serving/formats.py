@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from mu2llm.serving.decoder import References
 from mu2llm.serving.problems import Problem
 from mu2llm.serving.schemas import Report
 from mu2llm.serving.service import Made
@@ -106,16 +107,18 @@ def _uuid(identity: str) -> str:
 
 
 def structured_report(made: Made) -> bytes:
-    """DICOM Basic Text SR by TID 2000, in the study of the scan: partial, unverified, without the patient's name.
+    """DICOM Basic Text SR by TID 2000, in the study of the scan: partial, unverified.
 
-    Patient and study attributes of type 2 are empty: the archive that it is sent to knows them by the study's UID.
+    Patient and study attributes are those of the images, so that an archive puts it with them. Dates and times are in
+    the images' zone, else in this machine's, and name it.
     """
     assert made.references is not None
     import pydicom
-    from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+    from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import BasicTextSRStorage, ExplicitVRLittleEndian, generate_uid
 
-    references, moment = made.references, datetime.now(UTC)
+    references = made.references
+    moment = _now(references.attributes.get("TimezoneOffsetFromUTC", ""))
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = BasicTextSRStorage
     meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[made.report.id])
@@ -123,8 +126,9 @@ def structured_report(made: Made) -> bytes:
     document = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     document.SpecificCharacterSet = "ISO_IR 192"
     document.SOPClassUID, document.SOPInstanceUID = BasicTextSRStorage, meta.MediaStorageSOPInstanceUID
-    for keyword in _EMPTY:
-        setattr(document, keyword, "")
+    for keyword, value in {**dict.fromkeys(_NEEDED, ""), **references.attributes}.items():
+        document.add(_as_sent(keyword, value))
+    document.TimezoneOffsetFromUTC = moment.strftime("%z")
     document.StudyInstanceUID = references.study
     document.SeriesInstanceUID = generate_uid(entropy_srcs=[made.report.id, "series"])
     document.Modality, document.SeriesNumber, document.InstanceNumber = "SR", 1, 1
@@ -133,11 +137,7 @@ def structured_report(made: Made) -> bytes:
     document.PerformedProcedureCodeSequence = []
     document.CompletionFlag, document.VerificationFlag = "PARTIAL", "UNVERIFIED"
     document.ContentDate, document.ContentTime = moment.strftime("%Y%m%d"), moment.strftime("%H%M%S")
-    series, study = Dataset(), Dataset()
-    series.SeriesInstanceUID = references.series
-    series.ReferencedSOPSequence = [_reference(*instance) for instance in references.instances]
-    study.StudyInstanceUID, study.ReferencedSeriesSequence = references.study, [series]
-    document.CurrentRequestedProcedureEvidenceSequence = [study]
+    document.CurrentRequestedProcedureEvidenceSequence = [_evidence(references)]
     for element in _content(made.report):
         document.add(element)
     buffer = io.BytesIO()
@@ -145,18 +145,47 @@ def structured_report(made: Made) -> bytes:
     return buffer.getvalue()
 
 
-_EMPTY = (
+_NEEDED = (  # though they may be empty
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
     *("StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber"),
 )
 
 
-def _reference(sop_class: str, instance: str) -> Any:
+def _now(offset: str) -> datetime:
+    """Now, in the zone of an offset such as +0300; where it is none, in this machine's."""
+    try:
+        zone = datetime.strptime(offset.strip(), "%z").tzinfo
+    except ValueError:
+        zone = None
+    return datetime.now(UTC).astimezone(zone)
+
+
+def _as_sent(keyword: str, value: str) -> Any:
+    """An attribute with a value as the images have it, which may not be as the standard wants it."""
+    from pydicom.config import IGNORE
+    from pydicom.datadict import dictionary_VR, tag_for_keyword
+    from pydicom.dataelem import DataElement
+
+    tag = tag_for_keyword(keyword)
+    assert tag is not None
+    return DataElement(tag, dictionary_VR(tag), value, validation_mode=IGNORE)
+
+
+def _evidence(references: References) -> Any:
+    """The images that were read, by their series."""
     from pydicom.dataset import Dataset
 
-    item = Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, instance
-    return item
+    series: dict[str, Dataset] = {}
+    for name, sop_class, instance in references.instances:
+        item = Dataset()
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, instance
+        if name not in series:
+            series[name] = Dataset()
+            series[name].SeriesInstanceUID, series[name].ReferencedSOPSequence = name, []
+        series[name].ReferencedSOPSequence.append(item)
+    study = Dataset()
+    study.StudyInstanceUID, study.ReferencedSeriesSequence = references.study, list(series.values())
+    return study
 
 
 def _content(report: Report) -> Any:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from mu2llm.ct import REASONS
+from mu2llm.ct import ACCEPTABLE, REASONS
 from mu2llm.errors import Rejection
 
 MEDIA = "application/problem+json"
@@ -40,11 +40,13 @@ _STATUS = {
     **dict.fromkeys(("corrupt", "empty", "truncated", "unsafe_archive"), 400),
 }
 _SAFE_DETAILS = ("single_slice", "slice_gap", "not_3d", "not_hu", "bad_geometry")  # their messages are numbers only
-_ACCEPTABLE = "; send accept={} to let it in all the same"
 
 
 class ProblemDetail(BaseModel):
-    """An error: `code` is stable (for scans, a reason code of `mu2llm inspect`); `detail` says what to do."""
+    """An error: `code` is stable (for scans, a reason code of `mu2llm inspect`); `detail` says what to do.
+
+    `acceptable`: the scan is let in where `accept` lists the code.
+    """
 
     model_config = ConfigDict(extra="allow")
     type: str = "about:blank"
@@ -52,17 +54,26 @@ class ProblemDetail(BaseModel):
     status: int
     code: str
     detail: str
+    acceptable: bool = False
 
 
 class Problem(HTTPException):
     """Raised anywhere in a request; answered as problem+json."""
 
-    def __init__(self, status: int, code: str, detail: str, retry_after: float | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, detail: str, retry_after: float | None = None, acceptable: bool = False
+    ) -> None:
         super().__init__(status, detail)
-        self.status, self.code, self.retry_after = status, code, retry_after
+        self.status, self.code, self.retry_after, self.acceptable = status, code, retry_after, acceptable
 
     def body(self) -> dict[str, Any]:
-        told = ProblemDetail(title=TITLES[self.status], status=self.status, code=self.code, detail=self.detail)
+        told = ProblemDetail(
+            title=TITLES[self.status],
+            status=self.status,
+            code=self.code,
+            detail=self.detail,
+            acceptable=self.acceptable,
+        )
         # OpenAI's clients look for `error`
         error = {"message": self.detail, "type": TITLES[self.status], "code": self.code}
         return {**told.model_dump(), "error": error}
@@ -79,9 +90,10 @@ def rejected(rejection: Rejection) -> Problem:
     detail = REASONS[rejection.reason]
     if rejection.reason in _SAFE_DETAILS:
         detail = f"{detail} ({rejection.message})"
-    if rejection.reason in ("not_hu", "unknown_orientation"):
-        detail += _ACCEPTABLE.format(rejection.reason)
-    return Problem(_STATUS.get(rejection.reason, 422), rejection.reason, detail)
+    acceptable = rejection.reason in ACCEPTABLE
+    if acceptable:
+        detail += f"; send accept={rejection.reason} to let it in all the same"
+    return Problem(_STATUS.get(rejection.reason, 422), rejection.reason, detail, acceptable=acceptable)
 
 
 def not_ready(why: str, retry_after: float = 2) -> Problem:

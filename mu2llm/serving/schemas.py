@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
+from mu2llm.ct import Acceptable
 from mu2llm.records import ERROR_CATEGORIES, Judgement
 
 Text = Annotated[str, Field(max_length=100_000)]
+StopSequence = Annotated[str, Field(min_length=1, max_length=200)]
+StopSequences = Annotated[tuple[StopSequence, ...], Field(max_length=4)]
 Question = Annotated[str, Field(max_length=4_000)]
 
 
@@ -32,9 +36,8 @@ class ReportOptions(Body):
     temperature: float = Field(0, ge=0, le=5)
     top_p: float = Field(1, gt=0, le=1)
     seed: int = Field(0, ge=0, lt=2**63)
-    accept: tuple[Literal["not_hu", "unknown_orientation"], ...] = Field(
-        (), description="reason codes that are let in all the same"
-    )
+    stop: StopSequences = Field((), description="the report ends before the first of these")
+    accept: tuple[Acceptable, ...] = Field((), description="reason codes that are let in all the same")
 
 
 class ReportRequest(ReportOptions):
@@ -187,11 +190,18 @@ class GreenAnswer(BaseModel):
 class CorrectionIn(Body):
     """An edited report: of one that the service wrote, by its `id`, or with `generated` and the scan's sha256."""
 
-    edited: Annotated[str, Field(min_length=1, max_length=100_000)]
+    edited: Text
     id: Annotated[str, Field(max_length=64)] | None = None
     generated: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
     scan_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     question: Question | None = None
+
+    @field_validator("edited")
+    @classmethod
+    def _says_something(cls, edited: str) -> str:
+        if not any(letter.isalnum() for letter in edited):
+            raise PydanticCustomError("blank", "the text is blank, which teaches nothing")
+        return edited
 
 
 class CorrectionOut(BaseModel):

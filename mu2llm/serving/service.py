@@ -170,7 +170,7 @@ class Service:
     ) -> Work:
         """A Problem where the URI is not allowed. `seconds` instead of `serving.request_seconds`."""
         if upload.uri is not None:
-            allowed(upload.uri, self.settings.allowed_uris)
+            upload = Upload(uri=allowed(upload.uri, self.settings.allowed_uris))
         return Work(upload, options, references, time.monotonic() + (seconds or self.settings.request_seconds))
 
     async def report(self, work: Work) -> Made:
@@ -408,7 +408,7 @@ async def _limit(deadline: float) -> AsyncIterator[None]:
 
 
 def _request(work: Work, scan: Scan) -> ReportRequest:
-    taken = ("question", "region", "max_new_tokens", "temperature", "top_p", "seed", "saliency")
+    taken = ("question", "region", "max_new_tokens", "temperature", "top_p", "seed", "stop", "saliency")
     return ReportRequest(id=work.id, scan=scan, **{name: getattr(work.options, name) for name in taken})
 
 

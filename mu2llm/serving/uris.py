@@ -1,4 +1,7 @@
-"""Which URIs a client may name: those below a configured one, and nothing else (no http, no climbing, no links out)."""
+"""Which URIs a client may name: those below a configured one, and nothing else (no http, no climbing, no links out).
+
+Names are taken as they are, as `mu2llm inspect` takes them: `%20` is no space.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,24 @@ from mu2llm.serving.problems import Problem
 SCHEMES = ("s3", "gs", "file")
 _DATA = re.compile(rb"data:[\w.+-]*/?[\w.+-]*(?:;[\w-]+=[\w.-]+)*;base64,")
 _PIECE = 2**20  # of base64, decoded at a time; a multiple of 4
-_UNSAFE = re.compile(r"[\x00-\x20\x7f%?#\\]|//|(?:^|/)\.\.?(?:/|$)")
+# %2e and %2f: whoever decodes a name later may not find a climbing one
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f?#\\]|%2[ef]|%5c|//|(?:^|/)\.\.?(?:/|$)", re.IGNORECASE)
 
 
 def allowed(uri: str, below: Sequence[str]) -> str:
-    """The URI, if it lies below one of `below`; else a Problem that does not say whether there is anything."""
+    """The URI, if it lies below one of `below`; else a Problem that does not say whether there is anything.
+
+    An absolute path is the file:// URI of it.
+    """
+    uri = _whole(uri)
     scheme, separator, path = uri.partition("://")
-    problem = Problem(403, "uri_not_allowed", "the URI lies in no allowed place (serving.allowed_uris)")
+    detail = (
+        "the URI lies in no allowed place (serving.allowed_uris), or its name has //, .., ?, # or a backslash in it"
+    )
+    problem = Problem(403, "uri_not_allowed", detail)
     if not separator or scheme not in SCHEMES or _UNSAFE.search(path):
         raise problem
-    places = [place.rstrip("/") for place in below]
+    places = [_whole(place).rstrip("/") for place in below]
     if not any(uri == place or uri.startswith(f"{place}/") for place in places):
         raise problem
     if scheme == "file":  # a link may lead out
@@ -30,6 +41,10 @@ def allowed(uri: str, below: Sequence[str]) -> str:
         if not any(real == root or real.startswith(f"{root}/") for root in roots):
             raise problem
     return uri
+
+
+def _whole(uri: str) -> str:
+    return f"file://{uri}" if uri.startswith("/") else uri
 
 
 def data_url(url: str) -> bytes | None:

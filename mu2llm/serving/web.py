@@ -50,26 +50,22 @@ MAX_FILES = 5000  # of one upload: the files of a DICOM series
 MAX_FIELDS = 50
 _BEARER = HTTPBearer(auto_error=False, scheme_name="API key", description="mu2llm key make")
 
-_FORM = {
-    "type": "object",
-    "required": ["scan"],
-    "properties": {
-        "scan": {
-            "type": "string",
-            "format": "binary",
-            "description": "NIfTI (.nii, .nii.gz) or a zip of one DICOM series; or repeated, the series' files",
-        },
-        "question": {"type": "string", "maxLength": 4000},
-        "region": {"type": "string", "maxLength": 100},
-        "saliency": {"type": "boolean", "default": False},
-        "stream": {"type": "boolean", "default": False},
-        "max_new_tokens": {"type": "integer", "minimum": 1, "maximum": 4096},
-        "temperature": {"type": "number", "minimum": 0, "maximum": 5},
-        "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-        "seed": {"type": "integer", "minimum": 0},
-        "accept": {"type": "array", "items": {"enum": ["not_hu", "unknown_orientation"]}},
-    },
+_SCAN = {
+    "type": "string",
+    "format": "binary",
+    "description": "NIfTI (.nii, .nii.gz) or a zip of one DICOM series; or repeated, the series' files",
 }
+
+
+def _field(told: dict[str, Any]) -> dict[str, Any]:
+    """A property of JSON as a form's field: what may be null may be left out there."""
+    kind, *null = told.get("anyOf", [told])
+    return {**kind, "description": told.get("description", "")} if null else told
+
+
+_OPTIONS = {name: _field(told) for name, told in ReportOptions.model_json_schema()["properties"].items()}
+_LISTS = {name for name, told in _OPTIONS.items() if told["type"] == "array"}
+_FORM = {"type": "object", "required": ["scan"], "properties": {"scan": _SCAN, **_OPTIONS}}
 _REF = "#/components/schemas/{model}"
 
 
@@ -194,7 +190,7 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
             if asked.stream:
                 parts = service.stream(work, await service.read(work))
                 model = service.status.model.get("id", "")
-                return Stream(_chunks(work.id, model, parts), held.pop_all())
+                return Stream(_chunks(chat.chunks(asked, work.id, model, parts)), held.pop_all())
             made = await service.report(work)
         return JSONResponse(chat.answer(made.report).model_dump(mode="json"))
 
@@ -238,8 +234,7 @@ async def _from_form(request: Request) -> tuple[Upload, ReportOptions]:
             raise Problem(422, "no_scan", "the form has no file in the field scan")
         names = {name for name, _ in form.multi_items()} - {"scan"}
         fields: dict[str, Any] = {name: form[name] for name in names}
-        if "accept" in fields:
-            fields["accept"] = form.getlist("accept")
+        fields |= {name: form.getlist(name) for name in names & _LISTS}
         try:
             options = ReportOptions.model_validate(fields)
         except ValidationError as error:
@@ -272,15 +267,11 @@ async def _events(first: bytes, parts: AsyncIterator[str | Made]) -> AsyncIterat
         yield _event("error", problem.body())
 
 
-async def _chunks(identity: str, model: str, parts: AsyncIterator[str | Made]) -> AsyncIterator[bytes]:
+async def _chunks(told: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
     """The same as OpenAI's clients want it."""
     try:
-        async for part in parts:
-            if isinstance(part, str):
-                told = chat.chunk(identity, model, part)
-            else:
-                told = chat.chunk(identity, part.report.model.id, report=part.report)
-            yield _data(told)
+        async for chunk in told:
+            yield _data(chunk)
         yield b"data: [DONE]\n\n"
     except Problem as problem:
         yield _data(problem.body())

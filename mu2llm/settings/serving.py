@@ -31,7 +31,9 @@ class ServingConfig(Section):
         "auto", description="API keys; auto: on where the address is not loopback"
     )
     hosts: tuple[str, ...] = Field((), description="further Host names that are answered on loopback")
-    allowed_uris: tuple[str, ...] = Field((), description="what {uri} may lie under, such as s3://bucket/scans")
+    allowed_uris: tuple[str, ...] = Field(
+        (), description="what {uri} may lie under, such as s3://bucket/scans or /srv/scans"
+    )
     max_body_mb: int = Field(1024, ge=1)
     max_slices: int = Field(2500, ge=2)
     reading_seconds: float = Field(120, gt=0, description="for decoding and preparing one scan")

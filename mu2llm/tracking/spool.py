@@ -85,8 +85,8 @@ class Spool:
 
     def refused(self) -> list[dict[str, Any]]:
         """The entries that the store will never take, each with `why`."""
-        lines = [line for path in sorted(self.path.glob("*.refused")) for line in path.read_text().splitlines()]
-        return [json.loads(line) for line in lines]
+        lines = [line for path in sorted(self.path.glob("*.refused")) for line in path.read_text().split("\n")]
+        return [json.loads(line) for line in lines if line]
 
     def sent(self, key: str) -> tuple[int, str]:
         """(bytes of the run's file that the store has, the run's id there or "")."""

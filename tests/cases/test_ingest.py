@@ -177,18 +177,18 @@ def test_an_unknown_code_to_accept_is_a_user_error(ray_cluster, source, tmp_path
 
 def test_series_that_share_a_folder_are_told_apart(tmp_path):
     (tmp_path / "study").mkdir()
-    for number, name in enumerate(("1.2.3.10", "1.2.3.20")):
-        for index, one in enumerate(slices(scans.body(number), SeriesInstanceUID=name)):
+    for number, name in enumerate(("1.2.3.10", "1.2.3.20", "1.2.3.20")):  # the last one's second phase
+        for index, one in enumerate(slices(scans.body(number), SeriesInstanceUID=name, AcquisitionNumber=number)):
             (tmp_path / "study" / f"{number}-{index}.dcm").write_bytes(to_bytes(one))
-    named = {"a": "1.2.3.10", "b": "1.2.3.20", "c": "1.2.3.30"}
+    named = {"a": "1.2.3.10", "b": "1.2.3.20", "c": "1.2.3.30", "d": "1.2.3.20#2"}
     rows = [{"id": id, "volume": "study", "report": "r", "series": name} for id, name in named.items()]
     scans.write_manifest(tmp_path / "manifest.jsonl", rows)
     experiment = scans.experiment(split={"train": 1, "validation": 0, "test": 0})
     ((path, group),) = plan(read(tmp_path, experiment), experiment.data).items()
     write_shard(group_table(path, group), str(tmp_path / "out"), experiment.data.spec, ())
     written = {row["id"]: row for row in pq.read_table(tmp_path / "out" / path).to_pylist()}
-    assert set(written) == {"a", "b"}
-    for id, seed in {"a": 0, "b": 1}.items():
+    assert set(written) == {"a", "b", "d"}
+    for id, seed in {"a": 0, "b": 1, "d": 2}.items():
         expected = ct.prepare(ct.read([to_bytes(one) for one in slices(scans.body(seed))]), experiment.data.spec)
         assert written[id]["series"] == named[id]
         assert bytes(np.array(written[id]["voxels"])) == bytes(expected.voxels)

@@ -52,11 +52,30 @@ def test_generate_lists_the_rows_of_a_manifest_that_it_cannot_use(monkeypatch, t
     rows = [{"id": name, "volume": f"{name}.nii.gz"} for name in ("a", "gone")]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(reports, "open_checkpoint", lambda uri: Opened)
-    monkeypatch.setattr(scans, "report_scans", lambda _, paths, *rest: [{"path": path, "report": ""} for path in paths])
+    monkeypatch.setattr(
+        scans, "report_scans", lambda _, places, *rest: [{"path": each.path, "report": ""} for each in places]
+    )
     words = ["generate", "--checkpoint", "c", "--manifest", f"{tmp_path}/m.jsonl", "--volumes", str(tmp_path), "--json"]
     written, refused = json.loads(CliRunner().invoke(app, words).stdout)
     assert written["path"].endswith("a.nii.gz") and refused["path"].endswith("gone.nii.gz")
     assert refused["rejected"] == "not_found"
+
+
+def test_generate_reads_what_is_asked_for(monkeypatch, tmp_path):
+    """A manifest's series and rescale were not heeded: the largest series was read, raw values were taken as HU."""
+
+    class Opened:
+        experiment = config.load("tiny").model_dump(mode="json")
+
+    (tmp_path / "a.nii.gz").write_bytes(b"x")
+    row = {"id": "a", "volume": "a.nii.gz", "series": "1.2#2", "rescale": [1, -8192]}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    seen = []
+    monkeypatch.setattr(reports, "open_checkpoint", lambda uri: Opened)
+    monkeypatch.setattr(scans, "report_scans", lambda _, places, *rest: seen.extend(places) or [])
+    words = ["generate", "--checkpoint", "c", "study", "--series", "thin#2", "--manifest", f"{tmp_path}/m.jsonl"]
+    assert CliRunner().invoke(app, [*words, "--volumes", str(tmp_path), "--json"]).exit_code == 0
+    assert seen == [("study", "thin#2", None), (f"{tmp_path}/a.nii.gz", "1.2#2", (1, -8192))]
 
 
 @pytest.mark.parametrize(

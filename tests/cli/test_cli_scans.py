@@ -11,6 +11,7 @@ from ct_scans import SERIES, chest, nifti, slices, to_bytes
 from mu2llm import cases, cli
 
 KEYS = ["path", "status", "reason", "message", "warnings", "shape", "spacing", "orientation", "hu_range", "sha256"]
+KEYS += ["others"]
 
 
 @pytest.fixture
@@ -55,6 +56,13 @@ def test_inspect_reads_the_series_that_is_asked_for(run, study):
         (item,) = json.loads(run("inspect", study, "--json", *asked)[1])
         shapes[" ".join(asked[1:])] = item["shape"] and item["shape"][2], item["reason"]
     assert shapes == {"": (16, None), "thick": (8, None), SERIES: (16, None), "coronal": (None, "no_series")}
+
+
+def test_inspect_says_how_to_read_what_was_not_read(run, study):
+    told = run("inspect", study)[1]
+    assert "8 slices" in told and "thick; --series 1.2.9 reads it" in told
+    (item,) = json.loads(run("inspect", study, "--series", "1.2.9", "--json")[1])
+    assert list(item["others"]) == [SERIES]
 
 
 def test_inspect_lets_in_an_unknown_orientation_on_request(run, tmp_path):

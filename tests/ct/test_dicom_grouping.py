@@ -238,6 +238,57 @@ def test_of_two_reconstructions_of_one_region_the_larger_is_taken():
     assert volume.warnings == ("partial",)
 
 
+def phases() -> list[Dataset]:
+    early = slices(FIRST, AcquisitionNumber=1)
+    return [*moved(SECOND, 1.5, AcquisitionNumber=2, SeriesDescription="late"), *early]
+
+
+@pytest.mark.parametrize(("number", "hu"), [(1, FIRST), (2, SECOND)])
+def test_a_scan_that_was_not_read_is_named_and_read_by_its_name(number, hu):
+    volume = read_all(phases(), series=f"{SERIES}#{number}")
+    np.testing.assert_array_equal(volume.hu, hu)
+    ((name, told),) = volume.others.items()
+    assert name == f"{SERIES}#{3 - number}" and volume.warnings == ("partial",)
+    assert told.startswith("16 slices from") and f"AcquisitionNumber {3 - number}" in told
+    assert "late" not in told or number == 1
+
+
+@pytest.mark.parametrize("order", range(4))
+def test_the_names_of_scans_do_not_depend_on_the_order_of_files(order):
+    zoomed = slices(SECOND)
+    for each in zoomed:
+        each.PixelSpacing = [1.2, 1.0]
+    datasets = [*zoomed, *slices(FIRST)]
+    random.Random(order).shuffle(datasets)
+    volume = read([to_bytes(each) for each in datasets], series=f"{SERIES}#1")
+    np.testing.assert_array_equal(volume.hu, SECOND)
+    assert list(volume.others) == [f"{SERIES}#2"]
+
+
+def test_other_series_are_named_too():
+    volume = read_all([*phases(), *slices(FIRST[..., :12], SeriesInstanceUID="1.9", SeriesDescription="thin")])
+    assert set(volume.others) == {f"{SERIES}#2", "1.9"} and "thin" in volume.others["1.9"]
+
+
+@pytest.mark.parametrize("asked", [f"{SERIES}#3", f"{SERIES}#x", "#1", f"{SERIES}#"])
+def test_a_scan_that_is_not_there_is_said(asked):
+    assert rejected(phases(), series=asked).reason == "no_series"
+
+
+def test_a_description_may_have_such_a_sign():
+    datasets = slices(FIRST, SeriesDescription="recon #2")
+    np.testing.assert_array_equal(read_all(datasets, series="recon #2").hu, FIRST)
+
+
+def test_halves_on_two_grids_can_be_read_each():
+    datasets = slices(FIRST)
+    for each in datasets[8:]:
+        each.PixelSpacing = [2.2, 1.8]
+    assert f"{SERIES}#" in rejected(datasets).message
+    shapes = {read_all(datasets, series=f"{SERIES}#{number}").hu.shape for number in (1, 2)}
+    assert shapes == {(24, 20, 8)}
+
+
 def test_series_uids_of_their_own_are_said_and_joined_on_request():
     datasets = numbered(slices(FIRST), "SeriesInstanceUID", [f"1.9.{n * 7919 % 101}" for n in range(16)])
     scout = slices(chest((40, 40, 2)), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"], SeriesInstanceUID="1.8")

@@ -33,6 +33,7 @@ def test_an_item(tmp_path):
         "orientation": "LPS",
         "hu_range": [float(rounded.min()), float(rounded.max())],
         "sha256": hashlib.sha256(np.ascontiguousarray(rounded).tobytes()).hexdigest(),
+        "others": {},
     }
 
 

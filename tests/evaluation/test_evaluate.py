@@ -135,6 +135,21 @@ def test_rescore_needs_nothing_but_the_files(tmp_path, no_encoder):
     assert json.dumps(dpo)  # what --json prints
 
 
+def test_empty_reports_score_nothing_and_are_counted(tmp_path, no_encoder):
+    """They left the mean: two right reports and ten empty ones had a GREEN of 1.0."""
+    save(str(tmp_path))
+    cases, predictions = evaluate_module.read_predictions(str(tmp_path))
+    kept = {case.id for case in cases[:2]}
+    emptied = [
+        p if p.case_id in kept or p.variant != "as_is" else p.model_copy(update={"text": ""}) for p in predictions
+    ]
+    storage.write_table(str(tmp_path / "predictions.parquet"), Prediction.table(emptied))
+    told = rescore(str(tmp_path), least()).summary("dpo")
+    assert (told["green"]["value"], told["green"]["n"]) == (pytest.approx(2 / 12), 12)
+    assert told["bleu_1"]["value"] <= 2 / 12 + 1e-6
+    assert "10 of 12 reports say nothing and score 0, 10: the candidate report is empty" in told["audits"]["warnings"]
+
+
 def test_tables(tmp_path, no_encoder):
     out = str(tmp_path)
     save(out)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 
 import pytest
 from hypothesis import given, settings
@@ -48,6 +49,11 @@ LAYOUTS = [
     ("lungs: no nodule\nheart: cardiomegaly\npleura: no effusion", "Cardiomegaly"),
     ("No effusion\n\nEmphysema", "Emphysema"),
     ("Impression:\nEmphysema\nNo nodule", "Emphysema"),
+    # a heading above its text
+    ("MEDIASTINUM:\n\nThere are two adjacent nodules.", ""),
+    ("Liver:\n\nThere is a nodule.\n\nLungs:\n\nEmphysema.", "Emphysema"),
+    ("No evidence of:\n\nNodule", ""),
+    ("Heart:\n\nLungs: Emphysema", "Emphysema"),
 ]
 TERMS = [
     ("Pericardial effusion without pleural effusion.", "Pericardial effusion"),
@@ -182,16 +188,25 @@ STATEMENTS = [
     "The heart is not enlarged.",
     "There is a hiatal hernia; emphysema is not seen.",
 ]
-HEADINGS = ["Findings:", "Impression:", "Clinical history:", "Comparison:", "Technique:", "Reason for exam:"]
+ABOUT_OTHERS = ["Clinical history:", "Comparison:", "Technique:", "Reason for exam:", "Indication:"]
+ABOUT_THE_SCAN = ["Findings:", "Impression:", "Lungs:", "Mediastinum:", "Heart:"]
 
 
 @st.composite
 def reports(draw):
     """[(heading, statements)]: sections in an order in which those that speak of the scan come last."""
-    first = draw(st.lists(st.sampled_from(HEADINGS[2:]), max_size=2, unique=True))
-    names = [*first, *draw(st.sampled_from([HEADINGS[:1], HEADINGS[:2]]))]
+    first = draw(st.lists(st.sampled_from(ABOUT_OTHERS), max_size=2, unique=True))
+    names = [*first, "Findings:", *draw(st.lists(st.sampled_from(ABOUT_THE_SCAN[1:]), max_size=2, unique=True))]
     statements = st.lists(st.sampled_from(STATEMENTS), min_size=1, max_size=3)
     return [(name, draw(statements)) for name in names]
+
+
+def test_real_reports_in_any_width(shared):
+    lines = (shared / "data" / "reports" / "ct_reports.jsonl").read_text(encoding="utf-8").split("\n")
+    reports = [" ".join(row["text"].split()) for row in map(json.loads, filter(None, lines)) if row.get("labels")]
+    for number, report in enumerate(reports[::20]):
+        wrapped = textwrap.fill(report, 40 + number, break_long_words=False, break_on_hyphens=False)
+        assert labels(wrapped) == labels(report), wrapped
 
 
 def written(report, heading=str) -> str:
@@ -210,10 +225,14 @@ def test_any_line_end_and_any_space_is_a_space(report, data):
     assert score(text, other) == score(text, text)
 
 
-@given(reports(), st.sampled_from([str.upper, str.lower, str.title, str.swapcase]), st.booleans())
+LAYS = [("", ""), ("\n", "\n"), ("\n\n", "\n\n"), ("\n\n", "\n"), ("\n", "")]
+
+
+@given(reports(), st.sampled_from([str.upper, str.lower, str.title, str.swapcase]), st.sampled_from(LAYS))
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_headings_in_any_case_and_place(report, case, own_line):
+def test_headings_in_any_case_and_place(report, case, lay):
+    before, behind = lay
     text = written(report)
-    other = written(report, lambda name: f"\n{case(name)}\n" if own_line else case(name)).strip()
+    other = written(report, lambda name: f"{before}{case(name)}{behind}").strip()
     assert labels(other) == labels(text)
     assert score(text, other) == score(text, text)

@@ -51,7 +51,8 @@ def test_too_many_pairs(client):
 @pytest.mark.slow
 def test_a_correction_becomes_a_preference_that_can_be_read(client, phantom, places):
     made = post(client, phantom).json()
-    edited = made["report"].replace("large", "small")
+    # as it comes from Word, mail and web pages: ends of lines that JSON does not escape
+    edited = made["report"].replace("large", "small").replace(" Impression", "\u2028Impression") + "\u0085"
     answer = client.post("/v1/corrections", json={"id": made["id"], "edited": edited})
     assert answer.status_code == 201 and answer.json()["pair"]
     stored = {each.id: each for each in read_corrections(str(places / "state" / "corrections"))}
@@ -77,7 +78,9 @@ def test_corrections_that_belong_nowhere(client, phantom):
     assert correct(id=made["id"], generated="Something else.").status_code == 409
     assert correct(id=made["id"], scan_sha256="0" * 64).status_code == 409
     assert correct(generated="A nodule.", scan_sha256="0" * 64).status_code == 201
-    assert client.post("/v1/corrections", json={"id": made["id"], "edited": FIRST}).json()["pair"] is False
+    assert client.post("/v1/corrections", json={"id": made["id"], "edited": f"{FIRST}\n"}).json()["pair"] is False
+    blank = client.post("/v1/corrections", json={"id": made["id"], "edited": " \n"})
+    assert blank.status_code == 422 and "blank" in blank.json()["detail"]
 
 
 def ended(client, job):

@@ -61,6 +61,22 @@ def test_streams_and_whole_reports_share_a_batch(checkpoint, tmp_path):
     assert parts[-1].batch == 2
 
 
+@pytest.mark.parametrize("stop", [("effusion. The", "no such words"), (" left",), (FIRST[-8:],)])
+def test_a_report_ends_before_its_stop_sequence(checkpoint, tmp_path, stop):
+    """It was dropped without a word."""
+
+    async def use(generator):
+        async def stream():
+            return [part async for part in generator.stream(ReportRequest("a", scan(0), stop=stop))]
+
+        others = [generator.write(ReportRequest("b", scan(1), stop=stop)), generator.write(ReportRequest("c", scan(1)))]
+        return await asyncio.gather(stream(), *others)
+
+    parts, whole, plain = with_generator(checkpoint, tmp_path, use)
+    assert "".join(parts[:-1]) == parts[-1].text == whole.text == FIRST[: FIRST.index(stop[0])]
+    assert whole.finished and whole.tokens < plain.tokens and plain.text == FIRST
+
+
 def test_who_comes_later_joins_those_that_are_being_written(checkpoint, tmp_path):
     """Batches were closed: the second waited for the first one's end."""
 

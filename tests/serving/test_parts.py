@@ -1,29 +1,39 @@
 """The parts that need neither Ray nor HTTP: batches, media types, stored things, the Serve config."""
 
 import asyncio
+import io
 import os
 import threading
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from ray.exceptions import RayActorError
 
 from mu2llm import config, storage
+from mu2llm.ct import ACCEPTABLE
 from mu2llm.engine.sampling import Decoding
-from mu2llm.serving import formats
+from mu2llm.errors import Rejection
+from mu2llm.serving import formats, web
 from mu2llm.serving.app import Settings, deployments, serve_config
-from mu2llm.serving.decoder import Scan
+from mu2llm.serving.chat import ChatRequest
+from mu2llm.serving.decoder import References, Scan
 from mu2llm.serving.exchange import Status, Written
 from mu2llm.serving.jobs import Jobs
-from mu2llm.serving.problems import Problem
+from mu2llm.serving.problems import Problem, rejected
 from mu2llm.serving.queue import QueuedRequest, RequestQueue
 from mu2llm.serving.refusal import Refusal
-from mu2llm.serving.schemas import Job, PairIn, ReportOptions
+from mu2llm.serving.schemas import CorrectionIn, Job, PairIn, Report, ReportOptions
 from mu2llm.serving.scorer import GreenScorer
-from mu2llm.serving.service import Service, Upload, Work
+from mu2llm.serving.service import Made, Service, Upload, Work
+from mu2llm.serving.stop import before_stop, without_begun_stop
 from mu2llm.serving.store import Store, StoredJob, now
 from mu2llm.settings.serving import ServingConfig
 
@@ -195,6 +205,102 @@ def test_more_than_is_taken_on_is_refused_with_a_time_to_wait():
     assert told.value.status == 429 and told.value.retry_after >= 1
     with service.admitted():
         pass
+
+
+def test_a_text_ends_before_its_stop_sequence():
+    assert before_stop("one two three", ("three", "two")) == ("one ", True)
+    assert before_stop("one", ("two",)) == ("one", False) == before_stop("one", ())
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+@hypothesis_settings(derandomize=True)
+def test_nothing_is_sent_that_a_stop_sequence_takes_back(text, stop):
+    """Character by character, as a stream hears it."""
+    sent = ""
+    for length in range(len(text) + 1):
+        now, stopped = before_stop(text[:length], stop)
+        if stopped:
+            break
+        now = without_begun_stop(now, stop)
+        assert now.startswith(sent)
+        sent = now
+    assert before_stop(text, stop)[0].startswith(sent)
+
+
+def test_null_is_as_absent():
+    plain = {"messages": [{"role": "user", "content": "What is seen?"}]}
+    nulls = dict.fromkeys(set(ChatRequest.model_fields) - {"messages"})
+    assert ChatRequest.model_validate({**plain, **nulls}) == ChatRequest.model_validate(plain)
+    said = {"role": "assistant", "content": None, "refusal": None}
+    assert ChatRequest.model_validate({"messages": [said]}).messages[0].text == ""
+
+
+@pytest.mark.parametrize(("stop", "taken"), [("x", ("x",)), (["x", "y"], ("x", "y")), ([], ()), (None, ())])
+def test_stop_sequences_of_openai(stop, taken):
+    request = ChatRequest.model_validate({"messages": [{"role": "user", "content": "?"}], "stop": stop})
+    assert request.options().stop == taken
+
+
+@pytest.mark.parametrize("edited", ["", "  ", "\n\u2028", "\u200b", "."])
+def test_a_blank_correction_is_refused(edited):
+    with pytest.raises(ValueError, match="blank"):
+        CorrectionIn(edited=edited, id="0" * 32)
+
+
+def test_the_form_takes_what_json_takes():
+    """The codes to accept were listed twice, and one was missing."""
+    fields = web._FORM["properties"]
+    assert set(fields) == {"scan", *ReportOptions.model_fields}
+    assert tuple(fields["accept"]["items"]["enum"]) == ACCEPTABLE
+    assert ReportOptions(accept=ACCEPTABLE).accept == ACCEPTABLE
+
+
+@pytest.mark.parametrize("code", ACCEPTABLE)
+def test_a_refusal_says_what_lets_the_scan_in(code):
+    told = rejected(Rejection("", code, "5 of 7")).body()
+    assert told["acceptable"] and f"accept={code}" in told["detail"]
+    assert not rejected(Rejection("", "corrupt", "")).body()["acceptable"]
+
+
+SENT = {
+    **{"PatientName": "Müller^Jörg", "PatientID": "00471", "PatientBirthDate": "19600101", "PatientSex": "M"},
+    **{"StudyDate": "20250102", "StudyTime": "101500", "AccessionNumber": "A1", "StudyID": "7"},
+}
+
+
+def structured(**attributes):
+    """The SR of a report on two joined series."""
+    instances = (("1.2", "1.2.840.10008.5.1.4.1.1.2", "1.2.1"), ("1.3", "1.2.840.10008.5.1.4.1.1.2", "1.3.1"))
+    report = Report(
+        **{"id": "a" * 32, "report": "A nodule.", "findings": [], "model": MODEL, "spec": {"name": "x", "hash": "0"}},
+        **{"scan": SCAN.facts, "question": "?", "finished": True, "tokens": 3, "seconds": {}},
+    )
+    made = Made(report, References("1.1", instances, attributes))
+    return pydicom.dcmread(io.BytesIO(formats.structured_report(made)))
+
+
+def test_a_structured_report_has_the_attributes_of_its_images():
+    document = structured(**SENT)
+    assert {name: str(document[name].value) for name in SENT} == SENT
+    evidence = document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence
+    assert [each.SeriesInstanceUID for each in evidence] == ["1.2", "1.3"]
+    assert structured().PatientID == "" == structured().StudyDate
+
+
+@pytest.mark.parametrize("offset", ["+0300", "-0930", "", "nonsense"])
+def test_a_structured_reports_times_have_their_zone(offset):
+    document = structured(TimezoneOffsetFromUTC=offset)
+    zone = document.TimezoneOffsetFromUTC
+    assert zone == (offset if offset[:1] in ("+", "-") else datetime.now().astimezone().strftime("%z"))
+    made = datetime.strptime(document.ContentDate + document.ContentTime + zone, "%Y%m%d%H%M%S%z")
+    assert abs(now() - made) < timedelta(hours=1)
+
+
+def test_attributes_that_are_not_as_they_should_be_are_passed_on(recwarn):
+    odd = {"StudyDate": "2025-01-02", "PatientID": "x" * 70, "AccessionNumber": "A" * 20}
+    document = structured(**odd)
+    assert document["PatientID"].value == odd["PatientID"]
+    assert not any("x" * 70 in str(each.message) for each in recwarn)
 
 
 def stored_job(status, attempts):

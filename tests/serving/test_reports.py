@@ -8,9 +8,10 @@ import zipfile
 import httpx
 import nibabel as nib
 import numpy as np
+import openai
 import pydicom
 import pytest
-from small_service import PATIENT, PATIENT_ID, STUDY, wait_for
+from small_service import GUARD_S, PATIENT, PATIENT_ID, STUDY, wait_for
 from small_writer import FIRST, QUESTION
 
 pytestmark = pytest.mark.slow
@@ -64,10 +65,12 @@ def test_a_single_slice_is_a_422_that_says_so(client, dicom):
 
 
 def test_a_scan_is_named_by_its_uri(client, phantom, places):
-    (places / "allowed" / "scan.nii.gz").write_bytes(phantom)
-    answer = client.post("/v1/reports", json={"uri": f"file://{places}/allowed/scan.nii.gz", "max_new_tokens": 5})
-    assert answer.status_code == 200, answer.text
-    assert FIRST.startswith(answer.json()["report"]) and not answer.json()["finished"]
+    for name in ("scan", "my scan", "100%", "a+b", "ünï"):
+        (places / "allowed" / f"{name}.nii.gz").write_bytes(phantom)
+        for uri in (f"file://{places}/allowed/{name}.nii.gz", f"{places}/allowed/{name}.nii.gz"):
+            answer = client.post("/v1/reports", json={"uri": uri, "max_new_tokens": 5})
+            assert answer.status_code == 200, (uri, answer.text)
+            assert FIRST.startswith(answer.json()["report"]) and not answer.json()["finished"]
     missing = client.post("/v1/reports", json={"uri": f"file://{places}/allowed/none.nii.gz"})
     assert (missing.status_code, missing.json()["code"]) == (404, "not_found")
 
@@ -112,7 +115,7 @@ def test_dicom_in_gives_a_structured_report_of_that_study(client, dicom):
     evidence = document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
     instances = {pydicom.dcmread(io.BytesIO(data)).SOPInstanceUID for data in dicom}
     assert {item.ReferencedSOPInstanceUID for item in evidence.ReferencedSOPSequence} == instances
-    assert PATIENT.encode() not in answer.content and PATIENT_ID.encode() not in answer.content
+    assert (document.PatientName, document.PatientID) == (PATIENT, PATIENT_ID) and document.TimezoneOffsetFromUTC
 
 
 def test_dicom_named_by_its_uri_gives_a_structured_report_too(client, dicom, places):
@@ -176,22 +179,72 @@ def test_a_bad_scan_is_told_before_a_stream_begins(client, dicom):
     assert (answer.status_code, answer.json()["code"]) == (422, "single_slice")
 
 
-def chat(client, scan, **more):
-    url = "data:application/octet-stream;base64," + base64.b64encode(scan).decode()
+@pytest.fixture
+def completions(service):
+    """OpenAI's own client."""
+    with openai.OpenAI(base_url=f"{service}/v1", api_key="none", max_retries=0, timeout=GUARD_S) as made:
+        yield made.chat.completions
+
+
+@pytest.fixture
+def asked(phantom):
+    """A question about a scan, as that client sends it."""
+    url = "data:application/octet-stream;base64," + base64.b64encode(phantom).decode()
     parts = [{"type": "text", "text": QUESTION}, {"type": "image_url", "image_url": {"url": url}}]
-    return client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}], **more})
+    return {"model": "any", "messages": [{"role": "user", "content": parts}]}
 
 
-def test_clients_of_openai(client, phantom):
-    answer = chat(client, phantom, model="any", temperature=0).json()
-    assert answer["object"] == "chat.completion"
-    assert answer["choices"][0]["message"] == {"role": "assistant", "content": FIRST}
-    assert answer["usage"]["completion_tokens"] > 10
-    told = events(chat(client, phantom, stream=True))
-    assert told[-1] == ("", "[DONE]")
-    assert "".join(data["choices"][0]["delta"].get("content", "") for _, data in told[:-1]) == FIRST
-    assert told[-2][1]["choices"][0]["finish_reason"] == "stop"
-    assert client.get("/v1/models").json()["data"][0]["id"] == answer["model"]
+def test_clients_of_openai(client, completions, asked):
+    answer = completions.create(**asked, temperature=0)
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", FIRST, "stop")
+    assert answer.usage.completion_tokens > 10
+    assert client.get("/v1/models").json()["data"][0]["id"] == answer.model
+    cut = completions.create(**asked, max_completion_tokens=5)
+    assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 5)
+
+
+def test_openais_stream_is_put_together(completions, asked):
+    """The role came with every piece: "assistantassistant…"."""
+    with completions.stream(**asked) as stream:
+        pieces = [event.delta for event in stream if event.type == "content.delta"]
+        whole = stream.get_final_completion()
+    (choice,) = whole.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", FIRST, "stop")
+    assert len(pieces) > 1 and whole.usage is None
+
+
+def test_openais_usage_comes_last_where_it_is_asked_for(completions, asked):
+    chunks = list(completions.create(**asked, stream=True, max_tokens=6, stream_options={"include_usage": True}))
+    assert [chunk.usage is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 6
+    plain = list(completions.create(**asked, stream=True, max_tokens=6))
+    assert len(plain) == len(chunks) - 1 and not any("usage" in chunk.model_fields_set for chunk in plain)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_openais_stop_ends_the_answer(completions, asked, streamed):
+    """It was dropped without a word."""
+    answer = completions.create(**asked, stop=[" The liver", "no such words"], stream=streamed)
+    if streamed:
+        choices = [chunk.choices[0] for chunk in answer]
+        assert "".join(choice.delta.content or "" for choice in choices) == FIRST[: FIRST.index(" The liver")]
+        assert choices[-1].finish_reason == "stop"
+    else:
+        assert answer.choices[0].message.content == FIRST[: FIRST.index(" The liver")]
+        assert answer.choices[0].finish_reason == "stop"
+
+
+def test_null_is_as_absent_to_openais_clients(completions, asked):
+    names = ("n", "stream", "temperature", "top_p", "seed", "max_tokens", "max_completion_tokens", "stop")
+    answer = completions.create(**asked, extra_body=dict.fromkeys((*names, "stream_options", "tools")))
+    assert answer.choices[0].message.content == FIRST
+
+
+@pytest.mark.parametrize(("wrong", "named"), [({"n": 2}, "n"), ({"stop": list("abcde")}, "stop")])
+def test_openais_clients_are_told_what_is_wrong(completions, asked, wrong, named):
+    with pytest.raises(openai.UnprocessableEntityError, match=named):
+        completions.create(**asked, **wrong)
 
 
 def test_a_chat_without_a_scan(client):

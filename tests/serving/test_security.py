@@ -10,7 +10,9 @@ import threading
 import zipfile
 
 import httpx
+import pydicom
 import pytest
+from ct_scans import to_bytes
 from small_service import PATIENT, PATIENT_ID
 
 from mu2llm.errors import Rejection, UserError
@@ -25,9 +27,20 @@ from mu2llm.serving.uris import allowed, data_url
 BELOW = ("s3://bucket/scans", "file:///srv/scans/")
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/scans/a.nii.gz", "file:///srv/scans/b/c.nii.gz"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("s3://bucket/scans/a.nii.gz", "file:///srv/scans/b/c.nii.gz", "s3://bucket/scans/my scan/100%.nii.gz"),
+        *("file:///srv/scans/my scan.nii.gz", "file:///srv/scans/100%/a+b.nii", "file:///srv/scans/ünï%20.nii"),
+    ],
+)
 def test_uris_below_an_allowed_place(uri):
     assert allowed(uri, BELOW) == uri
+
+
+@pytest.mark.parametrize("place", ["/srv/scans", "/srv/scans/", "file:///srv/scans"])
+def test_a_path_is_the_uri_of_its_file(place):
+    assert allowed("/srv/scans/my scan.nii.gz", [place]) == "file:///srv/scans/my scan.nii.gz"
 
 
 @pytest.mark.parametrize(
@@ -38,6 +51,10 @@ def test_uris_below_an_allowed_place(uri):
         *("http://169.254.169.254/latest/meta-data", "https://bucket/scans/a", "gopher://x", "s3://bucket/scans//x"),
         *(
             "s3://bucket/scans/%2e%2e/x",
+            "s3://bucket/scans/%2E./x",
+            "file:///srv/scans/..%2fx",
+            "/srv/scansx",
+            "/srv/scans/../x",
             "s3://bucket/scans/a?versionId=1",
             "s3://bucket/scans/a\r\nX: y",
             "S3://bucket",
@@ -302,6 +319,21 @@ def test_nothing_of_the_patient_leaves_the_decoder(reader, spec, dicom, capfd):
     assert PATIENT not in told and PATIENT_ID not in told
 
 
+def test_the_instances_of_whatever_can_be_read(spec, dicom):
+    """Of gzipped files, zips in zips and series of one slice each there were none, and an SR was refused."""
+    plain = decoder.read(Reading(dicom, spec, references=True), 200).references
+    zipped = archive(**{f"{n}.dcm": data for n, data in enumerate(dicom)})
+    for packed in ([gzip.compress(data) for data in dicom], [archive(inner=zipped)]):
+        assert decoder.read(Reading(packed, spec, references=True), 200).references == plain
+    assert plain.attributes["PatientID"] == PATIENT_ID
+    own = [pydicom.dcmread(io.BytesIO(data)) for data in dicom]
+    for number, dataset in enumerate(own):
+        dataset.SeriesInstanceUID = f"1.9.{number}"
+    reading = Reading([to_bytes(each) for each in own], spec, ("series_per_slice",), references=True)
+    joined = decoder.read(reading, 200).references
+    assert len({series for series, *_ in joined.instances}) == len(dicom)
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_instances_of_a_scan_that_was_named_by_its_uri(spec, dicom, tmp_path, packed):
     """They were known of uploads alone."""
@@ -312,6 +344,6 @@ def test_the_instances_of_a_scan_that_was_named_by_its_uri(spec, dicom, tmp_path
     uri = f"file://{tmp_path}/series" + (".zip" if packed else "")
     found = decoder.read(Reading(uri, spec, references=True), 200).references
     sent = decoder.read(Reading(dicom, spec, references=True), 200).references
-    assert (found.study, found.series) == (sent.study, sent.series)
+    assert (found.study, found.attributes) == (sent.study, sent.attributes)
     assert sorted(found.instances) == sorted(sent.instances) and len(found.instances) == len(dicom)
     assert decoder.read(Reading(uri, spec), 200).references is None

@@ -75,6 +75,8 @@ export class Problem extends Error {
     readonly code: string,
     readonly title: string,
     readonly detail: string,
+    /** Whether a reader may overrule the service, by its code. */
+    readonly acceptable = false,
   ) {
     super(detail || title);
   }
@@ -124,7 +126,7 @@ async function readProblem(response: Response): Promise<Problem> {
 function asProblem(body: Record<string, unknown>, status = 0): Problem {
   const word = (name: string) => (typeof body[name] === "string" ? body[name] : "");
   const told = typeof body.status === "number" ? body.status : status;
-  return new Problem(told, word("code"), word("title") || "The service refused", word("detail"));
+  return new Problem(told, word("code"), word("title") || "The service refused", word("detail"), body.acceptable === true);
 }
 
 async function json<T>(path: string, init: RequestInit = {}): Promise<T> {
@@ -153,8 +155,8 @@ export async function sample(id: string): Promise<File> {
 export interface Asked {
   question: string;
   region: string;
-  /** A reason code for which the service refused the scan and which the user lets pass. */
-  accept: string;
+  /** Reason codes for which the service refused the scan and which the user lets pass. */
+  accept: string[];
 }
 
 export interface Listener {
@@ -172,7 +174,7 @@ export async function writeReport(
   const form = new FormData();
   if (asked.question) form.set("question", asked.question);
   if (asked.region) form.set("region", asked.region);
-  if (asked.accept) form.set("accept", asked.accept);
+  for (const code of asked.accept) form.append("accept", code);
   form.set("saliency", "true");
   form.set("stream", "true");
   for (const [i, file] of scan.entries()) form.append("scan", file, `scan-${i}`); // their names may name the patient

@@ -3,9 +3,6 @@
 import { Problem } from "./api";
 import { find, make } from "./dom";
 
-/** Reasons of the service against a scan that a reader may overrule. */
-const ACCEPTABLE = ["not_hu", "unknown_orientation"];
-
 export function message(error: unknown): string {
   return (error instanceof Error ? error.message : String(error)).replace(/\.$/, "");
 }
@@ -16,7 +13,7 @@ export function showProblem(error: unknown, overrule?: (code: string) => void): 
   if (error instanceof Problem) {
     const code = [error.status || "", error.code].filter(Boolean).join(" ");
     box.replaceChildren(make("strong", {}, error.title), make("code", {}, code), make("p", {}, error.detail));
-    if (overrule && ACCEPTABLE.includes(error.code)) {
+    if (overrule && error.acceptable) {
       const button = make("button", {}, "Read it all the same");
       button.addEventListener("click", () => overrule(error.code));
       box.append(button);

@@ -84,8 +84,8 @@ function note(text: string): void {
 
 const leavesEdits = () => !edit.isUnsaved || confirm("Your correction of this report is not saved. Leave it?");
 
-/** `accept` is a reason code that the user lets pass. */
-async function write(accept = ""): Promise<void> {
+/** `accept` are reason codes that the user lets pass. */
+async function write(accept: string[] = []): Promise<void> {
   if (!scan) return;
   writing?.abort();
   const own = (writing = new AbortController());
@@ -104,7 +104,7 @@ async function write(accept = ""): Promise<void> {
   } catch (error) {
     if (own !== writing) return;
     report.stop();
-    if (!own.signal.aborted) showProblem(error, (code) => void write(code));
+    if (!own.signal.aborted) showProblem(error, (code) => void write([...accept, code]));
   } finally {
     if (own === writing) {
       writing = null;
