@@ -1,0 +1,45 @@
+"""Commands that join a cluster with token authentication, whose workers stand in another folder."""
+
+import json
+import subprocess
+
+import pytest
+from hosts import COMMAND, user
+
+pytestmark = pytest.mark.slow
+
+
+def joined(head, folder, *words, **environment):
+    """`mu2llm …` run in a folder, as a user of that cluster."""
+    command = [COMMAND, *map(str, words), "--address", head.gcs, "--preset", "tiny", "--json"]
+    return subprocess.run(command, env=user(head, **environment), cwd=folder, capture_output=True, text=True)
+
+
+def test_relative_places_are_those_of_the_folder_where_the_command_runs(head, ingested, tmp_path):
+    """They were looked for where Ray's workers stand: an exception without text, or "out of memory". That every command
+    resolves all of them is in tests/cli."""
+    (tmp_path / "shards").symlink_to(ingested[0])
+    for words in (
+        ("train", "contrastive", "--data", "shards", "--out", "c", "--set", "contrastive.max_steps=2"),
+        ("train", "sft", "--data", "./shards", "--init", "c", "--out", "s", "--set", "sft.max_steps=2"),
+    ):
+        done = joined(head, tmp_path, *words)
+        assert done.returncode == 0, (words, done.stderr[-2000:])
+        assert json.loads(done.stdout)
+    assert (tmp_path / "s" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": None}, "asks for a token"),
+        ({"RAY_AUTH_TOKEN": "wrong"}, "refused the token"),
+    ],
+)
+def test_a_cluster_that_wants_a_token_says_so(head, ingested, tmp_path, environment, says):
+    """It was "no Ray cluster", after a minute and a page of Ray's own lines."""
+    words = ("train", "contrastive", "--data", ingested[0], "--out", tmp_path / "c")
+    done = joined(head, tmp_path, *words, **environment)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert says in done.stderr and "RAY_AUTH_MODE=token" in done.stderr and "no Ray cluster" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
