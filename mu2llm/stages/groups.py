@@ -1,4 +1,4 @@
-"""Learning rates by what is trained: fresh modules, LoRA, the language model, vision."""
+"""The optimiser's groups: learning rates by what is trained, fresh modules, LoRA, the language model, vision."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 GROUPS = ("fresh", "lora", "language_model", "vision")
@@ -37,3 +38,15 @@ def split(optimiser: Optimizer, named: Iterable[tuple[str, nn.Parameter]], rates
 def logged(optimiser: Any) -> dict[str, float]:
     """`learning_rate/GROUP` of each group; nothing where they were not parted."""
     return {f"learning_rate/{each['group']}": float(each["lr"]) for each in optimiser.param_groups if "group" in each}
+
+
+def forget_unreached(optimiser: Any) -> None:
+    """Takes the state away of weights that no step had reached when it was saved, frozen or left out up to there.
+
+    Loading a sharded state, torch makes one of zeros for them that counts a step, and AdamW's first step is then not
+    what it is without a resume.
+    """
+    for parameter, state in list(optimiser.state.items()):
+        moment = state["exp_avg_sq"].sum()
+        if not (moment.full_tensor() if isinstance(moment, DTensor) else moment):
+            del optimiser.state[parameter]

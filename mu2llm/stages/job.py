@@ -150,10 +150,10 @@ def new_job(
     if not shards.count("train"):
         raise UserError(f"{shards.uri} has no rows in split train; ingest more scans or change data.split")
     origin = open_checkpoint(parent) if parent else None
-    if origin:
-        check_parent(origin, experiment)
     if stage == "sft" and experiment.model.tokenizer.weights:
         check_tokenizer(open_checkpoint(experiment.model.tokenizer.weights), origin, experiment)
+    if origin:
+        check_parent(origin, experiment)
     values = {
         "stage": stage,
         "experiment": experiment.model_dump(mode="json"),

@@ -145,6 +145,8 @@ class Streamed:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with private_apis.moments_may_be_missing():
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint and self.args.fsdp:  # type: ignore[attr-defined]
+            groups.forget_unreached(self.optimizer)  # type: ignore[attr-defined]
 
     def get_train_dataloader(self) -> Any:
         return self.batches

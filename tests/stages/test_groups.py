@@ -1,6 +1,7 @@
 """Learning rates by what is trained."""
 
 import pytest
+import torch
 from small_models import QUESTION, TEXTS, make, scans
 from transformers import TrainingArguments
 
@@ -77,6 +78,16 @@ def test_without_rates_the_groups_are_the_trainers_own(tmp_path):
 )
 def test_what_is_in_which_group(name, group):
     assert groups.group_of(name) == group and group in LearningRates.model_fields
+
+
+def test_what_no_step_has_reached_is_forgotten():
+    """As torch loads a sharded optimiser's state: of what had none it makes zeros that count a step."""
+    reached, unreached = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimiser = torch.optim.AdamW([reached, unreached])
+    reached.grad, unreached.grad = torch.ones(2), torch.zeros(2)
+    optimiser.step()
+    groups.forget_unreached(optimiser)
+    assert set(optimiser.state) == {reached}
 
 
 def test_every_stage_has_them():

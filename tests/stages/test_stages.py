@@ -196,6 +196,24 @@ def test_a_finished_stage_is_not_done_again(written, vision, shards):
         sft.run(shards, written.uri, experiment("sft.learning_rate=0.5"), vision.uri)
 
 
+def test_another_language_model_starts_with_the_vision_and_tokenizer_that_were_trained(written, shards, place):
+    other = ["model.small.hidden_size=48", "model.small.num_layers=2", "model.tokenizer.width=32"]
+    other += [f"model.tokenizer.weights={written.uri}", "model.tokenizer.output_scale=embedding_rms"]
+    rates = ["sft.learning_rates.fresh=1e-12", "sft.learning_rate=0.01"]
+    trained = sft.run(shards, str(place / "another"), here(*other, *rates))
+    assert losses(trained)[-1] < losses(trained)[0]
+    (model, processor), (before, _) = load(trained.uri), load(written.uri)
+    ours, theirs = model.model.state_dict(), before.model.state_dict()
+    learned = [name for name, _ in before.model.named_parameters() if name.startswith(("projector.", "mu2_tokenizer."))]
+    assert learned and all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in learned)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name.startswith("vision."))
+    inputs = processor.encode([experiment().evaluation.question])
+    features, mask = read_scans(model, Shards.open(shards), "validation", np.arange(1))
+    assert model.generate(**inputs, vision_features=features, chunk_mask=mask, max_new_tokens=3).shape[0] == 1
+    with pytest.raises(UserError, match="both bring a vision"):
+        sft.run(shards, str(place / "x"), here(*other), written.uri)
+
+
 def test_the_checkpoint_folder_holds_the_checkpoint_and_nothing_else(written):
     names = {info.base_name for info in storage.list_files(written.uri)}
     assert {"mu2llm.json", "config.json", "model.safetensors", "tokenizer.json"} <= names
@@ -218,7 +236,7 @@ def test_two_workers_learn_what_one_does(written, vision, shards, place, in_gloo
     assert losses(two) == pytest.approx(losses(written), abs=1e-4)
 
 
-ALIGNED_FIRST = ["sft.alignment_first=0.5"]
+ALIGNED_FIRST = ["sft.alignment_first=0.5", "sft.learning_rates.fresh=0.001"]
 THAWED = [*ALIGNED_FIRST, "sft.cache_vision=false", "sft.thaw_vision=0.75"]
 
 
