@@ -52,12 +52,13 @@ def test_rewards_start_at_zero(precision, lora, tmp_path):
     examples = dpo.Examples(given, reference, processor)
     arguments = {"max_steps": 2, "logging_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no"}
     arguments |= {"remove_unused_columns": False, "disable_tqdm": True, "bf16": precision == "bf16"}
+    arguments |= {"learning_rate": 1e-2 if lora else 1e-3}
     statistics = Statistics()
     dpo.prepare(model, settings)
     model = add_lora(model, lora) if lora else model
     trainer = dpo.Mu2DPOTrainer(
         model=model,
-        args=DPOConfig(str(tmp_path), learning_rate=1e-2 if lora else 1e-3, **arguments, **dpo.loss_arguments(settings)),
+        args=DPOConfig(str(tmp_path), **arguments, **dpo.loss_arguments(settings)),
         train_dataset=datasets.Dataset.from_list([{"prompt": "", "chosen": "", "rejected": ""}]),
         data_collator=examples.collator,
         processing_class=processor.tokenizer,

@@ -243,7 +243,7 @@ THAWED = [*ALIGNED_FIRST, "sft.cache_vision=false", "sft.thaw_vision=0.75"]
 @pytest.mark.parametrize("settings", [ALIGNED_FIRST, THAWED], ids=["frozen", "thawed"])
 def test_two_workers_align_first_as_one_does(settings, vision, shards, place, in_gloo):
     """The alignment's head is reached through the model's forward: its gradient is of all workers' scans."""
-    name = "-".join(["aligned", str(len(settings))])
+    name = f"aligned-{len(settings)}"
     one = sft.run(shards, str(place / name), here(*settings), vision.uri)
     two = sft.run(shards, str(place / f"{name}-two"), experiment(*settings, "sft.workers=2"), vision.uri)
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
