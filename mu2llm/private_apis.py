@@ -6,6 +6,7 @@ tests/test_private_apis.py fails where an upgrade changes one of them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
@@ -107,6 +108,25 @@ def allow_fsdp_on_cpu() -> None:
     state = PartialState()
     if state.distributed_type == DistributedType.MULTI_CPU:  # type: ignore[attr-defined]
         state.distributed_type = DistributedType.MULTI_GPU
+
+
+@contextlib.contextmanager
+def moments_may_be_missing() -> Iterator[None]:
+    """Lets accelerate load a sharded optimiser's state without that of weights that no step has reached, as they were
+    frozen or left out up to there: torch does so if it is told, and accelerate does not tell it."""
+    from accelerate.utils import fsdp_utils
+
+    strict = fsdp_utils._prepare_sd_options
+
+    def lenient(plugin: Any) -> Any:
+        options = strict(plugin)
+        return options and dataclasses.replace(options, strict=False)
+
+    fsdp_utils._prepare_sd_options = lenient
+    try:
+        yield
+    finally:
+        fsdp_utils._prepare_sd_options = strict
 
 
 def layer_classes(model: Any) -> set[str]:

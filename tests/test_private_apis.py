@@ -39,6 +39,18 @@ def test_the_scheduler_of_a_data_set_pauses_after_each_of_its_turns(ray_cluster,
     assert private_apis.PAUSE_S in pauses
 
 
+def test_moments_may_be_missing_where_it_is_said_and_not_otherwise():
+    from accelerate.utils import fsdp_utils
+    from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
+
+    plugin = SimpleNamespace(fsdp_version=2, state_dict_type=StateDictType.FULL_STATE_DICT, state_dict_config=None)
+    assert fsdp_utils._prepare_sd_options(plugin).strict
+    with private_apis.moments_may_be_missing():
+        assert not fsdp_utils._prepare_sd_options(plugin).strict
+        assert fsdp_utils._prepare_sd_options(SimpleNamespace(fsdp_version=1)) is None
+    assert fsdp_utils._prepare_sd_options(plugin).strict
+
+
 @pytest.mark.parametrize(("token", "mode"), [("t" * 64, "token"), (None, "None")])
 def test_a_token_that_is_there_is_used(tmp_path, token, mode):
     code = (

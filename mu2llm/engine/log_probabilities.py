@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from mu2llm.engine.loading import numerics
 from mu2llm.model import Mu2ForConditionalGeneration
+from mu2llm.model.head import IGNORED, divergence, next_token_logps
 from mu2llm.settings.inference import Precision
 
 
@@ -23,11 +25,11 @@ def sequence_logps(
     Tokens beyond the pair's shorter completion weigh `ld_alpha` (LD-DPO, arXiv 2409.06411).
     """
     inputs = dict(batch)
-    mask = inputs.pop("completion_mask")[:, 1:]
+    completion = inputs.pop("completion_mask")
+    labels, mask = inputs["input_ids"].masked_fill(completion == 0, IGNORED), completion[:, 1:]
     with numerics(model.device, precision):
-        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-        tokens = inputs["input_ids"][:, 1:, None]
-        logps = logits.gather(-1, tokens).squeeze(-1) - logits.logsumexp(-1)
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        logps = next_token_logps(hidden, labels, model.lm_head)
         weight = mask.to(logps.dtype)
         if ld_alpha is not None:
             shared = mask.sum(1).view(2, -1).amin(0).repeat(2)[:, None]
@@ -42,12 +44,10 @@ def divergences(
 
     `inputs` are the models' own, with `labels` (B, L) that are −100 where there is no answer.
     """
-    labels = inputs["labels"][:, 1:]
+    labels = inputs["labels"]
     inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    whole: list[Any] = [each.get_base_model() if isinstance(each, PeftModel) else each for each in (model, reference)]
     with numerics(labels.device, precision):
-        ours, theirs = (
-            each(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1) for each in (model, reference)
-        )
-        each = (ours.exp() * (ours - theirs)).sum(-1)
-        answers = labels != -100
-        return float(each[answers].sum()), int(answers.sum())
+        ours, theirs = (each.model(**inputs, use_cache=False).last_hidden_state for each in whole)
+        total = divergence(ours, theirs, labels, whole[0].lm_head, whole[1].lm_head)
+    return float(total), int((labels[:, 1:] != IGNORED).sum())

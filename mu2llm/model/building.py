@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from mu2llm.records import Checkpoint, PreprocessSpec
 from mu2llm.settings.model import LoraSettings, ModelConfig
 from mu2llm.settings.stages import ContrastiveConfig
 
+logger = logging.getLogger(__name__)
 _SMALL_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -57,6 +59,8 @@ def build(
     whole = _around(backbone, config)
     if model.vision.weights:
         load_vision(whole, model.vision.weights)
+    if model.tokenizer.weights:
+        load_tokenizer(whole, model.tokenizer.weights)
     return whole, processor_for(config, spec, tokenizer)
 
 
@@ -97,9 +101,14 @@ def vision_configuration(model: ModelConfig, spec: PreprocessSpec) -> Mu2VisionC
 def tokenizer_configuration(
     model: ModelConfig, spec: PreprocessSpec, vision: Mu2VisionConfig, width: int
 ) -> Mu2TokenizerConfig:
-    """The μ²Tokenizer's, for tokens (B, chunks, z·y·x, `width`) ; ValueError where sizes do not divide."""
+    """The μ²Tokenizer's, for a language model of that `width`; ValueError where sizes do not divide."""
+    own = model.tokenizer.width or width
     return Mu2TokenizerConfig(
-        hidden_size=width, chunks=spec.chunks, grid=vision.pooled_grid, **model.tokenizer.model_dump()
+        hidden_size=own,
+        language_size=None if own == width else width,
+        chunks=spec.chunks,
+        grid=vision.pooled_grid,
+        **model.tokenizer.model_dump(exclude={"width", "weights"}),
     )
 
 
@@ -250,6 +259,32 @@ def load_vision(model: Mu2ForConditionalGeneration | Mu2ForContrastive, uri: str
     target.load_state_dict(weights_)
 
 
+def load_tokenizer(model: Mu2ForConditionalGeneration, uri: str) -> None:
+    """Vision, projector and μ²Tokenizer from a checkpoint that writes reports, whatever its language model was.
+
+    What is between the μ²Tokenizer and a language model, the maps and the scale, is not taken: it stays fresh. What is
+    taken, fresh and left there is logged. Raises UserError where else something is missing, or of another shape.
+    """
+    parts = nn.ModuleDict({name: getattr(model.model, name) for name in ("vision", "projector", "mu2_tokenizer")})
+    bridge = "mu2_tokenizer.bridge."
+    with storage.local_copy(uri) as path:
+        tensors = {name.removeprefix("model."): t for name, t in published.read_tensors(_whole(path, uri)).items()}
+    taken = {n: t for n, t in tensors.items() if n.split(".")[0] in parts and not n.startswith(bridge)}
+    report = published.differences(parts, taken)
+    fresh = [name for name in report["missing"] if name.startswith(bridge)]
+    wrong = [name for name in report["missing"] if name not in fresh] or report["unused"]
+    if wrong:
+        raise UserError(
+            f"{uri}: its vision and μ²Tokenizer do not fit this model's settings, such as {wrong[0]}; set model.vision "
+            "and model.tokenizer as they are there, with model.tokenizer.width the width of its μ²Tokenizer"
+        )
+    parts.load_state_dict(taken, strict=False)
+    logger.info(
+        "%s: %d tensors of vision, projector and μ²Tokenizer taken; fresh: %s; left there: %d, of its language model",
+        *(uri, len(taken), ", ".join(fresh) or "none", len(tensors) - len(taken)),
+    )
+
+
 def add_lora(model: Mu2ForConditionalGeneration, settings: LoraSettings, also: Sequence[str] = ()) -> PeftModel:
     """LoRA on the language model's linear layers; what else was to be trained still is, in full.
 
@@ -349,6 +384,9 @@ def _around(backbone: PreTrainedModel, config: Mu2Config) -> Mu2ForConditionalGe
     whole.model.language_model, whole.lm_head = backbone.base_model, backbone.get_output_embeddings()
     for part in (whole.model.vision, whole.model.projector, whole.model.mu2_tokenizer):
         part.to_empty(device="cpu").apply(initialise)
+    bridge = whole.model.mu2_tokenizer.bridge
+    if bridge is not None and bridge.norm is not None:
+        bridge.norm.measure(backbone.get_input_embeddings().weight)  # type: ignore[arg-type]
     whole.tie_weights()
     whole.generation_config.eos_token_id = backbone.generation_config.eos_token_id
     whole.generation_config.pad_token_id = backbone.generation_config.pad_token_id

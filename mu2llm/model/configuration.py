@@ -83,6 +83,9 @@ class Mu2TokenizerConfig(PreTrainedConfig):
     checkpoints that do not say); `normalise_scores` [False] selection starts, and stays, spread over the scan (9);
     `straight_through` [False] hard top-k lets gradients reach its scores (9); `mask_padding` [False] padded chunks
     and text take no part (10). `max_positions` is the longest sequence of a 1-D relative bias (512 as published).
+
+    `language_size` is the language model's width where it is not `hidden_size`, as published; linear maps are between
+    them then. `output_scale` embedding_rms [none] makes tokens as large as the language model's own embeddings.
     """
 
     model_type = "mu2llm_tokenizer"
@@ -105,6 +108,8 @@ class Mu2TokenizerConfig(PreTrainedConfig):
     gate: Literal["mean", "mlp"] = "mean"
     text_conditioned: bool = True
     standardise: bool = False
+    language_size: int | None = None
+    output_scale: Literal["none", "embedding_rms"] = "none"
     residual: bool = True
     positions: bool = True
     normalise_scores: bool = True

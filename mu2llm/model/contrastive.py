@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,11 @@ Gather = Callable[[Tensor], Tensor]
 
 @dataclass
 class ContrastiveOutput(ModelOutput):
-    """`logits` (M, B) of every text with every scan, and which of them belong together, `targets` (M, B).
+    """`logits` (M, B) of every distinct text with every scan of this worker, and which of them belong together,
+    `targets` (M, B).
 
-    `positives` is how many pairs of a distinct text and a scan belong together: what the loss has to pull.
+    `positives` is how many pairs of a distinct text and a scan belong together, over all workers: what the loss has
+    to pull. The mean of the workers' `loss` is that of the whole batch, and the mean of its gradients too.
     """
 
     loss: Tensor | None = None
@@ -58,11 +60,6 @@ class TextConditionedPooling(Initialised):
         self.bias = nn.Parameter(torch.zeros(()))
         self.register_buffer("temperature", torch.ones(()))
 
-    @classmethod
-    def fresh(cls, width: int, text_width: int) -> Self:
-        """A head on tokens (B, 1, n, width), as another stage puts it on its visual tokens."""
-        return cls(Mu2ContrastiveConfig(hidden_size=width, text_width=text_width, chunks=1)).apply(initialise)
-
     def initialise(self) -> None:
         init.zeros_(self.bias)
         init.ones_(self.temperature)
@@ -83,6 +80,28 @@ class TextConditionedPooling(Initialised):
         share = look.masked_fill(~mask, float("-inf")).softmax(-1)
         fit = torch.einsum("md,bnd->mbn", self.mean(texts), values)
         return (share * fit).sum(-1) + self.bias
+
+
+class AlignmentHead(TextConditionedPooling):
+    """The same on a language model's visual tokens, with its loss, as SFT puts it on the model it trains.
+
+    The bias has a dimension: FSDP shards no single numbers. `scaled` tokens, small as words are, are read at a root
+    mean square of 1, as those that are not.
+    """
+
+    def __init__(self, width: int, text_width: int, scaled: bool = False) -> None:
+        super().__init__(Mu2ContrastiveConfig(hidden_size=width, text_width=text_width, chunks=1))
+        self.scaled = scaled
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.apply(initialise)
+
+    def forward(self, texts: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        """(M, D), (B, n, E), (M, B) → how badly the visual tokens tell which texts are true of their scans."""
+        every = torch.ones_like(tokens[..., 0], dtype=torch.bool)
+        if self.scaled:
+            tokens = F.rms_norm(tokens, tokens.shape[-1:])
+        logits = super().forward(texts, self.scan(tokens[:, None]), every)
+        return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
 
 
 class TextWhitening(Initialised):
@@ -214,28 +233,23 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         are one text, whoever brought them; without keys each is a text of its own. Keys and not embeddings: in bf16
         no embedding's product with itself is 1.
 
-        `gather` brings (n, …) of this worker to (N, …) of all, in the same order on each, with the gradient.
+        `gather` brings (n, …) of this worker to (N, …) of all, in the same order on each, with the gradient. Only
+        texts are gathered, and they need keys: each worker holds those of all against its own scans.
         Raises UserError where InfoNCE has a text that no scan has.
         """
         features, mask = self._tokens(volumes, chunk_mask, None)
-        scans = self.head.scan(features)
         texts = self.embed_texts(text_embeddings, text_ids, text_mask).to(features.dtype)
         if targets is None:
             assert owner is not None
             targets = F.one_hot(owner, len(volumes)).bool()
-        if gather is not None:
-            targets = _gather_targets(targets, gather)
-            scans, texts, mask = gather(scans), gather(texts), gather(mask.float()) > 0
-            text_keys = None if text_keys is None else gather(text_keys)
-        logits = self.head(texts, scans, mask)
-        first = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
         if text_keys is not None:
-            same = text_keys[:, None] == text_keys[None]
-            targets = (same.float() @ targets.float()) > 0
-            first = ~same.tril(-1).any(1)
-        exact = logits[first].to(torch.promote_types(logits.dtype, torch.float32))
-        loss = {"sigmoid": _sigmoid, "infonce": _infonce}[self.config.loss](exact, targets[first])
-        return ContrastiveOutput(loss=loss, logits=logits, targets=targets, positives=targets[first].sum())
+            texts, targets = _distinct(texts, targets, text_keys, gather)
+        elif gather is not None:
+            raise UserError("give text_keys: among several workers' texts they tell which are the same")
+        logits = self.head(texts, self.head.scan(features), mask)
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = {"sigmoid": _sigmoid, "infonce": _infonce}[self.config.loss](exact, targets, gather)
+        return ContrastiveOutput(loss=loss, logits=logits, targets=targets, positives=_total(targets.sum(), gather))
 
 
 @torch.no_grad()
@@ -246,27 +260,45 @@ def fit_temperature(logits: Tensor, targets: Tensor, loss: str) -> float:
     return min(tried, key=lambda temperature: float(measure(logits / temperature, targets)))
 
 
-def _gather_targets(targets: Tensor, gather: Gather) -> Tensor:
-    """(M, B) of each worker → the blocks of all of them along one diagonal."""
-    counts = gather(torch.tensor([targets.shape], device=targets.device, dtype=torch.float32)).long()
-    widest = int(counts[:, 1].max())
-    rows = gather(F.pad(targets.float(), (0, widest - targets.shape[1])))
-    blocks = [part[:, : int(n)] for part, (_, n) in zip(rows.split(counts[:, 0].tolist()), counts, strict=True)]
-    return torch.block_diag(*blocks) > 0
+def _distinct(texts: Tensor, targets: Tensor, keys: Tensor, gather: Gather | None) -> tuple[Tensor, Tensor]:
+    """Texts (M, D) of all workers, each once, and which of them this worker's scans have (M, B)."""
+    own = keys
+    if gather is not None:
+        texts, keys = gather(texts), gather(keys)
+    first = (~(keys[:, None] == keys[None]).tril(-1).any(1)).nonzero().squeeze(1)
+    has = (keys[first, None] == own[None]).float() @ targets.float()
+    return texts[first], has > 0
 
 
-def _sigmoid(logits: Tensor, targets: Tensor) -> Tensor:
+def _total(number: Tensor, gather: Gather | None) -> Tensor:
+    """Of all workers together."""
+    return number if gather is None else gather(number[None]).sum()
+
+
+def _sigmoid(logits: Tensor, targets: Tensor, gather: Gather | None = None) -> Tensor:
     """SigLIP: every pair is its own yes or no."""
-    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
+    each = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
+    return each * _share(logits.shape[1], gather, logits) / logits.shape[0]
 
 
-def _infonce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each text over the scans and of each scan over the texts, any positive being right."""
+def _infonce(logits: Tensor, targets: Tensor, gather: Gather | None = None) -> Tensor:
+    """Cross-entropy of each text over the scans of all workers and of each scan over the texts, any positive being
+    right."""
     hit = logits.masked_fill(~targets, float("-inf"))
-    by_text = logits.logsumexp(1) - hit.logsumexp(1)
-    lonely = int((~targets.any(1)).sum())
+    of_text = torch.stack([logits.logsumexp(1), hit.logsumexp(1)])
+    if gather is not None:
+        of_text = gather(of_text[None]).logsumexp(0)
+    lonely = int(of_text[1].isinf().sum())
     if lonely:
         raise UserError(f"{lonely} of {len(targets)} texts are of no scan: InfoNCE has nothing to pull them to")
+    by_text = (of_text[0] - of_text[1]).mean()
     owned = targets.any(0)
-    by_scan = (logits.logsumexp(0) - hit.logsumexp(0))[owned]
-    return (by_text.mean() + by_scan.mean()) / 2
+    by_scan = (logits.logsumexp(0) - hit.logsumexp(0))[owned].sum() * _share(int(owned.sum()), gather, logits)
+    return (by_text + by_scan) / 2
+
+
+def _share(own: int, gather: Gather | None, like: Tensor) -> Tensor:
+    """What a sum over this worker's scans counts: workers / scans of all, as the workers' losses are averaged."""
+    counts = like.new_tensor([own])
+    counts = counts if gather is None else gather(counts)
+    return len(counts) / counts.sum()

@@ -22,6 +22,7 @@ from mu2llm.errors import UserError
 from mu2llm.model.building import add_lora, configuration, vision_configuration
 from mu2llm.model.configuration import Mu2ContrastiveConfig
 from mu2llm.model.contrastive import Mu2ForContrastive
+from mu2llm.model.head import MOST_LOGITS
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.model.summary import kept_for_backward, text_config
 from mu2llm.model.vision import VisionEncoder
@@ -44,7 +45,8 @@ MEMORY_MENDS = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one worker. `logits` are the gradients of the loss over the vocabulary, which live for a moment."""
+    """Bytes of one worker. `logits` are what the loss over the vocabulary takes for a moment: gradients, and of a head
+    that is computed in pieces the logits of one."""
 
     weights: int
     gradients: int
@@ -223,8 +225,11 @@ def _write(model: Any, experiment: Experiment, scans: int, sequences: int, stage
     else:
         batch["volumes"] = torch.zeros(scans, *spec.shape, dtype=getattr(torch, spec.dtype))
     model(**batch, tile_scans=sequences > 1, use_cache=False)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    return int(rows * length * vocabulary * (4 if settings.precision == "fp32" else 6))
+    vocabulary, exact = model.get_output_embeddings().weight.shape[0], settings.precision == "fp32"
+    count = rows * (length - 1) * vocabulary
+    if count <= MOST_LOGITS:
+        return int(count * (4 if exact else 6))
+    return 16 * MOST_LOGITS  # of a piece: the logits, computed again, and what their gradients are made of
 
 
 def _tokens(vision: Any) -> int:
@@ -233,15 +238,13 @@ def _tokens(vision: Any) -> int:
 
 
 def _contrast(model: Mu2ForContrastive, experiment: Experiment, scans: int, workers: int) -> None:
-    """The forward pass: this worker's scans through vision, all workers' texts and scans through the head."""
+    """The forward pass: this worker's scans through vision and, with all workers' texts, through the head."""
     spec = experiment.data.spec
     mask = torch.ones(scans, spec.chunks, dtype=torch.bool)
     volumes = torch.zeros(scans, *spec.shape, dtype=getattr(torch, spec.dtype))
     features = model.vision(volumes)
-    keys = model.head.scan(features).repeat(workers, 1, 1, 1)
     texts = torch.zeros(scans * workers * TEXTS_PER_CASE, model.config.text_width)
-    attended = mask.repeat_interleave(features.shape[2], dim=1).repeat(workers, 1)
-    model.head(texts, keys, attended)
+    model.head(texts, model.head.scan(features), mask.repeat_interleave(features.shape[2], dim=1))
 
 
 def _autocast(precision: str) -> torch.autocast:

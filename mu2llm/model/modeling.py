@@ -11,10 +11,10 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
-from transformers.utils.import_utils import is_tracing
 
 from mu2llm.errors import UserError
 from mu2llm.model.configuration import Mu2Config
+from mu2llm.model.head import IGNORED, next_token_logps, shapes_only
 from mu2llm.model.initialisation import freeze_statistics, initialise
 from mu2llm.model.mu2_tokenizer import Mu2Tokenizer, VisualTokens
 from mu2llm.model.vision import (
@@ -55,10 +55,11 @@ class Mu2ModelOutput(BaseModelOutputWithPast):
 @dataclass
 class Mu2CausalLMOutput(CausalLMOutputWithPast):
     """`visual_tokens` (B, queries, hidden): what the scan was to the language model; on request `selection`, their
-    weights over the scan's patches, as in `VisualTokens`."""
+    weights over the scan's patches, as in `VisualTokens`; `alignment` where a head holds them against texts."""
 
     visual_tokens: Tensor | None = None
     selection: Tensor | None = None
+    alignment: Tensor | None = None
 
 
 class Mu2Model(Mu2PreTrainedModel):
@@ -67,7 +68,7 @@ class Mu2Model(Mu2PreTrainedModel):
     def __init__(self, config: Mu2Config) -> None:
         super().__init__(config)
         self.vision = VisionEncoder(config.vision)
-        self.projector = Projector(config.vision, config.text.hidden_size)
+        self.projector = Projector(config.vision, config.tokenizer.hidden_size)
         self.mu2_tokenizer = Mu2Tokenizer(config.tokenizer)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -86,7 +87,7 @@ class Mu2Model(Mu2PreTrainedModel):
         self._check_volumes(volumes)
         if chunk_mask is None:
             return cast(Tensor, self.vision(volumes))
-        if not _shapes_only(chunk_mask) and not bool(chunk_mask.bool().any(1).all()):
+        if not shapes_only(chunk_mask) and not bool(chunk_mask.bool().any(1).all()):
             raise UserError("chunk_mask leaves a scan without any chunk; at least one must be True")
         return cast(Tensor, self.vision(volumes, chunk_mask.bool()))
 
@@ -184,7 +185,7 @@ class Mu2Model(Mu2PreTrainedModel):
             return torch.cat([embeds[:, :1], tokens, embeds[:, count + 1 :]], dim=1)
         here = input_ids == self.config.volume_token_id
         found = here.sum(1)
-        if not _shapes_only(here) and bool((found != count).any()):
+        if not shapes_only(here) and bool((found != count).any()):
             raise UserError(
                 f"a text has {sorted(set(found.tolist()))} volume placeholders, the scan has {count} visual tokens: "
                 "build the text with Mu2Processor"
@@ -203,11 +204,18 @@ class Mu2Model(Mu2PreTrainedModel):
 
 
 class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
-    """The μ²LLM with its language model's head: writes the report."""
+    """The μ²LLM with its language model's head: writes the report.
+
+    A stage may put a head on it as `alignment`, (texts (M, D), visual tokens (B, n, hidden), targets (M, B)) → loss:
+    it is called in `forward`, where DDP and FSDP see it.
+    """
+
+    alignment: nn.Module | None
 
     def __init__(self, config: Mu2Config) -> None:
         super().__init__(config)
         self.model = Mu2Model(config)
+        self.register_module("alignment", None)
         text = config.text
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=bool(getattr(text, "lm_head_bias", False)))
         self._tied_weights_keys = {
@@ -252,6 +260,8 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         volumes: Tensor | None = None,
         vision_features: Tensor | None = None,
         visual_tokens: Tensor | VisualTokens | None = None,
@@ -260,12 +270,17 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
         question_mask: Tensor | None = None,
         tile_scans: bool = False,
         return_selection: bool = False,
+        text_embeddings: Tensor | None = None,
+        targets: Tensor | None = None,
         **kwargs: Any,
     ) -> Mu2CausalLMOutput:
         """`Mu2Model.forward`'s arguments → logits (R, L, vocabulary), and with `labels` (R, L) the loss.
 
-        Labels are −100 where there is no loss; they are shifted here. `logits_to_keep`: of the last so many
-        positions, or of these indices; 0 is all. Without input_ids and inputs_embeds there are visual tokens alone.
+        Labels are −100 where there is no loss; they are shifted here; the loss is their mean, or their sum over
+        `num_items_in_batch`. `logits_to_keep`: of the last so many positions, or of these indices; 0 is all.
+        `skip_logits`: none at all; so it is where nothing is said and the model trains with labels, as the loss needs
+        only those of the answers, in pieces. Without input_ids and inputs_embeds there are visual tokens alone.
+        text_embeddings (M, D) and targets (M, B) go to the head `alignment`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -284,16 +299,23 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
+        alignment = None
+        if self.alignment is not None and text_embeddings is not None:
+            alignment = self.alignment(text_embeddings, outputs.visual_tokens, targets)
         if outputs.last_hidden_state is None:
-            return Mu2CausalLMOutput(visual_tokens=outputs.visual_tokens, selection=outputs.selection)
-        last = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, last])
-        loss = None
+            return Mu2CausalLMOutput(
+                visual_tokens=outputs.visual_tokens, selection=outputs.selection, alignment=alignment
+            )
+        loss = logits = None
         if labels is not None:
-            vocabulary = self.config.text.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+            total = -next_token_logps(outputs.last_hidden_state, labels, self.lm_head).sum()
+            loss = total / ((labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+        if not (self.training and labels is not None if skip_logits is None else skip_logits):
+            last = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, last])
         return Mu2CausalLMOutput(
             loss=loss,
+            alignment=alignment,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -365,11 +387,6 @@ def _serve(x: Tensor, rows: int, what: str, tile: bool = False) -> Tensor:
         return x
     times = rows // len(x)
     return x.repeat(times, *[1] * (x.dim() - 1)) if tile else x.repeat_interleave(times, dim=0)
-
-
-def _shapes_only(x: Tensor) -> bool:
-    """Whether there are no values to look at: on the meta device, or while a graph is traced."""
-    return bool(x.is_meta or is_tracing(x))
 
 
 def _embedding_name(language_model: PreTrainedModel) -> str:

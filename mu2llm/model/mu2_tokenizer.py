@@ -22,6 +22,7 @@ from mu2llm.model.attention import (
     Rotary,
     SelfAttention,
 )
+from mu2llm.model.bridge import LanguageBridge
 from mu2llm.model.configuration import Mu2TokenizerConfig
 from mu2llm.model.initialisation import Initialised
 from mu2llm.model.selection import DifferentiableSelection, MultiScalePooling, Selected, TopKSelection
@@ -32,10 +33,10 @@ from mu2llm.model.standardise import RunningStandardise
 class VisualTokens(ModelOutput):
     """What a scan is to the language model.
 
-    `tokens` (B, queries, hidden). On request `selection` (B, queries, T, z, y, x): each token's weight over the
-    scan's patches, summing to 1 (without the mixing by attention before the selection), and two numbers that
-    tell a collapse: `entropy` of the selection over that of a uniform one, `similarity` the mean cosine between
-    the selected tokens of a scan.
+    `tokens` (B, queries, the language model's width). On request `selection` (B, queries, T, z, y, x): each token's
+    weight over the scan's patches, summing to 1 (without the mixing by attention before the selection), and two
+    numbers that tell a collapse: `entropy` of the selection over that of a uniform one, `similarity` the mean
+    cosine between the selected tokens of a scan.
     """
 
     tokens: Tensor | None = None
@@ -147,6 +148,8 @@ class Mu2Tokenizer(Initialised):
         self.aggregation_layers = nn.ModuleList([TextConditionedLayer(config) for _ in range(config.num_layers)])
         self.aggregation = LinearAggregation(width, config.num_heads)
         self.standardise = RunningStandardise(width) if config.standardise else None
+        bridged = config.language_size is not None or config.output_scale != "none"
+        self.bridge = LanguageBridge(config) if bridged else None
 
     def initialise(self) -> None:
         init.normal_(self.queries, std=0.02)
@@ -159,12 +162,14 @@ class Mu2Tokenizer(Initialised):
         text_mask: Tensor | None = None,
         return_selection: bool = False,
     ) -> VisualTokens:
-        """visual (B, T, n, E), text (B, L, E) → tokens (B, queries, E).
+        """visual (B, T, n, E), text (B, L, E') → tokens (B, queries, E'), E' being the language model's width.
 
         chunk_mask (B, T) and text_mask (B, L) are False for padding; no `text`, no conditioning on it.
         """
         if not self.config.mask_padding:
             chunk_mask = text_mask = None
+        if self.bridge is not None and text is not None:
+            text = self.bridge.down(text)
         significant = self.significance(visual, chunk_mask)
         selected = self.select(significant, chunk_mask, return_selection)
         multiscale, mask, gates = self.pooling(selected.tokens, selected.valid)
@@ -172,6 +177,8 @@ class Mu2Tokenizer(Initialised):
         tokens = self.aggregation(query, multiscale, mask)
         if self.standardise is not None:
             tokens = self.standardise(tokens)
+        if self.bridge is not None:
+            tokens = self.bridge.up(tokens)
         if not return_selection:
             return VisualTokens(tokens=tokens)
         assert selected.weights is not None

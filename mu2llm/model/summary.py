@@ -29,7 +29,7 @@ _STEPS = {
     "projected": "model.projector",
     "selected": "model.mu2_tokenizer.selection",
     "multi-scale": "model.mu2_tokenizer.pooling",
-    "visual tokens": "model.mu2_tokenizer.aggregation",
+    "visual tokens": "model.mu2_tokenizer",
 }
 _PARTS = {
     "vision": "model.vision.",

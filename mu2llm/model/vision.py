@@ -174,7 +174,7 @@ class MeanImageSubtraction(Statistics, Initialised):
 
 
 class Projector(nn.Module):
-    """Spatial-pooling projector: an MLP from pooled patches to the language model's width."""
+    """Spatial-pooling projector: an MLP from pooled patches to the μ²Tokenizer's width."""
 
     def __init__(self, config: Mu2VisionConfig, width: int) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,9 @@ class VisionConfig(Section):
 class TokenizerConfig(Section):
     """The μ²Tokenizer (METHOD.md §1.2)."""
 
+    width: int | None = Field(
+        None, ge=1, description="its own, mapped to the language model's (the paper's is 768); None: as wide as that"
+    )
     num_layers: int = 4
     num_heads: int = 8
     queries: int = Field(256, description="visual tokens that the language model gets")
@@ -48,12 +51,19 @@ class TokenizerConfig(Section):
     residual: bool = Field(True, description="residual, norm and feed-forward in the attention layers")
     mask_padding: bool = Field(True, description="padded chunks and padded text take no part in attention")
     standardise: bool = Field(False, description="final tokens standardised by running statistics")
+    output_scale: Literal["none", "embedding_rms"] = Field(
+        "none",
+        description="embedding_rms: tokens as large as the language model's embeddings, times a learned gain",
+    )
     text_conditioned: bool = Field(True, description="queries also attend to the question (TTA)")
     positions: bool = Field(True, description="tokens know their chunk and their place in it")
     normalise_scores: bool = Field(True, description="selection scores from normalised tokens: it does not collapse")
     straight_through: bool = Field(True, description="hard top-k lets gradients reach its scores")
     batch_first: bool = Field(True, description="attend over the tokens; the published baseline did over the batch")
     max_positions: int = Field(512, ge=1, description="longest sequence of a 1-D relative position bias")
+    weights: str | None = Field(
+        None, description="a checkpoint of any language model: its vision, projector and tokenizer are where sft starts"
+    )
 
 
 class SmallLanguageModel(Section):
@@ -107,3 +117,15 @@ class ModelConfig(Section):
         if not isinstance(values, dict) or values.get("face") != "reference":
             return values
         return merged(_REFERENCE_FACE, values)
+
+    @model_validator(mode="after")
+    def _as_published(self) -> Self:
+        tokenizer = self.tokenizer
+        if self.face == "reference" and (tokenizer.width is not None or tokenizer.output_scale != "none"):
+            raise ValueError(
+                "the published tokenizer is as wide as its language model and scales nothing: with face=reference "
+                "unset tokenizer.width and tokenizer.output_scale"
+            )
+        if tokenizer.weights and self.vision.weights:
+            raise ValueError("tokenizer.weights brings the vision that it was trained with: unset vision.weights")
+        return self

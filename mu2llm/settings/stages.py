@@ -10,6 +10,17 @@ from mu2llm.settings.inference import InferenceConfig, Precision
 from mu2llm.settings.section import Execution, Section
 
 
+class LearningRates(Section):
+    """By what is trained; None: the stage's `learning_rate`."""
+
+    fresh: float | None = Field(
+        None, gt=0, description="what starts from nothing: projector, tokenizer, its maps, and a stage's heads"
+    )
+    lora: float | None = Field(None, gt=0, description="adapters of the language model")
+    language_model: float | None = Field(None, gt=0, description="the language model itself, or the text encoder")
+    vision: float | None = Field(None, gt=0, description="the vision encoder")
+
+
 class StageConfig(Section):
     """What the three training stages have in common. `batch_size` is global: over all workers."""
 
@@ -18,6 +29,7 @@ class StageConfig(Section):
     batch_size: int = Field(8, ge=1)
     accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
+    learning_rates: LearningRates = LearningRates()
     warmup: float = Field(0.05, ge=0, le=1, description="fraction of the steps")
     schedule: str = "cosine"
     weight_decay: float = 0.01
@@ -97,14 +109,12 @@ class SftConfig(StageConfig):
 
     @model_validator(mode="after")
     def _thaws_what_is_frozen(self) -> Self:
-        if self.thaw_vision is not None and (not self.freeze_vision or self.fsdp):
-            raise ValueError("thaw_vision needs freeze_vision, and does not go with fsdp")
+        if self.thaw_vision is not None and not self.freeze_vision:
+            raise ValueError("thaw_vision needs freeze_vision")
         if self.augment and self.cached:
             raise ValueError("augment changes voxels, and cache_vision reads features: set sft.cache_vision=false")
         if self.alignment_first and not self.alignment:
             raise ValueError("alignment_first needs alignment above 0: it is all that those steps learn by")
-        if self.thaw_vision is not None and self.alignment and self.workers not in (0, 1):
-            raise ValueError("thaw_vision and alignment together go with one worker only")
         return self
 
     @property

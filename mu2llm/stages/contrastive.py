@@ -9,12 +9,13 @@ checkpoint (`contrastive.train_text_encoder`). SFT can start from M3D-CLIP's tow
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed.nn
-import torch.nn.functional as functional
+from scipy.sparse import csr_array
 from transformers import Trainer, TrainingArguments
 
 from mu2llm import weights
@@ -81,15 +82,15 @@ def loop(job: Job, resume: Resume) -> None:
         def finish(model: Mu2ForContrastive, target: str) -> dict[str, float]:
             has, logits = held_out(model.eval(), shards, texts)
             if logits.numel():
-                model.head.temperature.fill_(fit_temperature(logits, has.T > 0, settings.loss))
+                model.head.temperature.fill_(fit_temperature(logits, has, settings.loss))
             model.save_pretrained(target)
             save_text_encoder(encoder, target, settings.train_text_encoder, experiment.model.text_encoder)
-            return {**recall(has, logits), "temperature": float(model.head.temperature)}
+            return {"temperature": float(model.head.temperature)}
 
         def restore(saved: str) -> Mu2ForContrastive:
             return Mu2ForContrastive.from_pretrained(saved).to(trainer.args.device)  # type: ignore[arg-type]
 
-        train(trainer, job, resume, finish, restore)
+        train(trainer, job, resume, finish, restore, lambda model: recall(model, shards, texts))
 
 
 class ContrastiveTrainer(Streamed, Trainer):
@@ -138,35 +139,62 @@ def collate(rows: dict[str, Any], texts: Positives) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
+FITTED = 256
+"""Held-out scans that the temperature is fitted on."""
+SCANS, TEXTS = 16, 512
+"""Held-out scans, and texts against them, that are scored at a time."""
+
+
 def held_out(model: Mu2ForContrastive, shards: Shards, texts: Positives) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of split `validation`: which of its distinct texts each report has (n, M), their logits with each scan (M, n)."""
+    """Of the first `FITTED` scans of split `validation`: which of their distinct texts each has, and the logits of each
+    text with each scan, both (M, n)."""
+    parts = [set(texts.split(case.report)) for case in shards.cases("validation")[:FITTED]]
+    distinct = sorted(set().union(*parts))
+    has = torch.tensor([[text in part for part in parts] for text in distinct], dtype=torch.bool)
+    columns = [logits for _, logits in scored(model, shards, texts, distinct, len(parts))]
+    return has.view(len(distinct), len(parts)), torch.cat(columns, dim=1) if columns else torch.zeros(0, 0)
+
+
+@torch.no_grad()
+def scored(
+    model: Mu2ForContrastive, shards: Shards, texts: Positives, distinct: list[str], rows: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Of the first scans of split `validation`, so many at a time, their rows (b,) and the texts' logits (M, b)."""
+    groups = [distinct[first : first + TEXTS] for first in range(0, len(distinct), TEXTS)]
+    moved = ({name: x.to(model.device) for name, x in texts.inputs(group).items()} for group in groups)
+    embedded = [model.embed_texts(**group) for group in moved]
+    stream = Stream(shards, "validation", ["voxels", "chunk_mask"], batch_size=SCANS, seed=None, rows=rows)
+    for batch in stream if embedded else ():
+        voxels, mask = (torch.as_tensor(np.asarray(batch[name])).to(model.device) for name in ("voxels", "chunk_mask"))
+        features = model.encode_vision(voxels, mask)
+        logits = [model.score(None, mask, group, features).float().cpu() for group in embedded]
+        yield torch.as_tensor(batch["row"]), torch.cat(logits)
+
+
+def recall(model: Mu2ForContrastive, shards: Shards, texts: Positives) -> dict[str, float]:
+    """recall@1 and @5 of finding a held-out case's report by its scan, and chance = 1/n.
+
+    A report's score for a scan is how likely the scan has the report's texts and no others of the split: up to what
+    all reports have in common, the sum of its texts' logits. Reports of equal score share their places: five reports
+    without findings are each found first one time in five. A few scans are scored at a time.
+    """
     parts = [set(texts.split(case.report)) for case in shards.cases("validation")]
     distinct = sorted(set().union(*parts))
     if not distinct:
-        return torch.zeros(len(parts), 0), torch.zeros(0, len(parts))
-    has = torch.tensor([[text in part for text in distinct] for part in parts], dtype=torch.float32)
-    embeddings = model.embed_texts(**{name: tensor.to(model.device) for name, tensor in texts.inputs(distinct).items()})
-    columns = []
-    for rows in Stream(shards, "validation", ["id", "voxels", "chunk_mask"], batch_size=16, seed=None):
-        voxels, mask = (torch.as_tensor(np.asarray(rows[name])).to(model.device) for name in ("voxels", "chunk_mask"))
-        columns.append(model.score(voxels, mask, embeddings).cpu())
-    return has, torch.cat(columns, dim=1)
-
-
-def recall(has: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
-    """recall@1 and @5 of finding a held-out case's report by its scan, and chance = 1/n; from what `held_out` gives.
-
-    A report's score for a scan is how likely the scan has the report's texts and no others of the split. Reports
-    of equal score share their places: five reports without findings are each found first one time in five.
-    """
-    if not len(has):
-        return {"recall_n": 0.0}
-    scores = has @ functional.logsigmoid(logits) + (1 - has) @ functional.logsigmoid(-logits)
-    own = scores.diagonal()
-    better, equal = (scores > own + 1e-5).sum(0), ((scores - own).abs() <= 1e-5).sum(0)
+        return {"recall_n": float(len(parts))}
+    place = {text: number for number, text in enumerate(distinct)}
+    own = [sorted(place[text] for text in part) for part in parts]
+    rows, columns = ([row for row, each in enumerate(own) for _ in each], [text for each in own for text in each])
+    has = csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(parts), len(distinct)))
+    found = {1: 0.0, 5: 0.0}
+    for some, logits in scored(model, shards, texts, distinct, len(parts)):
+        scores = torch.as_tensor(has @ logits.numpy())
+        of_own = scores.gather(0, some[None])
+        better, equal = (scores > of_own + 1e-5).sum(0), ((scores - of_own).abs() <= 1e-5).sum(0)
+        for k in found:
+            found[k] += float(((k - better).clamp(min=0) / equal).clamp(max=1).sum())
     return {
-        **{f"recall_at_{k}": float(((k - better).clamp(min=0) / equal).clamp(max=1).mean()) for k in (1, 5)},
-        "chance_at_1": 1 / len(has),
-        "recall_n": float(len(has)),
+        **{f"recall_at_{k}": total / len(parts) for k, total in found.items()},
+        "chance_at_1": 1 / len(parts),
+        "recall_n": float(len(parts)),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -22,11 +23,15 @@ STOPPED_FILE = "stopped.json"  # in the state: why a worker gave up, which a ret
 FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, until the driver publishes it
 
 
-_OF_OLDER_CHECKPOINTS = {"model.tokenizer": {"gate": "mean"}}
+_OF_OLDER_CHECKPOINTS = {"model.tokenizer": {"gate": "mean", "width": None, "output_scale": "none"}}
 """What settings were before they could be set: checkpoints without them have these."""
 
 
-_NAMES_OF_WEIGHTS = ("model.vision.weights", "model.language_model", "model.text_encoder")
+_OF_THE_LANGUAGE_MODEL = ("model.tokenizer.width", "model.tokenizer.output_scale")
+"""Settings of a tokenizer that its tensors' shapes check, or that are of what it is put before."""
+
+
+_NAMES_OF_WEIGHTS = ("model.vision.weights", "model.tokenizer.weights", "model.language_model", "model.text_encoder")
 
 
 class Watch(BaseModel):
@@ -145,6 +150,8 @@ def new_job(
     if not shards.count("train"):
         raise UserError(f"{shards.uri} has no rows in split train; ingest more scans or change data.split")
     origin = open_checkpoint(parent) if parent else None
+    if stage == "sft" and experiment.model.tokenizer.weights:
+        check_tokenizer(open_checkpoint(experiment.model.tokenizer.weights), origin, experiment)
     if origin:
         check_parent(origin, experiment)
     values = {
@@ -164,18 +171,34 @@ def new_job(
 
 def check_parent(parent: Checkpoint, experiment: Experiment) -> None:
     """A UserError where a checkpoint to start from has another spec or other sizes than the experiment."""
+    parts = {"contrastive": ("vision",), "converted": ("vision", "tokenizer")}.get(
+        parent.lineage.stage, ("vision", "tokenizer", "language_model")
+    )
+    if experiment.model.language_model == "small" and "language_model" in parts:
+        parts = (*parts, "small")
+    _check_architecture(parent, experiment, parts)
+
+
+def check_tokenizer(origin: Checkpoint, parent: Checkpoint | None, experiment: Experiment) -> None:
+    """A UserError where vision and tokenizer cannot be of `origin`: another spec or architecture, or a parent's too."""
+    if parent:
+        raise UserError(
+            f"--init {parent.uri} and model.tokenizer.weights={origin.uri} both bring a vision: give one of them"
+        )
+    _check_architecture(origin, experiment, ("vision", "tokenizer"), _OF_THE_LANGUAGE_MODEL)
+
+
+def _check_architecture(
+    parent: Checkpoint, experiment: Experiment, parts: Sequence[str], leave_out: Collection[str] = ()
+) -> None:
     if parent.lineage.spec_hash != experiment.data.spec.hash:
         raise UserError(
             f"{parent.uri} expects spec {parent.lineage.spec_hash}, preset {experiment.name} has "
             f"{experiment.data.spec.name} ({experiment.data.spec.hash}): start from a checkpoint of the same preset"
         )
     ours, theirs = experiment.model.model_dump(mode="json"), parent.experiment["model"]
-    parts = {"contrastive": ("vision",), "converted": ("vision", "tokenizer")}.get(
-        parent.lineage.stage, ("vision", "tokenizer", "language_model")
-    )
-    if ours["language_model"] == "small" and "language_model" in parts:
-        parts = (*parts, "small")
-    different = [name for part in parts for name in _different(f"model.{part}", theirs[part], ours[part])]
+    found = [each for part in parts for each in _different(f"model.{part}", theirs[part], ours[part])]
+    different = [each for each in found if each.split(" ")[0] not in leave_out]
     if different:
         raise UserError(
             f"{parent.uri} is of another architecture than preset {experiment.name}: {'; '.join(different)}; name the "

@@ -42,7 +42,6 @@ def _check_sharding(job: Job) -> None:
     reasons = {
         f"it shards over workers, and there may be {least}: ask for 2 or more": least < 2,
         "the contrastive stage trains the vision encoder, which any GPU holds": job.stage == "contrastive",
-        "sft.alignment's head has a single number for a bias: set it to 0": getattr(job.settings, "alignment", 0) > 0,
         "a learned temperature is a single number: set model.tokenizer.temperature_mode to fixed or annealed": (
             job.resolved.model.tokenizer.temperature_mode == "learned"
         ),

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mu2llm import weights
@@ -41,7 +40,7 @@ from mu2llm.model import (
     load_vision,
     merge_lora,
 )
-from mu2llm.model.contrastive import TextConditionedPooling
+from mu2llm.model.contrastive import AlignmentHead
 from mu2llm.progress import Logged
 from mu2llm.records import Checkpoint
 from mu2llm.stages import launch, lengths, placement
@@ -83,12 +82,13 @@ def run(
     if job.validation and not shards.count("validation"):
         raise UserError(f"sft.validation.steps is set, but {shards.uri} has no rows in split validation")
     if settings.cached:
-        if init is None:
+        trained = init or experiment.model.tokenizer.weights
+        if trained is None:
             raise UserError(
-                "sft.cache_vision caches what a trained checkpoint's vision sees: name one with --init, or with "
-                "model.vision.weights set sft.cache_vision=false"
+                "sft.cache_vision caches what a trained checkpoint's vision sees: name one with --init or "
+                "model.tokenizer.weights, or with model.vision.weights set sft.cache_vision=false"
             )
-        features = encode_scans(init, shards, settings.inference(), scan_by_scan(progress))
+        features = encode_scans(trained, shards, settings.inference(), scan_by_scan(progress))
         job = job.model_copy(update={"features": features.uri})
     return launch.run(job, loop, progress, HeldOut(settings.validation, measure, export))
 
@@ -195,22 +195,14 @@ class SftTrainer(Streamed, Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        texts, targets = inputs.pop("text_embeddings", None), inputs.pop("targets", None)
         if self.state.global_step < self.alone:
             output = model(**{name: value for name, value in inputs.items() if name not in OF_THE_TEXT})
-            loss = self._apart(model, output.visual_tokens, texts, targets)
-            return (loss, output) if return_outputs else loss
-        loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if texts is not None:
-            loss = loss + self._apart(model, output.visual_tokens, texts, targets)
+            loss: Any = 0.0
+        else:
+            loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if output.get("alignment") is not None:
+            loss = loss + self.alignment * output["alignment"] / self.args.gradient_accumulation_steps
         return (loss, output) if return_outputs else loss
-
-    def _apart(self, model: Any, tokens: torch.Tensor, texts: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """How badly the visual tokens (B, n, E) tell which findings their reports have."""
-        head = self.accelerator.unwrap_model(model).alignment
-        logits = head(texts, head.scan(tokens[:, None]), torch.ones_like(tokens[..., 0], dtype=torch.bool))
-        loss = functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
-        return self.alignment * loss / self.args.gradient_accumulation_steps
 
 
 class UnfreezeVision(TrainerCallback):
@@ -231,8 +223,7 @@ class UnfreezeVision(TrainerCallback):
 def save(model: Any, processor: Mu2Processor, folder: str) -> None:
     """The plain model: LoRA merged, without the head that aligned it."""
     merged = merge_lora(model)
-    if hasattr(merged, "alignment"):
-        del merged.alignment
+    merged.alignment = None
     merged.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -241,13 +232,14 @@ def align(model: Any, experiment: Experiment, reports: list[str]) -> TextBank:
     """Puts the head on the model that holds its visual tokens against findings; the findings' texts."""
     encoder = weights.text_encoder(experiment.model.text_encoder, reports)
     texts = TextBank(encoder, "finding", reports, experiment.seed)
-    width = model.config.tokenizer_config.hidden_size
-    model.alignment = TextConditionedPooling.fresh(width, texts.width)
+    scaled = model.config.tokenizer.output_scale != "none"
+    model.alignment = AlignmentHead(model.config.text.hidden_size, texts.width, scaled)
     return texts
 
 
 def start(job: Job, reports: list[str]) -> tuple[Any, Mu2Processor]:
-    """The parent if it is a whole model, else a fresh one with the parent's vision tower and projector."""
+    """The parent if it is a whole model, else a fresh one with the parent's vision, or with vision and tokenizer of
+    `model.tokenizer.weights`."""
     experiment = job.resolved
     if job.parent and open_checkpoint(job.parent).lineage.stage != "contrastive":
         return load(job.parent, torch.float32)
@@ -278,7 +270,7 @@ def measure(job: Job, folder: str, reports: bool) -> dict[str, float]:
         )
         moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         with numerics(model.device, precision):
-            loss = model(**moved, vision_features=features, chunk_mask=mask).loss
+            loss = model(**moved, vision_features=features, chunk_mask=mask, skip_logits=True).loss
         answers = int((inputs["labels"][:, 1:] != -100).sum())
         total, tokens = total + float(loss) * answers, tokens + answers
         few = max(0, min(len(some), settings.reports - start)) if reports else 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from mu2llm import artefacts, private_apis, storage, tracking
 from mu2llm.cases import Stream
 from mu2llm.records import Checkpoint, Lineage, Training
+from mu2llm.stages import groups
 from mu2llm.stages.job import FINISHED_FILE, STOPPED_FILE, Job
 from mu2llm.stages.worker import INTERMEDIATE_FILE, Batches, Resume, current_worker
 
+logger = logging.getLogger(__name__)
 _OF_THE_SCAN = ("volumes", "vision_features", "chunk_mask", "question_ids", "question_mask")
 
 
@@ -28,14 +32,21 @@ def train(
     resume: Resume,
     finish: Callable[[Any, str], dict[str, float]],
     restore: Callable[[str], Any],
+    measure: Callable[[Any], dict[str, float]] | None = None,
 ) -> None:
     """Trains to the end, reporting and checkpointing on the way, and publishes the checkpoint.
 
     `finish(model, folder)` writes the final `save_pretrained` folder and returns the stage's own metrics; only rank 0
-    calls it. With FSDP no rank has the whole model: `restore` makes it of what HF's trainer saves.
+    calls it, and `measure` for what takes long, when the checkpoint is safe. With FSDP no rank has the whole model:
+    `restore` makes it of what HF's trainer saves. What an earlier attempt finished is not trained again.
     """
+    finished = storage.join(job.state, FINISHED_FILE)
+    if storage.exists(finished):
+        logger.warning("%s is trained already; what was cut off was measuring it, which is left out", job.out)
+        return
     reports = _Reports(job, resume, trainer.batches.stream, trainer.prompt_hash)  # type: ignore[attr-defined]  # a Streamed one
     trainer.add_callback(reports)
+    trainer.rates = job.settings.learning_rates.model_dump(exclude_none=True)  # type: ignore[attr-defined]
     trainer.epochs_a_step = job.settings.batch_size * job.settings.accumulation / job.rows  # type: ignore[attr-defined]
     rank = current_worker.get().rank
     try:
@@ -55,7 +66,10 @@ def train(
             # what describes it waits for `_publish`, on the driver, which makes the folder whole
             described = description(job, progress, resume.step, trainer.state, metrics, reports.prompt)
             described = artefacts.weighed(described, weights)
-            storage.write_json(storage.join(job.state, FINISHED_FILE), described.model_dump(mode="json"))
+            storage.write_json(finished, described.model_dump(mode="json"))
+            if measure:
+                described.training.metrics.update(measure(model))
+                storage.write_json(finished, described.model_dump(mode="json"))
 
 
 def arguments(job: Job, folder: str, model: Any, **more: Any) -> dict[str, Any]:
@@ -114,11 +128,25 @@ class Streamed:
     first_scan: dict[str, torch.Tensor]
     epochs_a_step: float = 0.0
     prompt_hash: str = ""  # where the model reads prompts
+    rates: Mapping[str, float] = MappingProxyType({})  # by group, where they are not all the same
 
     def create_accelerator_and_postprocess(self) -> None:
         if self.args.fsdp:  # type: ignore[attr-defined]
             private_apis.allow_fsdp_on_cpu()
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        new = self.optimizer is None  # type: ignore[attr-defined]
+        optimiser = super().create_optimizer(model)  # type: ignore[misc]
+        if new and self.rates:
+            groups.split(optimiser, (model or self.model).named_parameters(), self.rates)  # type: ignore[attr-defined]
+        return optimiser
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with private_apis.moments_may_be_missing():
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint and self.args.fsdp:  # type: ignore[attr-defined]
+            groups.forget_unreached(self.optimizer)  # type: ignore[attr-defined]
 
     def get_train_dataloader(self) -> Any:
         return self.batches
@@ -140,6 +168,8 @@ class Streamed:
         model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
         if "loss" in logs and hasattr(model, "selection_metrics") and not self.args.fsdp:  # type: ignore[attr-defined]
             logs |= model.selection_metrics(**self._prepare_inputs(self.first_scan))  # type: ignore[attr-defined]
+        if "learning_rate" in logs:
+            logs |= groups.logged(self.optimizer)  # type: ignore[attr-defined]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -73,7 +73,7 @@ def test_a_text_that_two_scans_share_is_a_positive_of_both_and_counts_once(loss)
     shared[2] = shared[0]  # scans 0 and 1 say the same
     keys = torch.tensor([0, 1, 0, 2, 3, 4])
     doubled = model(**{**given, "text_embeddings": shared}, owner=OWNER, text_keys=keys)
-    assert doubled.targets[0].tolist() == doubled.targets[2].tolist() == [True, True, False, False]
+    assert len(doubled.targets) == 5 and doubled.targets[0].tolist() == [True, True, False, False]
     kept = [0, 1, 3, 4, 5]
     targets = F.one_hot(OWNER, 4).bool()
     targets[0, 1] = True
@@ -123,22 +123,39 @@ def test_infonce_refuses_a_text_that_no_scan_has():
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
-def test_two_workers_with_gathered_negatives_are_one(loss):
-    """Each worker's loss and the mean of their gradients are those of the whole batch; unequal numbers of texts."""
-    model, given = make(loss), inputs()
-    texts, kept = given.pop("text_embeddings"), [0, 1, 3, 4, 5]
-    whole = model(**given, text_embeddings=texts[kept], owner=OWNER[kept])
+def test_two_workers_with_gathered_texts_are_one(loss):
+    """The mean of the workers' losses and of their gradients are the whole batch's; unequal numbers of texts and scans,
+    a text that both have; each scores its own scans alone."""
+    given = {name: x.double() if x.is_floating_point() else x for name, x in inputs().items()}
+    given["text_embeddings"][4] = given["text_embeddings"][1]
+    given["text_embeddings"].requires_grad_()
+    keys = torch.tensor([0, 1, 2, 3, 1, 5])
+    model = make(loss).double()
+    whole = model(**given, owner=OWNER, text_keys=keys)
     whole.loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    texts = given.pop("text_embeddings")
+    of_text, texts.grad = texts.grad, None
     parts = [
-        {name: tensor[:2] for name, tensor in given.items()} | {"text_embeddings": texts[:2], "owner": OWNER[:2]},
-        {name: tensor[2:] for name, tensor in given.items()} | {"text_embeddings": texts[3:], "owner": OWNER[3:] - 2},
+        {name: x[:3] for name, x in given.items()} | of_texts(texts, keys, slice(0, 4)),
+        {name: x[3:] for name, x in given.items()} | of_texts(texts, keys, slice(4, 6), first=3),
     ]
-    losses, gradients = run_workers(model, parts)
-    for given_loss in losses:
-        torch.testing.assert_close(given_loss, whole.loss)
+    outputs, gradients = run_workers(model, parts)
+    assert [tuple(each.logits.shape) for each in outputs] == [(5, 3), (5, 1)]
+    assert [int(each.positives) for each in outputs] == [int(whole.positives)] * 2 == [6, 6]
+    torch.testing.assert_close(sum(each.loss for each in outputs) / 2, whole.loss)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(gradient, expected[name], atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(texts.grad, of_text, atol=1e-12, rtol=1e-10)
+
+
+def of_texts(texts, keys, some, first=0):
+    return {"text_embeddings": texts[some], "text_keys": keys[some], "owner": OWNER[some] - first}
+
+
+def test_several_workers_texts_need_keys():
+    with pytest.raises(UserError, match="give text_keys"):
+        make()(**inputs(), owner=OWNER, gather=lambda x: x)
 
 
 def run_workers(model, parts):
@@ -153,13 +170,13 @@ def run_workers(model, parts):
             meet.wait(60)
             return together
 
-        return model(**parts[rank], gather=gather).loss
+        return model(**parts[rank], gather=gather)
 
     with ThreadPoolExecutor(len(parts)) as threads:
-        losses = list(threads.map(work, range(len(parts))))
+        outputs = list(threads.map(work, range(len(parts))))
     model.zero_grad()
-    (sum(losses) / len(losses)).backward()
-    return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    (sum(each.loss for each in outputs) / len(outputs)).backward()
+    return outputs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_a_text_encoder_from_scratch_is_trained_with_it(tmp_path):

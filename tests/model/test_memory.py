@@ -42,8 +42,11 @@ def tracked(experiment, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_training_step_takes_what_the_memory_model_says(stage, precision):
+@pytest.mark.parametrize("vocabulary", [768, 32768])
+def test_a_training_step_takes_what_the_memory_model_says(stage, precision, vocabulary):
+    """Also where the head is computed in pieces, as with the larger vocabulary."""
     changes = [f"{stage}.precision={precision}", f"{stage}.freeze_vision=false", "model.vision.num_layers=2"]
+    changes += [f"model.small.vocabulary={vocabulary}"]
     experiment = config.load("demo", changes)
     assert training_memory(experiment, stage).peak == pytest.approx(tracked(experiment, stage), rel=0.15)
 

@@ -10,7 +10,9 @@ from trl import DPOConfig
 
 from mu2llm.config import load as load_preset
 from mu2llm.engine.log_probabilities import sequence_logps
+from mu2llm.model import add_lora
 from mu2llm.records import PreferencePair
+from mu2llm.settings.model import LoraSettings
 from mu2llm.stages import dpo
 
 STANDARDISED = {
@@ -36,9 +38,11 @@ class Statistics(TrainerCallback):
         self.moved = [n for n, buffer in model.named_buffers() if not torch.equal(buffer, self.before[n])]
 
 
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=2, alpha=4, dropout=0.0)], ids=["whole", "lora"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_rewards_start_at_zero(precision, tmp_path):
-    """The reference's log-probabilities, computed in larger batches before, are the policy's of the first step."""
+def test_rewards_start_at_zero(precision, lora, tmp_path):
+    """The reference's log-probabilities, computed in larger batches before, are the policy's of the first step; running
+    statistics stay as they were, also of what LoRA trains in full."""
     model, processor = make(**STANDARDISED)
     given, settings = pairs(4), load_preset("tiny", [f"dpo.precision={precision}"]).dpo
     rows = {"id": list("0123"), "item": np.arange(4), "voxels": scans(4).numpy(), "chunk_mask": np.ones((4, 2), bool)}
@@ -48,11 +52,13 @@ def test_rewards_start_at_zero(precision, tmp_path):
     examples = dpo.Examples(given, reference, processor)
     arguments = {"max_steps": 2, "logging_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no"}
     arguments |= {"remove_unused_columns": False, "disable_tqdm": True, "bf16": precision == "bf16"}
+    arguments |= {"learning_rate": 1e-2 if lora else 1e-3}
     statistics = Statistics()
     dpo.prepare(model, settings)
+    model = add_lora(model, lora) if lora else model
     trainer = dpo.Mu2DPOTrainer(
         model=model,
-        args=DPOConfig(str(tmp_path), learning_rate=1e-3, **arguments, **dpo.loss_arguments(settings)),
+        args=DPOConfig(str(tmp_path), **arguments, **dpo.loss_arguments(settings)),
         train_dataset=datasets.Dataset.from_list([{"prompt": "", "chosen": "", "rejected": ""}]),
         data_collator=examples.collator,
         processing_class=processor.tokenizer,
@@ -65,4 +71,4 @@ def test_rewards_start_at_zero(precision, tmp_path):
     for kind in ("rewards/chosen", "rewards/rejected"):
         assert first[kind] == pytest.approx(0, abs=1e-3)
         assert abs(second[kind]) > 3e-3
-    assert not statistics.moved
+    assert not statistics.moved and any("standardise" in name for name in statistics.before)

@@ -14,7 +14,7 @@ from mu2llm import artefacts, config, storage, tracking
 from mu2llm.errors import UserError
 from mu2llm.records import Checkpoint, Lineage
 from mu2llm.stages import launch, placement, trainer
-from mu2llm.stages.job import FINISHED_FILE, Job, Watch, check_parent
+from mu2llm.stages.job import FINISHED_FILE, Job, Watch, check_parent, check_tokenizer
 from mu2llm.stages.launch import KEPT_SNAPSHOT_FILE, SNAPSHOT_FILE
 from mu2llm.stages.placement import workers_that_fit
 from mu2llm.stages.worker import INTERMEDIATE_FILE, InProcessWorker, Resume, current_worker, work
@@ -132,7 +132,6 @@ def test_workers_that_no_node_holds_are_refused_though_the_sum_would_do(monkeypa
     [
         (["sft.workers=1"], {}, "there may be 1: ask for 2 or more"),
         (["sft.workers=[1,2]"], {}, "there may be 1"),
-        (["sft.alignment=2"], {}, "sft.alignment"),
         (["contrastive.workers=2", "contrastive.fsdp=full_shard"], {"stage": "contrastive"}, "unset contrastive.fsdp"),
         (["model.tokenizer.temperature_mode=learned"], {}, "temperature_mode"),
         ([], {"watch": Watch()}, "sweeps have rank 0 write reports"),
@@ -140,7 +139,7 @@ def test_workers_that_no_node_holds_are_refused_though_the_sum_would_do(monkeypa
 )
 def test_sharding_is_refused_where_it_cannot_be(monkeypatch, tmp_path, overrides, changes, says):
     cluster(monkeypatch, {"CPU": 4.0})
-    sharded = ["sft.fsdp=full_shard", "sft.workers=2", "sft.alignment=0"]
+    sharded = ["sft.fsdp=full_shard", "sft.workers=2"]
     placement.check(job(tmp_path, *sharded))
     with pytest.raises(UserError, match=says):
         placement.check(job(tmp_path, *sharded, *overrides).model_copy(update=changes))
@@ -265,6 +264,42 @@ def test_an_older_parent_has_the_gate_that_there_was_then():
     check_parent(older, config.load("tiny", ["model.tokenizer.gate=mean"]))
 
 
+def test_an_older_parent_is_as_wide_as_its_language_model():
+    values = config.load("tiny").model_dump(mode="json")
+    for name in ("width", "output_scale", "weights"):
+        del values["model"]["tokenizer"][name]
+    older = checkpoint_of(values)
+    check_parent(older, config.load("tiny"))
+    for change, says in (("width=8", "width is None there, 8"), ("output_scale=embedding_rms", "output_scale is none")):
+        with pytest.raises(UserError, match=rf"model\.tokenizer\.{says}"):
+            check_parent(older, config.load("tiny", [f"model.tokenizer.{change}"]))
+
+
+def checkpoint_of(values, uri="older"):
+    spec = config.validate(values).data.spec
+    return Checkpoint(uri=uri, experiment=values, lineage=Lineage(stage="sft", spec_hash=spec.hash))
+
+
+def test_vision_and_tokenizer_come_from_a_checkpoint_of_any_language_model():
+    given = checkpoint_of(config.load("tiny").model_dump(mode="json"))
+    other = ["model.small.hidden_size=64", "model.tokenizer.width=32", "model.tokenizer.output_scale=embedding_rms"]
+    check_tokenizer(given, None, config.load("tiny", other))
+    with pytest.raises(UserError, match=r"model\.tokenizer\.queries is 4 there, 8 here"):
+        check_tokenizer(given, None, config.load("tiny", [*other, "model.tokenizer.queries=8"]))
+    with pytest.raises(UserError, match=r"--init parent and .*weights=older both bring a vision"):
+        check_tokenizer(given, given.model_copy(update={"uri": "parent"}), config.load("tiny", other))
+    with pytest.raises(UserError, match="older expects spec"):
+        check_tokenizer(given, None, config.load("tiny", [*other, "data.spec.chunks=2"]))
+
+
+def test_new_settings_decide_nothing_at_their_defaults(tmp_path):
+    """So that what was trained before they were there is still what it was."""
+    names = job(tmp_path).identity.inputs
+    assert not any(word in name for name in names for word in ("width", "output_scale", "learning_rates", "weights"))
+    changed = job(tmp_path, "model.tokenizer.width=8", "sft.learning_rates.fresh=0.1").identity.inputs
+    assert changed["model.tokenizer.width"] == 8 and changed["sft.learning_rates.fresh"] == 0.1
+
+
 def test_another_version_of_the_rules_is_another_training_on_what_they_read(tmp_path, monkeypatch):
     aligned, plain = job(tmp_path, "sft.alignment=1"), job(tmp_path, "sft.alignment=0")
     before = aligned.identity, plain.identity
@@ -272,12 +307,11 @@ def test_another_version_of_the_rules_is_another_training_on_what_they_read(tmp_
     assert aligned.identity != before[0] and plain.identity == before[1]
 
 
-def test_weights_that_a_setting_names_count_by_what_they_are(tmp_path):
+@pytest.mark.parametrize("setting", ["model.vision.weights", "model.tokenizer.weights"])
+def test_weights_that_a_setting_names_count_by_what_they_are(setting, tmp_path):
     for name, data in (("a", b"1"), ("moved", b"1"), ("other", b"2")):
         (tmp_path / f"{name}.bin").write_bytes(data)
-    a, moved, other = (
-        job(tmp_path, f"model.vision.weights={tmp_path}/{name}.bin").identity for name in ("a", "moved", "other")
-    )
+    a, moved, other = (job(tmp_path, f"{setting}={tmp_path}/{name}.bin").identity for name in ("a", "moved", "other"))
     assert a == moved != other
 
 

@@ -59,7 +59,7 @@ def test_an_intermediate_checkpoint_with_lora_holds_all_that_is_trained(tmp_path
     torch.testing.assert_close(*heads)
     sft.save(model, processor, str(tmp_path / "plain"))
     plain, _ = load(str(tmp_path / "plain"))
-    assert not hasattr(plain, "alignment")
+    assert plain.alignment is None
     with torch.no_grad():
         torch.testing.assert_close(plain(**inputs).logits, expected.logits, atol=1e-4, rtol=1e-4)
 
@@ -122,8 +122,6 @@ class Changes(TrainerCallback):
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(UserError, match="thaw_vision needs freeze_vision"):
         config.load("tiny", ["sft.freeze_vision=false", "sft.thaw_vision=0.5"])
-    with pytest.raises(UserError, match="go with one worker only"):
-        config.load("tiny", ["sft.workers=2", "sft.thaw_vision=0.5"])
     with pytest.raises(UserError, match="alignment_first needs alignment"):
         config.load("tiny", ["sft.alignment=0", "sft.alignment_first=0.5"])
     with pytest.raises(UserError, match="augment changes voxels, and cache_vision reads features"):

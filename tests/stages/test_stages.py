@@ -126,27 +126,51 @@ class Tells:
     def embed_texts(self, numbers):
         return numbers
 
-    def score(self, voxels, mask, embeddings):
-        scans = torch.arange(self.seen, self.seen + len(voxels))
+    def encode_vision(self, voxels, mask):
         self.seen += len(voxels)
+        return torch.arange(self.seen - len(voxels), self.seen)
+
+    def score(self, voxels, mask, embeddings, scans):
         if self.offset is None:
             return torch.zeros(len(embeddings), len(scans))
-        return 9.0 * (embeddings[:, None] == (scans + self.offset) % len(embeddings)) - 4.5
+        return 9.0 * (embeddings[:, None] == (scans + self.offset) % self.most) - 4.5
 
 
+@pytest.mark.parametrize("at_a_time", [512, 2])
 @pytest.mark.parametrize(("offset", "first"), [(0, 1.0), (1, 0.0), (None, None)])
-def test_recall_tells_who_knows_from_who_guesses(shards, monkeypatch, offset, first):
+def test_recall_tells_who_knows_from_who_guesses(shards, monkeypatch, offset, first, at_a_time):
     opened = Shards.open(shards)
+    monkeypatch.setattr(contrastive, "SCANS", at_a_time)
+    monkeypatch.setattr(contrastive, "TEXTS", at_a_time)
     cases = [case.model_copy(update={"report": f"{i:03d}"}) for i, case in enumerate(opened.cases("validation"))]
     monkeypatch.setattr(Shards, "cases", lambda self, split: cases)
     texts = SimpleNamespace(
         split=lambda report: [report],
         inputs=lambda distinct: {"numbers": torch.tensor([int(text) for text in distinct])},
     )
-    found = contrastive.recall(*contrastive.held_out(Tells(offset), opened, texts))
+    Tells.most = len(cases)
+    found = contrastive.recall(Tells(offset), opened, texts)
     chance = {k: min(1.0, k / len(cases)) for k in (1, 5)}
     assert found["recall_at_1"] == pytest.approx(chance[1] if first is None else first)
     assert found["recall_at_5"] == pytest.approx(chance[5] if first is None else 1.0)
+
+
+def test_a_checkpoint_is_safe_before_its_recall_is_measured(vision, shards, place, monkeypatch):
+    """What fails or is killed in the measuring is published by the next attempt, without training again."""
+    out = str(place / "unmeasured")
+
+    def no_memory(*_):
+        raise MemoryError("too many reports")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(contrastive, "recall", no_memory)
+        with pytest.raises(MemoryError):
+            contrastive.run(shards, out, here())
+    assert storage.exists(f"{out}.state/finished.json") and not storage.exists(f"{out}/{Checkpoint.FILE}")
+    monkeypatch.setattr(contrastive.Trainer, "train", no_memory)
+    published = contrastive.run(shards, out, here())
+    assert published.lineage.weights == vision.lineage.weights and "recall_n" not in published.training.metrics
+    assert vision.training.metrics["recall_n"] > 0
 
 
 def test_a_contrastive_checkpoint_is_a_clip(vision, shards):
@@ -172,6 +196,24 @@ def test_a_finished_stage_is_not_done_again(written, vision, shards):
         sft.run(shards, written.uri, experiment("sft.learning_rate=0.5"), vision.uri)
 
 
+def test_another_language_model_starts_with_the_vision_and_tokenizer_that_were_trained(written, shards, place):
+    other = ["model.small.hidden_size=48", "model.small.num_layers=2", "model.tokenizer.width=32"]
+    other += [f"model.tokenizer.weights={written.uri}", "model.tokenizer.output_scale=embedding_rms"]
+    rates = ["sft.learning_rates.fresh=1e-12", "sft.learning_rate=0.01"]
+    trained = sft.run(shards, str(place / "another"), here(*other, *rates))
+    assert losses(trained)[-1] < losses(trained)[0]
+    (model, processor), (before, _) = load(trained.uri), load(written.uri)
+    ours, theirs = model.model.state_dict(), before.model.state_dict()
+    learned = [name for name, _ in before.model.named_parameters() if name.startswith(("projector.", "mu2_tokenizer."))]
+    assert learned and all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in learned)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name.startswith("vision."))
+    inputs = processor.encode([experiment().evaluation.question])
+    features, mask = read_scans(model, Shards.open(shards), "validation", np.arange(1))
+    assert model.generate(**inputs, vision_features=features, chunk_mask=mask, max_new_tokens=3).shape[0] == 1
+    with pytest.raises(UserError, match="both bring a vision"):
+        sft.run(shards, str(place / "x"), here(*other), written.uri)
+
+
 def test_the_checkpoint_folder_holds_the_checkpoint_and_nothing_else(written):
     names = {info.base_name for info in storage.list_files(written.uri)}
     assert {"mu2llm.json", "config.json", "model.safetensors", "tokenizer.json"} <= names
@@ -192,6 +234,19 @@ def test_the_same_seed_gives_the_same_losses_also_in_another_process(written, vi
 def test_two_workers_learn_what_one_does(written, vision, shards, place, in_gloo):
     two = sft.run(shards, str(place / "sft-two"), experiment("sft.workers=2"), vision.uri)
     assert losses(two) == pytest.approx(losses(written), abs=1e-4)
+
+
+ALIGNED_FIRST = ["sft.alignment_first=0.5", "sft.learning_rates.fresh=0.001"]
+THAWED = [*ALIGNED_FIRST, "sft.cache_vision=false", "sft.thaw_vision=0.75"]
+
+
+@pytest.mark.parametrize("settings", [ALIGNED_FIRST, THAWED], ids=["frozen", "thawed"])
+def test_two_workers_align_first_as_one_does(settings, vision, shards, place, in_gloo):
+    """The alignment's head is reached through the model's forward: its gradient is of all workers' scans."""
+    name = f"aligned-{len(settings)}"
+    one = sft.run(shards, str(place / name), here(*settings), vision.uri)
+    two = sft.run(shards, str(place / f"{name}-two"), experiment(*settings, "sft.workers=2"), vision.uri)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
 
 
 def test_two_workers_accumulate_what_one_does(written, vision, shards, place, in_gloo):
@@ -217,9 +272,10 @@ def test_two_workers_contrast_as_one_does(vision, shards, place, in_gloo):
 
 
 def test_sharded_workers_learn_what_one_does_also_after_a_kill(vision, shards, place, in_gloo, monkeypatch):
-    """No worker has the whole model: it is gathered for every checkpoint, and shared out again where a run goes on."""
-    plain = sft.run(shards, str(place / "whole"), here("sft.alignment=0"), vision.uri)
-    given = experiment("sft.alignment=0", "sft.workers=2", "sft.fsdp=full_shard")
+    """No worker has the whole model: it is gathered for every checkpoint, and shared out again where a run goes on.
+    The alignment comes first, and vision is thawed on the way."""
+    plain = sft.run(shards, str(place / "whole"), here(*THAWED), vision.uri)
+    given = experiment(*THAWED, "sft.workers=2", "sft.fsdp=full_shard")
     monkeypatch.setattr(sft, "loop", Sharded(str(place / "killed-sharded"), after=5))
     sharded = sft.run(shards, str(place / "sharded"), given, vision.uri)
     assert sharded.training.resumed_from_step == 3
