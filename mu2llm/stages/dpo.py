@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from trl import DPOConfig as TrlDpoConfig
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from mu2llm import storage
 from mu2llm.artefacts import Identity, open_checkpoint
@@ -41,11 +40,10 @@ from mu2llm.records import Checkpoint, PreferencePair
 from mu2llm.settings.inference import InferenceConfig
 from mu2llm.settings.stages import DpoConfig
 from mu2llm.stages import launch, lengths, placement
-from mu2llm.stages.dpo_step import Mu2DPOTrainer, loss_arguments
+from mu2llm.stages.dpo_step import Examples, Mu2DPOTrainer, loss_arguments
 from mu2llm.stages.job import Job, Watch, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
 from mu2llm.stages.preferences import Preferences, content, read_pairs
-from mu2llm.stages.steps import scan_inputs
 from mu2llm.stages.trainer import arguments, train
 from mu2llm.stages.validation import Validation
 from mu2llm.stages.worker import Batches, Resume
@@ -184,42 +182,6 @@ def restore(job: Job, folder: str) -> Mu2ForConditionalGeneration:
         return Mu2ForConditionalGeneration.from_pretrained(folder).eval()
     assert job.parent
     return merge_lora(load_lora(load(job.parent, torch.float32)[0], folder))
-
-
-class Examples:
-    """The pairs as token ids, and the batches made of them and of the streamed scans."""
-
-    def __init__(self, pairs: list[PreferencePair], reference: np.ndarray | None, processor: Mu2Processor) -> None:
-        self.pairs, self.reference, self.processor = pairs, reference, processor
-        self.collator = DataCollatorForPreference(pad_token_id=processor.tokenizer.pad_token_id)
-
-    def collate(self, rows: dict[str, Any], scan: str) -> dict[str, Any]:
-        """Streamed rows (`item` is the pair's number) → trl's batch: chosen, then rejected, over B scans.
-
-        The model serves each scan's tokens to adjoining rows, trl puts all chosen before all rejected: so the
-        scans come as they are, and `tile_scans` is set.
-        """
-        numbers = [int(item) for item in rows["item"]]
-        batch = self.collator([self.example(number) for number in numbers])
-        questions = self.processor.encode([self.pairs[number].prompt for number in numbers])
-        return {
-            "case_ids": list(rows["id"]),
-            **scan_inputs(rows, scan),
-            "question_ids": questions["question_ids"],
-            "question_mask": questions["question_mask"],
-            "tile_scans": True,
-            "right_padded": True,
-            **batch,
-        }
-
-    def example(self, number: int) -> dict[str, Any]:
-        pair = self.pairs[number]
-        prompt, chosen = self.processor.token_ids(pair.prompt, pair.chosen)
-        _, rejected = self.processor.token_ids(pair.prompt, pair.rejected)
-        example: dict[str, Any] = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        if self.reference is not None:
-            example["ref_chosen_logps"], example["ref_rejected_logps"] = self.reference[number].tolist()
-        return example
 
 
 # ---- the reference's log-probabilities, once for all epochs, betas and losses

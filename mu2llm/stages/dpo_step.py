@@ -6,11 +6,15 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from mu2llm.model import Mu2Processor
+from mu2llm.records import PreferencePair
 from mu2llm.settings.stages import DpoConfig
-from mu2llm.stages.steps import Streamed
+from mu2llm.stages.steps import Streamed, scan_inputs
 
 
 def loss_arguments(settings: DpoConfig) -> dict[str, Any]:
@@ -25,6 +29,42 @@ def loss_arguments(settings: DpoConfig) -> dict[str, Any]:
         "max_length": None,
         "disable_dropout": True,
     }
+
+
+class Examples:
+    """The pairs as token ids, and the batches made of them and of the streamed scans."""
+
+    def __init__(self, pairs: list[PreferencePair], reference: np.ndarray | None, processor: Mu2Processor) -> None:
+        self.pairs, self.reference, self.processor = pairs, reference, processor
+        self.collator = DataCollatorForPreference(pad_token_id=processor.tokenizer.pad_token_id)
+
+    def collate(self, rows: dict[str, Any], scan: str) -> dict[str, Any]:
+        """Streamed rows (`item` is the pair's number) → trl's batch: chosen, then rejected, over B scans.
+
+        The model serves each scan's tokens to adjoining rows, trl puts all chosen before all rejected: so the
+        scans come as they are, and `tile_scans` is set.
+        """
+        numbers = [int(item) for item in rows["item"]]
+        batch = self.collator([self.example(number) for number in numbers])
+        questions = self.processor.encode([self.pairs[number].prompt for number in numbers])
+        return {
+            "case_ids": list(rows["id"]),
+            **scan_inputs(rows, scan),
+            "question_ids": questions["question_ids"],
+            "question_mask": questions["question_mask"],
+            "tile_scans": True,
+            "right_padded": True,
+            **batch,
+        }
+
+    def example(self, number: int) -> dict[str, Any]:
+        pair = self.pairs[number]
+        prompt, chosen = self.processor.token_ids(pair.prompt, pair.chosen)
+        _, rejected = self.processor.token_ids(pair.prompt, pair.rejected)
+        example: dict[str, Any] = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        if self.reference is not None:
+            example["ref_chosen_logps"], example["ref_rejected_logps"] = self.reference[number].tolist()
+        return example
 
 
 class Mu2DPOTrainer(Streamed, DPOTrainer):

@@ -217,9 +217,12 @@ def test_two_workers_contrast_as_one_does(vision, shards, place, in_gloo):
 
 
 def test_sharded_workers_learn_what_one_does_also_after_a_kill(vision, shards, place, in_gloo, monkeypatch):
-    """No worker has the whole model: it is gathered for every checkpoint, and shared out again where a run goes on."""
+    """No worker has the whole model: it is gathered for every checkpoint, and shared out again where a run goes on.
+
+    Saved by the clock, which all workers read at the same steps."""
     plain = sft.run(shards, str(place / "whole"), here("sft.alignment=0"), vision.uri)
-    given = experiment("sft.alignment=0", "sft.workers=2", "sft.fsdp=full_shard")
+    by_the_clock = ["sft.save_steps=null", "sft.save_minutes=1e-6", "sft.check_steps=3"]
+    given = experiment("sft.alignment=0", "sft.workers=2", "sft.fsdp=full_shard", *by_the_clock)
     monkeypatch.setattr(sft, "loop", Sharded(str(place / "killed-sharded"), after=5))
     sharded = sft.run(shards, str(place / "sharded"), given, vision.uri)
     assert sharded.training.resumed_from_step == 3
@@ -340,6 +343,7 @@ def test_a_text_encoder_is_trained_and_kept(shards, place):
 WATCHED = [
     *("sft.cache_vision=false", "sft.thaw_vision=0.5", "sft.alignment=0", "sft.group_by_length=true"),
     *("sft.validation.steps=5", "sft.validation.reports=2", "sft.validation.publish=best", "sft.save_steps=1000"),
+    "sft.check_steps=1",
 ]
 
 

@@ -154,7 +154,7 @@ def prefer(folder, steps, **arguments):
     [
         (contrast, 4),  # the distinct texts are picked, forth and back
         (supervise, 0),
-        (prefer, 2),  # trl picks the logits of chosen and rejected
+        (prefer, 3),  # trl picks the logits of chosen and of rejected; transformers looks for packed sequences
     ],
 )
 def test_a_step_waits_for_nothing(make, most, tmp_path, monkeypatch):
