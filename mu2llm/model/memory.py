@@ -22,9 +22,11 @@ from mu2llm.errors import UserError
 from mu2llm.model.building import add_lora, configuration, vision_configuration
 from mu2llm.model.configuration import Mu2ContrastiveConfig
 from mu2llm.model.contrastive import Mu2ForContrastive
+from mu2llm.model.initialisation import rounded_modules
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.model.summary import kept_for_backward, text_config
 from mu2llm.model.vision import VisionEncoder
+from mu2llm.settings.inference import Precision
 from mu2llm.settings.stages import StageConfig
 
 Stage = Literal["contrastive", "sft", "dpo"]
@@ -103,24 +105,27 @@ def training_memory(experiment: Experiment, stage: Stage) -> Memory:
     )
 
 
-def inference_memory(experiment: Experiment, sequences: int) -> Memory:
-    """One process that encodes and writes `sequences` reports at a time, in fp32, a scan each.
+def inference_memory(experiment: Experiment, scans: int, sequences: int, precision: Precision = "fp32") -> Memory:
+    """One process that encodes `scans` at a time and writes `sequences` reports of them.
 
     `activations` is the larger of two: the most that encoding the scans holds at a time, and the language model's keys
     and values at the longest text.
     """
+    exact = precision == "fp32"
     with torch.device("meta"):
         model = _language(experiment, "evaluate")
-    with FakeTensorMode(), torch.inference_mode(), _Live() as live:
+        for module in () if exact else rounded_modules(model):
+            module.to(torch.bfloat16)
+    with FakeTensorMode(), torch.inference_mode(), _autocast(precision), _Live() as live:
         _without_values(model)
         count = live.now
-        model.encode_vision(torch.zeros(sequences, *experiment.data.spec.shape))
+        model.encode_vision(torch.zeros(scans, *experiment.data.spec.shape, dtype=torch.uint8))
         encoding = live.most - count
     config: Any = model.config.text
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     length = experiment.model.max_text_tokens + experiment.model.tokenizer.queries
-    cache = 2 * config.num_hidden_layers * heads * head * length * sequences * 4
+    cache = 2 * config.num_hidden_layers * heads * head * length * sequences * (4 if exact else 2)
     return Memory(weights=count, gradients=0, moments=0, activations=max(encoding, cache))
 
 

@@ -37,14 +37,14 @@ def work(settings: dict[str, Any]) -> None:
     set_seed(job.resolved.seed)
     try:
         if job.settings.gpus_per_worker:
-            _use_gpu(job)
+            use_gpu(job)
         settings["loop"](job, Resume.point())
     except UserError as error:
         # not raised on: a retry would end the same way
         storage.write_json(storage.join(job.state, STOPPED_FILE), {"why": str(error), "mistake": True})
 
 
-def _use_gpu(job: Job) -> None:
+def use_gpu(job: Job) -> None:
     """A UserError where a GPU is asked for and none is seen, or what the stage keeps does not fit it."""
     if not torch.cuda.is_available():
         raise UserError(

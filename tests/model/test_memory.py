@@ -67,6 +67,10 @@ def test_the_scans_of_one_worker_count_not_those_of_all():
 
 def test_writing_takes_the_weights_and_what_encoding_so_many_scans_holds():
     experiment = config.load("llama3-1b")
-    few, many = inference_memory(experiment, 1), inference_memory(experiment, 16)
+    few, many = inference_memory(experiment, 1, 1), inference_memory(experiment, 16, 16)
     assert few.weights == many.weights and many.activations == pytest.approx(16 * few.activations, rel=0.05)
     assert 5 < few.weights / GIB < 8 and "GiB" in str(few)
+    rounded, texts = (inference_memory(experiment, 1, n, "bf16") for n in (1, 400))
+    assert 0.5 < rounded.weights / few.weights < 0.7  # embeddings, and the head that is tied to them, stay as they are
+    assert rounded.activations < 0.8 * few.activations
+    assert texts.activations == pytest.approx(400 * 2 * 16 * 8 * 64 * 1280 * 2)  # keys and values of Llama's 16 layers

@@ -159,10 +159,11 @@ def test_a_contrastive_checkpoint_is_a_clip(vision, shards):
     assert float(model.head.temperature) == pytest.approx(vision.training.metrics["temperature"])
     found = probe(vision.uri, shards)
     assert found.n == {split: opened.count(split) for split in ("train", "validation", "test")}
-    assert 1 <= found.effective_rank <= found.n["test"]
+    assert 1.5 < found.effective_rank <= found.n["test"]  # 1 is a collapse: one vector for all
     scored = [label for label in found.labels.values() if label.auroc]
     assert scored and all(0 < label.positives < found.n["test"] == label.auroc.n for label in scored)
-    assert all(label.zero_shot_auroc for label in scored)
+    for label in scored:
+        assert 0 <= label.zero_shot_auroc.value <= 1 and label.zero_shot_auroc.n == label.auroc.n
 
 
 def test_a_finished_stage_is_not_done_again(written, vision, shards):
@@ -488,8 +489,12 @@ def test_dpo_prefers_what_was_chosen(pairs, place):
     assert last["rewards/margins"] > first["rewards/margins"]
     assert trained.lineage.judge == preferences.Preferences.open(pairs).judge
     assert first["kl"] == pytest.approx(0, abs=1e-3)
-    assert last["kl"] != first["kl"]
-    assert first["lengths/chosen"] > 0 and first["lengths/rejected"] > 0
+    assert abs(last["kl"]) > 1e-2
+    processor = load_processor(trained.uri)
+    for kind in ("chosen", "rejected"):
+        tokens = [len(processor.token_ids(p.prompt, getattr(p, kind))[1]) for p in preferences.read_pairs(pairs)]
+        seen = [entry[f"lengths/{kind}"] for entry in trained.training.history]
+        assert min(tokens) <= min(seen) <= max(seen) <= max(tokens)
     assert last["rewards/accuracies"] > 0.5
     assert 5 < last["epoch"] <= 6
 
