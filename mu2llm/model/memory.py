@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mu2llm import weights
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
 from mu2llm.model.building import add_lora, configuration, vision_configuration
@@ -36,6 +37,8 @@ GRADIENT, MOMENTS = 4, 8
 TEXTS_PER_CASE = 8
 """Sentences or findings of a report that contrast holds against the scan: about the mean of CT-RATE's."""
 QUESTION_TOKENS = 32
+TEXT_TOKENS = 64
+"""Of the longest sentence of a batch, to which a text encoder that is trained pads the others."""
 
 
 MEMORY_MENDS = (
@@ -164,13 +167,15 @@ def check_memory(experiment: Experiment, stage: Stage, device_bytes: int) -> Non
 
 def _contrastive(experiment: Experiment) -> Mu2ForContrastive:
     spec, model = experiment.data.spec, experiment.model
+    encoder = weights.text_encoder_config(model.text_encoder) if experiment.contrastive.train_text_encoder else None
     config = Mu2ContrastiveConfig(
         vision_config=vision_configuration(model, spec),
         hidden_size=model.vision.hidden_size,
         chunks=spec.chunks,
-        text_width=384,  # MiniLM's; other encoders' widths change a few MB
+        text_width=encoder.hidden_size if encoder else 384,  # at most: other widths change a few MB
         loss=experiment.contrastive.loss,
         spec=spec.model_dump(mode="json"),
+        text_config=encoder,
     )
     return Mu2ForContrastive(config).train()
 
@@ -244,9 +249,17 @@ def _contrast(model: Mu2ForContrastive, experiment: Experiment, scans: int, work
     volumes = torch.zeros(scans, *spec.shape, dtype=getattr(torch, spec.dtype))
     features = model.vision(volumes)
     keys = model.head.scan(features).repeat(workers, 1, 1, 1)
-    texts = torch.zeros(scans * workers * TEXTS_PER_CASE, model.config.text_width)
+    texts = _texts(model, scans * TEXTS_PER_CASE).repeat(workers, 1)
     attended = mask.repeat_interleave(features.shape[2], dim=1).repeat(workers, 1)
     model.head(texts, keys, attended)
+
+
+def _texts(model: Mu2ForContrastive, count: int) -> Tensor:
+    """This worker's texts as the head reads them: embeddings, or what an encoder makes of them that is trained."""
+    if model.text_encoder is None:
+        return torch.zeros(count, model.config.text_width)
+    ids = torch.zeros(count, TEXT_TOKENS, dtype=torch.long)
+    return model.embed_texts(text_ids=ids, text_mask=torch.ones_like(ids))
 
 
 def _autocast(precision: str) -> torch.autocast:

@@ -61,7 +61,6 @@ def test_each_stage_has_its_memory_its_waits_and_learns(found):
         assert by_name[f"{stage}: memory model, GiB"]["value"] > 0
         assert by_name[f"{stage}: waits for the device, a step"]["value"] <= 5
         assert by_name[f"{stage}: share of its own matmul (MFU)"]["value"] > 0
-    assert by_name["SFT with LoRA: memory model, GiB"]["value"] < by_name["SFT: memory model, GiB"]["value"]
     learned = [row for row in found if row["check"] == "learning"]
     assert len(learned) == 5 and all(row["verdict"] == "ok" for row in learned)
     kernels = [row["measured"] for row in found if row["check"] == "attention"]

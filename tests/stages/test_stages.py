@@ -542,7 +542,7 @@ def test_dpo_agrees_with_stock_trl_and_encodes_each_scan_once(
     chosen, rejected = sequence_logps(reference, batch, settings.ld_alpha).chunk(2)
     encoded: list[int] = []
     original = policy.model.encode_vision
-    monkeypatch.setattr(policy.model, "encode_vision", lambda v, m=None: encoded.append(len(v)) or original(v, m))
+    monkeypatch.setattr(policy.model, "encode_vision", lambda v, *more: encoded.append(len(v)) or original(v, *more))
     with torch.no_grad():
         expected = float(stock.compute_loss(policy, dict(batch)))
         encoded.clear()
