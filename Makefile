@@ -1,11 +1,11 @@
-# make demo: the whole way on embedded defaults · make smollm2: the same with SmolLM2 and LoRA · make test: all tests · make test-quick: without the slow ones
+# make demo: the whole way on embedded defaults · make smollm2: the same with SmolLM2 and LoRA · make test: all tests · make test-quick: without the slow ones · make gpu-check: what a machine with a GPU is to show
 PYTHON ?= python3
 BIN := .venv/bin
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
 
 VIEWER := mu2llm/serving/viewer
 
-.PHONY: setup demo smollm2 test test-quick lint clean viewer viewer-if-npm
+.PHONY: setup demo smollm2 test test-quick gpu-check lint clean viewer viewer-if-npm
 
 setup: .venv/installed viewer-if-npm
 
@@ -41,6 +41,10 @@ test: setup
 
 test-quick: setup
 	$(BIN)/pytest tests -n 2 --no-loadscope-reorder -m 'not slow'
+
+# on a machine with a GPU, with the Python that has its torch: PYTHON=…; no setup, no Ray
+gpu-check:
+	$(PYTHON) tests/gpu/check.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

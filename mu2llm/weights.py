@@ -155,6 +155,17 @@ def text_encoder(name: str, texts: Sequence[str] = ()) -> TextEncoder:
         raise UserError(f"text encoder {name!r}: {_first_line(error)}") from error
 
 
+def text_encoder_config(name: str) -> Any:
+    """The transformers configuration of a `text_encoder`, without its weights; errors are the same."""
+    if name == "small":
+        return BertConfig(**_SMALL_ENCODER)
+    place: str | Path = _wheel(*_MINILM) if name == "minilm" else name
+    try:
+        return AutoConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise UserError(f"text encoder {name!r}: {_first_line(error)}") from error
+
+
 def installed(name: str) -> bool:
     """Whether the wheel of `smollm2` or `minilm` is there."""
     package = {"smollm2": _SMOLLM2, "minilm": _MINILM}[name][0]

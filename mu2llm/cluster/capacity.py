@@ -20,8 +20,10 @@ UTILISATION = 0.35
 """Share of the peak that training of this kind reaches; measure yours (`samples_per_second` in every run)."""
 REPORT_TOKENS = 256
 TRAINING: tuple[Stage, ...] = ("contrastive", "sft", "dpo")
-WRITING = "writing"
-"""What prefer, evaluate, generate and serve do: a batch of reports at a time."""
+STAGES = (*TRAINING, "preferences", "evaluate")
+"""Whose memory is counted, by the names of jobs; generate and serve do less than evaluate."""
+VARIANTS, REGIONS = 3, 2
+"""Texts a case in evaluation: of its own scan, another's and an empty one; and about chest and abdomen."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,43 @@ def lacks(need: Mapping[str, float], have: Mapping[str, float]) -> list[str]:
 
 
 def memory(experiment: Experiment) -> dict[str, Memory]:
-    """What one worker of each training stage keeps, and one process that writes reports, by name."""
+    """What one worker of each training stage keeps, and one actor that writes reports, by name."""
+    return {stage: kept(experiment, stage) for stage in STAGES}
+
+
+def kept(experiment: Experiment, stage: str) -> Memory:
+    """What a worker or an actor of one of `STAGES` keeps."""
     from mu2llm.model.memory import inference_memory, training_memory  # seconds of imports: only where it is counted
 
-    found: dict[str, Memory] = {stage: training_memory(experiment, stage) for stage in TRAINING}
-    return {**found, WRITING: inference_memory(experiment, experiment.evaluation.batch_size)}
+    if stage in TRAINING:
+        return training_memory(experiment, stage)  # type: ignore[arg-type]
+    evaluates, settings = stage == "evaluate", _writes(experiment, stage)
+    texts = VARIANTS + REGIONS * experiment.evaluation.regions if evaluates else experiment.preferences.candidates
+    sequences = settings.max_sequences or settings.batch_size * texts
+    # an evaluation also encodes the scan after its own, with which a case is asked too, and an empty one
+    scans = settings.batch_size + 2 * evaluates
+    return inference_memory(experiment, scans, sequences, settings.used_precision)
+
+
+def gpus_each(experiment: Experiment, stage: str) -> float:
+    """The GPUs of a worker or an actor of one of `STAGES`."""
+    if stage in TRAINING:
+        return float(getattr(experiment, stage).gpus_per_worker)
+    return _writes(experiment, stage).gpus_per_actor
+
+
+def mends(stage: str) -> str:
+    """What to do where one of `STAGES` does not fit a GPU."""
+    from mu2llm.model.memory import MEMORY_MENDS
+
+    if stage in TRAINING:
+        return MEMORY_MENDS.format(stage=stage)
+    section = "evaluation" if stage == "evaluate" else stage
+    return f"set a smaller {section}.batch_size or {section}.max_sequences, or take a larger GPU"
+
+
+def _writes(experiment: Experiment, stage: str) -> InferenceConfig:
+    return experiment.evaluation if stage == "evaluate" else experiment.preferences
 
 
 def header(experiment: Experiment) -> str:
@@ -146,7 +180,7 @@ def capacities(experiments: Sequence[Experiment], gpus: Sequence[Gpu] = GPUS) ->
 def markdown(table: Sequence[Capacity]) -> str:
     """The table of cluster/README.md."""
     gpus = list(dict.fromkeys(each.gpu for each in table))
-    stages = [*TRAINING, WRITING]
+    stages = STAGES
     lines = [
         f"| preset | {' | '.join(f'{stage}, GiB' for stage in stages)} | {' | '.join(gpus)} |",
         f"|---|{'---|' * (len(stages) + len(gpus))}",

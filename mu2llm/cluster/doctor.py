@@ -162,27 +162,20 @@ def _resources(experiment: Experiment, job: str) -> Check:
 
 def _gpu_memory(experiment: Experiment, job: str, nodes: Sequence[Node]) -> Iterator[Check]:
     """Whether what each stage keeps fits the smallest GPU that is there."""
-    by_job: dict[str, list[str]] = {"pipeline": [*capacity.TRAINING], "sweep_tokenizer": ["sft"], "sweep_dpo": ["dpo"]}
-    stages = [
-        name
-        for name in by_job.get(job, [job])
-        if name in capacity.TRAINING and getattr(experiment, name).gpus_per_worker
-    ]
-    if not stages:
-        return
-    from mu2llm.model.memory import MEMORY_MENDS  # seconds of imports: only where a GPU is asked for
-
+    by_job: dict[str, list[str]] = {"pipeline": [*capacity.STAGES], "sweep_tokenizer": ["sft"], "sweep_dpo": ["dpo"]}
     gpus = sorted((gpu for node in nodes for gpu in node.gpus), key=lambda gpu: gpu[1])
-    kept = capacity.memory(experiment)
-    for stage in stages:
-        need = kept[stage].peak / 2**30
+    for stage in by_job.get(job, [job]):
+        share = capacity.gpus_each(experiment, stage) if stage in capacity.STAGES else 0
+        if not share:
+            continue
+        kept = capacity.kept(experiment, stage)
         name, has = gpus[0] if gpus else ("no GPU that is there", 0.0)
-        fits = need <= USABLE * has
+        fits = kept.peak / 2**30 <= USABLE * has * min(1, share)
         yield Check(
             name=f"gpu memory, {stage}",
             status="ok" if fits else "fail" if gpus else "warn",
-            found=f"{kept[stage]} a worker computed, {name} has {has:.0f} GiB",
-            mend="" if fits else MEMORY_MENDS.format(stage=stage),
+            found=f"{kept} a worker computed, {name} has {has:.0f} GiB",
+            mend="" if fits else capacity.mends(stage),
         )
 
 

@@ -19,6 +19,7 @@ from mu2llm import storage
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.errors import UserError
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2ForContrastive, Mu2Processor
+from mu2llm.model.initialisation import rounded_modules
 from mu2llm.settings.inference import Device, Precision
 
 Encoder = Mu2ForConditionalGeneration | Mu2ForContrastive
@@ -56,10 +57,8 @@ def place(model: M, precision: Precision, device: Device) -> M:
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for
     model.requires_grad_(False).eval()
     if precision != "fp32":
-        embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Conv3d) and id(module.weight) not in embedded:
-                module.to(DTYPES[precision])
+        for module in rounded_modules(model):
+            module.to(DTYPES[precision])
     return model.to(device)
 
 

@@ -145,11 +145,13 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         self.whitening = TextWhitening(*axes.shape).to(self.device)
         self.whitening.load_state_dict({"centre": centre, "axes": axes})
 
-    def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
-        """(B, T, C, K, H, W) → pooled features (B, T, n, hidden)"""
+    def encode_vision(
+        self, volumes: Tensor, chunk_mask: Tensor | None = None, full_chunks: int | None = None
+    ) -> Tensor:
+        """(B, T, C, K, H, W) → pooled features (B, T, n, hidden); `full_chunks` is as in `VisionEncoder`"""
         if chunk_mask is None:
             chunk_mask = torch.ones(volumes.shape[:2], dtype=torch.bool, device=volumes.device)
-        return cast(Tensor, self.vision(volumes, chunk_mask.bool()))
+        return cast(Tensor, self.vision(volumes, chunk_mask.bool(), full_chunks))
 
     def embed_texts(
         self,
@@ -205,12 +207,14 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         """A sentence encoder's embeddings (M, W) → what the head reads, (M, D); unchanged where none was whitened."""
         return embeddings if self.whitening is None else cast(Tensor, self.whitening(embeddings))
 
-    def _tokens(self, volumes: Tensor | None, chunk_mask: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _tokens(
+        self, volumes: Tensor | None, chunk_mask: Tensor, features: Tensor | None, full_chunks: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Features (B, T, n, hidden) and which of their tokens are of a chunk that holds something (B, T·n)."""
         if features is None:
             if volumes is None:
                 raise UserError("give volumes or vision_features")
-            features = self.encode_vision(volumes, chunk_mask)
+            features = self.encode_vision(volumes, chunk_mask, full_chunks)
         return features, chunk_mask.bool().repeat_interleave(features.shape[2], dim=1)
 
     def forward(
@@ -224,6 +228,7 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         text_mask: Tensor | None = None,
         text_keys: Tensor | None = None,
         gather: Gather | None = None,
+        full_chunks: int | None = None,
         **_: Any,
     ) -> ContrastiveOutput:
         """volumes (B, T, C, K, H, W), chunk_mask (B, T), and texts → the loss over all their pairs.
@@ -237,7 +242,7 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         texts are gathered, and they need keys: each worker holds those of all against its own scans.
         Raises UserError where InfoNCE has a text that no scan has.
         """
-        features, mask = self._tokens(volumes, chunk_mask, None)
+        features, mask = self._tokens(volumes, chunk_mask, None, full_chunks)
         texts = self.embed_texts(text_embeddings, text_ids, text_mask).to(features.dtype)
         if targets is None:
             assert owner is not None

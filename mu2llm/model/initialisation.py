@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Self
 
 import torch
@@ -32,6 +33,15 @@ def freeze_statistics(model: nn.Module) -> None:
         if isinstance(module, Statistics):
             module.frozen = True
             module.eval()
+
+
+def rounded_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Those whose weights autocast rounds in every pass, so that a model that does not train can hold them rounded: not
+    a head that is tied to its embedding, which is read as it is."""
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv3d) and id(module.weight) not in embedded:
+            yield module
 
 
 @torch.no_grad()

@@ -17,15 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mu2llm import weights
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
 from mu2llm.model.building import add_lora, configuration, vision_configuration
 from mu2llm.model.configuration import Mu2ContrastiveConfig
 from mu2llm.model.contrastive import Mu2ForContrastive
 from mu2llm.model.head import MOST_LOGITS
+from mu2llm.model.initialisation import rounded_modules
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.model.summary import kept_for_backward, text_config
 from mu2llm.model.vision import VisionEncoder
+from mu2llm.settings.inference import Precision
 from mu2llm.settings.stages import StageConfig
 
 Stage = Literal["contrastive", "sft", "dpo"]
@@ -35,6 +38,8 @@ GRADIENT, MOMENTS = 4, 8
 TEXTS_PER_CASE = 8
 """Sentences or findings of a report that contrast holds against the scan: about the mean of CT-RATE's."""
 QUESTION_TOKENS = 32
+TEXT_TOKENS = 64
+"""Of the longest sentence of a batch, to which a text encoder that is trained pads the others."""
 
 
 MEMORY_MENDS = (
@@ -84,7 +89,7 @@ def training_memory(experiment: Experiment, stage: Stage) -> Memory:
     with torch.device("meta"):
         model = _contrastive(experiment) if stage == "contrastive" else _language(experiment, stage)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     with FakeTensorMode(), _autocast(settings.precision):
         _without_values(model)
         trained, frozen = _parameter_bytes(model)
@@ -105,24 +110,27 @@ def training_memory(experiment: Experiment, stage: Stage) -> Memory:
     )
 
 
-def inference_memory(experiment: Experiment, sequences: int) -> Memory:
-    """One process that encodes and writes `sequences` reports at a time, in fp32, a scan each.
+def inference_memory(experiment: Experiment, scans: int, sequences: int, precision: Precision = "fp32") -> Memory:
+    """One process that encodes `scans` at a time and writes `sequences` reports of them.
 
     `activations` is the larger of two: the most that encoding the scans holds at a time, and the language model's keys
     and values at the longest text.
     """
+    exact = precision == "fp32"
     with torch.device("meta"):
         model = _language(experiment, "evaluate")
-    with FakeTensorMode(), torch.inference_mode(), _Live() as live:
+        for module in () if exact else rounded_modules(model):
+            module.to(torch.bfloat16)
+    with FakeTensorMode(), torch.inference_mode(), _autocast(precision), _Live() as live:
         _without_values(model)
         count = live.now
-        model.encode_vision(torch.zeros(sequences, *experiment.data.spec.shape))
+        model.encode_vision(torch.zeros(scans, *experiment.data.spec.shape, dtype=torch.uint8))
         encoding = live.most - count
     config: Any = model.config.text
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     length = experiment.model.max_text_tokens + experiment.model.tokenizer.queries
-    cache = 2 * config.num_hidden_layers * heads * head * length * sequences * 4
+    cache = 2 * config.num_hidden_layers * heads * head * length * sequences * (4 if exact else 2)
     return Memory(weights=count, gradients=0, moments=0, activations=max(encoding, cache))
 
 
@@ -161,13 +169,15 @@ def check_memory(experiment: Experiment, stage: Stage, device_bytes: int) -> Non
 
 def _contrastive(experiment: Experiment) -> Mu2ForContrastive:
     spec, model = experiment.data.spec, experiment.model
+    encoder = weights.text_encoder_config(model.text_encoder) if experiment.contrastive.train_text_encoder else None
     config = Mu2ContrastiveConfig(
         vision_config=vision_configuration(model, spec),
         hidden_size=model.vision.hidden_size,
         chunks=spec.chunks,
-        text_width=384,  # MiniLM's; other encoders' widths change a few MB
+        text_width=encoder.hidden_size if encoder else 384,  # at most: other widths change a few MB
         loss=experiment.contrastive.loss,
         spec=spec.model_dump(mode="json"),
+        text_config=encoder,
     )
     return Mu2ForContrastive(config).train()
 
@@ -243,8 +253,16 @@ def _contrast(model: Mu2ForContrastive, experiment: Experiment, scans: int, work
     mask = torch.ones(scans, spec.chunks, dtype=torch.bool)
     volumes = torch.zeros(scans, *spec.shape, dtype=getattr(torch, spec.dtype))
     features = model.vision(volumes)
-    texts = torch.zeros(scans * workers * TEXTS_PER_CASE, model.config.text_width)
+    texts = _texts(model, scans * TEXTS_PER_CASE).repeat(workers, 1)
     model.head(texts, model.head.scan(features), mask.repeat_interleave(features.shape[2], dim=1))
+
+
+def _texts(model: Mu2ForContrastive, count: int) -> Tensor:
+    """This worker's texts as the head reads them: embeddings, or what an encoder makes of them that is trained."""
+    if model.text_encoder is None:
+        return torch.zeros(count, model.config.text_width)
+    ids = torch.zeros(count, TEXT_TOKENS, dtype=torch.long)
+    return model.embed_texts(text_ids=ids, text_mask=torch.ones_like(ids))
 
 
 def _autocast(precision: str) -> torch.autocast:

@@ -79,17 +79,21 @@ class Mu2Model(Mu2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
+    def encode_vision(
+        self, volumes: Tensor, chunk_mask: Tensor | None = None, full_chunks: int | None = None
+    ) -> Tensor:
         """(B, T, C, K, H, W) → pooled features (B, T, n, vision width); integer volumes stand for 0…1 in 255 steps.
 
-        Raises UserError where the shape is not the configuration's, or a scan has no chunk.
+        `full_chunks` is the sum of the mask, where it is known: then nothing waits for the GPU to tell it.
+        Raises UserError where the shape is not the configuration's, or a scan has no chunk (in training on a GPU
+        nobody looks).
         """
         self._check_volumes(volumes)
         if chunk_mask is None:
             return cast(Tensor, self.vision(volumes))
-        if not shapes_only(chunk_mask) and not bool(chunk_mask.bool().any(1).all()):
+        if self._looks_at(chunk_mask) and not bool(chunk_mask.bool().any(1).all()):
             raise UserError("chunk_mask leaves a scan without any chunk; at least one must be True")
-        return cast(Tensor, self.vision(volumes, chunk_mask.bool()))
+        return cast(Tensor, self.vision(volumes, chunk_mask.bool(), full_chunks))
 
     def encode_volumes(
         self,
@@ -99,6 +103,7 @@ class Mu2Model(Mu2PreTrainedModel):
         question_mask: Tensor | None = None,
         vision_features: Tensor | None = None,
         return_selection: bool = False,
+        full_chunks: int | None = None,
     ) -> VisualTokens:
         """Scans, or their features from `encode_vision`, → what `forward` and `generate` take as `visual_tokens`.
 
@@ -107,7 +112,7 @@ class Mu2Model(Mu2PreTrainedModel):
         if vision_features is None:
             if volumes is None:
                 raise UserError("give volumes, vision_features or visual_tokens")
-            vision_features = self.encode_vision(volumes, chunk_mask)
+            vision_features = self.encode_vision(volumes, chunk_mask, full_chunks)
         text = None if question_ids is None else self.get_input_embeddings()(question_ids)
         rows = len(vision_features) if text is None else len(text)
         projected = self.projector(vision_features.to(self.dtype), chunk_mask)
@@ -135,15 +140,19 @@ class Mu2Model(Mu2PreTrainedModel):
         question_mask: Tensor | None = None,
         tile_scans: bool = False,
         return_selection: bool = False,
+        full_chunks: int | None = None,
+        right_padded: bool = False,
         **kwargs: Any,
     ) -> Mu2ModelOutput:
         """input_ids (R, L) with their `<volume>` placeholders, and scans → last hidden states (R, L, hidden).
 
         Scans are `volumes` (B, T, C, K, H, W), or `vision_features` (B, T, n, vision width) as `encode_vision` gives,
         or `visual_tokens` (B, queries, hidden) as `encode_volumes` gives; chunk_mask (B, T), question_ids and
-        question_mask (B, L') go with the first two. B scans may serve R = k·B sequences: each scan k adjoining rows,
-        or with `tile_scans` rows i, B + i, 2B + i … (DPO: all chosen before all rejected). `selection` is of the
-        scans, not the rows.
+        question_mask (B, L') go with the first two, `full_chunks` (as in `encode_vision`) with the first. B scans may
+        serve R = k·B sequences: each scan k adjoining rows, or with `tile_scans` rows i, B + i, 2B + i … (DPO: all
+        chosen before all rejected). `selection` is of the scans, not the rows.
+        `right_padded` says so of all rows: behind a causal mask nothing sees their padding, so that attention needs no
+        other mask (and takes faster kernels), and nothing waits for the GPU to tell whether there is any.
 
         Without input_ids and inputs_embeds it ends with the visual tokens. Raises UserError where rows are not a
         multiple of the scans, or a row's placeholders are not as many as the visual tokens.
@@ -152,7 +161,7 @@ class Mu2Model(Mu2PreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if visual_tokens is None and (volumes is not None or vision_features is not None):
             visual_tokens = self.encode_volumes(
-                volumes, chunk_mask, question_ids, question_mask, vision_features, return_selection
+                volumes, chunk_mask, question_ids, question_mask, vision_features, return_selection, full_chunks
             )
         tokens = visual_tokens.tokens if isinstance(visual_tokens, VisualTokens) else visual_tokens
         selection = visual_tokens.selection if isinstance(visual_tokens, VisualTokens) else None
@@ -167,6 +176,8 @@ class Mu2Model(Mu2PreTrainedModel):
                 raise UserError("visual tokens need input_ids to find their placeholders; inputs_embeds has none")
             tokens = _serve(tokens, len(input_ids), "sequences", tile_scans)
             inputs_embeds = self._insert(inputs_embeds, input_ids, tokens.to(inputs_embeds.dtype))
+        if right_padded:
+            attention_mask = None
         if inputs_embeds.is_meta:  # transformers looks into a 2-D mask to choose a kernel; here is nothing to see
             attention_mask = inputs_embeds.new_zeros(len(inputs_embeds), 1, *[inputs_embeds.shape[1]] * 2)
         outputs = self.language_model(
@@ -185,12 +196,16 @@ class Mu2Model(Mu2PreTrainedModel):
             return torch.cat([embeds[:, :1], tokens, embeds[:, count + 1 :]], dim=1)
         here = input_ids == self.config.volume_token_id
         found = here.sum(1)
-        if not shapes_only(here) and bool((found != count).any()):
+        if self._looks_at(here) and bool((found != count).any()):
             raise UserError(
                 f"a text has {sorted(set(found.tolist()))} volume placeholders, the scan has {count} visual tokens: "
                 "build the text with Mu2Processor"
             )
         return embeds.masked_scatter(here[..., None], tokens)
+
+    def _looks_at(self, x: Tensor) -> bool:
+        """Whether values are checked: where there are any, and no training step waits for a GPU to tell them."""
+        return not (shapes_only(x) or (self.training and x.device.type != "cpu"))
 
     def _check_volumes(self, volumes: Tensor) -> None:
         vision = self.config.vision
@@ -229,9 +244,11 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
-    def encode_vision(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
+    def encode_vision(
+        self, volumes: Tensor, chunk_mask: Tensor | None = None, full_chunks: int | None = None
+    ) -> Tensor:
         """As `Mu2Model.encode_vision`."""
-        return self.model.encode_vision(volumes, chunk_mask)
+        return self.model.encode_vision(volumes, chunk_mask, full_chunks)
 
     def encode_volumes(self, *args: Any, **kwargs: Any) -> VisualTokens:
         """As `Mu2Model.encode_volumes`."""

@@ -146,6 +146,8 @@ class MeanImageSubtraction(Statistics, Initialised):
         self.register_buffer("mean", torch.zeros(config.chunks, config.channels, *config.chunk_shape))
         self.register_buffer("variance", torch.ones(()))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.seen: int | None = None  # what `updates` says, known without asking the GPU in every step
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "seen", None))
 
     def initialise(self) -> None:
         init.zeros_(self.mean)
@@ -154,8 +156,11 @@ class MeanImageSubtraction(Statistics, Initialised):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(B, T, C, K, H, W), (B, T) → the same shape, of variance about 1"""
-        if self.training and int(self.updates) < self.BATCHES:
-            self._update(x.detach(), x.new_ones(x.shape[:2]) if mask is None else mask)
+        if self.training:
+            self.seen = int(self.updates) if self.seen is None else self.seen
+            if self.seen < self.BATCHES:
+                self._update(x.detach(), x.new_ones(x.shape[:2]) if mask is None else mask)
+                self.seen += 1
         return (x - self.mean[: x.shape[1]]) * torch.rsqrt(self.variance + 1e-5)
 
     @torch.no_grad()
@@ -227,18 +232,22 @@ class VisionEncoder(nn.Module):
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
 
-    def forward(self, volumes: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
-        """(B, T, C, K, H, W), (B, T) → (B, T, n, hidden). Only chunks that hold something are encoded."""
+    def forward(self, volumes: Tensor, chunk_mask: Tensor | None = None, full_chunks: int | None = None) -> Tensor:
+        """(B, T, C, K, H, W), (B, T) → (B, T, n, hidden). Only chunks that hold something are encoded.
+
+        `full_chunks` is how many these are, the sum of the mask: who knows it spares the CPU waiting for the GPU.
+        """
         scale = 1.0 if volumes.is_floating_point() else 1 / 255
         volumes = volumes.to(self.tower.position_embeddings.dtype) * scale
         if self.anatomy is not None:
             volumes = self.anatomy(volumes, chunk_mask)
         if chunk_mask is None or chunk_mask.is_meta:  # which chunks hold something, nobody knows there
             return self._encode(volumes.flatten(0, 1)).unflatten(0, volumes.shape[:2])
-        features = self._encode(volumes[chunk_mask])
-        out = features.new_zeros(*chunk_mask.shape, *features.shape[1:])
-        out[chunk_mask] = features
-        return out
+        count = int(chunk_mask.sum()) if full_chunks is None else full_chunks
+        places = (~chunk_mask).flatten().byte().argsort(stable=True)[:count]
+        features = self._encode(volumes.flatten(0, 1)[places])
+        out = features.new_zeros(chunk_mask.numel(), *features.shape[1:])
+        return out.index_copy(0, places, features).unflatten(0, chunk_mask.shape)
 
     def _encode(self, chunks: Tensor) -> Tensor:
         patches = self.tower(chunks)

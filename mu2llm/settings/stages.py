@@ -35,7 +35,11 @@ class StageConfig(Section):
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     precision: Precision = "fp32"
-    save_steps: Execution[int] = Field(100, ge=1)
+    save_steps: Execution[int | None] = Field(100, ge=1, description="None: by save_minutes alone")
+    save_minutes: Execution[float | None] = Field(None, gt=0, description="save when the last one is so long ago")
+    check_steps: Execution[int] = Field(
+        5, ge=1, description="every so many steps: is the loss finite, is a node to go, is a save due"
+    )
     keep_checkpoints: Execution[int] = Field(1, ge=1)
     log_steps: Execution[int] = Field(10, ge=1)
     workers: Execution[int | tuple[int, int]] = Field(

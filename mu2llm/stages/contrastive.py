@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.nn
 from scipy.sparse import csr_array
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from mu2llm import weights
 from mu2llm.cases import Shards, Stream
@@ -27,8 +26,9 @@ from mu2llm.progress import Logged
 from mu2llm.records import Checkpoint
 from mu2llm.stages import launch
 from mu2llm.stages.job import Job, new_job
+from mu2llm.stages.steps import ContrastiveTrainer, scan_inputs
 from mu2llm.stages.texts import Positives, TextBank, TextTokens
-from mu2llm.stages.trainer import Streamed, arguments, train
+from mu2llm.stages.trainer import arguments, train
 from mu2llm.stages.worker import Batches, Resume
 
 COLUMNS = ["id", "report", "voxels", "chunk_mask"]
@@ -93,48 +93,11 @@ def loop(job: Job, resume: Resume) -> None:
         train(trainer, job, resume, finish, restore, lambda model: recall(model, shards, texts))
 
 
-class ContrastiveTrainer(Streamed, Trainer):
-    """The loss sees the embeddings of all workers; the gradient flows back through the gathering.
-
-    Logs with the loss `positives`, the pairs that counted as positive in a step.
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.positives: list[torch.Tensor] = []
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        output = model(**inputs, gather=gather if torch.distributed.is_initialized() else None)
-        self.positives.append(output.positives)
-        return (output.loss, output) if return_outputs else output.loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self.positives:
-            mean = torch.stack(self.positives).double().mean()
-            logs["positives"] = float(mean) * self.args.gradient_accumulation_steps
-            self.positives.clear()
-        super().log(logs, *args, **kwargs)
-
-
-def gather(local: torch.Tensor) -> torch.Tensor:
-    """(n, …) of each worker → (N, …) of all, in rank order, also where the workers' n differ; differentiable."""
-    size = torch.tensor([len(local)], device=local.device)
-    sizes = [torch.zeros_like(size) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(sizes, size)
-    longest = int(max(sizes))
-    padding = local.new_zeros((longest - len(local), *local.shape[1:]))
-    parts = torch.distributed.nn.functional.all_gather(torch.cat([local, padding]))
-    return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)])
-
-
 def collate(rows: dict[str, Any], texts: Positives) -> dict[str, Any]:
     """Rows of the shards → the model's inputs."""
     return {
         "case_ids": list(rows["id"]),
-        "volumes": torch.as_tensor(np.asarray(rows["voxels"])),
-        "chunk_mask": torch.as_tensor(np.asarray(rows["chunk_mask"])),
+        **scan_inputs(rows, "voxels"),
         **texts.targets(rows["report"]),
     }
 

@@ -7,6 +7,7 @@ are computed once, in a Ray Data pass, so that no second model is held. All of t
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from typing import Any
 
@@ -15,8 +16,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from trl import DPOConfig as TrlDpoConfig
-from trl import DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from mu2llm import storage
 from mu2llm.artefacts import Identity, open_checkpoint
@@ -41,10 +40,11 @@ from mu2llm.records import Checkpoint, PreferencePair
 from mu2llm.settings.inference import InferenceConfig
 from mu2llm.settings.stages import DpoConfig
 from mu2llm.stages import launch, lengths, placement
+from mu2llm.stages.dpo_step import Examples, Mu2DPOTrainer, loss_arguments
 from mu2llm.stages.job import Job, Watch, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
 from mu2llm.stages.preferences import Preferences, content, read_pairs
-from mu2llm.stages.trainer import Streamed, arguments, train
+from mu2llm.stages.trainer import arguments, train
 from mu2llm.stages.validation import Validation
 from mu2llm.stages.worker import Batches, Resume
 
@@ -143,7 +143,8 @@ def loop(job: Job, resume: Resume) -> None:
     prepare(model, settings)
     if experiment.model.lora:
         model = add_lora(model, experiment.model.lora)
-    examples = Examples(read_pairs(job.data), read_reference(job.reference), processor)
+    reader = copy.deepcopy(processor)  # for the thread that reads ahead
+    examples = Examples(read_pairs(job.data), read_reference(job.reference), reader)
     batches = Batches(
         job, resume, shards, ["id", "chunk_mask", scan], lambda rows: examples.collate(rows, scan),
         ids=[pair.case_id for pair in examples.pairs],
@@ -181,97 +182,6 @@ def restore(job: Job, folder: str) -> Mu2ForConditionalGeneration:
         return Mu2ForConditionalGeneration.from_pretrained(folder).eval()
     assert job.parent
     return merge_lora(load_lora(load(job.parent, torch.float32)[0], folder))
-
-
-def loss_arguments(settings: DpoConfig) -> dict[str, Any]:
-    """Our settings in trl's names."""
-    return {
-        "beta": settings.beta,
-        "loss_type": list(settings.loss),
-        "loss_weights": list(settings.loss_weights) if settings.loss_weights else None,
-        "label_smoothing": settings.label_smoothing,
-        "ld_alpha": settings.ld_alpha,
-        "precompute_ref_log_probs": True,
-        "max_length": None,
-        "disable_dropout": True,
-    }
-
-
-class Mu2DPOTrainer(Streamed, DPOTrainer):
-    """trl's trainer on our stream: what it would do to a dataset of its own falls away.
-
-    Beside what trl logs: `lengths/chosen` and `lengths/rejected` in tokens, and `kl`, the mean of
-    log reference − log policy over the reports; of reports that the reference sampled that is an estimate of
-    KL(reference ‖ policy), in nats a report.
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.is_fsdp_enabled = self.accelerator.is_fsdp2
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        self.is_fsdp_enabled = (
-            False  # while trl sets itself up: it would load a reference model, which nothing here needs
-        )
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        metrics = self._metrics["train" if model.training else "eval"]
-        chosen, rejected = self.accelerator.gather(inputs["completion_mask"].sum(1)[None].float()).chunk(2, dim=1)
-        metrics["lengths/chosen"].append(chosen.mean().item())
-        metrics["lengths/rejected"].append(rejected.mean().item())
-        rewards = metrics["rewards/chosen"][-1] + metrics["rewards/rejected"][-1]
-        metrics["kl"].append(-rewards / (2 * self.beta))
-        return loss
-
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        return dataset
-
-    def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
-        return dataset
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super(DPOTrainer, self)._save_checkpoint(model, trial)  # without a model card for every few steps
-
-
-class Examples:
-    """The pairs as token ids, and the batches made of them and of the streamed scans."""
-
-    def __init__(self, pairs: list[PreferencePair], reference: np.ndarray | None, processor: Mu2Processor) -> None:
-        self.pairs, self.reference, self.processor = pairs, reference, processor
-        self.collator = DataCollatorForPreference(pad_token_id=processor.tokenizer.pad_token_id)
-
-    def collate(self, rows: dict[str, Any], scan: str) -> dict[str, Any]:
-        """Streamed rows (`item` is the pair's number) → trl's batch: chosen, then rejected, over B scans.
-
-        The model serves each scan's tokens to adjoining rows, trl puts all chosen before all rejected: so the
-        scans come as they are, and `tile_scans` is set.
-        """
-        numbers = [int(item) for item in rows["item"]]
-        batch = self.collator([self.example(number) for number in numbers])
-        questions = self.processor.encode([self.pairs[number].prompt for number in numbers])
-        name = "vision_features" if scan == "features" else "volumes"
-        return {
-            "case_ids": list(rows["id"]),
-            name: torch.as_tensor(np.asarray(rows[scan])),
-            "chunk_mask": torch.as_tensor(np.asarray(rows["chunk_mask"])),
-            "question_ids": questions["question_ids"],
-            "question_mask": questions["question_mask"],
-            "tile_scans": True,
-            **batch,
-        }
-
-    def example(self, number: int) -> dict[str, Any]:
-        pair = self.pairs[number]
-        prompt, chosen = self.processor.token_ids(pair.prompt, pair.chosen)
-        _, rejected = self.processor.token_ids(pair.prompt, pair.rejected)
-        example: dict[str, Any] = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        if self.reference is not None:
-            example["ref_chosen_logps"], example["ref_rejected_logps"] = self.reference[number].tolist()
-        return example
 
 
 # ---- the reference's log-probabilities, once for all epochs, betas and losses

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 
@@ -27,7 +28,7 @@ from mu2llm.records import Checkpoint
 from mu2llm.stages.held_out import HeldOut
 from mu2llm.stages.job import FINISHED_FILE, SCORE, STOPPED_FILE, Job, finished
 from mu2llm.stages.placement import check, resources
-from mu2llm.stages.worker import InProcessWorker, Resume, current_worker, work
+from mu2llm.stages.worker import InProcessWorker, Resume, current_worker, use_gpu, work
 
 logger = logging.getLogger(__name__)
 LISTEN_S = 0.2  # between two looks of the controller at its workers: until it looks, the next report has to wait
@@ -56,6 +57,8 @@ def run(
         return done
     check(job)
     if job.fresh:
+        if job.settings.gpus_per_worker:
+            _try_gpu(job)
         _clear(job)
     artefacts.claim(job.state, job.identity, f"an interrupted {job.stage}")
     storage.delete(storage.join(job.state, STOPPED_FILE))
@@ -185,6 +188,26 @@ def _publish(job: Job, held_out: HeldOut | None) -> Checkpoint:
         checkpoint = checkpoint.model_copy(update={"training": training})
     artefacts.describe(checkpoint)
     return checkpoint
+
+
+def _try_gpu(job: Job) -> None:
+    """A UserError where the stage could not start on a worker's GPU: asked before anything is removed for it."""
+    if job.settings.workers == 0:
+        return use_gpu(job)
+    settings = job.settings
+    asked = ray.remote(num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker)(_why_not)
+    why = ray.get(asked.remote(job.model_dump()))
+    if why:
+        raise UserError(why)
+    return None
+
+
+def _why_not(job: dict[str, Any]) -> str:
+    try:
+        use_gpu(Job.model_validate(job))
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _clear(job: Job) -> None:

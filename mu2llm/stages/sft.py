@@ -10,6 +10,7 @@ the language model out, whose steps are what costs where it is large.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import tempfile
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from mu2llm import weights
 from mu2llm.artefacts import open_checkpoint
@@ -48,14 +49,14 @@ from mu2llm.stages.held_out import HeldOut
 from mu2llm.stages.job import LOSS, Job, Watch, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
 from mu2llm.stages.lengths import shortened
+from mu2llm.stages.steps import SftTrainer, scan_inputs
 from mu2llm.stages.texts import TextBank
-from mu2llm.stages.trainer import Streamed, arguments, train
+from mu2llm.stages.trainer import arguments, train
 from mu2llm.stages.validation import PREFIX, Validation, score
 from mu2llm.stages.worker import Batches, Resume
 
 logger = logging.getLogger(__name__)
 COLUMNS = ["id", "report", "questions", "chunk_mask"]
-OF_THE_TEXT = ("input_ids", "attention_mask", "labels")
 
 
 def run(
@@ -115,14 +116,15 @@ def loop(job: Job, resume: Resume) -> None:
     whole = model
     if experiment.model.lora:
         model = add_lora(model, experiment.model.lora, ["alignment"] if texts else [])
-    fit = processor if settings.too_long == "truncate" else None
+    reader = copy.deepcopy(processor)  # for the thread that reads ahead
+    fit = reader if settings.too_long == "truncate" else None
     asking = Instructions(experiment.evaluation.question, settings.report_share, experiment.seed, fit)
     batches = Batches(
         job,
         resume,
         shards,
         [*COLUMNS, scan],
-        lambda rows: collate(rows, scan, processor, texts, asking),
+        lambda rows: collate(rows, scan, reader, texts, asking),
         ids=list(kept) if len(kept) < shards.count("train") else None,
         lengths=list(kept.values()) if settings.group_by_length else None,
     )
@@ -176,33 +178,6 @@ def longer(job: Job, shards: Shards, processor: Mu2Processor) -> dict[str, int]:
         if case.id in chosen
     }
     return lengths.too_long(processor, asked)
-
-
-class SftTrainer(Streamed, Trainer):
-    """The model's own loss, averaged over the answer tokens of all workers, and that of the alignment.
-
-    In the first `alone` steps that of the alignment is all there is, and the language model has no part in them.
-    """
-
-    alignment: float = 0
-    alone: int = 0
-    processor: Mu2Processor
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        self.processor.save_pretrained(output_dir)  # so that an intermediate checkpoint can be read by itself
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if self.state.global_step < self.alone:
-            output = model(**{name: value for name, value in inputs.items() if name not in OF_THE_TEXT})
-            loss: Any = 0.0
-        else:
-            loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if output.get("alignment") is not None:
-            loss = loss + self.alignment * output["alignment"] / self.args.gradient_accumulation_steps
-        return (loss, output) if return_outputs else loss
 
 
 class UnfreezeVision(TrainerCallback):
@@ -336,11 +311,10 @@ def collate(
     parts = zip(rows["report"], rows["questions"], rows["row"], strict=True)
     asked = [instructions(report, questions, int(row)) for report, questions, row in parts]
     aligned = texts.targets(rows["report"]) if texts else None
-    name = "vision_features" if scan == "features" else "volumes"
     return {
         "case_ids": list(rows["id"]),
-        name: torch.as_tensor(np.asarray(rows[scan])),
-        "chunk_mask": torch.as_tensor(np.asarray(rows["chunk_mask"])),
+        **scan_inputs(rows, scan),
         **processor.encode([q for q, _ in asked], [a for _, a in asked]),
+        "right_padded": True,
         **({name: aligned[name] for name in ("text_embeddings", "targets")} if aligned else {}),
     }

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from mu2llm import artefacts, private_apis, storage, tracking
-from mu2llm.cases import Stream
 from mu2llm.records import Checkpoint, Lineage, Training
-from mu2llm.stages import groups
 from mu2llm.stages.job import FINISHED_FILE, STOPPED_FILE, Job
+from mu2llm.stages.steps import NotFinite
 from mu2llm.stages.worker import INTERMEDIATE_FILE, Batches, Resume, current_worker
 
 logger = logging.getLogger(__name__)
-_OF_THE_SCAN = ("volumes", "vision_features", "chunk_mask", "question_ids", "question_mask")
 
 
 def train(
@@ -44,14 +39,14 @@ def train(
     if storage.exists(finished):
         logger.warning("%s is trained already; what was cut off was measuring it, which is left out", job.out)
         return
-    reports = _Reports(job, resume, trainer.batches.stream, trainer.prompt_hash)  # type: ignore[attr-defined]  # a Streamed one
+    reports = _Reports(job, resume, trainer)  # type: ignore[arg-type]  # a Streamed one
     trainer.add_callback(reports)
     trainer.rates = job.settings.learning_rates.model_dump(exclude_none=True)  # type: ignore[attr-defined]
     trainer.epochs_a_step = job.settings.batch_size * job.settings.accumulation / job.rows  # type: ignore[attr-defined]
     rank = current_worker.get().rank
     try:
         trainer.train(resume_from_checkpoint=resume.folder)
-    except _NotFinite as error:
+    except NotFinite as error:
         # not raised on: the same batch would fail again on every retry
         storage.write_json(storage.join(job.state, STOPPED_FILE), {"why": str(error), "case_ids": error.cases})
         return
@@ -91,8 +86,8 @@ def arguments(job: Job, folder: str, model: Any, **more: Any) -> dict[str, Any]:
         "seed": job.resolved.seed,
         "logging_steps": settings.log_steps,
         "logging_nan_inf_filter": False,
-        "save_strategy": "steps" if settings.workers else "no",
-        "save_steps": settings.save_steps,
+        "save_strategy": "steps" if settings.workers and settings.save_steps else "no",
+        "save_steps": settings.save_steps or job.total_steps,
         "ignore_data_skip": True,
         "remove_unused_columns": False,
         "report_to": [],
@@ -118,85 +113,17 @@ def sharding(strategy: str, model: Any) -> dict[str, Any]:
     }
 
 
-class Streamed:
-    """Mixed into an HF Trainer: its batches come from `self.batches`, already this rank's, in order.
+class _Reports(TrainerCallback):
+    """HF Trainer → Ray Train: metrics at every log, a checkpoint at every save, one when a node is to go.
 
-    A batch is a dict of tensors and the list `case_ids`, which names the cases when the loss is not finite.
+    All that needs a word of every worker or of the GPU is asked every `check_steps`, and before a save.
     """
 
-    batches: Batches
-    first_scan: dict[str, torch.Tensor]
-    epochs_a_step: float = 0.0
-    prompt_hash: str = ""  # where the model reads prompts
-    rates: Mapping[str, float] = MappingProxyType({})  # by group, where they are not all the same
-
-    def create_accelerator_and_postprocess(self) -> None:
-        if self.args.fsdp:  # type: ignore[attr-defined]
-            private_apis.allow_fsdp_on_cpu()
-        super().create_accelerator_and_postprocess()  # type: ignore[misc]
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        new = self.optimizer is None  # type: ignore[attr-defined]
-        optimiser = super().create_optimizer(model)  # type: ignore[misc]
-        if new and self.rates:
-            groups.split(optimiser, (model or self.model).named_parameters(), self.rates)  # type: ignore[attr-defined]
-        return optimiser
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with private_apis.moments_may_be_missing():
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint and self.args.fsdp:  # type: ignore[attr-defined]
-            groups.forget_unreached(self.optimizer)  # type: ignore[attr-defined]
-
-    def get_train_dataloader(self) -> Any:
-        return self.batches
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        cases = inputs.pop("case_ids")
-        self.first_scan = {name: value[:1] for name, value in inputs.items() if name in _OF_THE_SCAN}
-        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        finite = torch.isfinite(loss).float()
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
-        if not finite:
-            raise _NotFinite.of_all(float(loss), cases)
-        return loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """With the loss also how spread the visual tokens' selection is over the last batch's first scan."""
-        self.state.epoch = self.state.global_step * self.epochs_a_step  # type: ignore[attr-defined]  # HF: of max_steps
-        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
-        if "loss" in logs and hasattr(model, "selection_metrics") and not self.args.fsdp:  # type: ignore[attr-defined]
-            logs |= model.selection_metrics(**self._prepare_inputs(self.first_scan))  # type: ignore[attr-defined]
-        if "learning_rate" in logs:
-            logs |= groups.logged(self.optimizer)  # type: ignore[attr-defined]
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
-
-
-class _NotFinite(Exception):
-    def __init__(self, cases: list[str], loss: float) -> None:
-        super().__init__(f"the loss is {loss} on cases {', '.join(cases)}")
-        self.cases = cases
-
-    @classmethod
-    def of_all(cls, loss: float, cases: list[str]) -> _NotFinite:
-        """The same on every worker: the cases of those whose loss is not finite."""
-        each = [(loss, cases)]
-        if torch.distributed.is_initialized():
-            each = each * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(each, (loss, cases))
-        wrong = [(loss, cases) for loss, cases in each if not math.isfinite(loss)]
-        return cls([case for _, cases in wrong for case in cases], wrong[0][0])
-
-
-class _Reports(TrainerCallback):
-    """HF Trainer → Ray Train: metrics at every log, a checkpoint at every save, one when a node is to go."""
-
-    def __init__(self, job: Job, before: Resume, stream: Stream, prompt: str) -> None:
-        self.job, self.before, self.stream, self.prompt = job, before, stream, prompt
-        self.started = time.monotonic()
+    def __init__(self, job: Job, before: Resume, trainer: Any) -> None:
+        self.job, self.before, self.trainer, self.prompt = job, before, trainer, trainer.prompt_hash
+        self.started = self.saved = self.went_on = time.monotonic()
         self.saved_on_preemption = False
-        self.save_seconds = 0.0
+        self.save_seconds = self.report_seconds = 0.0
 
     def progress(self, step: int) -> dict[str, Any]:
         settings = self.job.settings
@@ -212,27 +139,42 @@ class _Reports(TrainerCallback):
         progress = self.progress(state.global_step)
         steps = max(1, state.global_step - self.before.step)
         elapsed = time.monotonic() - self.started
-        current_worker.get().report(
+        batches: Batches = self.trainer.batches
+        worker = current_worker.get()
+        worker.report(
             {
                 **logged,
                 **progress,
                 "samples_per_second": steps * self.job.settings.batch_size * self.job.settings.accumulation / elapsed,
-                "workers": current_worker.get().world,
-                "data_wait_share": self.stream.wait_seconds / elapsed,
+                "workers": worker.world,
+                "data_wait_share": batches.wait_seconds / elapsed,
+                "sync_wait_share": (self.trainer.wait_seconds + self.report_seconds) / elapsed,
                 "upload_wait_share": self.save_seconds / elapsed,
                 "seconds_left": elapsed / steps * (state.max_steps - state.global_step),
             }
         )
+        self.went_on = time.monotonic()
+        self.report_seconds += self.went_on - self.started - elapsed
 
     def _validated(self, step: int) -> bool:
         every = self.job.validation.steps if self.job.validation else None
         return every is not None and step % every == 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        asked = state.global_step % self.job.settings.check_steps == 0
         if self._validated(state.global_step):
             control.should_save = True
-        if not self.saved_on_preemption and current_worker.get().preempted():
+        if asked and not self.saved_on_preemption and current_worker.get().preempted():
             control.should_save = self.saved_on_preemption = True
+        if asked or control.should_save:
+            due = self.trainer.look(due=self._due())
+            control.should_save = control.should_save or due
+        self.went_on = time.monotonic()
+
+    def _due(self) -> bool:
+        """Whether the last save is `save_minutes` ago."""
+        minutes = self.job.settings.save_minutes if self.job.settings.workers else None
+        return minutes is not None and time.monotonic() - self.saved >= 60 * minutes
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
@@ -241,10 +183,11 @@ class _Reports(TrainerCallback):
             progress = self.progress(state.global_step)
             described = description(self.job, progress, self.before.step, state, {}, self.prompt)
             (folder / INTERMEDIATE_FILE).write_text(json.dumps(described.model_dump(mode="json")))
-        started, step = time.monotonic(), state.global_step
+        step = state.global_step
         metrics = {**self.progress(step), "saved_step": step}
         current_worker.get().report(metrics, folder, validate=step if self._validated(step) else None)
-        self.save_seconds += time.monotonic() - started
+        self.saved = time.monotonic()
+        self.save_seconds += self.saved - self.went_on  # written, and handed over to be uploaded
 
 
 def history(state: TrainerState) -> list[dict[str, float]]:

@@ -23,6 +23,7 @@ from mu2llm.model.memory import check_memory
 from mu2llm.progress import Logged
 from mu2llm.records import Training
 from mu2llm.stages.job import STOPPED_FILE, Job
+from mu2llm.stages.read_ahead import pinned, read_ahead
 
 # in every intermediate checkpoint: its description, by which a resume goes on. Not named as a whole checkpoint's is,
 # which others would take such a folder for: its weights may be an adapter's alone
@@ -36,14 +37,14 @@ def work(settings: dict[str, Any]) -> None:
     set_seed(job.resolved.seed)
     try:
         if job.settings.gpus_per_worker:
-            _use_gpu(job)
+            use_gpu(job)
         settings["loop"](job, Resume.point())
     except UserError as error:
         # not raised on: a retry would end the same way
         storage.write_json(storage.join(job.state, STOPPED_FILE), {"why": str(error), "mistake": True})
 
 
-def _use_gpu(job: Job) -> None:
+def use_gpu(job: Job) -> None:
     """A UserError where a GPU is asked for and none is seen, or what the stage keeps does not fit it."""
     if not torch.cuda.is_available():
         raise UserError(
@@ -68,12 +69,10 @@ class RayTrainWorker:
 
     def report(self, metrics: dict[str, Any], folder: Path | None = None, validate: int | None = None) -> None:
         """Metrics, with a folder an intermediate checkpoint; `validate` is its step if it is to be validated."""
-        if folder is None:
-            ray.train.report(metrics)
-            return
+        # numbers alone too: a report that is not asynchronous waits until the checkpoint before it is uploaded
         ray.train.report(  # type: ignore[call-arg]  # mypy sees the options of Train V1
             metrics,
-            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)) if folder else None,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             validation=ray.train.ValidationTaskConfig(fn_kwargs={"step": validate}) if validate else False,
         )
@@ -126,7 +125,13 @@ class Resume(BaseModel):
 
 
 class Batches:
-    """What a worker trains on: its share of the stream from where it is to go on, collated."""
+    """What a worker trains on: its share of the stream from where it is to go on, collated in a thread of its own.
+
+    `wait_seconds` is how long the training waited for it. `collate` shares no tokenizer with the training: one of
+    transformers' fast ones does not bear two threads.
+    """
+
+    wait_seconds = 0.0
 
     def __init__(
         self,
@@ -155,7 +160,14 @@ class Batches:
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self.collate, map(self._augmented, self.stream) if self.augment else self.stream)
+        return read_ahead(self._made, self._waited)
+
+    def _made(self) -> Iterator[dict[str, Any]]:
+        rows = map(self._augmented, self.stream) if self.augment else self.stream
+        return (pinned(self.collate(each)) for each in rows)
+
+    def _waited(self, seconds: float) -> None:
+        self.wait_seconds += seconds
 
     def _augmented(self, rows: dict[str, Any]) -> dict[str, Any]:
         return {**rows, "voxels": augment_batch(rows["voxels"], rows["row"], self.seed)}

@@ -39,7 +39,7 @@ def published_way(module: Mu2Tokenizer, visual: Tensor, text: Tensor) -> Tensor:
     weights = F.softmax(F.linear(flat, module.selection.score.weight), dim=1)
     chosen = torch.cat([(weights[:, :, r, None] * flat).sum(1)[:, None] for r in range(weights.shape[-1])], dim=1)
     pooled = [F.avg_pool1d(chosen.transpose(1, 2), s, s).transpose(1, 2) for s in module.pooling.scales]
-    gates = torch.cat([module.pooling.gate(y.mean(1)) for y in pooled], dim=1).softmax(1)
+    gates = torch.cat([F.linear(y.mean(1), module.pooling.gate.weight) for y in pooled], dim=1).softmax(1)
     values = torch.cat([y * gates[:, i, None, None] for i, y in enumerate(pooled)], dim=1)
     query = module.queries.expand(len(values), -1, -1)
     for layer in module.aggregation_layers:
@@ -54,7 +54,7 @@ def self_attention(attention, x: Tensor) -> Tensor:
     weights, biases = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
     q, k, v = (F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
     table, length = attention.position.table, x.shape[1]
-    place = torch.arange(length)
+    place = torch.arange(length, device=table.device)
     bias = table[place[None] - place[:, None] + len(table) // 2].permute(2, 0, 1)[None]
     return attention.output(attend(q, k, v, bias))
 
@@ -72,15 +72,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float = 0.0) -> Tenso
     return mixed.permute(0, 2, 1, 3).contiguous().view(*q.shape)
 
 
-def make() -> tuple[Mu2Tokenizer, Tensor, Tensor]:
+def make(width: int = WIDTH) -> tuple[Mu2Tokenizer, Tensor, Tensor]:
     torch.manual_seed(0)
     config = Mu2TokenizerConfig(
-        hidden_size=WIDTH,
+        hidden_size=width,
         num_heads=HEADS,
         num_layers=LAYERS,
         top_k=TOP_K,
         queries=QUERIES,
         attention="relative_1d",
+        gate="mean",
         residual=False,
         positions=False,
         normalise_scores=False,
@@ -88,12 +89,12 @@ def make() -> tuple[Mu2Tokenizer, Tensor, Tensor]:
     )
     module = Mu2Tokenizer(config)
     torch.nn.init.normal_(module.queries, std=0.02)
-    return module, torch.randn(1, CHUNKS, TOKENS, WIDTH), torch.randn(1, TEXT, WIDTH)
+    return module, torch.randn(1, CHUNKS, TOKENS, width), torch.randn(1, TEXT, width)
 
 
-def flops() -> float:
+def flops(width: int = WIDTH) -> float:
     """Multiply-adds ×2 of one forward, from the shapes alone."""
-    scan, e = CHUNKS * TOKENS, WIDTH
+    scan, e = CHUNKS * TOKENS, width
     multiscale = TOP_K + TOP_K // 2 + TOP_K // 4
     attention = LAYERS * (2 * 4 * scan * e * e + 2 * scan * TOKENS * e + 2 * scan * CHUNKS * e)
     selection = 2 * scan * TOP_K * e

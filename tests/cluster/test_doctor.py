@@ -43,14 +43,17 @@ def test_disks(free, status):
 
 @pytest.mark.slow
 def test_gpu_memory_against_the_preset():
-    """Each stage that trains on GPUs is named, with what it needs, whether there is a GPU or not."""
+    """Each stage that trains or writes on GPUs is named, with what it needs, whether there is a GPU or not."""
     paper, least = config.load("paper"), node(gpus=[("A100", 80.0), ("L4", 24.0)])
     checks = {check.name: check for check in doctor._gpu_memory(paper, "pipeline", [least])}
-    assert [check.status for check in checks.values()] == ["ok", "fail", "fail"]
+    assert [check.status for check in checks.values()] == ["ok", "fail", "fail", "ok", "ok"]
     assert "GiB" in checks["gpu memory, sft"].found and "sft.gradient_checkpointing" in checks["gpu memory, sft"].mend
     assert all(check.status == "ok" for check in doctor._gpu_memory(paper, "sft", [node(gpus=[("H100", 80.0)])]))
     assert [check.status for check in doctor._gpu_memory(paper, "dpo", [node()])] == ["warn"]
     assert not list(doctor._gpu_memory(config.load("demo"), "pipeline", [least]))
+    many = config.load("paper", ["preferences.candidates=64"])
+    (writes,) = doctor._gpu_memory(many, "preferences", [least])
+    assert writes.status == "fail" and "preferences.max_sequences" in writes.mend
 
 
 def test_packages_that_the_sent_code_does_not_find(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from small_runs import case, least
 
 from mu2llm import config
-from mu2llm.engine.decoder import ContinuousDecoder, Prompt, write
+from mu2llm.engine.decoder import ContinuousDecoder, Prompt
 from mu2llm.engine.features import scan_features
 from mu2llm.engine.loading import load, load_encoder, numerics, place
 from mu2llm.engine.sampling import Decoding
@@ -58,16 +58,26 @@ def test_fp32_is_the_model_as_it_is(model, inputs):
         assert torch.equal(placed(**inputs).logits, expected)
 
 
-def test_texts_are_written_in_half_precision(checkpoints):
-    decoding, texts = Decoding(6), {}
-    for precision in ("fp32", "bf16"):
-        model, processor = load(checkpoints["sft"], precision)
-        spec = least().data.spec
-        rows = {"voxels": torch.zeros(1, *spec.shape).numpy(), "chunk_mask": torch.ones(1, spec.chunks).bool().numpy()}
-        features, mask = scan_features(model, rows, precision)
-        decoder = ContinuousDecoder(model, processor, precision)
-        ((texts[precision],),) = write(decoder, features, mask, [Prompt("Write.", "a", decoding)])
-    assert texts["bf16"].tokens > 0
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_every_token_that_is_written_in_half_precision_is_as_likely_as_fp32s_best(checkpoints, precision):
+    spec, written = least().data.spec, {}
+    rows = {"voxels": torch.zeros(1, *spec.shape).numpy(), "chunk_mask": torch.ones(1, spec.chunks).bool().numpy()}
+    for each in ("fp32", precision):
+        model, processor = load(checkpoints["sft"], each)
+        features, mask = scan_features(model, rows, each)
+        decoder = ContinuousDecoder(model, processor, each)
+        (sequence,) = decoder.join(features, mask, [Prompt("Write.", "a", Decoding(8))])
+        for _ in range(7):
+            decoder.step()
+        written[each] = sequence.ids
+    exact, processor = load(checkpoints["sft"])
+    prompt = processor.encode(["Write."])
+    ids = torch.cat([prompt["input_ids"], torch.tensor([written[precision]])], dim=1)
+    scan = {"vision_features": scan_features(exact, rows)[0], "chunk_mask": mask}
+    asked = {name: prompt[name] for name in ("question_ids", "question_mask")}
+    likely = exact(input_ids=ids, **scan, **asked).logits[0].log_softmax(-1)[-9:-1]
+    short = likely.amax(-1) - likely[torch.arange(8), written[precision]]
+    assert len(written[precision]) == 8 and short.max() < 0.02 < likely.std(-1).min()
 
 
 def test_device_and_precision_follow_what_an_actor_gets():

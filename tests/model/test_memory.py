@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import BertModel
 
-from mu2llm import config
+from mu2llm import config, weights
 from mu2llm.model.memory import GIB, _language, _without_values, _write, inference_memory, training_memory
 
 
@@ -68,8 +69,25 @@ def test_the_scans_of_one_worker_count_not_those_of_all():
     assert two.gradients_stay and not one.gradients_stay
 
 
+def test_a_text_encoder_that_is_trained_counts():
+    without, with_one = (
+        training_memory(
+            config.load("tiny", ["model.text_encoder=small", f"contrastive.train_text_encoder={trained}"]),
+            "contrastive",
+        )
+        for trained in (False, True)
+    )
+    encoder = sum(p.numel() for p in BertModel(weights.text_encoder_config("small"), False).parameters())
+    assert 0.8 * 8 * encoder < with_one.moments - without.moments < 8 * encoder  # the head reads narrower texts
+    assert with_one.activations > without.activations
+
+
 def test_writing_takes_the_weights_and_what_encoding_so_many_scans_holds():
     experiment = config.load("llama3-1b")
-    few, many = inference_memory(experiment, 1), inference_memory(experiment, 16)
+    few, many = inference_memory(experiment, 1, 1), inference_memory(experiment, 16, 16)
     assert few.weights == many.weights and many.activations == pytest.approx(16 * few.activations, rel=0.05)
     assert 5 < few.weights / GIB < 8 and "GiB" in str(few)
+    rounded, texts = (inference_memory(experiment, 1, n, "bf16") for n in (1, 400))
+    assert 0.5 < rounded.weights / few.weights < 0.7  # embeddings, and the head that is tied to them, stay as they are
+    assert rounded.activations < 0.8 * few.activations
+    assert texts.activations == pytest.approx(400 * 2 * 16 * 8 * 64 * 1280 * 2)  # keys and values of Llama's 16 layers

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
 import saved
+import torch
 from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 from transformers import TrainerState
 
@@ -69,7 +71,7 @@ def test_every_intermediate_checkpoint_says_what_it_is_and_a_resume_goes_by_it(t
     token = current_worker.set(saving)
     try:
         arguments = SimpleNamespace(output_dir=str(tmp_path))
-        trainer._Reports(stage, before, stream=None, prompt="").on_save(arguments, state, control=None)
+        trainer._Reports(stage, before, SimpleNamespace(prompt_hash="")).on_save(arguments, state, control=None)
         resume = Resume.point()
     finally:
         current_worker.reset(token)
@@ -199,9 +201,9 @@ def store(empty_store, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "check", lambda stage: None)
 
 
-def trained(folder, rate, fresh=False, interrupted=False):
+def trained(folder, rate, *settings, fresh=False, interrupted=False):
     """SFT with a learning rate in this process; it learns nothing but the rate."""
-    stage = job(folder, "sft.workers=0", f"sft.learning_rate={rate}").model_copy(update={"fresh": fresh})
+    stage = job(folder, "sft.workers=0", f"sft.learning_rate={rate}", *settings).model_copy(update={"fresh": fresh})
 
     def loop(told, resume):
         storage.write_bytes(storage.join(told.state, "half"), b"a day of work")
@@ -238,6 +240,24 @@ def test_a_finished_run_of_another_configuration_is_kept_until_it_is_asked_for_a
     second = trained(tmp_path, 0.2, fresh=True)
     assert artefacts.open_checkpoint(first.uri).lineage == second.lineage
     assert second.lineage.weights != first.lineage.weights
+
+
+def test_fresh_removes_nothing_before_the_gpu_is_seen_to_hold_the_stage(tmp_path, store, monkeypatch):
+    first = trained(tmp_path, 0.1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="the worker sees no GPU"):
+        trained(tmp_path, 0.2, "sft.gpus_per_worker=1", fresh=True)
+    assert artefacts.open_checkpoint(first.uri) == first and not (tmp_path / "out.state").exists()
+
+
+def test_on_a_cluster_a_worker_is_asked(monkeypatch):
+    """What `--fresh` asks before it removes anything is what the training's workers ask when they start."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**20))
+    large = job(Path("/nowhere"), "sft.gpus_per_worker=1")
+    assert "the device has 0.0 GiB" in launch._why_not(large.model_dump())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**36))
+    assert launch._why_not(large.model_dump()) == ""
 
 
 def test_fresh_removes_no_folder_that_no_stage_made(tmp_path, store):

@@ -183,10 +183,11 @@ def test_a_contrastive_checkpoint_is_a_clip(vision, shards):
     assert float(model.head.temperature) == pytest.approx(vision.training.metrics["temperature"])
     found = probe(vision.uri, shards)
     assert found.n == {split: opened.count(split) for split in ("train", "validation", "test")}
-    assert 1 <= found.effective_rank <= found.n["test"]
+    assert 1.5 < found.effective_rank <= found.n["test"]  # 1 is a collapse: one vector for all
     scored = [label for label in found.labels.values() if label.auroc]
     assert scored and all(0 < label.positives < found.n["test"] == label.auroc.n for label in scored)
-    assert all(label.zero_shot_auroc for label in scored)
+    for label in scored:
+        assert 0 <= label.zero_shot_auroc.value <= 1 and label.zero_shot_auroc.n == label.auroc.n
 
 
 def test_a_finished_stage_is_not_done_again(written, vision, shards):
@@ -273,9 +274,12 @@ def test_two_workers_contrast_as_one_does(vision, shards, place, in_gloo):
 
 def test_sharded_workers_learn_what_one_does_also_after_a_kill(vision, shards, place, in_gloo, monkeypatch):
     """No worker has the whole model: it is gathered for every checkpoint, and shared out again where a run goes on.
-    The alignment comes first, and vision is thawed on the way."""
+
+    The alignment comes first, and vision is thawed on the way. Saved by the clock, which all workers read at the same
+    steps."""
     plain = sft.run(shards, str(place / "whole"), here(*THAWED), vision.uri)
-    given = experiment(*THAWED, "sft.workers=2", "sft.fsdp=full_shard")
+    by_the_clock = ["sft.save_steps=null", "sft.save_minutes=1e-6", "sft.check_steps=3"]
+    given = experiment(*THAWED, "sft.workers=2", "sft.fsdp=full_shard", *by_the_clock)
     monkeypatch.setattr(sft, "loop", Sharded(str(place / "killed-sharded"), after=5))
     sharded = sft.run(shards, str(place / "sharded"), given, vision.uri)
     assert sharded.training.resumed_from_step == 3
@@ -396,6 +400,7 @@ def test_a_text_encoder_is_trained_and_kept(shards, place):
 WATCHED = [
     *("sft.cache_vision=false", "sft.thaw_vision=0.5", "sft.alignment=0", "sft.group_by_length=true"),
     *("sft.validation.steps=5", "sft.validation.reports=2", "sft.validation.publish=best", "sft.save_steps=1000"),
+    "sft.check_steps=1",
 ]
 
 
@@ -540,8 +545,12 @@ def test_dpo_prefers_what_was_chosen(pairs, place):
     assert last["rewards/margins"] > first["rewards/margins"]
     assert trained.lineage.judge == preferences.Preferences.open(pairs).judge
     assert first["kl"] == pytest.approx(0, abs=1e-3)
-    assert last["kl"] != first["kl"]
-    assert first["lengths/chosen"] > 0 and first["lengths/rejected"] > 0
+    assert abs(last["kl"]) > 1e-2
+    processor = load_processor(trained.uri)
+    for kind in ("chosen", "rejected"):
+        tokens = [len(processor.token_ids(p.prompt, getattr(p, kind))[1]) for p in preferences.read_pairs(pairs)]
+        seen = [entry[f"lengths/{kind}"] for entry in trained.training.history]
+        assert min(tokens) <= min(seen) <= max(seen) <= max(tokens)
     assert last["rewards/accuracies"] > 0.5
     assert 5 < last["epoch"] <= 6
 
@@ -589,7 +598,7 @@ def test_dpo_agrees_with_stock_trl_and_encodes_each_scan_once(
     chosen, rejected = sequence_logps(reference, batch, settings.ld_alpha).chunk(2)
     encoded: list[int] = []
     original = policy.model.encode_vision
-    monkeypatch.setattr(policy.model, "encode_vision", lambda v, m=None: encoded.append(len(v)) or original(v, m))
+    monkeypatch.setattr(policy.model, "encode_vision", lambda v, *more: encoded.append(len(v)) or original(v, *more))
     with torch.no_grad():
         expected = float(stock.compute_loss(policy, dict(batch)))
         encoded.clear()
