@@ -17,6 +17,7 @@ from mu2llm import artefacts, private_apis, storage, tracking
 from mu2llm.cases import Stream
 from mu2llm.records import Checkpoint, Lineage, Training
 from mu2llm.stages.job import FINISHED_FILE, STOPPED_FILE, Job
+from mu2llm.stages.muon import MuonAndAdamW
 from mu2llm.stages.worker import INTERMEDIATE_FILE, Batches, Resume, current_worker
 
 _OF_THE_SCAN = ("volumes", "vision_features", "chunk_mask", "question_ids", "question_mask")
@@ -36,6 +37,7 @@ def train(
     """
     reports = _Reports(job, resume, trainer.batches.stream, trainer.prompt_hash)  # type: ignore[attr-defined]  # a Streamed one
     trainer.add_callback(reports)
+    trainer.muon = job.settings.muon  # type: ignore[attr-defined]
     trainer.epochs_a_step = job.settings.batch_size * job.settings.accumulation / job.rows  # type: ignore[attr-defined]
     rank = current_worker.get().rank
     try:
@@ -114,11 +116,19 @@ class Streamed:
     first_scan: dict[str, torch.Tensor]
     epochs_a_step: float = 0.0
     prompt_hash: str = ""  # where the model reads prompts
+    muon: float | None = None  # its learning rate
 
     def create_accelerator_and_postprocess(self) -> None:
         if self.args.fsdp:  # type: ignore[attr-defined]
             private_apis.allow_fsdp_on_cpu()
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        new = self.optimizer is None  # type: ignore[attr-defined]
+        optimiser = super().create_optimizer(model)  # type: ignore[misc]
+        if new and self.muon:
+            optimiser = self.optimizer = MuonAndAdamW.of(optimiser, model or self.model, self.muon)  # type: ignore[attr-defined]
+        return optimiser
 
     def get_train_dataloader(self) -> Any:
         return self.batches
