@@ -30,6 +30,12 @@ class StageConfig(Section):
     accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
     learning_rates: LearningRates = LearningRates()
+    muon: float | None = Field(
+        None,
+        gt=0,
+        description="learning rate of Muon, which then trains the matrices of linear layers, and AdamW the rest: for "
+        "what starts from nothing",
+    )
     warmup: float = Field(0.05, ge=0, le=1, description="fraction of the steps")
     schedule: str = "cosine"
     weight_decay: float = 0.01
@@ -56,6 +62,12 @@ class StageConfig(Section):
     fsdp: Literal["full_shard", "shard_grad_op"] | None = Field(
         None, description="weights sharded over the workers; shard_grad_op keeps a layer's between forward and backward"
     )
+
+    @model_validator(mode="after")
+    def _has_whole_matrices(self) -> Self:
+        if self.muon and self.fsdp:
+            raise ValueError("muon needs whole matrices, which fsdp parts: leave one of them out")
+        return self
 
     def inference(self, batch_size: int = 16) -> InferenceConfig:
         """For what a parent is asked before the stage trains: an actor gets what a worker gets, and rounds as it."""

@@ -162,7 +162,7 @@ def check_lengths(job: Job, shards: Shards) -> int:
     if job.parent and open_checkpoint(job.parent).lineage.stage != "contrastive":
         processor = load_processor(job.parent)
     else:
-        processor = build_processor(experiment.model, experiment.data.spec, reports)
+        processor = build_processor(experiment.model, experiment.data.spec, texts_of(experiment, reports))
     found = longer(job, shards, processor)
     lengths.settle(found, len(ids), processor.max_text_tokens, settings.too_long)
     return len(ids) - len(found) if settings.too_long == "skip" else len(ids)
@@ -218,10 +218,15 @@ def start(job: Job, reports: list[str]) -> tuple[Any, Mu2Processor]:
     experiment = job.resolved
     if job.parent and open_checkpoint(job.parent).lineage.stage != "contrastive":
         return load(job.parent, torch.float32)
-    model, processor = build(experiment.model, experiment.data.spec, reports, experiment.seed)
+    model, processor = build(experiment.model, experiment.data.spec, texts_of(experiment, reports), experiment.seed)
     if job.parent:
         load_vision(model, job.parent)
     return model, processor
+
+
+def texts_of(experiment: Experiment, reports: list[str]) -> list[str]:
+    """What language model `small` learns its tokenizer from: each report comes with the question."""
+    return [*reports, *[experiment.evaluation.question] * len(reports)]
 
 
 # ---- held-out cases, beside the training

@@ -21,6 +21,7 @@ from transformers import Trainer
 from mu2llm import private_apis
 from mu2llm.model import Mu2Processor
 from mu2llm.stages import groups
+from mu2llm.stages.muon import MuonAndAdamW
 
 _OF_THE_SCAN = ("volumes", "vision_features", "chunk_mask", "question_ids", "question_mask")
 OF_THE_TEXT = ("input_ids", "attention_mask", "labels")
@@ -47,6 +48,7 @@ class Streamed:
     epochs_a_step: float = 0.0
     prompt_hash: str = ""  # where the model reads prompts
     rates: Mapping[str, float] = MappingProxyType({})  # by group, where they are not all the same
+    muon: float | None = None  # its learning rate
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,6 +65,9 @@ class Streamed:
         optimiser = super().create_optimizer(model)  # type: ignore[misc]
         if new and self.rates:
             groups.split(optimiser, (model or self.model).named_parameters(), self.rates)  # type: ignore[attr-defined]
+        if new and self.muon:
+            optimiser = MuonAndAdamW.of(optimiser, model or self.model, self.muon)  # type: ignore[attr-defined]
+            setattr(self, "optimizer", optimiser)  # HF's; named plainly, mypy takes it for ours
         return optimiser
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

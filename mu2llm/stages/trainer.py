@@ -42,6 +42,7 @@ def train(
     reports = _Reports(job, resume, trainer)  # type: ignore[arg-type]  # a Streamed one
     trainer.add_callback(reports)
     trainer.rates = job.settings.learning_rates.model_dump(exclude_none=True)  # type: ignore[attr-defined]
+    trainer.muon = job.settings.muon  # type: ignore[attr-defined]
     trainer.epochs_a_step = job.settings.batch_size * job.settings.accumulation / job.rows  # type: ignore[attr-defined]
     rank = current_worker.get().rank
     try:

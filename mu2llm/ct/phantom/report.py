@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from mu2llm.ct.phantom.plan import Plan, Planted
@@ -116,12 +119,19 @@ NEGATIVE: dict[str, tuple[str, ...]] = {
         "Vertebral density is normal without sclerosis.",
     ),
 }
-PLEURAL = ("pleural effusion", "pneumothorax")
-PLEURAE_CLEAR = (
-    "No pleural effusion or pneumothorax.",
-    "There is no pleural effusion or pneumothorax.",
-    "The pleural spaces are clear without effusion or pneumothorax.",
-)
+DENIED_TOGETHER: dict[tuple[str, str], tuple[str, ...]] = {
+    ("consolidation", "lung nodule"): (
+        "No consolidation or lung nodule.",
+        "There is no consolidation or pulmonary nodule.",
+        "The lungs are clear without consolidation or nodule.",
+    ),
+    ("pleural effusion", "pneumothorax"): (
+        "No pleural effusion or pneumothorax.",
+        "There is no pleural effusion or pneumothorax.",
+        "The pleural spaces are clear without effusion or pneumothorax.",
+    ),
+}
+"""What radiologists deny in one breath, where neither is there."""
 NORMAL: dict[str, tuple[str, ...]] = {
     "chest": (
         "The heart is normal in size.",
@@ -161,11 +171,23 @@ NOTHING = (
 )
 REGION = {
     **dict.fromkeys(
-        ("pleural effusion", "pneumothorax", "consolidation", "lung nodule", "pericardial effusion"), "chest"
+        ("consolidation", "lung nodule", "pleural effusion", "pneumothorax", "pericardial effusion"), "chest"
     ),
     **dict.fromkeys(("liver lesion", "renal cyst"), "abdomen"),
     "vertebral sclerosis": "bones",
 }
+"""Where a finding is described; in the order in which radiologists describe: lungs, pleura, heart, abdomen, bones."""
+URGENCY = (
+    "pneumothorax",
+    "consolidation",
+    "pleural effusion",
+    "pericardial effusion",
+    "lung nodule",
+    "liver lesion",
+    "vertebral sclerosis",
+    "renal cyst",
+)
+"""The order of the impression."""
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "chest": ("Describe the findings in the chest.", "What does the scan show in the chest?"),
     "abdomen": ("Describe the findings in the abdomen.", "What does the scan show in the abdomen?"),
@@ -173,47 +195,73 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
+READERS = 5
+HABIT = 0.9  # how often a reader writes as always; the order of a report, each sentence by itself
+
+
 def write_report(plan: Plan, rng: np.random.Generator) -> tuple[str, tuple[Question, ...]]:
-    """Findings → report and one question a region; most of what is absent is denied."""
-    sentences = {region: _sentences(region, plan, rng) for region in NORMAL}
+    """Findings → report and one question a region, as one of `READERS` radiologists writes it.
+
+    Each has an order, phrases, units and normal structures of their own, and leaves some of what is absent unsaid. Now
+    and then they deviate, so that nothing can be read off the order or the words of a report.
+    """
+    reader = _Reader(int(rng.integers(READERS)), rng)
+    sentences = {region: reader.describe(region, plan) for region in NORMAL}
+    named = [name for name in URGENCY if name in plan]
     order = list(sentences)
-    rng.shuffle(order)
+    if rng.uniform() > HABIT:
+        for part in (order, named, *sentences.values()):
+            rng.shuffle(part)
     body = " ".join(sentence for region in order for sentence in sentences[region])
-    summary = [_fill(_pick(SUMMARY[name], rng), item, rng) for name, item in plan.items()]
-    rng.shuffle(summary)
-    impression = " ".join(summary) or _pick(NOTHING, rng)
+    summary = [reader.fill(reader.phrase(SUMMARY[name]), plan[name]) for name in named]
+    impression = " ".join(summary) or reader.phrase(NOTHING)
     questions = tuple(
-        Question(question=_pick(QUESTIONS[region], rng), answer=" ".join(sentences[region]), region=region)
+        Question(question=reader.phrase(QUESTIONS[region]), answer=" ".join(sentences[region]), region=region)
         for region in order
     )
     return f"Findings: {body} Impression: {impression}", questions
 
 
-def _sentences(region: str, plan: Plan, rng: np.random.Generator) -> list[str]:
-    names = [name for name, where in REGION.items() if where == region]
-    chosen = [_fill(_pick(POSITIVE[name], rng), plan[name], rng) for name in names if name in plan]
-    absent = [name for name in names if name not in plan]
-    if set(PLEURAL) <= set(absent) and rng.uniform() < 0.5:
-        absent = [name for name in absent if name not in PLEURAL]
-        chosen.append(_pick(PLEURAE_CLEAR, rng))
-    chosen += [_pick(NEGATIVE[name], rng) for name in absent if rng.uniform() < 0.85]
-    normal = rng.permutation(len(NORMAL[region]))[: 1 if region == "bones" else 2]
-    chosen += [NORMAL[region][number] for number in normal]
-    rng.shuffle(chosen)
-    return chosen
+@dataclass(frozen=True)
+class _Reader:
+    """A radiologist: `number` is whose habits these are."""
 
+    number: int
+    rng: np.random.Generator
 
-def _fill(template: str, item: Planted, rng: np.random.Generator) -> str:
-    finding, size = item.finding, item.finding.size_mm or 0
-    text = template.format(
-        amount="large" if item.extent > 0.5 else "moderate",
-        side=finding.side,
-        lobe=finding.place,
-        level=finding.place,
-        size=f"{size / 10:g} cm" if rng.uniform() < 0.5 else f"{size:g} mm",
-    )
-    return text[0].upper() + text[1:]
+    def phrase(self, choices: Sequence[str]) -> str:
+        """The reader's own, or now and then any."""
+        usual = self.rng.uniform() < HABIT
+        return choices[self.number % len(choices) if usual else int(self.rng.integers(len(choices)))]
 
+    def describe(self, region: str, plan: Plan) -> list[str]:
+        """Findings and what is absent in the order of `REGION`, then what is normal."""
+        names = [name for name, where in REGION.items() if where == region]
+        written: list[str] = []
+        denied: set[str] = set()
+        for name in names:
+            if name in plan:
+                written.append(self.fill(self.phrase(POSITIVE[name]), plan[name]))
+            elif name not in denied:
+                written += self._deny(name, plan, denied)
+        normal = NORMAL[region]
+        return written + [normal[(self.number + i) % len(normal)] for i in range(1 if region == "bones" else 2)]
 
-def _pick(choices: tuple[str, ...], rng: np.random.Generator) -> str:
-    return choices[int(rng.integers(len(choices)))]
+    def _deny(self, name: str, plan: Plan, denied: set[str]) -> list[str]:
+        for pair, phrases in DENIED_TOGETHER.items():
+            if name in pair and not set(pair) & set(plan) and self.number % 2 == 0:
+                denied |= set(pair)
+                return [self.phrase(phrases)]
+        unsaid = list(REGION).index(name) % READERS == self.number and self.rng.uniform() < HABIT
+        return [] if unsaid else [self.phrase(NEGATIVE[name])]
+
+    def fill(self, template: str, item: Planted) -> str:
+        finding, size = item.finding, item.finding.size_mm or 0
+        text = template.format(
+            amount="large" if item.extent > 0.5 else "moderate",
+            side=finding.side,
+            lobe=finding.place,
+            level=finding.place,
+            size=f"{size / 10:g} cm" if self.number % 2 else f"{size:g} mm",
+        )
+        return text[0].upper() + text[1:]
