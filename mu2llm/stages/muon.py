@@ -64,9 +64,10 @@ class MuonAndAdamW(Optimizer):
         self.adamw.load_state_dict(state_dict["adamw"])
 
 
-def matrices(model: nn.Module) -> list[nn.Parameter]:
+def matrices(model: nn.Module) -> list[torch.Tensor]:
     """The trained weights of linear layers; not the output head, a table of tokens, nor LoRA's thin factors."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    outputs = getattr(model, "get_output_embeddings", None)
+    head = outputs() if outputs else None
     return [
         layer.weight
         for name, layer in model.named_modules()

@@ -67,7 +67,7 @@ class Streamed:
             groups.split(optimiser, (model or self.model).named_parameters(), self.rates)  # type: ignore[attr-defined]
         if new and self.muon:
             optimiser = MuonAndAdamW.of(optimiser, model or self.model, self.muon)  # type: ignore[attr-defined]
-            setattr(self, "optimizer", optimiser)  # HF's; named plainly, mypy takes it for ours
+            setattr(self, "optimizer", optimiser)  # noqa: B010  # HF's; named plainly, mypy takes it for ours
         return optimiser
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
