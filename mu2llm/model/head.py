@@ -30,8 +30,10 @@ def next_token_logps(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
     if shapes_only(answers):  # how many there are, nobody knows there
         every = torch.cat([*_pieces(_logps, head, hidden.flatten(0, 1), labels.flatten().clamp(min=0))])
         return every.view_as(labels) * answers
-    some = torch.cat([*_pieces(_logps, head, hidden[answers], labels[answers])])
-    return some.new_zeros(labels.shape).masked_scatter(answers, some)
+    rows = answers.flatten().nonzero().squeeze(1)  # the one wait for the GPU
+    parts = (hidden.flatten(0, 1).index_select(0, rows), labels.flatten().index_select(0, rows))
+    some = torch.cat([*_pieces(_logps, head, *parts)])
+    return some.new_zeros(labels.numel()).index_copy(0, rows, some).view_as(labels)
 
 
 @torch.no_grad()

@@ -153,7 +153,7 @@ def prefer(folder, steps, **arguments):
     ("make", "most"),
     [
         (contrast, 4),  # the distinct texts are picked, forth and back
-        (supervise, 0),
+        (supervise, 1),  # where the answers are
         (prefer, 3),  # trl picks the logits of chosen and of rejected; transformers looks for packed sequences
     ],
 )
