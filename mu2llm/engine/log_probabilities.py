@@ -37,6 +37,23 @@ def sequence_logps(
         return (logps * weight).sum(1)
 
 
+@torch.no_grad()
+def answer_logps(
+    model: Mu2ForConditionalGeneration,
+    inputs: dict[str, Tensor],
+    labels: Tensor,
+    features: Tensor,
+    chunk_mask: Tensor,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Texts and labels (R, L), scans' features (R, T, n, E) → (R, L − 1) log-probability of each next token in nats, on
+    the CPU; 0 where there is no answer."""
+    moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    with numerics(model.device, precision):
+        hidden = model.model(**moved, vision_features=features, chunk_mask=chunk_mask, use_cache=False)
+        return next_token_logps(hidden.last_hidden_state, labels.to(model.device), model.lm_head).float().cpu()
+
+
 def divergences(
     model: Any, reference: Any, inputs: dict[str, Tensor], precision: Precision = "fp32"
 ) -> tuple[float, int]:

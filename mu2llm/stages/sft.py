@@ -27,7 +27,8 @@ from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.engine.decoder import ContinuousDecoder, Prompt, write
 from mu2llm.engine.features import encode_scans, read_scans
-from mu2llm.engine.loading import numerics, place
+from mu2llm.engine.loading import place
+from mu2llm.engine.log_probabilities import answer_logps
 from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import UserError
 from mu2llm.model import (
@@ -42,9 +43,11 @@ from mu2llm.model import (
     merge_lora,
 )
 from mu2llm.model.contrastive import AlignmentHead
+from mu2llm.model.head import IGNORED
 from mu2llm.progress import Logged
 from mu2llm.records import Checkpoint
 from mu2llm.stages import launch, lengths, placement
+from mu2llm.stages.grounding import Gap, exchanged, stating
 from mu2llm.stages.held_out import HeldOut
 from mu2llm.stages.job import LOSS, Job, Watch, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
@@ -233,7 +236,8 @@ def texts_of(experiment: Experiment, reports: list[str]) -> list[str]:
 
 
 def measure(job: Job, folder: str, reports: bool) -> dict[str, float]:
-    """Loss an answer's token of an intermediate checkpoint on held-out cases; finding F1 and GREEN of its reports."""
+    """Loss an answer's token of an intermediate checkpoint on held-out cases, its grounding gap; finding F1 and GREEN
+    of its reports."""
     experiment, settings = job.resolved, job.resolved.sft.validation
     model, processor = restore(job, folder)
     precision = experiment.sft.precision
@@ -241,18 +245,17 @@ def measure(job: Job, folder: str, reports: bool) -> dict[str, float]:
     decoder, decoding = ContinuousDecoder(model, processor, precision), Decoding(experiment.evaluation.max_new_tokens)
     shards, question = Shards.open(job.features or job.data), experiment.evaluation.question
     cases = shards.cases("validation")[: settings.cases]
-    total, tokens, written = 0.0, 0, []
+    total, tokens, gap, written = 0.0, 0, Gap(), []
     for start in range(0, len(cases), experiment.sft.batch_size):
         some = cases[start : start + experiment.sft.batch_size]
         features, mask = read_scans(model, shards, "validation", np.arange(start, start + len(some)), precision)
-        inputs = processor.encode(
-            [question] * len(some), [shortened(processor, question, case.report) for case in some]
-        )
-        moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        with numerics(model.device, precision):
-            loss = model(**moved, vision_features=features, chunk_mask=mask, skip_logits=True).loss
-        answers = int((inputs["labels"][:, 1:] != -100).sum())
-        total, tokens = total + float(loss) * answers, tokens + answers
+        texts = [shortened(processor, question, case.report) for case in some]
+        inputs = processor.encode([question] * len(some), texts)
+        labels = inputs.pop("labels")
+        rows, other = exchanged(some)
+        own, others = (answer_logps(model, inputs, labels, features[of], mask[of], precision) for of in (..., rows))
+        total, tokens = total - float(own.sum()), tokens + int((labels[:, 1:] != IGNORED).sum())
+        gap.add(own, others, stating(processor, texts, labels) & other)
         few = max(0, min(len(some), settings.reports - start)) if reports else 0
         if few:
             prompts = [Prompt(question, case.id, decoding) for case in some[:few]]
@@ -263,6 +266,8 @@ def measure(job: Job, folder: str, reports: bool) -> dict[str, float]:
             "%s: %d of %d held-out reports are longer than the model takes and were cut", job.out, cut, len(cases)
         )
     metrics = {LOSS: total / tokens}
+    if gap.mean is not None:
+        metrics[f"{PREFIX}grounding_gap"] = gap.mean
     if written:
         scores = score(cases[: len(written)], written, job)
         metrics |= {f"{PREFIX}{name}": estimate.value for name, estimate in scores.items() if estimate}
