@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 import pyarrow as pa
 
+from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.engine.predictions import Prediction, Variant
 from mu2llm.evaluation import floors, foreign, length, splits, text_metrics
@@ -65,7 +66,8 @@ def assess(
         for run, statistic in embedded({run: each.texts for run, each in runs.items()}, encoder).items():
             runs[run].statistics["bert_score"] = statistic
     fixed = {floors.NAMES[run]: _texts(own, known) for run in floors.NAMES if (own := _of(predictions, run))}
-    bounds = floors.bounds(fixed, judge, bootstrap, encoder, header.data) if fixed else {}
+    beside = header.data if Shards.there(header.data) else ""
+    bounds = floors.bounds(fixed, judge, bootstrap, encoder, beside) if fixed else {}
     metrics = {
         run: {**estimates(each.statistics, bootstrap), "green_length_correlation": bootstrap.estimate(each.by_length)}
         for run, each in runs.items()

@@ -15,7 +15,6 @@ import numpy as np
 from pydantic import BaseModel, TypeAdapter
 
 from mu2llm import artefacts, green, storage
-from mu2llm.cases import Shards
 from mu2llm.evaluation import clinical
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic, estimates
 from mu2llm.evaluation.scoring import Texts, content, embedded, judged
@@ -107,12 +106,12 @@ def told(levels: Mapping[str, Level], titles: Mapping[str, str], names: Sequence
 
 
 def bounds(
-    texts: Mapping[str, Texts], judge: Judge, bootstrap: Bootstrap, encoder: TokenEncoder | None, data: str = ""
+    texts: Mapping[str, Texts], judge: Judge, bootstrap: Bootstrap, encoder: TokenEncoder | None, beside: str = ""
 ) -> dict[str, dict[str, Estimate | None]]:
     """Floor or ceiling → metric → estimate. `texts` are of what was `written`, by floor.
 
     GREEN where `judge` is the rules judge, for a language model would have to judge every case four times more.
-    `data` is the URI of shards beside which the numbers are kept.
+    `beside` is the URI of shards beside which the numbers are kept; "" keeps none.
     """
     some = next(iter(texts.values()))
     every = {**texts, CEILING: Texts(some.cases, some.references, some.references)}
@@ -122,7 +121,7 @@ def bounds(
         "by": [VERSION, green.rules_identity(), judge.identity, encoder.identity if encoder else None],
         "bootstrap": [bootstrap.resamples, bootstrap.seed],
     }
-    place = storage.join(data, "floors", f"{artefacts.digest(of)}.json") if Shards.there(data) else ""
+    place = storage.join(beside, "floors", f"{artefacts.digest(of)}.json") if beside else ""
     if place and storage.exists(place):
         return _KEPT.validate_python(storage.read_json(place))
     rules = judge.identity == green.rules_identity()

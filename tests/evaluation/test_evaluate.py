@@ -147,7 +147,9 @@ def test_empty_reports_score_nothing_and_are_counted(tmp_path, no_encoder):
     told = rescore(str(tmp_path), least()).summary("dpo")
     assert (told["green"]["value"], told["green"]["n"]) == (pytest.approx(2 / 12), 12)
     assert told["bleu_1"]["value"] <= 2 / 12 + 1e-6
-    assert "10 of 12 reports say nothing and score 0, 10: the candidate report is empty" in told["audits"]["warnings"]
+    assert (
+        "10 of 12 reports cannot be judged and score 0, 10: the candidate report is empty" in told["audits"]["warnings"]
+    )
 
 
 def test_tables(tmp_path, no_encoder):

@@ -43,7 +43,7 @@ def work(loss, rank, port, folder):
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from mu2llm.stages.contrastive import gather
+    from mu2llm.stages.steps import gather
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

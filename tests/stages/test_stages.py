@@ -167,7 +167,7 @@ def test_a_checkpoint_is_safe_before_its_recall_is_measured(vision, shards, plac
         with pytest.raises(MemoryError):
             contrastive.run(shards, out, here())
     assert storage.exists(f"{out}.state/finished.json") and not storage.exists(f"{out}/{Checkpoint.FILE}")
-    monkeypatch.setattr(contrastive.Trainer, "train", no_memory)
+    monkeypatch.setattr(contrastive.ContrastiveTrainer, "train", no_memory)
     published = contrastive.run(shards, out, here())
     assert published.lineage.weights == vision.lineage.weights and "recall_n" not in published.training.metrics
     assert vision.training.metrics["recall_n"] > 0
@@ -671,7 +671,7 @@ def test_what_cannot_work_is_refused_before_it_starts(call, says, shards, writte
 @pytest.mark.parametrize("setting", ["skip", "truncate"])
 def test_texts_that_are_too_long_are_left_out_or_cut(setting, shards, vision, place):
     base, reports = experiment(), [case.report for case in Shards.open(shards).cases("train")]
-    processor = build_processor(base.model, base.data.spec, reports)
+    processor = build_processor(base.model, base.data.spec, sft.texts_of(base, reports))
     lengths = sorted(processor.text_tokens(base.evaluation.question, report) for report in reports)
     longest = lengths[len(lengths) * 3 // 4]
     settings = experiment(
