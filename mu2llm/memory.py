@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import psutil
 
@@ -44,26 +47,21 @@ class PeakMemory:
 
 def tree_estimate() -> int:
     """Bytes that are each process's own, and once the most that one of them shares."""
-    own, shared = 0, 0
-    me = psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
-        try:
-            memory = process.memory_info()
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # it ended while we looked
-        share = getattr(memory, "shared", 0)
-        own, shared = own + memory.rss - share, max(shared, share)
-    return own + shared
+    memory = _of_tree(psutil.Process.memory_info)
+    shared = [getattr(each, "shared", 0) for each in memory]
+    return sum(each.rss for each in memory) - sum(shared) + max(shared, default=0)
 
 
 def tree_pss() -> int:
     """Bytes of PSS of this process and its descendants; of RSS where the system has no PSS (macOS)."""
-    total = 0
+    return sum(getattr(each, "pss", each.rss) for each in _of_tree(psutil.Process.memory_full_info))
+
+
+def _of_tree(memory_of: Callable[[psutil.Process], Any]) -> list[Any]:
+    """What `memory_of` gives of this process and its descendants, without those that ended while we looked."""
     me = psutil.Process()
+    found = []
     for process in [me, *me.children(recursive=True)]:
-        try:
-            memory = process.memory_full_info()
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # it ended while we looked
-        total += getattr(memory, "pss", memory.rss)
-    return total
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            found.append(memory_of(process))
+    return found
