@@ -1,8 +1,8 @@
 """Muon for the matrices of linear layers, AdamW for all else, as one optimiser.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes each update of a matrix nearly orthogonal, so that
-directions that gradients rarely take move as far as the others. A μ²Tokenizer from scratch reads scans after fewer steps
-than by AdamW (docs/measured.md). Updates have the RMS of AdamW's (arXiv 2502.16982).
+directions that gradients rarely take move as far as the others. A μ²Tokenizer from scratch reads scans after fewer
+steps than by AdamW (docs/measured.md). Updates have the RMS of AdamW's (arXiv 2502.16982).
 """
 
 from __future__ import annotations
