@@ -207,12 +207,12 @@ class Judgement(Record):
 
 
 class Candidate(Record):
-    """One report proposed for a case: sampled from a model, or the reference with a known corruption."""
+    """One report proposed for a case: sampled from a model, the reference, or that with a known corruption."""
 
     case_id: str
     index: int
     text: str
-    origin: Literal["sampled", "corrupted", "human"]
+    origin: Literal["sampled", "reference", "corrupted", "human"]
     seed: int
     corruption: str = ""
 
@@ -238,7 +238,7 @@ class PreferencePair(Record):
     chosen_score: float | None
     rejected_score: float | None
     judge: str
-    origin: Literal["sampled", "corrupted", "human"] = "sampled"
+    origin: Literal["sampled", "reference", "corrupted", "human"] = "sampled"
 
     arrow_schema = pa.schema(
         [

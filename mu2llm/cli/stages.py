@@ -1,10 +1,11 @@
-"""The stages: train contrastive, sft, dpo; prefer."""
+"""The stages: train contrastive, sft, dpo; prefer; online."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from mu2llm import config
 from mu2llm.cli.app import (
@@ -127,3 +128,31 @@ def prefer(
         )
     keys = {"cases", "candidates", "pairs", "cases_with_pairs", "dropped", "green_best", "green_worst", "judge"}
     show(result.model_dump(include=keys), as_json)
+
+
+@app.command()
+def online(
+    checkpoint: CheckpointUri,
+    data: Data,
+    out: Out,
+    rounds: Annotated[int, typer.Option(help="At most so many.")] = 2,
+    judge: JudgeName = None,
+    preset: Preset = "demo",
+    set_: Set = [],  # noqa: B006
+    address: Address = None,
+    fresh: Fresh = False,
+    dry: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Rounds of candidates of the current policy → pairs → DPO, until held-out findings get worse."""
+    experiment = load_with_judge(preset, set_, judge)
+    if dry:
+        dry_run(experiment, [checkpoint, data], [out], f"judge {experiment.judge.name}")
+    from mu2llm.stages import online
+
+    with work_on_ray(address) as bars:
+        result = online.run(checkpoint, data, out, experiment, rounds, bars, fresh)
+    if as_json:
+        show(result.model_dump(), as_json)
+    else:
+        Console().print(online.table(result))

@@ -57,6 +57,8 @@ def needs(experiment: Experiment, job: str) -> dict[str, float]:
         "sweep_tokenizer": _trial(experiment, experiment.sft),
         "sweep_dpo": _trial(experiment, experiment.dpo),
     }
+    most = (by_job["preferences"], by_job["dpo"])
+    by_job["online"] = {name: max(each[name] for each in most) for name in ("CPU", "GPU")}
     whole = [by_job[stage] for stage in ("ingest", "contrastive", "sft", "preferences", "dpo", "evaluate")]
     by_job["pipeline"] = {name: max(each[name] for each in whole) for name in ("CPU", "GPU")}
     if job not in by_job:

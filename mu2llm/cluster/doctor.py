@@ -162,7 +162,10 @@ def _resources(experiment: Experiment, job: str) -> Check:
 
 def _gpu_memory(experiment: Experiment, job: str, nodes: Sequence[Node]) -> Iterator[Check]:
     """Whether what each stage keeps fits the smallest GPU that is there."""
-    by_job: dict[str, list[str]] = {"pipeline": [*capacity.STAGES], "sweep_tokenizer": ["sft"], "sweep_dpo": ["dpo"]}
+    by_job: dict[str, list[str]] = {
+        **{"pipeline": [*capacity.STAGES], "online": ["preferences", "dpo"]},
+        **{"sweep_tokenizer": ["sft"], "sweep_dpo": ["dpo"]},
+    }
     gpus = sorted((gpu for node in nodes for gpu in node.gpus), key=lambda gpu: gpu[1])
     for stage in by_job.get(job, [job]):
         share = capacity.gpus_each(experiment, stage) if stage in capacity.STAGES else 0

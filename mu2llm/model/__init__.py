@@ -11,6 +11,7 @@ from transformers import (
 
 from mu2llm.model.building import (
     add_lora,
+    add_prior,
     build,
     build_contrastive,
     build_processor,
@@ -52,6 +53,7 @@ __all__ = [
     "Mu2VisionConfig",
     "VisualTokens",
     "add_lora",
+    "add_prior",
     "build",
     "build_contrastive",
     "build_processor",

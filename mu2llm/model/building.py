@@ -29,6 +29,7 @@ from mu2llm.model.configuration import Mu2Config, Mu2ContrastiveConfig, Mu2Token
 from mu2llm.model.contrastive import Mu2ForContrastive
 from mu2llm.model.initialisation import initialise
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
+from mu2llm.model.prior import DiagnosticPrior
 from mu2llm.model.processing import PLAIN_TEMPLATE, VOLUME_TOKEN, Mu2Processor
 from mu2llm.records import Checkpoint, PreprocessSpec
 from mu2llm.settings.model import LoraSettings, ModelConfig
@@ -70,7 +71,7 @@ def build_processor(model: ModelConfig, spec: PreprocessSpec, texts: Sequence[st
         tokenizer = _small_tokenizer(model, texts)
     else:
         tokenizer = _with_volume_token(weights.tokenizer(model.language_model))
-    return _processor(tokenizer, spec, model.tokenizer.queries, model.max_text_tokens, VOLUME_TOKEN)
+    return _processor(tokenizer, spec, model.tokenizer.visual_tokens, model.max_text_tokens, VOLUME_TOKEN)
 
 
 def configuration(model: ModelConfig, spec: PreprocessSpec, text_config: Any, volume_token_id: int = 0) -> Mu2Config:
@@ -108,7 +109,7 @@ def tokenizer_configuration(
         language_size=None if own == width else width,
         chunks=spec.chunks,
         grid=vision.pooled_grid,
-        **model.tokenizer.model_dump(exclude={"width", "weights"}),
+        **model.tokenizer.model_dump(exclude={"width", "weights", "prior"}),
     )
 
 
@@ -117,7 +118,7 @@ def processor_for(
 ) -> Mu2Processor:
     """The processor of a model: its spec, its number of visual tokens, and its tokenizer's chat template (a plain one
     where it has none)."""
-    return _processor(tokenizer, spec, config.tokenizer.queries, config.max_text_tokens, volume_token)
+    return _processor(tokenizer, spec, config.visual_tokens, config.max_text_tokens, volume_token)
 
 
 def _processor(
@@ -260,15 +261,18 @@ def load_vision(model: Mu2ForConditionalGeneration | Mu2ForContrastive, uri: str
 
 
 def load_tokenizer(model: Mu2ForConditionalGeneration, uri: str) -> None:
-    """Vision, projector and μ²Tokenizer from a checkpoint that writes reports, whatever its language model was.
+    """Vision, projector, μ²Tokenizer and prior from a checkpoint that writes reports, whatever its language model was.
 
     What is between the μ²Tokenizer and a language model, the maps and the scale, is not taken: it stays fresh. What is
     taken, fresh and left there is logged. Raises UserError where else something is missing, or of another shape.
     """
-    parts = nn.ModuleDict({name: getattr(model.model, name) for name in ("vision", "projector", "mu2_tokenizer")})
     bridge = "mu2_tokenizer.bridge."
     with storage.local_copy(uri) as path:
         tensors = {name.removeprefix("model."): t for name, t in published.read_tensors(_whole(path, uri)).items()}
+        theirs = Mu2Config.from_pretrained(path)
+    if theirs.findings:
+        _put_prior(model, theirs.findings, theirs.finding_text_width, theirs.finding_head_width)
+    parts = nn.ModuleDict(_reading(model))
     taken = {n: t for n, t in tensors.items() if n.split(".")[0] in parts and not n.startswith(bridge)}
     report = published.differences(parts, taken)
     fresh = [name for name in report["missing"] if name.startswith(bridge)]
@@ -285,13 +289,47 @@ def load_tokenizer(model: Mu2ForConditionalGeneration, uri: str) -> None:
     )
 
 
+def add_prior(model: Mu2ForConditionalGeneration, processor: Mu2Processor, uri: str, findings: Sequence[str]) -> None:
+    """Puts a diagnostic prior of these findings on a model, with the head of the contrastive checkpoint at the URI.
+
+    Raises UserError where that is of another stage or vision, or kept nothing to embed texts by.
+    """
+    trained, encoder = load_contrastive(uri)
+    if encoder is None:
+        raise UserError(f"{uri} is of before texts' whitening was kept with it: train contrast again for a prior")
+    if trained.config.hidden_size != model.config.vision.hidden_size:
+        raise UserError(
+            f"{uri}: its vision is {trained.config.hidden_size} wide, {model.config.vision.hidden_size} here"
+        )
+    texts = trained.whiten(encoder.embed(list(findings)))
+    prior = _put_prior(model, list(findings), texts.shape[1], trained.config.head_width)
+    prior.head.load_state_dict(trained.head.state_dict())
+    prior.texts.copy_(texts)
+    processor.queries = model.config.visual_tokens
+
+
+def _put_prior(
+    model: Mu2ForConditionalGeneration, findings: Sequence[str], text_width: int, head_width: int
+) -> DiagnosticPrior:
+    """A fresh one."""
+    config = model.config
+    config.findings, config.finding_text_width, config.finding_head_width = list(findings), text_width, head_width
+    model.model.prior = prior = DiagnosticPrior(config).apply(initialise)
+    return prior
+
+
+def _reading(model: Mu2ForConditionalGeneration) -> dict[str, nn.Module]:
+    """The parts that read the scan for the language model."""
+    parts = {name: getattr(model.model, name) for name in ("vision", "projector", "mu2_tokenizer", "prior")}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
 def add_lora(model: Mu2ForConditionalGeneration, settings: LoraSettings, also: Sequence[str] = ()) -> PeftModel:
     """LoRA on the language model's linear layers; what else was to be trained still is, in full.
 
     `also` are modules that a stage has put on the model and trains with it.
     """
-    own = {name: getattr(model.model, name) for name in ("vision", "projector", "mu2_tokenizer")}
-    trained = [name for name, module in own.items() if any(p.requires_grad for p in module.parameters())]
+    trained = [name for name, part in _reading(model).items() if any(p.requires_grad for p in part.parameters())]
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
@@ -344,7 +382,7 @@ def small_configuration(model: ModelConfig, vocabulary: int, **tokens: Any) -> L
         num_hidden_layers=small.num_layers,
         num_attention_heads=small.num_heads,
         num_key_value_heads=small.num_heads,
-        max_position_embeddings=model.max_text_tokens + model.tokenizer.queries,
+        max_position_embeddings=model.max_text_tokens + model.tokenizer.visual_tokens,
         tie_word_embeddings=True,
         bos_token_id=None,
         **tokens,

@@ -141,7 +141,8 @@ class Mu2Config(PreTrainedConfig):
     """The μ²LLM. `spec` is the PreprocessSpec that the scans must have been prepared by, as plain values.
 
     `placeholder_aligned` (mend 5): visual tokens replace the volume placeholders; False puts them at positions
-    1…queries whatever stands there, as published.
+    1…queries whatever stands there, as published. `findings` are the diagnostic prior's, each a further visual token;
+    none, no prior. `finding_text_width` and `finding_head_width` are its head's sizes.
     """
 
     model_type = "mu2llm"
@@ -158,11 +159,19 @@ class Mu2Config(PreTrainedConfig):
     placeholder_aligned: bool = True
     max_text_tokens: int = 512
     spec: dict | None = None
+    findings: list[str] | tuple[str, ...] = ()
+    finding_text_width: int = 0
+    finding_head_width: int = 0
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+
+    @property
+    def visual_tokens(self) -> int:
+        """What the language model gets of a scan: the μ²Tokenizer's queries, and a token for each finding."""
+        return self.tokenizer.queries + len(self.findings)
 
     @property
     def vision(self) -> Mu2VisionConfig:

@@ -129,7 +129,7 @@ def inference_memory(experiment: Experiment, scans: int, sequences: int, precisi
     config: Any = model.config.text
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    length = experiment.model.max_text_tokens + experiment.model.tokenizer.queries
+    length = experiment.model.max_text_tokens + experiment.model.tokenizer.visual_tokens
     cache = 2 * config.num_hidden_layers * heads * head * length * sequences * (4 if exact else 2)
     return Memory(weights=count, gradients=0, moments=0, activations=max(encoding, cache))
 
@@ -224,7 +224,7 @@ def _parameter_bytes(model: nn.Module) -> tuple[int, int]:
 def _write(model: Any, experiment: Experiment, scans: int, sequences: int, stage: str) -> int:
     """The forward pass of SFT (one report a scan) or DPO (two); bytes of the gradients of its logits."""
     settings, spec = getattr(experiment, stage), experiment.data.spec
-    rows, length = scans * sequences, experiment.model.max_text_tokens + experiment.model.tokenizer.queries
+    rows, length = scans * sequences, experiment.model.max_text_tokens + experiment.model.tokenizer.visual_tokens
     ids = torch.zeros(rows, length, dtype=torch.long)
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     batch["question_ids"] = torch.zeros(scans, QUESTION_TOKENS, dtype=torch.long)

@@ -17,6 +17,7 @@ from mu2llm.model.configuration import Mu2Config
 from mu2llm.model.head import IGNORED, next_token_logps, shapes_only
 from mu2llm.model.initialisation import freeze_statistics, initialise
 from mu2llm.model.mu2_tokenizer import Mu2Tokenizer, VisualTokens
+from mu2llm.model.prior import DiagnosticPrior
 from mu2llm.model.vision import (
     Projector,
     VisionEncoder,
@@ -70,6 +71,7 @@ class Mu2Model(Mu2PreTrainedModel):
         self.vision = VisionEncoder(config.vision)
         self.projector = Projector(config.vision, config.tokenizer.hidden_size)
         self.mu2_tokenizer = Mu2Tokenizer(config.tokenizer)
+        self.prior = DiagnosticPrior(config) if config.findings else None
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -116,10 +118,14 @@ class Mu2Model(Mu2PreTrainedModel):
         text = None if question_ids is None else self.get_input_embeddings()(question_ids)
         rows = len(vision_features) if text is None else len(text)
         projected = self.projector(vision_features.to(self.dtype), chunk_mask)
-        features = _serve(projected, rows, "questions")
+        features, chunk_of_scan = _serve(projected, rows, "questions"), chunk_mask
         chunk_mask = None if chunk_mask is None else _serve(chunk_mask.bool(), rows, "questions")
         question_mask = None if question_mask is None else question_mask.bool()
         visual = cast(VisualTokens, self.mu2_tokenizer(features, text, chunk_mask, question_mask, return_selection))
+        if self.prior is not None:
+            tokens = cast(Tensor, visual.tokens)
+            findings = self.mu2_tokenizer.to_language(self.prior(vision_features, chunk_of_scan)).to(tokens.dtype)
+            visual.tokens = torch.cat([tokens, _serve(findings, rows, "questions")], dim=1)
         if visual.selection is not None:
             visual.selection = spread_to_patches(visual.selection, self.config.vision)
         return visual
@@ -318,7 +324,8 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
         )
         alignment = None
         if self.alignment is not None and text_embeddings is not None:
-            alignment = self.alignment(text_embeddings, outputs.visual_tokens, targets)
+            read = outputs.visual_tokens[:, : self.config.tokenizer.queries]  # not what a prior tells
+            alignment = self.alignment(text_embeddings, read, targets)
         if outputs.last_hidden_state is None:
             return Mu2CausalLMOutput(
                 visual_tokens=outputs.visual_tokens, selection=outputs.selection, alignment=alignment

@@ -177,8 +177,7 @@ class Mu2Tokenizer(Initialised):
         tokens = self.aggregation(query, multiscale, mask)
         if self.standardise is not None:
             tokens = self.standardise(tokens)
-        if self.bridge is not None:
-            tokens = self.bridge.up(tokens)
+        tokens = self.to_language(tokens)
         if not return_selection:
             return VisualTokens(tokens=tokens)
         assert selected.weights is not None
@@ -191,6 +190,10 @@ class Mu2Tokenizer(Initialised):
             entropy=entropy(selected.weights, chunks * visual.shape[2]),
             similarity=similarity(selected.tokens),
         )
+
+    def to_language(self, tokens: Tensor) -> Tensor:
+        """(B, n, E) → (B, n, the language model's width)"""
+        return tokens if self.bridge is None else self.bridge.up(tokens)
 
     def _maps(self, weights: Tensor, chunks: int) -> Tensor:
         """(B, queries, T·n) → (B, queries, T, z, y, x), summing to 1."""

@@ -36,6 +36,12 @@ class TokenizerConfig(Section):
     num_layers: int = 4
     num_heads: int = 8
     queries: int = Field(256, description="visual tokens that the language model gets")
+    prior: int = Field(
+        0,
+        ge=0,
+        description="diagnostic prior: the so many most frequent findings of the training reports, each with its "
+        "probability, by the contrastive stage's head, as one more visual token",
+    )
     top_k: int = 1024
     scales: tuple[int, ...] = (1, 2, 4)
     attention: Literal["absolute", "relative_1d", "relative_3d", "rotary_1d", "rotary_3d"] = "relative_3d"
@@ -64,6 +70,11 @@ class TokenizerConfig(Section):
     weights: str | None = Field(
         None, description="a checkpoint of any language model: its vision, projector and tokenizer are where sft starts"
     )
+
+    @property
+    def visual_tokens(self) -> int:
+        """What the language model gets of a scan."""
+        return self.queries + self.prior
 
 
 class SmallLanguageModel(Section):
@@ -126,6 +137,8 @@ class ModelConfig(Section):
                 "the published tokenizer is as wide as its language model and scales nothing: with face=reference "
                 "unset tokenizer.width and tokenizer.output_scale"
             )
+        if self.face == "reference" and tokenizer.prior:
+            raise ValueError("the published model has no diagnostic prior: with face=reference unset tokenizer.prior")
         if tokenizer.weights and self.vision.weights:
             raise ValueError("tokenizer.weights brings the vision that it was trained with: unset vision.weights")
         return self

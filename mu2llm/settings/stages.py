@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mu2llm.settings.inference import InferenceConfig, Precision
+from mu2llm.settings.reward import reward_terms
 from mu2llm.settings.section import Execution, Section
 
 
@@ -145,12 +146,30 @@ class PreferencesConfig(InferenceConfig):
     top_p: float = Field(0.9, gt=0, le=1)
     max_new_tokens: int = 256
     min_words: int = 5
-    margin: float = Field(0.1, ge=0, description="least difference of scores within a pair")
+    reward: str = Field(
+        "green", description="what makes a report better: green, findings, labels, length, format, or a weighted sum"
+    )
+    margin: float = Field(0.1, ge=0, description="least difference of rewards within a pair; of a sum in z-scores")
     pairs_per_case: int = Field(1, ge=1)
     max_length_ratio: float | None = Field(None, description="drop pairs whose lengths differ by more than this")
     negatives: Literal["sampled", "corrupted"] = "sampled"
+    chosen: Literal["sampled", "reference"] = Field(
+        "sampled", description="reference: the case's own report is preferred to the worst of the candidates"
+    )
     split: Literal["train", "validation"] = "train"
     max_cases: int | None = Field(None, ge=0, description="cases to sample for; 0: pairs from corrections alone")
+
+    @field_validator("reward")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        reward_terms(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.chosen == "reference" and self.negatives == "corrupted":
+            raise ValueError("negatives=corrupted has the references among its candidates: leave chosen=sampled")
+        return self
 
 
 # trl's, by its names

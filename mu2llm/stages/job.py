@@ -23,7 +23,7 @@ STOPPED_FILE = "stopped.json"  # in the state: why a worker gave up, which a ret
 FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, until the driver publishes it
 
 
-_OF_OLDER_CHECKPOINTS = {"model.tokenizer": {"gate": "mean", "width": None, "output_scale": "none"}}
+_OF_OLDER_CHECKPOINTS = {"model.tokenizer": {"gate": "mean", "width": None, "output_scale": "none", "prior": 0}}
 """What settings were before they could be set: checkpoints without them have these."""
 
 
@@ -125,7 +125,11 @@ class Job(BaseModel):
         if self.stage == "sft":
             inputs["evaluation.question"] = experiment.evaluation.question
             inputs |= {"data.fraction": data.fraction} if data.fraction != 1 else {}
-        if getattr(self.settings, "positives", "") == "finding" or getattr(self.settings, "alignment", 0):
+        if (
+            getattr(self.settings, "positives", "") == "finding"
+            or getattr(self.settings, "alignment", 0)
+            or (self.stage == "sft" and experiment.model.tokenizer.prior)
+        ):
             inputs["rules"] = rules_identity()  # they read the findings that are trained on
         validation = self.validation
         if validation and validation.publish == "best":
@@ -154,6 +158,8 @@ def new_job(
         check_tokenizer(open_checkpoint(experiment.model.tokenizer.weights), origin, experiment)
     if origin:
         check_parent(origin, experiment)
+    if stage != "contrastive" and experiment.model.tokenizer.prior:
+        check_prior(origin, experiment, getattr(experiment, stage))
     values = {
         "stage": stage,
         "experiment": experiment.model_dump(mode="json"),
@@ -177,6 +183,24 @@ def check_parent(parent: Checkpoint, experiment: Experiment) -> None:
     if experiment.model.language_model == "small" and "language_model" in parts:
         parts = (*parts, "small")
     _check_architecture(parent, experiment, parts)
+
+
+def check_prior(parent: Checkpoint | None, experiment: Experiment, settings: Any) -> None:
+    """A UserError where a diagnostic prior has no head that tells findings, or vision would move away under it."""
+    wanted = f"model.tokenizer.prior={experiment.model.tokenizer.prior}"
+    if parent is None and experiment.model.tokenizer.weights is None:
+        raise UserError(f"{wanted} takes its head from a contrastive checkpoint: name one with --init")
+    if parent and parent.lineage.stage == "contrastive":
+        positives = parent.experiment["contrastive"]["positives"]
+        if positives != "finding":
+            raise UserError(
+                f"{wanted}: {parent.uri} was trained on {positives}s, its head tells no findings; train one with "
+                "contrastive.positives=finding, or set model.tokenizer.prior=0"
+            )
+    if not settings.freeze_vision or getattr(settings, "thaw_vision", None) is not None:
+        raise UserError(
+            f"{wanted}: its head reads the vision that it was trained with: set freeze_vision=true (and no thaw_vision)"
+        )
 
 
 def check_tokenizer(origin: Checkpoint, parent: Checkpoint | None, experiment: Experiment) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from mu2llm.records import Candidate, Judgement, PreferencePair
+from mu2llm.records import Candidate, PreferencePair
 from mu2llm.settings.stages import PreferencesConfig
-
-Judged = tuple[Candidate, Judgement]
+from mu2llm.stages.rewards import Judged
 
 
 def make_pairs(
@@ -16,20 +15,20 @@ def make_pairs(
 ) -> tuple[list[PreferencePair], Counter[str]]:
     """The pairs of one case, best against worst and inwards, and why others were dropped.
 
-    Invalid judgements take no part; a pair needs a difference of at least `margin` (and above 0: no ties) and,
+    Invalid judgements take no part; a pair needs rewards that differ by at least `margin` (and above 0: no ties) and,
     where `max_length_ratio` is given, lengths that do not differ by more than it. No candidate is used twice.
     """
     dropped: Counter[str] = Counter()
-    valid = [(candidate, judgement) for candidate, judgement in judged if judgement.valid]
+    valid = [(item.reward, item) for item in judged if item.reward is not None]
     dropped["invalid_judgement"] += len(judged) - len(valid)
-    # ties in score are ordered by index, so that the same judgements always give the same pairs
-    ranked = sorted(valid, key=lambda item: (-(item[1].score or 0.0), item[0].index))
+    # ties are ordered by index, so that the same judgements always give the same pairs
+    ranked = [item for _, item in sorted(valid, key=lambda each: (-each[0], each[1].candidate.index))]
     if len(ranked) < 2:
         dropped["too_few_candidates"] += 1
         return [], dropped
     pairs: list[PreferencePair] = []
     for better, worse in zip(ranked, reversed(ranked), strict=False):
-        if len(pairs) == settings.pairs_per_case or better[0].index == worse[0].index:
+        if len(pairs) == settings.pairs_per_case or better.candidate.index == worse.candidate.index:
             break
         reason = _unfit(better, worse, settings)
         if reason:
@@ -42,28 +41,28 @@ def make_pairs(
 
 
 def _unfit(better: Judged, worse: Judged, settings: PreferencesConfig) -> str | None:
-    difference = (better[1].score or 0.0) - (worse[1].score or 0.0)
+    difference = (better.reward or 0.0) - (worse.reward or 0.0)
     if difference <= 0:
         return "tie"
     if difference < settings.margin:
         return "margin"
-    lengths = [max(1, len(item[0].text.split())) for item in (better, worse)]
+    lengths = [max(1, len(item.candidate.text.split())) for item in (better, worse)]
     if settings.max_length_ratio and max(lengths) / min(lengths) > settings.max_length_ratio:
         return "length"
     return None
 
 
 def _pair(prompt: str, better: Judged, worse: Judged) -> PreferencePair:
-    origins = {better[0].origin, worse[0].origin}
+    origins = {better.candidate.origin, worse.candidate.origin}
     return PreferencePair(
-        case_id=better[0].case_id,
+        case_id=better.candidate.case_id,
         prompt=prompt,
-        chosen=better[0].text,
-        rejected=worse[0].text,
-        chosen_score=better[1].score,
-        rejected_score=worse[1].score,
-        judge=better[1].judge,
-        origin="corrupted" if "corrupted" in origins else "sampled",
+        chosen=better.candidate.text,
+        rejected=worse.candidate.text,
+        chosen_score=better.judgement.score,
+        rejected_score=worse.judgement.score,
+        judge=better.judgement.judge,
+        origin="corrupted" if "corrupted" in origins else better.candidate.origin,
     )
 
 

@@ -28,10 +28,12 @@ from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import Failure, UserError
 from mu2llm.green import Judge, load_judge
 from mu2llm.progress import Counted
-from mu2llm.records import Candidate, Case, Correction, Judgement, PreferencePair, Record
+from mu2llm.records import Candidate, Case, Correction, Judgement, PreferencePair
+from mu2llm.settings.reward import reward_terms
 from mu2llm.stages.corrections import read_corrections
 from mu2llm.stages.corruption import corrupt
-from mu2llm.stages.pairs import Judged, make_pairs, screen
+from mu2llm.stages.pairs import make_pairs, screen
+from mu2llm.stages.rewards import Judged, rewarded
 
 SAMPLING = "sampling"
 MADE = ("pairs.parquet", "candidates.parquet", "judgements.parquet", "reference", SAMPLING)
@@ -108,12 +110,17 @@ def prefer(
     sampled = _sample(request, out, progress)
     if settings.negatives == "corrupted":
         sampled += _corrupted(sampled, cases, experiment.seed)
+    if settings.chosen == "reference":
+        sampled += _references(sampled, cases, experiment.seed)
     kept, dropped = _screened(sampled, settings.min_words)
     judgements = judge.judge([(cases[candidate.case_id].report, candidate.text) for candidate in kept])
-    judged = list(zip(kept, judgements, strict=True))
+    judged: list[Judged] = []
     pairs: list[PreferencePair] = []
-    for _, group in groupby(judged, key=lambda item: item[0].case_id):
-        made, why = make_pairs(experiment.evaluation.question, list(group), settings)
+    terms = reward_terms(settings.reward)
+    for name, group in groupby(zip(kept, judgements, strict=True), key=lambda item: item[0].case_id):
+        of_case = rewarded(terms, cases[name].report, list(group))
+        judged += of_case
+        made, why = make_pairs(experiment.evaluation.question, of_case, settings)
         pairs += made
         dropped += why
     pairs += human
@@ -134,7 +141,8 @@ def prefer(
         dropped={reason: n for reason, n in sorted(dropped.items()) if n},
         **_extremes(judged),
     )
-    _write(out, kept, judgements, pairs)
+    write_judged(out, judged)
+    storage.write_table(storage.join(out, "pairs.parquet"), PreferencePair.table(pairs))
     if not pairs:
         raise Failure(f"{len(cases)} cases gave no pair ({result.dropped}); lower preferences.margin or add candidates")
     storage.write_json(storage.join(out, Preferences.FILE), result.model_dump(mode="json"))
@@ -154,6 +162,7 @@ def identify(
         **artefacts.decides("preferences", experiment.preferences, leave_out=("precision",)),
         **experiment.preferences.rounding,
         **(judge or green.decides(experiment.judge)),
+        **({} if experiment.preferences.reward == "green" else {"rules": green.rules_identity()}),
         "seed": experiment.seed,
         "evaluation.question": experiment.evaluation.question,
         **({} if fraction == 1 else {"data.fraction": fraction}),
@@ -262,13 +271,26 @@ def _sample(request: Request, out: str, progress: Counted | None) -> list[Candid
 
 def _corrupted(sampled: list[Candidate], cases: dict[str, Case], seed: int) -> list[Candidate]:
     """References with known errors, and the references themselves, as further candidates of each case."""
-    most = 1 + max((candidate.index for candidate in sampled), default=-1)
+    most = _next_index(sampled)
     reports = [case.report for case in cases.values()]
     made = []
     for case in cases.values():
         made.append(Candidate(case_id=case.id, index=most, text=case.report, origin="corrupted", seed=seed))
         made += corrupt(case, reports, most + 1, seed)
     return made
+
+
+def _references(sampled: list[Candidate], cases: dict[str, Case], seed: int) -> list[Candidate]:
+    """Each case's own report as one more candidate: the best of them by any judge."""
+    index = _next_index(sampled)
+    return [
+        Candidate(case_id=case.id, index=index, text=case.report, origin="reference", seed=seed)
+        for case in cases.values()
+    ]
+
+
+def _next_index(sampled: list[Candidate]) -> int:
+    return 1 + max((candidate.index for candidate in sampled), default=-1)
 
 
 def _screened(candidates: list[Candidate], min_words: int) -> tuple[list[Candidate], Counter[str]]:
@@ -286,8 +308,8 @@ def _screened(candidates: list[Candidate], min_words: int) -> tuple[list[Candida
 def _extremes(judged: list[Judged]) -> dict[str, float | None]:
     """Means over the cases of their best and their worst valid score."""
     by_case = [
-        [judgement.score for _, judgement in group if judgement.score is not None]
-        for _, group in groupby(judged, key=lambda item: item[0].case_id)
+        [item.judgement.score for item in group if item.judgement.score is not None]
+        for _, group in groupby(judged, key=lambda item: item.candidate.case_id)
     ]
     scores = [values for values in by_case if values]
     if not scores:
@@ -295,13 +317,24 @@ def _extremes(judged: list[Judged]) -> dict[str, float | None]:
     return {"green_best": fmean(map(max, scores)), "green_worst": fmean(map(min, scores))}
 
 
-def _write(out: str, candidates: list[Candidate], judgements: list[Judgement], pairs: list[PreferencePair]) -> None:
-    tables: dict[str, list] = {"candidates": candidates, "pairs": pairs}
-    kinds: dict[str, type[Record]] = {"candidates": Candidate, "pairs": PreferencePair}
-    for name, records in tables.items():
-        storage.write_table(storage.join(out, f"{name}.parquet"), kinds[name].table(records))
-    judged = Judgement.table(judgements)
+def write_judged(out: str, judged: Sequence[Judged]) -> None:
+    """The candidates as one table, their judgements and rewards as another."""
+    candidates = [item.candidate for item in judged]
+    table = Judgement.table([item.judgement for item in judged])
+    table = table.append_column("reward", pa.array([item.reward for item in judged], pa.float64()))
     for column in ("index", "case_id"):
         values = [getattr(candidate, column) for candidate in candidates]
-        judged = judged.add_column(0, column, pa.array(values, Candidate.arrow_schema.field(column).type))
-    storage.write_table(storage.join(out, "judgements.parquet"), judged)
+        table = table.add_column(0, column, pa.array(values, Candidate.arrow_schema.field(column).type))
+    storage.write_table(storage.join(out, "candidates.parquet"), Candidate.table(candidates))
+    storage.write_table(storage.join(out, "judgements.parquet"), table)
+
+
+def read_judged(uri: str) -> list[Judged]:
+    """What `write_judged` wrote, in order; where that was before rewards had names, the reward is GREEN."""
+    candidates, rows = (
+        storage.read_table(storage.join(uri, f"{name}.parquet")).to_pylist() for name in ("candidates", "judgements")
+    )
+    return [
+        Judged(Candidate.from_row(candidate), Judgement.from_row(row), row.get("reward", row["score"]))
+        for candidate, row in zip(candidates, rows, strict=True)
+    ]

@@ -34,6 +34,7 @@ from mu2llm.errors import UserError
 from mu2llm.model import (
     Mu2Processor,
     add_lora,
+    add_prior,
     build,
     build_processor,
     load,
@@ -42,8 +43,8 @@ from mu2llm.model import (
     load_vision,
     merge_lora,
 )
-from mu2llm.model.contrastive import AlignmentHead
 from mu2llm.model.head import IGNORED
+from mu2llm.model.text_pooling import AlignmentHead
 from mu2llm.progress import Logged
 from mu2llm.records import Checkpoint
 from mu2llm.stages import launch, lengths, placement
@@ -53,7 +54,7 @@ from mu2llm.stages.job import LOSS, Job, Watch, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
 from mu2llm.stages.lengths import shortened
 from mu2llm.stages.steps import SftTrainer, scan_inputs
-from mu2llm.stages.texts import TextBank
+from mu2llm.stages.texts import TextBank, most_frequent
 from mu2llm.stages.trainer import arguments, train
 from mu2llm.stages.validation import PREFIX, Validation, score
 from mu2llm.stages.worker import Batches, Resume
@@ -166,6 +167,8 @@ def check_lengths(job: Job, shards: Shards) -> int:
         processor = load_processor(job.parent)
     else:
         processor = build_processor(experiment.model, experiment.data.spec, texts_of(experiment, reports))
+        if job.parent and experiment.model.tokenizer.prior:
+            prior_findings(experiment, shards)
     found = longer(job, shards, processor)
     lengths.settle(found, len(ids), processor.max_text_tokens, settings.too_long)
     return len(ids) - len(found) if settings.too_long == "skip" else len(ids)
@@ -224,7 +227,14 @@ def start(job: Job, reports: list[str]) -> tuple[Any, Mu2Processor]:
     model, processor = build(experiment.model, experiment.data.spec, texts_of(experiment, reports), experiment.seed)
     if job.parent:
         load_vision(model, job.parent)
+        if experiment.model.tokenizer.prior:
+            add_prior(model, processor, job.parent, prior_findings(experiment, Shards.open(job.data)))
     return model, processor
+
+
+def prior_findings(experiment: Experiment, shards: Shards) -> list[str]:
+    """Those of the diagnostic prior: the most frequent of all training reports, which contrast was trained on."""
+    return most_frequent([case.report for case in shards.cases("train")], experiment.model.tokenizer.prior)
 
 
 def texts_of(experiment: Experiment, reports: list[str]) -> list[str]:
@@ -269,7 +279,7 @@ def measure(job: Job, folder: str, reports: bool) -> dict[str, float]:
     if gap.mean is not None:
         metrics[f"{PREFIX}grounding_gap"] = gap.mean
     if written:
-        scores = score(cases[: len(written)], written, job)
+        scores = score(cases[: len(written)], written, experiment)
         metrics |= {f"{PREFIX}{name}": estimate.value for name, estimate in scores.items() if estimate}
     return metrics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,22 @@ from torch import Tensor
 from mu2llm import weights
 from mu2llm.errors import UserError
 from mu2llm.green import findings, sentences
+
+
+def findings_of(report: str) -> list[str]:
+    """What the rules read in a report, each finding once, with its side."""
+    return list(dict.fromkeys(f"{f.side or ''} {f.name}".strip() for f in findings(report)))
+
+
+def most_frequent(reports: Sequence[str], count: int) -> list[str]:
+    """The findings that most of the reports have, sorted by name; a UserError where there are fewer than `count`."""
+    reported = Counter(finding for report in reports for finding in findings_of(report))
+    if len(reported) < count:
+        raise UserError(
+            f"model.tokenizer.prior={count}: the training reports have {len(reported)} different findings; set "
+            f"{len(reported)} or fewer"
+        )
+    return sorted(sorted(reported, key=lambda finding: (-reported[finding], finding))[:count])
 
 
 class Positives:
@@ -40,7 +57,7 @@ class Positives:
             parts = re.split(r"(?i)\b(?=(?:findings|impression)\s*:)", report)
             return [part.strip() for part in parts if part.strip()]
         if self.positives == "finding":
-            return list(dict.fromkeys(f"{f.side or ''} {f.name}".strip() for f in findings(report)))
+            return findings_of(report)
         return list(dict.fromkeys(sentences(report)))
 
     def inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from mu2llm import storage
 from mu2llm.cases import Shards
+from mu2llm.config import Experiment
 from mu2llm.engine.decoder import ContinuousDecoder, Prompt, Text, write
 from mu2llm.engine.features import read_scans
 from mu2llm.engine.loading import load
@@ -68,7 +69,7 @@ class Validation(TrainerCallback):
                     self._write(self.watch.then, others, self._reports(model, self.watch.then, others)[0])
         finally:
             model.train(training)
-        estimates = score(cases, [text.text for text in texts], self.job)
+        estimates = score(cases, [text.text for text in texts], self.job.resolved)
         for name, estimate in estimates.items():
             if estimate:
                 ends = {"": estimate.value, "_low": estimate.low, "_high": estimate.high}
@@ -103,7 +104,7 @@ class Validation(TrainerCallback):
         numbers = {
             "n": float(len(texts)),
             "seconds_per_scan": seconds / len(texts),
-            "visual_tokens": float(model.config.tokenizer.queries),
+            "visual_tokens": float(model.config.visual_tokens),
         }
         return texts, {**numbers, **({"kl": divergence / tokens} if tokens else {})}
 
@@ -131,9 +132,8 @@ def write_reports(uri: str, cases: list[Case], texts: list[Text], question: str)
     storage.write_table(uri, Prediction.table(rows))
 
 
-def score(cases: list[Case], reports: list[str], job: Job) -> dict[str, Estimate | None]:
+def score(cases: list[Case], reports: list[str], experiment: Experiment) -> dict[str, Estimate | None]:
     """The metrics of reports with their intervals over patients."""
-    experiment = job.resolved
     bootstrap = Bootstrap([case.patient for case in cases], experiment.evaluation.bootstrap, experiment.seed)
     found = statistics(cases, reports, load_judge(experiment.judge))
     return {name: bootstrap.estimate(found[name]) for name in METRICS}

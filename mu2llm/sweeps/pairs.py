@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from mu2llm import artefacts, storage
 from mu2llm.errors import UserError
-from mu2llm.records import Candidate, Judgement, PreferencePair
+from mu2llm.records import PreferencePair
 from mu2llm.settings.stages import PreferencesConfig
-from mu2llm.stages.pairs import Judged, make_pairs
-from mu2llm.stages.preferences import Preferences, read_pairs
+from mu2llm.stages.pairs import make_pairs
+from mu2llm.stages.preferences import Preferences, read_judged, read_pairs
 
 KEYS = ("preferences.margin", "preferences.pairs_per_case")
 """What of `preferences` a sweep may change without new candidates."""
@@ -32,7 +32,7 @@ def check(preferences: str, space: Iterable[str]) -> None:
         if key.startswith("preferences.") and key not in KEYS:
             raise UserError(f"sweep.space.{key} needs other candidates: run mu2llm prefer for each, and sweep those")
     if searched(space):
-        read_judged(preferences)
+        check_judged(preferences)
 
 
 def place(out: str, settings: PreferencesConfig) -> str:
@@ -47,13 +47,14 @@ def superset(preferences: str, out: str, settings: PreferencesConfig) -> str:
 
 def derived(preferences: str, out: str, settings: PreferencesConfig) -> str:
     """The pairs by `settings` below `out`, made unless they are there; a UserError where there are none."""
+    check_judged(preferences)
     origin, uri = Preferences.open(preferences), place(out, settings)
     identity = artefacts.digest([origin.identity, settings.margin, settings.pairs_per_case])
     if storage.exists(storage.join(uri, Preferences.FILE)) and Preferences.open(uri).identity == identity:
         return uri
     there = read_pairs(preferences)
     pairs = [pair for pair in there if pair.origin == "human"]  # corrections, of no margin
-    for _, group in groupby(read_judged(preferences), key=lambda item: item[0].case_id):
+    for _, group in groupby(read_judged(preferences), key=lambda item: item.candidate.case_id):
         pairs += make_pairs(there[0].prompt, list(group), settings)[0]
     if not pairs:
         raise UserError(f"preferences.margin {settings.margin:g} leaves no pair of {preferences}")
@@ -82,17 +83,13 @@ def part_with_reference(preferences: str, out: str, settings: PreferencesConfig)
     return part
 
 
-def read_judged(preferences: str) -> list[Judged]:
-    """The candidates with their judgements, by case; a UserError where the folder has pairs alone."""
-    paths = [storage.join(preferences, f"{name}.parquet") for name in ("candidates", "judgements")]
-    if not all(map(storage.exists, paths)):
+def check_judged(preferences: str) -> None:
+    """A UserError where the folder has pairs alone."""
+    if not all(storage.exists(storage.join(preferences, f"{name}.parquet")) for name in ("candidates", "judgements")):
         raise UserError(
             f"{preferences} has no judged candidates to make other pairs of; leave {' and '.join(KEYS)} out of the "
             "space (--set sweep.space.preferences=null)"
         )
-    candidates, judgements = (storage.read_table(path).to_pylist() for path in paths)
-    by_key = {(row["case_id"], row["index"]): Judgement.from_row(row) for row in judgements}
-    return [(Candidate.from_row(row), by_key[row["case_id"], row["index"]]) for row in candidates]
 
 
 def _key(pair: PreferencePair) -> tuple[str, str, str]:

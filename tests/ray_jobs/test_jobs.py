@@ -17,7 +17,7 @@ JOBS = submission.names(ROOT)
 
 def test_there_is_a_job_for_every_step():
     assert {
-        *("ingest", "contrastive", "sft", "preferences", "dpo", "evaluate", "pipeline"),
+        *("ingest", "contrastive", "sft", "preferences", "dpo", "online", "evaluate", "pipeline"),
         *("sweep_tokenizer", "sweep_dpo", "doctor"),
     } == set(JOBS)
 

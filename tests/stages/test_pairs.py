@@ -8,6 +8,7 @@ from mu2llm.records import Candidate, Case, Judgement
 from mu2llm.settings.stages import PreferencesConfig
 from mu2llm.stages.corruption import corrupt
 from mu2llm.stages.pairs import make_pairs, screen
+from mu2llm.stages.rewards import Judged
 
 
 def judged(scores, texts=None):
@@ -15,7 +16,7 @@ def judged(scores, texts=None):
     for index, score in enumerate(scores):
         text = texts[index] if texts else f"report number {index} of this case"
         candidate = Candidate(case_id="a", index=index, text=text, origin="sampled", seed=0)
-        items.append((candidate, Judgement(valid=score is not None, score=score, judge="j")))
+        items.append(Judged(candidate, Judgement(valid=score is not None, score=score, judge="j"), score))
     return items
 
 

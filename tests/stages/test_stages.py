@@ -4,6 +4,7 @@ What is compared is trained in this process (`here`). Ray Train runs are few, as
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -34,9 +35,9 @@ from mu2llm.engine.log_probabilities import sequence_logps
 from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation.probe import probe
 from mu2llm.model import Mu2ForContrastive, build_processor, load, load_contrastive, load_processor
-from mu2llm.records import Checkpoint, Correction
+from mu2llm.records import Checkpoint, Correction, Estimate
 from mu2llm.serving import decoder
-from mu2llm.stages import contrastive, dpo, launch, preferences, sft
+from mu2llm.stages import contrastive, dpo, launch, online, preferences, sft
 from mu2llm.stages.job import new_job
 from mu2llm.stages.texts import TextBank
 
@@ -213,6 +214,22 @@ def test_another_language_model_starts_with_the_vision_and_tokenizer_that_were_t
     assert model.generate(**inputs, vision_features=features, chunk_mask=mask, max_new_tokens=3).shape[0] == 1
     with pytest.raises(UserError, match="both bring a vision"):
         sft.run(shards, str(place / "x"), here(*other), written.uri)
+
+
+def test_a_diagnostic_prior_comes_from_contrast_and_goes_on_to_dpo(vision, shards, place):
+    settings = here("model.tokenizer.prior=3", "dpo.epochs=1")
+    trained = sft.run(shards, str(place / "told"), settings, vision.uri)
+    (model, processor), (seen, _) = load(trained.uri), load_contrastive(vision.uri)
+    assert len(model.config.findings) == 3 and processor.queries == model.config.visual_tokens == 7
+    assert losses(trained)[-1] < losses(trained)[0]
+    for name, value in seen.head.state_dict().items():
+        assert torch.equal(model.model.prior.state_dict()[f"head.{name}"], value)
+    preferences.prefer(trained.uri, shards, str(place / "told-pairs"), settings)
+    aligned = dpo.run(str(place / "told-pairs"), str(place / "told-dpo"), settings)
+    assert load(aligned.uri)[0].config.findings == model.config.findings
+    assert aligned.training.history[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    with pytest.raises(UserError, match=r"model\.tokenizer\.prior is 3 there, 0 here"):
+        sft.run(shards, str(place / "y"), here(), trained.uri)
 
 
 def test_the_checkpoint_folder_holds_the_checkpoint_and_nothing_else(written):
@@ -538,6 +555,34 @@ def test_pairs_are_kept_with_their_judge_and_made_once(pairs, written, shards):
     assert again == found
 
 
+def test_rounds_go_on_from_the_policy_that_the_last_one_made(written, shards, place):
+    told, settings = [], here("dpo.epochs=1", "dpo.warmup=0")
+    result = online.run(written.uri, shards, str(place / "online"), settings, 2, lambda *line: told.append(line[0]))
+    assert [each.round for each in result.rounds] == ([0, 1, 2] if result.stopped is None else [0, 1, 2][: len(told)])
+    first, second = result.rounds[0], result.rounds[1]
+    assert first.checkpoint == written.uri and first.pairs is None and second.pairs > 0
+    for before, after in itertools.pairwise(result.rounds):
+        assert open_checkpoint(after.checkpoint).lineage.parent == before.checkpoint
+        made = preferences.Preferences.open(after.checkpoint.replace("checkpoint", "preferences"))
+        assert made.inputs["preferences.max_length_ratio"] == online.LENGTH_RATIO
+    assert {"round 1: candidates", "round 1: dpo", "round 1: held-out"} <= set(told)
+    told.clear()
+    again = online.run(written.uri, shards, str(place / "online"), settings, 2, lambda *line: told.append(line[0]))
+    assert again == result and not told
+
+
+def test_rounds_end_where_findings_get_worse_and_green_better():
+    def scored(number, f1, green):
+        estimates = {name: Estimate(value=v, low=v, high=v, n=9) for name, v in (("finding_f1", f1), ("green", green))}
+        return online.Round(round=number, checkpoint=f"c{number}", words=70, **estimates)
+
+    assert online.drifted([scored(0, 0.5, 0.5), scored(1, 0.5, 0.6)]) is None
+    assert online.drifted([scored(0, 0.5, 0.5), scored(1, 0.4, 0.4)]) is None
+    assert "round 1: held-out finding F1 fell from 0.500 to 0.400 while GREEN rose" in online.drifted(
+        [scored(0, 0.5, 0.5), scored(1, 0.4, 0.6)]
+    )
+
+
 def test_dpo_prefers_what_was_chosen(pairs, place):
     trained = dpo.run(pairs, str(place / "dpo"), here("dpo.learning_rate=0.001", "dpo.epochs=6"))
     first, last = trained.training.history[0], trained.training.history[-1]
@@ -644,6 +689,33 @@ def scans_of(pairs, shards):
             "model.tokenizer.queries is 4 there, 8 here",
         ),
         (lambda place, shards: experiment("dpo.beta=0"), "dpo.beta"),
+        (
+            lambda place, shards: sft.run(shards, str(place / "x"), experiment("model.tokenizer.prior=3")),
+            "takes its head from a contrastive checkpoint",
+        ),
+        (
+            lambda place, shards: sft.run(
+                shards, str(place / "x"), experiment("model.tokenizer.prior=99"), str(place / "contrastive")
+            ),
+            r"model.tokenizer.prior=99: the training reports have \d+ different findings; set \d+ or fewer",
+        ),
+        (
+            lambda place, shards: sft.run(
+                *(shards, str(place / "x"), experiment("model.tokenizer.prior=3", "sft.freeze_vision=false")),
+                str(place / "contrastive"),
+            ),
+            "reads the vision that it was trained with: set freeze_vision=true",
+        ),
+        (
+            lambda place, shards: online.run(
+                *(str(place / "sft"), shards, str(place / "x"), experiment("preferences.max_cases=0"), 1, print)
+            ),
+            "samples nothing that could be judged",
+        ),
+        (
+            lambda place, shards: online.run(str(place / "sft"), shards, str(place / "x"), experiment(), 0, print),
+            "--rounds 0: give at least 1",
+        ),
         (
             lambda place, shards: sft.run(
                 shards, str(place / "x"), experiment("model.max_text_tokens=60"), str(place / "contrastive")

@@ -11,9 +11,10 @@ from mu2llm.cases.ingest import schema
 from mu2llm.cases.shards import Index, ShardWriter, shard_file, write_index
 from mu2llm.green import load_judge
 from mu2llm.model import build, build_contrastive
-from mu2llm.records import Candidate, Case, Checkpoint, Finding, Lineage
+from mu2llm.records import Candidate, Case, Checkpoint, Finding, Lineage, PreferencePair
 from mu2llm.stages import preferences
 from mu2llm.stages.pairs import make_pairs
+from mu2llm.stages.rewards import rewarded
 
 COUNTS = {"train": 12, "validation": 4, "test": 4}
 PRESET = {
@@ -115,20 +116,21 @@ def publish(uri, given, stage, *parts):
 def pairs(tmp_path_factory, least, shards, written):
     """What `prefer` would have written: four candidates a case, from right to wrong."""
     uri, judge, settings = str(tmp_path_factory.mktemp("pairs")), load_judge(least().judge), least().preferences
-    candidates, judgements, made = [], [], []
+    every, made = [], []
     for each in shards.cases("train"):
         wrong = "There is a large liver mass."
         texts = [each.report, f"{each.report} {wrong}", "Findings: No pleural effusion.", f"Findings: {wrong}"]
         own = [Candidate(case_id=each.id, index=i, text=t, origin="sampled", seed=0) for i, t in enumerate(texts)]
-        judged = judge.judge([(each.report, candidate.text) for candidate in own])
-        candidates += own
-        judgements += judged
-        made += make_pairs(least().evaluation.question, list(zip(own, judged, strict=True)), settings)[0]
-    preferences._write(uri, candidates, judgements, made)
+        judgements = judge.judge([(each.report, candidate.text) for candidate in own])
+        judged = rewarded({"green": 1.0}, each.report, list(zip(own, judgements, strict=True)))
+        every += judged
+        made += make_pairs(least().evaluation.question, judged, settings)[0]
+    preferences.write_judged(uri, every)
+    storage.write_table(f"{uri}/pairs.parquet", PreferencePair.table(made))
     about = preferences.Preferences(
         **{"shards": shards.uri, "data_checksum": shards.checksum, "spec_hash": shards.spec.hash, "split": "train"},
         **{"checkpoint": written, "judge": judge.identity, "identity": "pairs-0", "cases": 12, "pairs": len(made)},
-        **{"candidates": len(candidates), "cases_with_pairs": len(made), "dropped": {}},
+        **{"candidates": len(every), "cases_with_pairs": len(made), "dropped": {}},
         **{"green_best": 1.0, "green_worst": 0.0},
     )
     storage.write_json(storage.join(uri, preferences.Preferences.FILE), about.model_dump(mode="json"))

@@ -48,4 +48,4 @@ def test_pairs_without_judged_candidates_have_no_margin_to_sweep(pairs, tmp_path
     for name in ("pairs.parquet", Preferences.FILE):
         storage.write_bytes(str(tmp_path / name), storage.read_bytes(storage.join(pairs, name)))
     with pytest.raises(UserError, match=r"sweep\.space\.preferences=null"):
-        derived_pairs.read_judged(str(tmp_path))
+        derived_pairs.check_judged(str(tmp_path))
