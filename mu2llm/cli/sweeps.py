@@ -29,7 +29,10 @@ def _sweep_command(kind: Literal["tokenizer", "dpo"], help: str) -> None:
         trials: Annotated[int | None, typer.Option(help="Trials in all, those before a --resume included.")] = None,
         search: Annotated[str | None, typer.Option(help="optuna (TPE), random or grid")] = None,
         objective: Annotated[
-            list[str], typer.Option(help="green, finding_f1, visual_tokens, seconds_per_scan, kl; several: Pareto.")
+            list[str],
+            typer.Option(
+                help="green, finding_f1, grounding_gap, visual_tokens, seconds_per_scan, kl; several: Pareto."
+            ),
         ] = [],  # noqa: B006
         workers_per_trial: Annotated[int | None, typer.Option(help="0: in the trial's own, warm process.")] = None,
         gpus_per_trial: Annotated[float | None, typer.Option(help="May be a fraction.")] = None,

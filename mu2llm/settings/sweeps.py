@@ -9,7 +9,7 @@ from pydantic import Field
 from mu2llm.settings.section import Section
 from mu2llm.settings.stages import StageConfig
 
-Objective = Literal["green", "finding_f1", "visual_tokens", "seconds_per_scan", "kl"]
+Objective = Literal["green", "finding_f1", "grounding_gap", "visual_tokens", "seconds_per_scan", "kl"]
 
 
 class SweepConfig(Section):

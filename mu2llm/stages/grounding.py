@@ -12,22 +12,38 @@ import torch
 from torch import Tensor
 
 from mu2llm import green
-from mu2llm.model import Mu2Processor
+from mu2llm.engine.log_probabilities import answer_logps
+from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor
 from mu2llm.model.head import IGNORED
 from mu2llm.records import Case
+from mu2llm.settings.inference import Precision
+from mu2llm.stages.lengths import shortened
 
 
 @dataclass
 class Gap:
     """Sums over the tokens of sentences that state findings, of cases beside which there was another patient's scan."""
 
+    processor: Mu2Processor
+    question: str
+    precision: Precision
     nats: float = 0.0
     tokens: int = 0
 
-    def add(self, own: Tensor, other: Tensor, stating: Tensor) -> None:
-        """Log-probabilities (R, L) with the own scan and with another's, and which tokens count (R, L)."""
-        self.nats += float(((own - other) * stating).sum())
-        self.tokens += int(stating.sum())
+    def add(
+        self, model: Mu2ForConditionalGeneration, cases: list[Case], features: Tensor, mask: Tensor
+    ) -> tuple[float, int]:
+        """Cases with their features (R, T, n, E) and chunk mask (R, T), each also with the next one's scan → the sum of
+        their reports' log-probabilities in nats, and how many tokens that is of; longer ones than fit are cut."""
+        texts = [shortened(self.processor, self.question, case.report) for case in cases]
+        inputs = self.processor.encode([self.question] * len(cases), texts)
+        labels = inputs.pop("labels")
+        rows, foreign = exchanged(cases)
+        own, other = (answer_logps(model, inputs, labels, features[of], mask[of], self.precision) for of in (..., rows))
+        counted = stating(self.processor, texts, labels) & foreign
+        self.nats += float(((own - other) * counted).sum())
+        self.tokens += int(counted.sum())
+        return float(own.sum()), int((labels[:, 1:] != IGNORED).sum())
 
     @property
     def mean(self) -> float | None:

@@ -28,7 +28,6 @@ from mu2llm.config import Experiment
 from mu2llm.engine.decoder import ContinuousDecoder, Prompt, write
 from mu2llm.engine.features import encode_scans, read_scans
 from mu2llm.engine.loading import place
-from mu2llm.engine.log_probabilities import answer_logps
 from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import UserError
 from mu2llm.model import (
@@ -43,12 +42,11 @@ from mu2llm.model import (
     load_vision,
     merge_lora,
 )
-from mu2llm.model.head import IGNORED
 from mu2llm.model.text_pooling import AlignmentHead
 from mu2llm.progress import Logged
 from mu2llm.records import Checkpoint
 from mu2llm.stages import launch, lengths, placement
-from mu2llm.stages.grounding import Gap, exchanged, stating
+from mu2llm.stages.grounding import Gap
 from mu2llm.stages.held_out import HeldOut
 from mu2llm.stages.job import LOSS, Job, Watch, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
@@ -255,17 +253,12 @@ def measure(job: Job, folder: str, reports: bool) -> dict[str, float]:
     decoder, decoding = ContinuousDecoder(model, processor, precision), Decoding(experiment.evaluation.max_new_tokens)
     shards, question = Shards.open(job.features or job.data), experiment.evaluation.question
     cases = shards.cases("validation")[: settings.cases]
-    total, tokens, gap, written = 0.0, 0, Gap(), []
+    total, tokens, gap, written = 0.0, 0, Gap(processor, question, precision), []
     for start in range(0, len(cases), experiment.sft.batch_size):
         some = cases[start : start + experiment.sft.batch_size]
         features, mask = read_scans(model, shards, "validation", np.arange(start, start + len(some)), precision)
-        texts = [shortened(processor, question, case.report) for case in some]
-        inputs = processor.encode([question] * len(some), texts)
-        labels = inputs.pop("labels")
-        rows, other = exchanged(some)
-        own, others = (answer_logps(model, inputs, labels, features[of], mask[of], precision) for of in (..., rows))
-        total, tokens = total - float(own.sum()), tokens + int((labels[:, 1:] != IGNORED).sum())
-        gap.add(own, others, stating(processor, texts, labels) & other)
+        nats, counted = gap.add(model, some, features, mask)
+        total, tokens = total - nats, tokens + counted
         few = max(0, min(len(some), settings.reports - start)) if reports else 0
         if few:
             prompts = [Prompt(question, case.id, decoding) for case in some[:few]]

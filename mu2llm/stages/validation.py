@@ -29,6 +29,7 @@ from mu2llm.green import load_judge
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor
 from mu2llm.records import Case, Estimate
 from mu2llm.settings.inference import Precision
+from mu2llm.stages.grounding import Gap
 from mu2llm.stages.job import Job
 
 METRICS = ("finding_f1", "green")
@@ -38,8 +39,8 @@ PREFIX = "validation/"
 class Validation(TrainerCallback):
     """Logs `validation/<metric>` (and _low, _high) after the steps that the job's `watch` names; rank 0 does the work.
 
-    Beside the scores: `seconds_per_scan` of writing, `visual_tokens` a scan, and with `watch.kl` the divergence from
-    the parent, `kl`.
+    Beside the scores: `grounding_gap`, `seconds_per_scan` of writing, `visual_tokens` a scan, and with `watch.kl` the
+    divergence from the parent, `kl`.
     """
 
     def __init__(self, job: Job, trainer: Trainer, processor: Mu2Processor, shards: Shards) -> None:
@@ -88,12 +89,14 @@ class Validation(TrainerCallback):
         decoding = Decoding(settings.max_new_tokens, seed=self.job.resolved.seed)
         texts: list[Text] = []
         seconds, divergence, tokens = 0.0, 0.0, 0
+        gap = Gap(self.processor, settings.question, precision)
         for cases, features, mask in self._batches(model, split, wanted):
             prompts = [Prompt(settings.question, case.id, decoding) for case in cases]
             started = time.perf_counter()
             written = [text for (text,) in write(decoder, features, mask, prompts, settings.max_sequences)]
             seconds += time.perf_counter() - started
             texts += written
+            gap.add(model, cases, features, mask)
             if self.watch.kl and self.job.parent:
                 reference = _reference(self.job.parent, precision, model.device.type)
                 batch = self.processor.encode([settings.question] * len(cases), [text.text for text in written])
@@ -106,7 +109,8 @@ class Validation(TrainerCallback):
             "seconds_per_scan": seconds / len(texts),
             "visual_tokens": float(model.config.visual_tokens),
         }
-        return texts, {**numbers, **({"kl": divergence / tokens} if tokens else {})}
+        numbers |= {"kl": divergence / tokens} if tokens else {}
+        return texts, numbers | ({} if gap.mean is None else {"grounding_gap": gap.mean})
 
     def _batches(
         self, model: Mu2ForConditionalGeneration, split: str, wanted: list[Case]

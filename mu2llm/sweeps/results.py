@@ -24,7 +24,7 @@ LEADERBOARD = "leaderboard.parquet"
 TITLES = {
     **METRIC_TITLES,
     **{"finding_f1": "Findings F1", "visual_tokens": "visual tokens", "seconds_per_scan": "s a scan"},
-    "kl": "KL to the reference",
+    **{"kl": "KL to the reference", "grounding_gap": "grounding gap (nats a token)"},
 }
 
 

@@ -31,7 +31,7 @@ from mu2llm.sweeps.space import Domain, Params, Space, apply
 Status = Literal["done", "stopped", "infeasible", "failed"]
 Direction = Literal["minimize", "maximize"]
 DIRECTIONS: dict[str, Literal["min", "max"]] = {
-    **{"green": "max", "finding_f1": "max"},
+    **{"green": "max", "finding_f1": "max", "grounding_gap": "max"},
     **{"visual_tokens": "min", "seconds_per_scan": "min", "kl": "min"},
 }
 OPTUNA: dict[str, Direction] = {name: "maximize" if end == "max" else "minimize" for name, end in DIRECTIONS.items()}

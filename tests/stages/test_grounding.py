@@ -51,16 +51,17 @@ def test_the_gap_is_what_the_own_scan_adds_to_each_token(given):
     model, processor, inputs, labels, features = given
     mask = torch.ones(features.shape[:2]).bool()
     count = stating(processor, REPORTS, labels)
+    cases = [Case(id=str(i), patient=str(i), volume="", report=report) for i, report in enumerate(REPORTS)]
     own = answer_logps(model, inputs, labels, features, mask)
     loss = model(**inputs, labels=labels, vision_features=features, chunk_mask=mask).loss
     assert -float(own.sum()) / int((labels[:, 1:] != -100).sum()) == pytest.approx(float(loss), abs=1e-5)
     other = answer_logps(model, inputs, labels, features.roll(-1, 0), mask)
-    gap = Gap()
-    gap.add(own, own, count)
-    assert gap.mean == 0
-    gap = Gap()
-    for row in range(3):
-        gap.add(own[row], other[row], count[row])
+    gap = Gap(processor, "What is there?", "fp32")
+    assert gap.mean is None
+    nats, tokens = gap.add(model, cases, features, mask)
+    assert nats == pytest.approx(float(own.sum())) and tokens == int((labels[:, 1:] != -100).sum())
     assert gap.mean == pytest.approx(float(own[count].mean() - other[count].mean()), abs=1e-6)
     assert gap.mean != 0
-    assert Gap().mean is None
+    blind = Gap(processor, "What is there?", "fp32")
+    blind.add(model, cases, features[:1].expand_as(features), mask)
+    assert blind.mean == 0
