@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel
 
+from mu2llm.evaluation import consistency
 from mu2llm.evaluation.bootstrap import Bootstrap
+from mu2llm.evaluation.consistency import Consistency
 from mu2llm.evaluation.scoring import Texts, content, judged
 from mu2llm.green import Judge
 from mu2llm.records import Estimate, Judgement
@@ -45,7 +47,8 @@ class Audit(BaseModel):
     `passed` is False for a model that does not look, or writes one template (`reasons` says why), and where its scores
     cannot stand (`shortfalls`): too few cases in a mean, or no better than without a model. `warnings` is what else to
     know. `failed` reports score 0 (empty, cut off, unreadable), on `invalid` ones the judge failed: reason → number.
-    Words are of the reports and of the references: 5th, 50th and 95th percentile.
+    Words are of the reports and of the references: 5th, 50th and 95th percentile; so is how far findings and impression
+    agree (None in audits that are older).
     """
 
     passed: bool
@@ -60,6 +63,8 @@ class Audit(BaseModel):
     laterality: Estimate | None
     words: tuple[float, float, float]
     reference_words: tuple[float, float, float]
+    consistency: Consistency | None = None
+    reference_consistency: Consistency | None = None
     cut_off: float
     failed: dict[str, int] = {}
     invalid: dict[str, int]
@@ -95,6 +100,8 @@ def audit(
     invalid = Counter(judgement.why for judgement in judgements if not judgement.valid)
     failed = Counter(judgement.why for judgement in judgements if judgement.failed)
     short = [*shortfalls, *_uncovered(invalid, len(own))]
+    ids = [case.id for case in own.cases]
+    agrees, agreed = (consistency.consistency(ids, each, bootstrap) for each in (own.candidates, own.references))
     template = times / len(own) > max(TEMPLATE, 2 * _share_of_one(own.references))
     reasons = _reasons(contrasts)
     if template:
@@ -103,7 +110,12 @@ def audit(
         passed=not reasons and not short,
         reasons=reasons,
         shortfalls=short,
-        warnings=[*_warnings(len(own), failed, invalid, finished), *_of_the_table(contrasts), *warnings],
+        warnings=[
+            *_warnings(len(own), failed, invalid, finished),
+            *consistency.told(agrees, agreed),
+            *_of_the_table(contrasts),
+            *warnings,
+        ],
         contrasts=contrasts,
         distinct_reports=len(texts) / len(own),
         most_frequent_report=frequent,
@@ -112,6 +124,8 @@ def audit(
         laterality=bootstrap.estimate(content(own)["laterality"]),
         words=_words(own.candidates),
         reference_words=_words(own.references),
+        consistency=agrees,
+        reference_consistency=agreed,
         cut_off=1 - sum(finished) / len(finished),
         failed=dict(failed),
         invalid=dict(invalid),

@@ -70,7 +70,7 @@ def score(
 def summary(results: Results) -> dict[str, Any]:
     """What `mu2llm score --json` prints."""
     [run] = results.header.checkpoints
-    beside = results.bounds(run)
+    beside, audit = results.bounds(run), results.runs[run].audit
     return {
         "n": results.cases,
         "unmatched": {"missing": [], "doubled": [], "left_over": [], **results.header.unmatched},
@@ -79,10 +79,14 @@ def summary(results: Results) -> dict[str, Any]:
         "metrics": {name: value.model_dump() if value else None for name, value in results.runs[run].metrics.items()},
         **beside,
         "paraphrase": results.paraphrase.model_dump() if results.paraphrase else None,
-        "failed": results.runs[run].audit.failed,
-        "invalid": results.runs[run].audit.invalid,
-        "red_line": results.runs[run].audit.red_line,
-        "warnings": results.runs[run].audit.warnings,
+        "failed": audit.failed,
+        "invalid": audit.invalid,
+        "consistency": {
+            "reports": audit.consistency.model_dump() if audit.consistency else None,
+            "references": audit.reference_consistency.model_dump() if audit.reference_consistency else None,
+        },
+        "red_line": audit.red_line,
+        "warnings": audit.warnings,
         "predictions": results.header.foreign,
         "references": results.header.data,
         "judge": results.judge,

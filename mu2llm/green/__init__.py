@@ -1,5 +1,6 @@
 """GREEN: the score of a report against a reference (METHOD.md §4.1), its judges, and what rules read in a report."""
 
+from mu2llm.green.consistency import agreement, parts
 from mu2llm.green.findings import findings, labels
 from mu2llm.green.identity import decides, rules_identity
 from mu2llm.green.judge import Judge
@@ -14,6 +15,7 @@ from mu2llm.green.sentences import sentences
 __all__ = [
     "LABELS",
     "Judge",
+    "agreement",
     "check_judge",
     "decides",
     "findings",
@@ -23,6 +25,7 @@ __all__ = [
     "load_judge",
     "parse",
     "parse_lines",
+    "parts",
     "reworded",
     "rules_identity",
     "score_lines",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from datetime import UTC, datetime
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from mu2llm import green
 from mu2llm.serving.decoder import References
 from mu2llm.serving.problems import Problem
 from mu2llm.serving.schemas import Report
@@ -28,8 +28,6 @@ OPENAPI: dict[str, Any] = {
     FHIR: {"schema": {"type": "object", "description": "DiagnosticReport, R4B"}},
     DICOM: {"schema": {"type": "string", "format": "binary", "description": "Basic Text SR, laid out as TID 2000"}},
 }
-_IMPRESSION = re.compile(r"\bimpression\s*:\s*", re.IGNORECASE)
-_FINDINGS = re.compile(r"^\s*findings\s*:\s*", re.IGNORECASE)
 MAKER = "mu2llm"
 DEVICE_UID = "2.25.118059911276093527415230415207243207250"  # of this program as an observer, chosen once
 
@@ -73,17 +71,11 @@ def _by_id(report: Report) -> dict[str, str]:
     return {"X-Report-Id": report.id}
 
 
-def sections(report: str) -> tuple[str, str]:
-    """(findings, impression) of a report; the impression is empty where it has none."""
-    parts = _IMPRESSION.split(report, maxsplit=1)
-    return _FINDINGS.sub("", parts[0]).strip(), parts[1].strip() if len(parts) == 2 else ""
-
-
 def diagnostic_report(report: Report) -> str:
     """FHIR R4B: preliminary, without subject: whose scan it is, only the sender knows."""
     from fhir.resources.R4B.diagnosticreport import DiagnosticReport  # a second to import, and rarely needed
 
-    found, impression = sections(report.report)
+    found, impression = green.parts(report.report)
     text = base64.b64encode(report.report.encode()).decode()
     resource = DiagnosticReport.model_validate(
         {
@@ -209,7 +201,7 @@ def _content(report: Report) -> Any:
         container.ContentSequence = ContentSequence([item])
         return container
 
-    found, impression = sections(report.report)
+    found, impression = green.parts(report.report)
     device = DeviceObserverIdentifyingAttributes(DEVICE_UID, MAKER, model_name=report.model.id)
     root = ContainerContentItem(code("18747-6", "LN", "CT Report"), template_id="2000")
     children = [

@@ -132,3 +132,26 @@ def test_words_that_add_nothing_to_a_table_are_said_to_but_get_no_red_line():
     assert any(line.startswith("its wording adds nothing to a table") for line in result.warnings)
     better = run(REFERENCES, shifted(7), variants={"table": texts([NORMAL] * len(CASES))})
     assert not any("table" in line for line in better.warnings)
+
+
+def parted(findings, impression):
+    return f"Findings: {findings} Impression: {impression}"
+
+
+def test_reports_that_contradict_themselves_are_counted_and_named():
+    cases = tuple(case.model_copy(update={"report": parted(case.report, case.report)}) for case in CASES)
+    wrong = [parted("No pneumothorax.", "Left pneumothorax.") if i < 15 else c.report for i, c in enumerate(cases)]
+    result = audit(
+        texts(wrong, cases), {}, RULES.judge(texts(wrong, cases).pairs), [True] * len(cases), RULES, resamples=200
+    )
+    own, reference = result.consistency, result.reference_consistency
+    assert own.contradicted.value == own.unsupported.value == pytest.approx(15 / 60)
+    assert (own.contradicted.n, own.omitted.value, own.whole, reference.contradicted.value) == (60, 0, 0, 0)
+    assert own.examples[0] == "c0: left pneumothorax: the findings deny it"
+    assert any("contradict each other in 25.0% of 60 reports (references: 0.0%)" in line for line in result.warnings)
+
+
+def test_reports_of_one_part_are_not_counted_as_consistent():
+    result = run(REFERENCES, shifted(7))
+    assert result.consistency.contradicted is None and result.consistency.whole == 60
+    assert not any("contradict" in line for line in result.warnings)

@@ -58,11 +58,6 @@ def test_no_format_that_is_accepted(accept):
     assert told.value.status == 406
 
 
-def test_sections_of_a_report():
-    assert formats.sections("Findings: A. B.\nIMPRESSION: C.") == ("A. B.", "C.")
-    assert formats.sections("A nodule.") == ("A nodule.", "")
-
-
 def test_rows_are_taken_in_the_order_of_their_arrival_and_who_leaves_is_not():
     async def go():
         waiting = RequestQueue()
