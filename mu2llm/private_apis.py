@@ -132,3 +132,24 @@ def moments_may_be_missing() -> Iterator[None]:
 def layer_classes(model: Any) -> set[str]:
     """Names of the classes of a transformers model's layers, each of which stays on one device."""
     return {type(module).__name__ for module in model.modules()} & set(model._no_split_modules)
+
+
+def crimson_scorer(model: str) -> Any:
+    """crimson-score's scorer of answers by a model that others serve, without the client that it makes for itself."""
+    from CRIMSON.generate_score import CRIMSONScore
+
+    scorer = CRIMSONScore.__new__(CRIMSONScore)
+    scorer.api, scorer.model_name = "vllm", model  # by its name it knows its own model, which takes a shorter prompt
+    return scorer
+
+
+def crimson_prompt(scorer: Any, reference: str, candidate: str) -> str:
+    """What CRIMSON asks of two reports."""
+    return str(scorer._build_evaluation_prompt(reference, candidate))
+
+
+def crimson_score(scorer: Any, answer: str) -> tuple[Any, float]:
+    """An answer → what it holds, by the package's own mending of broken JSON, and the score; a ValueError where it is
+    no JSON, any LookupError, TypeError or AttributeError where it is another."""
+    found = scorer._parse_json_response(answer)
+    return found, float(scorer._calculate_crimson(found)["crimson_score"])

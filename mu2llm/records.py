@@ -171,7 +171,8 @@ class Judgement(Record):
     """What a judge made of one (reference, candidate) pair: GREEN's counts, or why there are none.
 
     `significant` and `insignificant` count the errors (a)–(f); the `*_sentences` hold, per category, the
-    sentences named. `score` = matched / (matched + Σ significant), 0 where nothing matched, None if invalid.
+    sentences named. `score` is GREEN = matched / (matched + Σ significant), 0 where nothing matched, or what else the
+    judge measures; None if invalid.
     """
 
     valid: bool

@@ -19,6 +19,7 @@ from rich.text import Text
 import mu2llm
 from mu2llm import config, storage, tracking
 from mu2llm.progress import Steps, numbers_text
+from mu2llm.settings.green import NAMES as JUDGES
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=mu2llm.__doc__)
 console = Console(stderr=True, markup=False)
@@ -60,7 +61,6 @@ Data = Annotated[
     str,
     typer.Option("--data", parser=storage.absolute, metavar="URI", help="URI of the shards that `ingest` wrote."),
 ]
-JUDGES = "rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS"
 JudgeName = Annotated[str | None, typer.Option("--judge", help=JUDGES)]
 
 

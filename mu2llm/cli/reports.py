@@ -13,7 +13,6 @@ from rich.console import Console
 from mu2llm import config
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cli.app import (
-    JUDGES,
     Accept,
     Address,
     CheckpointUri,
@@ -37,6 +36,7 @@ from mu2llm.cli.app import (
 )
 from mu2llm.errors import UserError
 from mu2llm.progress import counted
+from mu2llm.settings.green import NAMES as JUDGES
 
 
 @app.command()
@@ -73,6 +73,9 @@ def score(
     train: Annotated[str | None, typer.Option(help="Training reports for the floors; shards have their own.")] = None,
     name: Annotated[str | None, typer.Option(help="How tables call the run; default: the file's name.")] = None,
     bert_score: Annotated[bool, typer.Option("--bert-score", help="BERTScore too, which needs an encoder.")] = False,
+    external: Annotated[
+        list[str], typer.Option(metavar="NAME=COMMAND", help="A metric of another program, by JSON lines; repeatable.")
+    ] = [],  # noqa: B006
     judge: JudgeName = None,
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
@@ -81,8 +84,13 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score anyone's reports: joined by id, with floors, intervals and report.html. No model, no scans."""
+    from mu2llm.evaluation.external import parsed
+
     encoder = [] if bert_score else ["evaluation.text_encoder=none"]
     experiment = load_with_judge(preset, [*encoder, *set_], judge)
+    others = {**experiment.evaluation.external, **parsed(external)}
+    evaluation = experiment.evaluation.model_copy(update={"external": others})
+    experiment = experiment.model_copy(update={"evaluation": evaluation})
     if dry:
         dry_run(experiment, [predictions, references], [out], f"judge {experiment.judge.name}")
     from mu2llm.evaluation.leaderboard import rows, terminal

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
@@ -12,15 +12,16 @@ import pyarrow as pa
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.engine.predictions import Prediction, Variant
-from mu2llm.evaluation import floors, foreign, length, splits, text_metrics
+from mu2llm.errors import UserError
+from mu2llm.evaluation import external, floors, foreign, length, splits, text_metrics
 from mu2llm.evaluation.audits import COVERED, Audit, audit
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic, estimates
 from mu2llm.evaluation.clinical import RATES, Tally, finding_metrics, tally_findings
 from mu2llm.evaluation.floors import CLINICAL, PRIOR, Level
 from mu2llm.evaluation.last_layer import LastLayer
-from mu2llm.evaluation.results import TITLES, Difference, Group, Header, Results, RunResult
+from mu2llm.evaluation.results import JUDGED, TITLES, Difference, Group, Header, Results, RunResult
 from mu2llm.evaluation.scoring import Texts, content, embedded, judge_finished, judged
-from mu2llm.green import Judge, judge_reworded, load_judge
+from mu2llm.green import GREEN, Judge, judge_reworded, load_judge, measures
 from mu2llm.records import Case, Estimate, Judgement
 from mu2llm.settings.green import JudgeConfig
 
@@ -29,17 +30,23 @@ WITHOUT: tuple[Variant, ...] = ("shuffled", "zeroed", "table")
 
 @dataclass(frozen=True)
 class _Run:
-    """One run's own reports on whole scans, their judgements, and their metrics before intervals."""
+    """One run's own reports on whole scans, their judgements, and their metrics before intervals.
+
+    `green` are the same judgements, or those of the rules where the judge measures something else; `external` are the
+    cases for which an external metric gave no number.
+    """
 
     texts: Texts
     finished: list[bool]
     judgements: list[Judgement]
+    green: list[Judgement]
     statistics: dict[str, Statistic]
+    external: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def scores(self) -> list[float | None]:
         """GREEN of each case."""
-        return [judgement.score for judgement in self.judgements]
+        return [judgement.score for judgement in self.green]
 
     @property
     def by_length(self) -> Statistic:
@@ -51,6 +58,8 @@ def assess(
 ) -> tuple[Results, pa.Table]:
     """The results, and the table of judgements (run, case_id and the columns of Judgement)."""
     judge, rules = load_judge(experiment.judge), load_judge(JudgeConfig())
+    if measures(judge) in TITLES.keys() - JUDGED:
+        raise UserError(f"judge {judge.identity} measures {measures(judge)}, which is the name of another metric")
     name = experiment.evaluation.text_encoder
     encoder = None if name == "none" else LastLayer(name)
     known = {case.id: case for case in cases}
@@ -60,14 +69,18 @@ def assess(
         own = _of(predictions, run)
         texts, finished = _texts(own, known), [p.finished for p in own]
         judgements = judge_finished(judge, texts.pairs, finished)
-        statistics = {**content(texts), "green": judged(judgements), **text_metrics.text_metrics(texts.pairs)}
-        runs[run] = _Run(texts, finished, judgements, statistics)
+        green = judgements if measures(judge) == GREEN else judge_finished(rules, texts.pairs, finished)
+        statistics = {**content(texts), GREEN: judged(green), measures(judge): judged(judgements)}
+        runs[run] = _Run(texts, finished, judgements, green, statistics | text_metrics.text_metrics(texts.pairs))
     if encoder:
         for run, statistic in embedded({run: each.texts for run, each in runs.items()}, encoder).items():
             runs[run].statistics["bert_score"] = statistic
     fixed = {floors.NAMES[run]: _texts(own, known) for run in floors.NAMES if (own := _of(predictions, run))}
     beside = header.data if Shards.there(header.data) else ""
-    bounds = floors.bounds(fixed, judge, bootstrap, encoder, beside) if fixed else {}
+    of_green = judge if measures(judge) == GREEN else rules
+    bounds = floors.bounds(fixed, of_green, bootstrap, encoder, beside) if fixed else {}
+    for name, command in experiment.evaluation.external.items():
+        _external(name, command, runs, fixed, bounds, bootstrap)
     metrics = {
         run: {**estimates(each.statistics, bootstrap), "green_length_correlation": bootstrap.estimate(each.by_length)}
         for run, each in runs.items()
@@ -80,6 +93,8 @@ def assess(
         split=splits.named(cases, header.split),
         split_hash=splits.split_hash(cases),
         judge=judge.identity,
+        measures=measures(judge),
+        external=list(experiment.evaluation.external),
         truth=_truth(cases),
         notes={
             "bleu": f"sacrebleu {text_metrics.bleu_signature()}",
@@ -87,6 +102,8 @@ def assess(
             "meteor": f"nltk, {text_metrics.meteor_variant()}",
             "bert_score": encoder.identity if encoder else "not measured",
             "prior": header.prior,
+            **({} if of_green is judge else {GREEN: f"by {rules.identity}, for the judge measures {measures(judge)}"}),
+            **{name: f"by {command}" for name, command in experiment.evaluation.external.items()},
             "intervals": f"95 % percentile bootstrap over patients, {bootstrap.resamples} resamples",
         },
         floors=bounds,
@@ -142,11 +159,42 @@ def _audit(
         own.judgements,
         own.finished,
         rules,
-        shortfalls=[line for line in (clinical, _missing(header, len(known))) if line],
-        warnings=[*([below] if below not in ("", clinical) else []), *foreign.told(header.unmatched)],
+        shortfalls=[line for line in (clinical, _missing(header, len(known)), *_unmeasured(own)) if line],
+        warnings=[
+            *([below] if below not in ("", clinical) else []),
+            *foreign.told(header.unmatched),
+            *external.told(own.external, len(own.texts)),
+        ],
         resamples=bootstrap.resamples,
         seed=bootstrap.seed,
     )
+
+
+def _external(
+    name: str,
+    command: str,
+    runs: Mapping[str, _Run],
+    fixed: Mapping[str, Texts],
+    bounds: dict[str, dict[str, Estimate | None]],
+    bootstrap: Bootstrap,
+) -> None:
+    """Puts an external metric among those of runs, floors and ceiling."""
+    some = next(iter(fixed.values()), None)
+    ceiling = {floors.CEILING: Texts(some.cases, some.references, some.references)} if some else {}
+    beside = {f"{floor} (floor)": texts for floor, texts in {**fixed, **ceiling}.items()}  # a run may be called so too
+    found = external.measured(name, command, {**{run: each.texts for run, each in runs.items()}, **beside})
+    for run, each in runs.items():
+        if name in each.statistics:
+            raise UserError(f"external metric {name}: that is the name of another metric; give another")
+        each.statistics[name], each.external[name] = found.statistics[run], found.missing[run]
+    for floor in (*fixed, *ceiling):
+        bounds[floor][name] = bootstrap.estimate(found.statistics[f"{floor} (floor)"])
+
+
+def _unmeasured(run: _Run) -> list[str]:
+    """What is said where an external metric has no number for too many cases."""
+    short = {name: ids for name, ids in run.external.items() if len(ids) > (1 - COVERED) * len(run.texts)}
+    return external.told(short, len(run.texts))
 
 
 def _missing(header: Header, cases: int) -> str:

@@ -35,7 +35,7 @@ class Row(BaseModel):
 
     `identity` is the digest of the checkpoint's weights then; `foreign` is where reports came from that we did
     not write, `source` names a publication, "" is ours. `floors` is what needs no model, on the same cases, `levels`
-    where the metrics stand between floor and ceiling.
+    where the metrics stand between floor and ceiling; `others` are columns that not all tables have.
     """
 
     run: str
@@ -47,6 +47,7 @@ class Row(BaseModel):
     metrics: dict[str, Estimate | float | None]
     levels: dict[str, Level] = {}
     floors: dict[str, dict[str, Estimate | None]] = {}
+    others: list[str] = []
     red_line: str = ""
     notes: list[str] = []
     checkpoint: str | None = None
@@ -80,6 +81,7 @@ def rows(results: Results, report: str | None = None) -> list[Row]:
             metrics=result.metrics,
             levels=result.levels,
             floors=results.floors,
+            others=results.others,
             red_line=result.audit.red_line,
             notes=[*result.audit.warnings, *([results.judge_warning] if results.judge_warning else [])],
             checkpoint=None if header.foreign else header.checkpoints.get(run),
@@ -179,7 +181,8 @@ def cell(number: Estimate | float | None) -> str:
 
 
 def _columns(table: Sequence[Row]) -> list[str]:
-    return [name for name in SHOWN if any(row.metrics.get(name) is not None for row in table)]
+    shown = dict.fromkeys([*SHOWN[:2], *(name for row in table for name in row.others), *SHOWN])
+    return [name for name in shown if any(row.metrics.get(name) is not None for row in table)]
 
 
 def terminal(table: Sequence[Row]) -> list[Table]:
@@ -198,7 +201,7 @@ def terminal(table: Sequence[Row]) -> list[Table]:
         )
         shown.add_column("run")
         for name in columns:
-            shown.add_column(TITLES[name], justify="right", overflow="fold")
+            shown.add_column(TITLES.get(name, name), justify="right", overflow="fold")
         for row in league.rows:
             numbers = [_wrapping(row.metrics.get(name)) + _share(row.levels.get(name)) for name in columns]
             shown.add_row(escape(row.label), *numbers, style="red" if row.red_line else "dim" if row.source else None)
@@ -214,10 +217,10 @@ def differences(results: Results) -> Table:
     shown = Table(
         "", *names, title="Paired differences, 95 % bootstrap intervals", title_justify="left", box=SIMPLE_HEAD
     )
-    for metric, title in TITLES.items():
+    for metric in dict.fromkeys([*TITLES, *results.others]):
         numbers = [each.metrics.get(metric) for each in results.differences]
         if any(numbers):
-            shown.add_row(title, *(_signed(number) for number in numbers))
+            shown.add_row(TITLES.get(metric, metric), *(_signed(number) for number in numbers))
     return shown
 
 
@@ -247,7 +250,7 @@ def markdown(table: Sequence[Row]) -> str:
     for league in leagues(table):
         columns = _columns(league.rows)
         lines = [f"### {league.title}", "", league.note, ""]
-        lines.append(_line("run", *(TITLES[name] for name in columns)))
+        lines.append(_line("run", *(TITLES.get(name, name) for name in columns)))
         lines.append(_line("---", *("---:" for _ in columns)))
         lines += [_line(row.label, *(cell(row.metrics.get(name)) for name in columns)) for row in league.rows]
         for name, metrics in league.floors.items():

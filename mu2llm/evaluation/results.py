@@ -40,8 +40,11 @@ TITLES = {
     "meteor": "METEOR",
     "bert_score": "BERTScore",
     "laterality": "Laterality agreement",
+    "crimson": "CRIMSON",
 }
 """How metrics are called where people read them, in the order of tables."""
+JUDGED = {"green", "crimson"}
+"""What judges measure."""
 
 
 class Group(BaseModel):
@@ -113,7 +116,8 @@ class Results(BaseModel):
 
     `scored_by` is what decided the scores, as inputs of an identity, `pages` how many cases the report shows. `split`
     is the name of the cases, `split_hash` what other scores of the same cases share, `floors` what needs no model.
-    `paraphrase` is what the judge gives references that say the same in other words.
+    `paraphrase` is what the judge gives references that say the same in other words, `measures` the metric of
+    its scores, `external` are the metrics of other programs.
     """
 
     format_version: int = 1
@@ -124,8 +128,10 @@ class Results(BaseModel):
     split: str = ""
     split_hash: str = ""
     judge: str
+    measures: str = "green"
     truth: str
     notes: dict[str, str]
+    external: list[str] = []
     floors: dict[str, Metrics] = {}
     paraphrase: Estimate | None = None
     runs: dict[str, RunResult]
@@ -154,6 +160,11 @@ class Results(BaseModel):
         told = self.paraphrase.model_dump() if self.paraphrase else None
         by = {"paraphrase": told, "judge": self.judge, "truth": self.truth, "notes": self.notes}
         return {**flat, **of, "cases": self.cases, **self.bounds(run), **by}
+
+    @property
+    def others(self) -> list[str]:
+        """Metrics that not all evaluations have: what the judge measures where that is not GREEN, and external ones."""
+        return [*([] if self.measures == "green" else [self.measures]), *self.external]
 
     @property
     def judge_warning(self) -> str:

@@ -3,7 +3,7 @@
 from mu2llm.green.consistency import agreement, parts
 from mu2llm.green.findings import findings, labels
 from mu2llm.green.identity import decides, rules_identity
-from mu2llm.green.judge import Judge
+from mu2llm.green.judge import GREEN, Judge, measures
 from mu2llm.green.judges import check_judge, load_judge
 from mu2llm.green.lexicon import LABELS
 from mu2llm.green.paraphrase import judge_reworded, reworded
@@ -13,6 +13,7 @@ from mu2llm.green.scoring import label_lines, parse_lines, score_lines, score_pa
 from mu2llm.green.sentences import sentences
 
 __all__ = [
+    "GREEN",
     "LABELS",
     "Judge",
     "agreement",
@@ -23,6 +24,7 @@ __all__ = [
     "label_lines",
     "labels",
     "load_judge",
+    "measures",
     "parse",
     "parse_lines",
     "parts",

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mu2llm import storage
-from mu2llm.green.judge import Judge, Pair
+from mu2llm.green.judge import Judge, Pair, measures
 from mu2llm.records import Judgement
 
 _CHUNK = 128  # pairs that are asked and saved together: what a crash may lose
@@ -33,6 +33,10 @@ class CachedJudge:
     @property
     def identity(self) -> str:
         return self._judge.identity
+
+    @property
+    def measures(self) -> str:
+        return measures(self._judge)
 
     def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
         keys = [self._key(pair) for pair in pairs]

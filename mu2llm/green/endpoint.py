@@ -6,7 +6,9 @@ import os
 import random
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 
@@ -24,7 +26,10 @@ _USERS_MISTAKE = {
 
 
 class EndpointWriter:
-    """A model behind `url`/chat/completions, asked at temperature 0. The key is taken from OPENAI_API_KEY."""
+    """A model behind `url`/chat/completions, asked at temperature 0. The key is taken from OPENAI_API_KEY.
+
+    `request` is what every request has besides; its messages come before the prompt.
+    """
 
     def __init__(
         self,
@@ -34,11 +39,13 @@ class EndpointWriter:
         concurrency: int = 8,
         requests_per_minute: float | None = None,
         first_wait_s: float = 1.0,
+        request: Mapping[str, Any] | None = None,
     ) -> None:
         address = httpx.URL(url)
         if address.scheme not in ("http", "https") or not address.host:
             raise UserError(f"judge openai:{model}@{url}: expected http(s)://HOST[:PORT]/v1")
         self._model, self._url, self._max_new_tokens = model, str(address).rstrip("/"), max_new_tokens
+        self._besides = dict(request or {})
         self._concurrency, self._first_wait_s = concurrency, first_wait_s
         self._pace = _Pace(60 / requests_per_minute if requests_per_minute else 0)
         self._identity = f"openai:{model}@{address.host}, temperature 0, {max_new_tokens} tokens"
@@ -80,8 +87,9 @@ class EndpointWriter:
 
     def _request(self, prompt: str) -> dict[str, object]:
         return {
+            **self._besides,
             "model": self._model,
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": [*self._besides.get("messages", ()), {"role": "user", "content": prompt}],
             "temperature": 0,
             "max_tokens": self._max_new_tokens,
         }

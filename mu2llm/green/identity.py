@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mu2llm import artefacts, storage
+from mu2llm.green.judges import rubric_version
 from mu2llm.settings.green import JudgeConfig
 
 
@@ -20,6 +21,8 @@ def decides(config: JudgeConfig) -> dict[str, Any]:
     if config.name == "rules":
         return {"judge": rules_identity()}
     found = {**artefacts.decides("judge", config), "judge": config.name}
+    if version := rubric_version(config):
+        found["judge.rubric"] = version
     kind, _, name = config.name.partition(":")
     if kind == "hf" and storage.exists(name):
         found["judge.weights"] = artefacts.folder_weights(name).weights

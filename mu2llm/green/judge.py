@@ -12,6 +12,9 @@ from mu2llm.records import Judgement
 Pair = tuple[str, str]
 """(reference, candidate)"""
 
+GREEN = "green"
+"""The metric that a judge measures unless it says otherwise."""
+
 # words that only one of them has, of the languages in which reports reach us
 _FOREIGN = re.compile(
     r"\b(?:der|die|das|und|kein|keine|nicht|mit|ist|le|la|les|des|du|et|pas|sans|est|dans|el|los|las|una|sin|con|del|y|"
@@ -21,7 +24,10 @@ _ENGLISH = re.compile(r"\b(?:the|is|are|was|were|of|and|with|no|not|there|withou
 
 
 class Judge(Protocol):
-    """Scores candidate reports against reference reports as GREEN does (METHOD.md §4.1)."""
+    """Scores candidate reports against reference reports as GREEN does (METHOD.md §4.1).
+
+    One that measures something else names it in an attribute `measures`.
+    """
 
     @property
     def identity(self) -> str:
@@ -31,6 +37,11 @@ class Judge(Protocol):
     def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
         """(reference, candidate) pairs → one judgement each, in their order."""
         ...
+
+
+def measures(judge: Judge) -> str:
+    """The metric under which a judge's scores are told: its attribute `measures`, or GREEN."""
+    return str(getattr(judge, "measures", GREEN))
 
 
 def unreadable(pair: Pair) -> tuple[str, str] | None:

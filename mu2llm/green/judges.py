@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import importlib
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mu2llm import storage
 from mu2llm.errors import UserError
 from mu2llm.green.judge import Judge
-from mu2llm.settings.green import JudgeConfig
+from mu2llm.settings.green import NAMES, JudgeConfig
 
 if TYPE_CHECKING:
     from mu2llm.green.prompt import Prompt
-    from mu2llm.green.prompted import Writer
+    from mu2llm.green.prompted import Rubric, Writer
 
-_LANGUAGE_MODEL = re.compile(r"hf:.+|openai:.+?@\w+://.+")
+_ENDPOINT = r"(?P<model>.+?)@(?P<url>\w+://.+)"
+_WRITER = rf"hf:(?P<local>.+)|openai:{_ENDPOINT}"
+_GREEN = re.compile(_WRITER)
+_CRIMSON = re.compile(f"crimson:{_ENDPOINT}")
+_RUBRIC = re.compile(rf"python:(?P<module>[\w.]+):(?P<name>\w+)@(?:{_WRITER})")
+_JUDGE = re.compile(r"python:(?P<module>[\w.]+):(?P<name>\w+)")
 
 
 def check_judge(config: JudgeConfig) -> None:
-    """A UserError where there is no such judge or prompt; no weights are loaded and no endpoint is asked."""
-    if config.name != "rules" and not config.name.startswith("python:") and not _LANGUAGE_MODEL.fullmatch(config.name):
-        raise _unknown(config)
-    if config.prompt is not None:
-        _prompt(config.prompt)
+    """A UserError where there is no such judge, rubric or prompt; no weights are loaded and no endpoint is asked."""
+    if config.name != "rules" and not _JUDGE.fullmatch(config.name):
+        _rubric(config)
+
+
+def rubric_version(config: JudgeConfig) -> str | None:
+    """Of what is asked and how it is read, where that is not GREEN's; None for every other judge."""
+    other = _CRIMSON.fullmatch(config.name) or _RUBRIC.fullmatch(config.name)
+    return _rubric(config)[0].version if other else None
 
 
 def load_judge(config: JudgeConfig) -> Judge:
@@ -38,41 +47,51 @@ def load_judge(config: JudgeConfig) -> Judge:
     from mu2llm.green.cache import CachedJudge
     from mu2llm.green.prompted import PromptedJudge
 
-    if foreign := re.fullmatch(r"python:([\w.]+):(\w+)", config.name):
-        judge = _foreign(foreign[1], foreign[2], config)
+    judge: Judge
+    if own := _JUDGE.fullmatch(config.name):
+        judge = _imported(own, config)(config)
     else:
-        judge = PromptedJudge(_writer(config), _prompt(config.prompt), config.truncate_words)
+        rubric, model = _rubric(config)
+        judge = PromptedJudge(_writer(model, config), rubric, config.truncate_words)
     return CachedJudge(judge, config.cache) if config.cache else judge
 
 
-def _foreign(module: str, name: str, config: JudgeConfig) -> Judge:
-    """A judge that is no part of this room: a class that is made of the configuration."""
+def _rubric(config: JudgeConfig) -> tuple[Rubric, re.Match[str]]:
+    """What a language model is asked, and which one."""
+    if model := _CRIMSON.fullmatch(config.name):
+        from mu2llm.green.crimson import Crimson
+
+        return Crimson(model["model"]), model
+    if model := _RUBRIC.fullmatch(config.name):
+        return _imported(model, config)(config), model
+    if model := _GREEN.fullmatch(config.name):
+        return _prompt(config.prompt), model
+    raise UserError(f"judge {config.name!r} is not known; give {NAMES}")
+
+
+def _imported(named: re.Match[str], config: JudgeConfig) -> Any:
+    """A class that is no part of this room, to be made of the configuration."""
     try:
-        made: Judge = getattr(importlib.import_module(module), name)(config)
-        return made
+        return getattr(importlib.import_module(named["module"]), named["name"])
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"judge {config.name}: {error}; give python:MODULE:CLASS of one that can be imported"
         ) from error
 
 
-def _writer(config: JudgeConfig) -> Writer:
-    if local := re.fullmatch(r"hf:(.+)", config.name):
+def _writer(model: re.Match[str], config: JudgeConfig) -> Writer:
+    if local := model.groupdict().get("local"):
         from mu2llm.green.local import LocalWriter
 
-        return LocalWriter(local[1], config.batch_size, config.max_new_tokens)
-    if remote := re.fullmatch(r"openai:(.+?)@(\w+://.+)", config.name):
-        from mu2llm.green.endpoint import EndpointWriter
+        return LocalWriter(local, config.batch_size, config.max_new_tokens)
+    from mu2llm.green import crimson
+    from mu2llm.green.endpoint import EndpointWriter
 
-        return EndpointWriter(
-            remote[1], remote[2], config.max_new_tokens, config.concurrency, config.requests_per_minute
-        )
-    raise _unknown(config)
-
-
-def _unknown(config: JudgeConfig) -> UserError:
-    return UserError(
-        f"judge {config.name!r} is not known; give rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS"
+    tokens, request = config.max_new_tokens, None
+    if model.re is _CRIMSON:
+        tokens, request = max(tokens, crimson.MAX_NEW_TOKENS), crimson.REQUEST
+    return EndpointWriter(
+        model["model"], model["url"], tokens, config.concurrency, config.requests_per_minute, request=request
     )
 
 

@@ -84,15 +84,15 @@ _REFUSAL = re.compile(
 )
 
 
-class _Unreadable(Exception):
+class Unreadable(Exception):
     """Why an answer, or a part of it, is no judgement."""
 
 
 def parse(text: str) -> Judgement:
     """A judge's answer → its Judgement; an incomplete or ambiguous one is invalid with the reason in `why`."""
     try:
-        readings = [_read(sections) for sections in _answers(_plain(_spoken(text)))]
-    except _Unreadable as error:
+        readings = [_read(sections) for sections in _answers(_plain(spoken(text)))]
+    except Unreadable as error:
         return Judgement(valid=False, score=None, why=str(error))
     if len({(r.significant, r.insignificant, r.matched) for r in readings}) > 1:
         return Judgement(valid=False, score=None, why="there are several answers and they differ")
@@ -104,7 +104,7 @@ def score(matched: int, significant: tuple[int, ...]) -> float:
     return matched / (matched + sum(significant)) if matched else 0.0
 
 
-def _spoken(text: str) -> str:
+def spoken(text: str) -> str:
     """Without what the judge thought before it answered: a draft in a block of thoughts is no answer.
 
     A block whose beginning stood in the prompt is one too. What comes before an unclosed block is kept.
@@ -119,7 +119,7 @@ def _spoken(text: str) -> str:
             depth = max(0, depth - 1)
         start = mark.end()
     if depth and not "".join(spoken).strip():
-        raise _Unreadable("the answer is cut off within the judge's thoughts; raise judge.max_new_tokens")
+        raise Unreadable("the answer is cut off within the judge's thoughts; raise judge.max_new_tokens")
     return "".join(spoken) + ("" if depth else text[start:])
 
 
@@ -141,7 +141,7 @@ def _plain(text: str) -> str:
 def _answers(text: str) -> list[dict[str, str]]:
     """The complete answers in a text: each a dict of section → body."""
     if not text.strip():
-        raise _Unreadable("the answer is empty")
+        raise Unreadable("the answer is empty")
     first, *turns = _JUDGE_TURN.split(text)
     lacking = set(_SECTIONS)
     for turn in [*turns, first]:
@@ -152,8 +152,8 @@ def _answers(text: str) -> list[dict[str, str]]:
         for group in groups:
             lacking = min(lacking, _SECTIONS.keys() - group.keys(), key=len)
     if len(lacking) == len(_SECTIONS) and (refusal := _REFUSAL.search(text)):
-        raise _Unreadable(f"the judge refused: {_sentence_around(text, refusal.start())}")
-    raise _Unreadable("the answer lacks " + ", ".join(_SECTIONS[name] for name in _SECTIONS if name in lacking))
+        raise Unreadable(f"the judge refused: {_sentence_around(text, refusal.start())}")
+    raise Unreadable("the answer lacks " + ", ".join(_SECTIONS[name] for name in _SECTIONS if name in lacking))
 
 
 def _before_turns(text: str) -> str:
@@ -216,18 +216,18 @@ def _errors(body: str, section: str) -> tuple[tuple[int, int, int, int, int, int
         unsaid = not before.strip() and section == _SECTIONS["insignificant"]  # no score hangs on it
         if unsaid or _is_nothing(before) or re.fullmatch(r"\s*0\s*\.?\s*", before):
             return (0,) * 6, ((),) * 6  # type: ignore[return-value]
-        raise _Unreadable(f"{section}: {'is empty' if not before.strip() else 'neither counts nor “none”'}")
+        raise Unreadable(f"{section}: {'is empty' if not before.strip() else 'neither counts nor “none”'}")
     if _has_stray_count(before):
-        raise _Unreadable(f"{section}: a line is none of (a)–(f)")
+        raise Unreadable(f"{section}: a line is none of (a)–(f)")
     counts: list[int] = [0] * 6
     sentences: list[tuple[str, ...]] = [()] * 6
     seen: dict[int, str] = {}
     for index, item in items:
         if seen.setdefault(index, item.strip()) != item.strip():
-            raise _Unreadable(f"{section}: ({'abcdef'[index]}) is counted twice")
+            raise Unreadable(f"{section}: ({'abcdef'[index]}) is counted twice")
         counts[index], rest = _count(_after_name(item), f"{section} ({'abcdef'[index]})")
         if _SWALLOWED.search(rest):
-            raise _Unreadable(f"{section}: there is another count within ({'abcdef'[index]})")
+            raise Unreadable(f"{section}: there is another count within ({'abcdef'[index]})")
         sentences[index] = _sentences(rest) if counts[index] else ()
     return tuple(counts), tuple(sentences)  # type: ignore[return-value]
 
@@ -269,13 +269,13 @@ def _count(text: str, where: str) -> tuple[int, str]:
         return 0, ""
     number = _NUMBER.match(text, start)
     if not number:
-        raise _Unreadable(f"{where}: " + (f"no whole number in {given!r}" if given else "cut off before its count"))
+        raise Unreadable(f"{where}: " + (f"no whole number in {given!r}" if given else "cut off before its count"))
     count, rest = int(number[1]), text[number.end() :]
     if count > _MAX_COUNT or (count == 1 and re.search(r"^\s*2[.)]\s", rest, re.MULTILINE)):
-        raise _Unreadable(f"{where}: no plausible count in {given!r}")
+        raise Unreadable(f"{where}: no plausible count in {given!r}")
     delimited = number["stop"] is not None or number["unit"] or not rest.lstrip()[:1].islower()
     if not delimited and len(_sentences(rest)) != count:
-        raise _Unreadable(f"{where}: {given!r} may be a count or a sentence")
+        raise Unreadable(f"{where}: {given!r} may be a count or a sentence")
     return count, rest
 
 

@@ -10,6 +10,8 @@ import re
 
 from mu2llm.artefacts import digest
 from mu2llm.errors import UserError
+from mu2llm.green.judge import GREEN
+from mu2llm.green.parser import parse
 from mu2llm.records import ERROR_CATEGORIES, Judgement
 
 _TYPES = "\n".join(f"({letter}) {name}" for letter, name in ERROR_CATEGORIES.items())
@@ -55,7 +57,9 @@ _SLOTS = re.compile(r"(.*)\{reference\}(.*)\{candidate\}(.*)", re.DOTALL)
 
 
 class Prompt:
-    """A template with {reference} and, behind it, {candidate}; `version` changes with its words."""
+    """GREEN's rubric: a template with {reference} and, behind it, {candidate}; `version` changes with its words."""
+
+    measures, by_section = GREEN, True
 
     def __init__(self, template: str = TEMPLATE) -> None:
         slots = _SLOTS.fullmatch(template)
@@ -67,6 +71,9 @@ class Prompt:
     def fill(self, reference: str, candidate: str) -> str:
         before, between, after = self._parts
         return f"{before}{reference}{between}{candidate}{after}"
+
+    def read(self, answer: str) -> Judgement:
+        return parse(answer)
 
 
 def write_answer(judgement: Judgement, explanation: str = "") -> str:

@@ -1,4 +1,4 @@
-"""A judge that asks a language model: prompts, sections, parsing. Which model, is the writer's business."""
+"""A judge that asks a language model. What it asks and reads is the rubric's business, which model the writer's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mu2llm.green.judge import Pair, unjudged
-from mu2llm.green.parser import parse
-from mu2llm.green.prompt import Prompt
 from mu2llm.green.sections import combine, sections, truncated
 from mu2llm.records import Judgement
 
@@ -33,22 +31,44 @@ class Writer(Protocol):
         ...
 
 
-class PromptedJudge:
-    """GREEN by a language model. Reports over 300 words are judged by section, or cut if `truncate_words` says so."""
+class Rubric(Protocol):
+    """What a language model is asked about a pair of reports, and what its answer means.
 
-    def __init__(self, writer: Writer, prompt: Prompt, truncate_words: int | None = None) -> None:
-        self._writer, self._prompt, self._truncate_words = writer, prompt, truncate_words
+    `measures` names the metric of the scores. `by_section`: reports over 300 words are judged in parts, whose counts
+    add up to GREEN's; otherwise as a whole. `version` changes with what is asked or how it is read.
+    """
+
+    measures: str
+    by_section: bool
+    version: str
+
+    def fill(self, reference: str, candidate: str) -> str:
+        """The prompt."""
+        ...
+
+    def read(self, answer: str) -> Judgement:
+        """An answer that is none is an invalid judgement with its reason in `why`."""
+        ...
+
+
+class PromptedJudge:
+    """A rubric asked of a language model. Reports are cut first if `truncate_words` says so."""
+
+    def __init__(self, writer: Writer, rubric: Rubric, truncate_words: int | None = None) -> None:
+        self._writer, self._rubric, self._truncate_words = writer, rubric, truncate_words
+        self.measures = rubric.measures
 
     @property
     def identity(self) -> str:
-        reading = f"cut {self._truncate_words} words" if self._truncate_words else "by section"
-        return f"{self._writer.identity}, prompt {self._prompt.version}, {reading}"
+        whole = "by section" if self._rubric.by_section else "whole reports"
+        reading = f"cut {self._truncate_words} words" if self._truncate_words else whole
+        return f"{self._writer.identity}, prompt {self._rubric.version}, {reading}"
 
     def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
         """One judgement a pair. Equal prompts are asked once."""
         settled = [unjudged(pair, self.identity) for pair in pairs]
         asked = [
-            [] if known else [self._prompt.fill(*part) for part in self._divide(pair)]
+            [] if known else [self._rubric.fill(*part) for part in self._divide(pair)]
             for pair, known in zip(pairs, settled, strict=True)
         ]
         prompts = list(dict.fromkeys(prompt for prompts in asked for prompt in prompts))
@@ -59,9 +79,11 @@ class PromptedJudge:
         ]
 
     def _divide(self, pair: Pair) -> list[Pair]:
-        return [truncated(pair, self._truncate_words)] if self._truncate_words else sections(pair)
+        if self._truncate_words:
+            return [truncated(pair, self._truncate_words)]
+        return sections(pair) if self._rubric.by_section else [pair]
 
     def _read(self, answer: str | Unanswered) -> Judgement:
         if isinstance(answer, Unanswered):
             return Judgement(valid=False, score=None, why=answer.why, judge=self.identity)
-        return parse(answer).model_copy(update={"judge": self.identity})
+        return self._rubric.read(answer).model_copy(update={"judge": self.identity})

@@ -16,5 +16,6 @@ class EvaluationConfig(InferenceConfig):
     paraphrases: int = Field(32, ge=0, description="references that the judge gets in other words, to audit it")
     regions: bool = Field(True, description="also ask the cases' own questions about a region of the body")
     pages: Execution[int] = Field(10, ge=0, description="cases that the report shows with their scans")
+    external: dict[str, str] = Field({}, description="metrics of other programs: name → command")
     question: str = "Write the radiology report of this CT scan."
     text_encoder: str = Field("minilm", description="encoder of BERTScore; none leaves it out")

@@ -6,9 +6,14 @@ from pydantic import Field
 
 from mu2llm.settings.section import Execution, Section
 
+NAMES = (
+    "rules, hf:NAME_OR_PATH, openai:MODEL@URL, crimson:MODEL@URL, python:MODULE:CLASS (a judge) or "
+    "python:MODULE:CLASS@openai:MODEL@URL (a rubric asked of a model; or @hf:NAME)"
+)
+
 
 class JudgeConfig(Section):
-    name: str = Field("rules", description="rules, hf:NAME_OR_PATH, openai:MODEL@URL or python:MODULE:CLASS")
+    name: str = Field("rules", description=NAMES)
     batch_size: Execution[int] = 8
     max_new_tokens: int = 1024
     truncate_words: int | None = Field(None, description="the published cut at 300 words; None judges by section")
