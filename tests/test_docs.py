@@ -15,14 +15,14 @@ from mu2llm.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cluster" / "README.md"]
-FENCE = re.compile(r"^ *```(?:sh)?\n(.*?)^ *```", re.M | re.S)
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
 TABLE = re.compile(r"^\| (\w\S+\.py) \| .* \| (\d+) \|$", re.M)
 
 
 def commands(page: Path) -> list[str]:
     """The `mu2llm` commands of a page's blocks, comments cut off, lines that go on joined."""
     found = []
-    for block in FENCE.findall(page.read_text()):
+    for block in (text for language, text in FENCE.findall(page.read_text()) if language in ("", "sh")):
         for line in block.replace("\\\n", " ").splitlines():
             line = re.sub(r"\s{2,}#.*|\s{3,}\S.*$", "", line.strip()).replace("…", "").replace("...", "")
             line = re.sub(r"^(\w+=\S+ )+", "", line)

@@ -191,6 +191,7 @@ def generate(
     """Scans → reports."""
     from mu2llm.cases import read_manifest
     from mu2llm.engine.scans import ScanPlace, report_scans
+    from mu2llm.model import familiarity
 
     experiment = config.override(open_checkpoint(checkpoint).experiment, set_)
     scans, refused = [ScanPlace(path, series) for path in paths or []], []
@@ -208,7 +209,12 @@ def generate(
         return
     for entry in entries:
         report = entry.get("report")
-        told(entry["path"], entry["message"] if report is None else report, "red" if report is None else None)
+        if report is None:
+            told(entry["path"], entry["message"], "red")
+            continue
+        known = entry.get("familiarity")
+        said = familiarity.told(known["percentile"] if known else None)
+        told(f"{entry['path']}: {said}" if said else entry["path"], report)
 
 
 green_app = typer.Typer(no_args_is_help=True, help="The GREEN score.")

@@ -12,6 +12,7 @@ from mu2llm.engine.features import scan_features
 from mu2llm.engine.loading import load
 from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import Rejection
+from mu2llm.model.familiarity import Familiarity, pooled, unlike
 from mu2llm.progress import Counted
 from mu2llm.settings.evaluation import EvaluationConfig
 
@@ -31,12 +32,15 @@ def report_scans(
     accept: tuple[str, ...] = (),
     progress: Counted | None = None,
 ) -> list[dict[str, Any]]:
-    """One entry a scan, in order: `{path, report, seconds, spec, warnings}` or `{path, rejected, message, spec}`.
+    """One entry a scan, in order: `{path, report, seconds, spec, warnings, familiarity}` or
+    `{path, rejected, message, spec}`. `familiarity` is `{percentile, unlike}` among the training scans' distances
+    (`Familiarity`), None where the checkpoint keeps none.
 
     Scans are prepared by the checkpoint's own spec. One that is no CT by its values (`not_hu`) is rejected
     unless `accept` lists that code. `progress` is told (scans done, scans in all).
     """
     model, processor = load(checkpoint, settings.used_precision, settings.used_device)
+    known = Familiarity.read(checkpoint)
     decoder = ContinuousDecoder(model, processor, settings.used_precision)
     decoding = Decoding(settings.max_new_tokens)
     entries = []
@@ -53,6 +57,8 @@ def report_scans(
             features, mask = scan_features(model, scan, settings.used_precision)
             ((text,),) = write(decoder, features, mask, [Prompt(settings.question, path, decoding)])
             entry |= {"report": text.text, "finished": text.finished, "warnings": list(volume.warnings)}
+            percentile = known.percentiles(pooled(features, mask))[0] if known else None
+            entry["familiarity"] = {"percentile": percentile, "unlike": unlike(percentile)} if known else None
         entries.append({**entry, "seconds": round(time.monotonic() - started, 3)})
         if progress:
             progress(number + 1, len(scans))

@@ -27,6 +27,7 @@ from mu2llm.model.building import (
 )
 from mu2llm.model.configuration import Mu2Config, Mu2ContrastiveConfig, Mu2TokenizerConfig, Mu2VisionConfig
 from mu2llm.model.contrastive import Mu2ForContrastive
+from mu2llm.model.familiarity import Familiarity
 from mu2llm.model.modeling import Mu2ForConditionalGeneration, Mu2Model
 from mu2llm.model.mu2_tokenizer import Mu2Tokenizer, VisualTokens
 from mu2llm.model.processing import VOLUME_TOKEN, Mu2Processor
@@ -42,6 +43,7 @@ AutoProcessor.register(Mu2Config, Mu2Processor)
 
 __all__ = [
     "VOLUME_TOKEN",
+    "Familiarity",
     "Mu2Config",
     "Mu2ContrastiveConfig",
     "Mu2ForConditionalGeneration",

@@ -129,6 +129,7 @@ class RunningBatch:
                 seconds=seconds,
                 checkpoint=loaded.uri,
                 sentences=maps,
+                percentile=loaded.percentile(slot.features, queued.request.scan),
             )
         )
 

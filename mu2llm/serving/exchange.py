@@ -30,7 +30,10 @@ class ReportRequest:
 
 @dataclass(frozen=True)
 class Written:
-    """A report, with what it cost; `sentences` are (text, start, end, nifti in base64) where they were asked for."""
+    """A report, with what it cost; `sentences` are (text, start, end, nifti in base64) where they were asked for.
+
+    `percentile` is how unlike the training scans the scan is, None where the checkpoint keeps no statistics of them.
+    """
 
     text: str
     question: str
@@ -43,6 +46,7 @@ class Written:
     seconds: dict[str, float]
     checkpoint: str
     sentences: list[dict[str, Any]] | None = None
+    percentile: float | None = None
 
 
 @dataclass(frozen=True)

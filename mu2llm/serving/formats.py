@@ -68,7 +68,9 @@ def respond(kind: str, made: Made) -> Response:
 
 
 def _by_id(report: Report) -> dict[str, str]:
-    return {"X-Report-Id": report.id}
+    """Headers of an answer in any format."""
+    unlike = {"X-Unlike-Training-Scans": "true"} if report.familiarity and report.familiarity.unlike else {}
+    return {"X-Report-Id": report.id, **unlike}
 
 
 def diagnostic_report(report: Report) -> str:

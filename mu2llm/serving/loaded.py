@@ -15,6 +15,7 @@ from mu2llm.engine.decoder import ContinuousDecoder, Prompt, write
 from mu2llm.engine.features import scan_features
 from mu2llm.engine.loading import load
 from mu2llm.engine.sampling import Decoding
+from mu2llm.model.familiarity import Familiarity, pooled
 from mu2llm.serving.decoder import Scan
 from mu2llm.serving.exchange import ReportRequest
 from mu2llm.settings.serving import ServingConfig
@@ -39,6 +40,7 @@ class LoadedModel:
         evaluation = checkpoint.experiment.get("evaluation", {})
         self._question = str(evaluation.get("question", "Write the radiology report of this CT scan."))
         self.max_new_tokens = int(evaluation.get("max_new_tokens", 256))
+        self.familiarity = Familiarity.read(uri)
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
     def is_of(self, uri: str) -> bool:
@@ -78,6 +80,11 @@ class LoadedModel:
     def knows(self, key: str) -> bool:
         """Whether a scan's encoding is remembered."""
         return key in self._features
+
+    def percentile(self, features: Tensor, scan: Scan) -> float | None:
+        """How unlike the training scans a scan with these features (T, n, E) is; None where nothing is kept of them."""
+        known = self.familiarity
+        return known.percentiles(pooled(features[None], self.chunk_mask([scan])))[0] if known else None
 
     def chunk_mask(self, scans: Sequence[Scan]) -> Tensor:
         """(R, T)"""

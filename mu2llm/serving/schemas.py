@@ -96,6 +96,13 @@ class Saliency(BaseModel):
     sentences: list[SaliencySentence]
 
 
+class FamiliarityOut(BaseModel):
+    """How unlike the training scans the scan is: the share of them that are nearer to their mean, in percent."""
+
+    percentile: float
+    unlike: bool = Field(description="beyond the 99.5th percentile: do not rely on the report")
+
+
 class Report(BaseModel):
     """A draft for a radiologist's eye. `finished` is False where the length limit cut it off."""
 
@@ -110,6 +117,9 @@ class Report(BaseModel):
     tokens: int
     seconds: dict[str, float] = Field(description="read, queue, encode, write, saliency, total")
     saliency: Saliency | None = None
+    familiarity: FamiliarityOut | None = Field(
+        None, description="null where the checkpoint keeps no statistics of its training scans"
+    )
     disclaimer: str = "Research use only; not a medical device."
 
 

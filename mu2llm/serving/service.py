@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mu2llm.errors import Failure, Rejection
 from mu2llm.green import findings
+from mu2llm.model.familiarity import unlike
 from mu2llm.records import Correction, Judgement, PreprocessSpec
 from mu2llm.serving.admission import Bodies, Body
 from mu2llm.serving.decoder import Reading, References, Scan
@@ -28,6 +29,7 @@ from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.schemas import (
     CorrectionIn,
     CorrectionOut,
+    FamiliarityOut,
     FindingOut,
     GreenAnswer,
     GreenResult,
@@ -425,7 +427,7 @@ def _refused(refusal: Refusal, settings: ServingConfig) -> Problem:
 
 def _report(work: Work, scan: Scan, written: Written) -> Report:
     seconds = {"read": scan.seconds, **written.seconds, "total": time.monotonic() - work.started}
-    said = written.sentences
+    said, far = written.sentences, written.percentile
     return Report(
         id=work.id,
         report=written.text,
@@ -437,5 +439,6 @@ def _report(work: Work, scan: Scan, written: Written) -> Report:
         finished=written.finished,
         tokens=written.tokens,
         seconds={step: round(value, 4) for step, value in seconds.items()},
+        familiarity=None if far is None else FamiliarityOut(percentile=far, unlike=unlike(far)),
         saliency=None if said is None else Saliency(sentences=[SaliencySentence(**each) for each in said]),
     )

@@ -45,6 +45,7 @@ from mu2llm.stages.job import Job, Watch, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
 from mu2llm.stages.preferences import Preferences, content, read_pairs
 from mu2llm.stages.trainer import arguments, train
+from mu2llm.stages.training_scans import carry, remember
 from mu2llm.stages.validation import Validation
 from mu2llm.stages.worker import Batches, Resume
 
@@ -162,8 +163,13 @@ def loop(job: Job, resume: Resume) -> None:
             trainer.add_callback(Validation(job, trainer, processor, shards))
 
         def finish(trained: Any, target: str) -> dict[str, float]:
-            merge_lora(trained).save_pretrained(target)
+            merged = merge_lora(trained)
+            merged.save_pretrained(target)
             processor.save_pretrained(target)
+            if settings.freeze_vision:
+                carry(str(job.parent), target)
+            else:
+                remember(merged, job, shards, target)
             return {}
 
         train(trainer, job, resume, finish, lambda saved: restore(job, saved))

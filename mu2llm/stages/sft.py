@@ -54,6 +54,7 @@ from mu2llm.stages.lengths import shortened
 from mu2llm.stages.steps import SftTrainer, scan_inputs
 from mu2llm.stages.texts import TextBank, most_frequent
 from mu2llm.stages.trainer import arguments, train
+from mu2llm.stages.training_scans import remember
 from mu2llm.stages.validation import PREFIX, Validation, score
 from mu2llm.stages.worker import Batches, Resume
 
@@ -144,7 +145,7 @@ def loop(job: Job, resume: Resume) -> None:
             trainer.add_callback(Validation(job, trainer, processor, shards))
 
         def finish(trained: Any, target: str) -> dict[str, float]:
-            save(trained, processor, target)
+            remember(save(trained, processor, target), job, shards, target)
             return {}
 
         train(trainer, job, resume, finish, lambda saved: restore(job, saved)[0])
@@ -199,12 +200,13 @@ class UnfreezeVision(TrainerCallback):
             self.vision.unfreeze()
 
 
-def save(model: Any, processor: Mu2Processor, folder: str) -> None:
-    """The plain model: LoRA merged, without the head that aligned it."""
+def save(model: Any, processor: Mu2Processor, folder: str) -> Any:
+    """Saves, and gives, the plain model: LoRA merged, without the head that aligned it."""
     merged = merge_lora(model)
     merged.alignment = None
     merged.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return merged
 
 
 def align(model: Any, experiment: Experiment, reports: list[str]) -> TextBank:
@@ -290,7 +292,7 @@ def restore(job: Job, folder: str) -> tuple[Any, Mu2Processor]:
 
 def export(job: Job, folder: str, target: str) -> None:
     """An intermediate checkpoint as the folder that is published."""
-    save(*restore(job, folder), target)
+    remember(save(*restore(job, folder), target), job, Shards.open(job.features or job.data), target)
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,30 @@ def test_generate_prints_brackets_as_they_are(monkeypatch):
     class Opened:
         experiment = config.load("tiny").model_dump(mode="json")
 
-    entry = {"path": "x[/y].nii.gz", "report": "nodule [series 2, image 41]"}
+    entry = {"path": "x[/y].nii.gz", "report": "nodule [series 2, image 41]", "familiarity": None}
     monkeypatch.setattr(reports, "open_checkpoint", lambda uri: Opened)
     monkeypatch.setattr(scans, "report_scans", lambda *_: [entry])
     done = CliRunner().invoke(app, ["generate", "--checkpoint", "c", "x[/y].nii.gz"])
     assert done.exit_code == 0 and entry["path"] in done.stdout and entry["report"] in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("familiarity", "said"),
+    [
+        ({"percentile": 100.0, "unlike": True}, "unlike the training scans (farther than 100 % of them)"),
+        ({"percentile": 40.0, "unlike": False}, ""),
+        (None, "the checkpoint keeps no statistics"),
+    ],
+)
+def test_generate_says_which_scan_is_unlike_the_training_scans(monkeypatch, familiarity, said):
+    class Opened:
+        experiment = config.load("tiny").model_dump(mode="json")
+
+    entry = {"path": "x.nii.gz", "report": "Clear.", "familiarity": familiarity}
+    monkeypatch.setattr(reports, "open_checkpoint", lambda uri: Opened)
+    monkeypatch.setattr(scans, "report_scans", lambda *_: [entry])
+    shown = CliRunner().invoke(app, ["generate", "--checkpoint", "c", "x.nii.gz"]).stdout
+    assert said in " ".join(shown.split()) and ("training scans" in shown or "statistics" in shown) == bool(said)
 
 
 def test_generate_lists_the_rows_of_a_manifest_that_it_cannot_use(monkeypatch, tmp_path):

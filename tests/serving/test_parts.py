@@ -1,7 +1,9 @@
 """The parts that need neither Ray nor HTTP: batches, media types, stored things, the Serve config."""
 
 import asyncio
+import dataclasses
 import io
+import json
 import os
 import threading
 import time
@@ -471,3 +473,25 @@ def test_whoever_asks_for_its_status_finds_a_free_place_at_a_busy_replica():
     for name, at_once in (("ReportGenerator", 64), ("GreenScorer", 32)):
         assert made[name]._deployment_config.max_ongoing_requests > at_once
     assert made["GreenScorer"]._deployment_config.max_queued_requests > 0
+
+
+@pytest.mark.parametrize(
+    ("percentile", "told", "header"),
+    [
+        (99.8, {"percentile": 99.8, "unlike": True}, "true"),
+        (99.5, {"percentile": 99.5, "unlike": False}, None),
+        (None, None, None),
+    ],
+)
+def test_an_answer_says_whether_the_scan_is_unlike_the_training_scans(tmp_path, percentile, told, header):
+    written = dataclasses.replace(WRITTEN, percentile=percentile)
+
+    async def go():
+        service = known(tmp_path, Handle(written))
+        return await service.report(service.begin(Upload((b"",)), ReportOptions()))
+
+    made = asyncio.run(go())
+    for kind in (formats.JSON, formats.TEXT):
+        answer = formats.respond(kind, made)
+        assert answer.headers.get("X-Unlike-Training-Scans") == header
+    assert json.loads(formats.respond(formats.JSON, made).body)["familiarity"] == told

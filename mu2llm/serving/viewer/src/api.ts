@@ -42,6 +42,8 @@ export interface Report {
   finished: boolean;
   seconds: Record<string, number>;
   saliency?: { sentences: SentenceSaliency[] } | null;
+  /** How unlike the training scans this one is; null where the checkpoint keeps nothing of them. */
+  familiarity?: { percentile: number; unlike: boolean } | null;
 }
 
 /** One judgement of GREEN: counts of the error categories a to f, and what the judge named by category. */

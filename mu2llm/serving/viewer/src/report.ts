@@ -32,6 +32,7 @@ export class ReportPane {
     find("findings").replaceChildren();
     find("facts").replaceChildren();
     this.box.setAttribute("aria-busy", "true");
+    this.progress.classList.remove("unlike");
     this.progress.textContent = "The scan is sent and read…";
   }
 
@@ -59,7 +60,10 @@ export class ReportPane {
     this.box.classList.toggle("looked", looked.length > 0);
     this.box.removeAttribute("aria-busy");
     const cutOff = report.finished ? "" : " It was cut off at the length limit.";
-    this.progress.textContent = `Written: ${this.shown.length} sentences.${cutOff}`;
+    const unlike = report.familiarity?.unlike ?? false;
+    const warning = unlike ? `Unlike the training scans: do not rely on this report. ` : "";
+    this.progress.textContent = `${warning}Written: ${this.shown.length} sentences.${cutOff}`;
+    this.progress.classList.toggle("unlike", unlike);
     find("findings").replaceChildren(...report.findings.map(chip));
     showFacts(report.scan, report);
   }
@@ -131,6 +135,9 @@ function showFacts(scan: ScanFacts, report?: Report): void {
   if (report) {
     const { model, spec, seconds } = report;
     facts.push(["Model", [model.id, model.stage, model.checkpoint].filter(Boolean).join(", ")]);
+    const far = report.familiarity;
+    const told = far ? `farther from the training scans than ${far.percentile} % of them` : "not known for this model";
+    facts.push(["Familiarity", told]);
     facts.push(["Preprocessing", `${spec.name} ${spec.hash}`]);
     facts.push(["Seconds", Object.entries(seconds).map(([step, s]) => `${step} ${s.toFixed(2)}`).join(", ")]);
   }

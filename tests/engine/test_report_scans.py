@@ -1,0 +1,41 @@
+"""Reports of scans by themselves, and whether these are like those of the training."""
+
+import shutil
+
+import pytest
+import torch
+
+from mu2llm import model as models
+from mu2llm.ct.phantom.making import make
+from mu2llm.engine.features import scan_features
+from mu2llm.engine.scans import ScanPlace, report_scans
+from mu2llm.model.familiarity import Familiarity, pooled
+from mu2llm.settings.evaluation import EvaluationConfig
+
+SETTINGS = EvaluationConfig(max_new_tokens=4)
+
+
+@pytest.fixture
+def phantom(tmp_path):
+    path = tmp_path / "phantom.nii.gz"
+    path.write_bytes(make(0, 0).nifti())
+    return ScanPlace(str(path))
+
+
+def test_a_scan_among_noise_is_unlike_it_and_among_its_like_it_is_not(checkpoints, phantom, tmp_path):
+    checkpoint = str(shutil.copytree(checkpoints["sft"], tmp_path / "c"))
+    model, processor = models.load(checkpoint, torch.float32)
+    noise = torch.randint(0, 256, (60, *processor.spec.shape), dtype=torch.uint8)
+    rows = {"voxels": noise.numpy(), "chunk_mask": torch.ones(60, processor.spec.chunks, dtype=bool).numpy()}
+    of_noise = pooled(*scan_features(model.eval(), rows))
+    Familiarity.of(of_noise).write(checkpoint)
+    (entry,) = report_scans(checkpoint, [phantom], SETTINGS)
+    assert entry["familiarity"] == {"percentile": 100.0, "unlike": True} and "report" in entry
+    Familiarity.of(of_noise + 50 * torch.randn(of_noise.shape)).write(checkpoint)
+    (entry,) = report_scans(checkpoint, [phantom], SETTINGS)
+    assert not entry["familiarity"]["unlike"]
+
+
+def test_an_older_checkpoint_says_that_it_does_not_know(checkpoints, phantom):
+    (entry,) = report_scans(checkpoints["sft"], [phantom], SETTINGS)
+    assert entry["familiarity"] is None and "report" in entry
