@@ -14,6 +14,7 @@ from mu2llm.errors import UserError
 from mu2llm.evaluation import foreign, leaderboard
 from mu2llm.evaluation.evaluate import compare_saved
 from mu2llm.evaluation.score import score, summary
+from mu2llm.records import Judgement
 
 CASES = [case(i) for i in range(12)]
 REPORTS = {each.id: each.report for each in CASES}
@@ -172,3 +173,28 @@ def test_scores_of_other_cases_are_not_compared_unless_told(references, tmp_path
     both = compare_saved([str(tmp_path / "12"), str(tmp_path / "6")], str(tmp_path / "both"), SETTINGS, common=True)
     assert both.cases == 6 and both.split_hash == part.split_hash
     assert both.difference("6", "12")["green"]["value"] == 0
+
+
+class Half:
+    """A judge that measures something else than GREEN."""
+
+    measures, identity = "half", "half@1"
+
+    def __init__(self, config):
+        pass
+
+    def judge(self, pairs):
+        return [Judgement(valid=True, score=0.5, judge=self.identity) for _ in pairs]
+
+
+def test_what_a_judge_measures_stands_beside_green_under_its_own_name(references, tmp_path):
+    judge = SETTINGS.judge.model_copy(update={"name": "python:test_score:Half"})
+    settings = SETTINGS.model_copy(update={"judge": judge})
+    results = score(as_lines(tmp_path), references, str(tmp_path / "out"), settings)
+    found = summary(results)
+    assert (found["metrics"]["half"]["value"], found["metrics"]["green"]["value"]) == (0.5, 1)
+    assert (found["judge"], results.measures) == ("half@1", "half") and "rules@" in found["notes"]["green"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "half 0.50" in page and "GREEN 0.50" not in page
+    [row] = leaderboard.rows(results)
+    assert "| half |" in leaderboard.markdown([row]) and "half" in leaderboard.html([row])
