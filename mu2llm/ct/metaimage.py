@@ -6,6 +6,8 @@ paths alone, so that a URI or an upload would go through a file, and it decodes 
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 
 from mu2llm.ct import sources, voxels
@@ -47,6 +49,32 @@ def header(stream: sources.Stream, uri: str, accept: frozenset[str]) -> Raster:
         data_file="" if file.upper() == "LOCAL" else file,
         skip=(whole(fields, "HeaderSize", uri, "0") or [0])[0],
     )
+
+
+def encode(hu: np.ndarray, affine: np.ndarray) -> bytes:
+    """HU (x, y, z) int16 with their affine (mm, RAS+) → an .mha, its voxels compressed as ITK does it."""
+    axes = LPS @ affine[:3, :3]
+    spacing = np.linalg.norm(axes, axis=0)
+    voxels = zlib.compress(hu.astype("<i2").tobytes(order="F"), 1)
+    fields = {
+        "ObjectType": "Image",
+        "NDims": 3,
+        "BinaryData": True,
+        "BinaryDataByteOrderMSB": False,
+        "CompressedData": True,
+        "CompressedDataSize": len(voxels),
+        "TransformMatrix": _row((axes / spacing).T),
+        "Offset": _row(LPS @ affine[:3, 3]),
+        "ElementSpacing": _row(spacing),
+        "DimSize": _row(hu.shape),
+        "ElementType": "MET_SHORT",
+        _DATA: "LOCAL",
+    }
+    return "".join(f"{name} = {value}\n" for name, value in fields.items()).encode() + voxels
+
+
+def _row(values: np.ndarray | tuple[int, ...]) -> str:
+    return " ".join(f"{value:.12g}" for value in np.ravel(values))
 
 
 def _check_kind(fields: dict[str, str], uri: str) -> None:
