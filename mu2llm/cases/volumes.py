@@ -12,7 +12,9 @@ import pyarrow.fs as pafs
 
 from mu2llm import storage
 
-SUFFIXES = (".nii.gz", ".nii", ".npy", ".zip", ".dcm")
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".npy", ".zip", ".dcm")
+_DETACHED = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz")}
+"""Headers whose voxels lie beside them, and the suffixes that the writers of these formats give those."""
 
 
 def stem(path: str) -> str:
@@ -101,7 +103,11 @@ class Volumes:
     def facts(self, uri: str) -> Facts | None:
         """Of a volume below the root; of other places nothing is known until they are read."""
         relative = uri.removeprefix(self.root.rstrip("/") + "/")
-        return self.files.get(relative) or self.folders.get(relative)
+        facts = self.files.get(relative) or self.folders.get(relative)
+        name, suffix = os.path.splitext(relative)
+        for data in _DETACHED.get(suffix.lower(), ()):
+            facts = facts and facts.joined(self.files.get(name + data, Facts()))
+        return facts
 
     def unnamed(self) -> list[str]:
         """Scans that no row names; of a folder of DICOM files the folder."""

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import mu2llm
-from mu2llm.cli import cluster, models, reports, scans, serving, stages, sweeps, tracking, whole  # noqa: F401  their commands
+from mu2llm.cli import cluster, exports, models, reports, scans, serving, stages, sweeps, tracking, whole  # noqa: F401  their commands
 from mu2llm.cli.app import app, console, show
 from mu2llm.errors import explain
 

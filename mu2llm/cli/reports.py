@@ -155,16 +155,17 @@ def compare(
 def leaderboard(
     html: Annotated[Path | None, typer.Option(help="Write a page too.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown too.")] = None,
-    paper: Annotated[bool, typer.Option(help="Show the paper's numbers below.")] = True,
+    paper: Annotated[bool, typer.Option(help="Show what the paper and others published below.")] = True,
     as_json: Json = False,
 ) -> None:
     """All evaluations in the tracking store as one table; like is ranked with like."""
     from mu2llm import tracking
     from mu2llm.evaluation import leaderboard as board
+    from mu2llm.evaluation import leaderboard_page as page
 
     ours = board.tracked(tracking.tags("evaluate"))
     table = [*ours, *(board.paper() if paper else [])]
-    for path, text in ((html, board.html), (markdown, board.markdown)):
+    for path, text in ((html, page.html), (markdown, board.markdown)):
         if path:
             path.write_text(text(table), encoding="utf-8")
     if as_json:

@@ -15,7 +15,21 @@ from mu2llm.errors import UserError
 LIMIT_MIB = 50
 FOLDERS = {"tests", "docs", "node_modules", "mu2llm-demo", "build", "dist", "__pycache__"}
 DATA = (
-    *("*.nii", "*.nii.gz", "*.dcm", "*.mha", "*.nrrd", "*.npy", "*.npz", "*.parquet", "*.h5"),
+    *(
+        "*.nii",
+        "*.nii.gz",
+        "*.dcm",
+        "*.mha",
+        "*.mhd",
+        "*.raw",
+        "*.zraw",
+        "*.nrrd",
+        "*.nhdr",
+        "*.npy",
+        "*.npz",
+        "*.parquet",
+        "*.h5",
+    ),
     *("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.db", "*.zip", "*.tar", "*.gz", "*.whl"),
 )
 SECRETS = (

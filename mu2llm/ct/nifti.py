@@ -8,9 +8,8 @@ import nibabel as nib
 import numpy as np
 from nibabel import affines
 
-from mu2llm.ct import sources
-from mu2llm.ct.codes import MAX_BYTES, MAX_VOXELS
-from mu2llm.ct.hounsfield import apply_table, to_hu, to_hu_by_plane
+from mu2llm.ct import sources, voxels
+from mu2llm.ct.codes import MAX_BYTES
 from mu2llm.ct.volume import CTVolume, build
 from mu2llm.errors import Rejection
 
@@ -25,24 +24,12 @@ def read(
     """A decompressed NIfTI stream of at most `most` bytes → CTVolume; the rest as in `mu2llm.ct.read`."""
     header, warnings = _read_header(stream, uri)
     shape, dtype = _layout(header, uri)
-    promised = int(np.prod(shape)) * dtype.itemsize
-    if promised > most:
-        raise Rejection(uri, "truncated", f"the header promises {promised} bytes of voxels; the file cannot hold them")
+    voxels.check_promise(shape, dtype, most, uri)
     affine, geometry_warnings = _affine(header, shape, uri, accept)
-    warnings |= geometry_warnings
-    scalings = [_scaling(header, uri)] * shape[2]
+    scaling = _scaling(header, uri)
     _skip_to_voxels(stream, header, uri)
-    if dtype.itemsize > 2 and rescale is None:  # wide ones take several times the memory of their HU
-        planes = (_read_voxels(stream, (1, *shape[1::-1]), dtype, uri)[0] for _ in range(shape[2]))
-        hu, scaling_warnings = to_hu_by_plane(planes, shape[::-1], scalings)
-        table_warnings: set[str] = set()
-    else:
-        voxels = _read_voxels(stream, shape[::-1], dtype, uri)
-        scalings, table_warnings = apply_table(voxels, scalings, rescale)
-        hu, scaling_warnings = to_hu(voxels, scalings)
-    sources.check_end(stream, uri)
-    warnings |= table_warnings | scaling_warnings
-    return build(hu.transpose(2, 1, 0), affine, uri, warnings, format=sources.NIFTI)
+    hu, voxel_warnings = voxels.read(stream, voxels.Stored(shape, dtype, scaling), uri, rescale)
+    return build(hu, affine, uri, warnings | geometry_warnings | voxel_warnings, format=sources.NIFTI)
 
 
 def _read_header(stream: sources.Stream, uri: str) -> tuple[Header, set[str]]:
@@ -80,15 +67,7 @@ def _layout(header: Header, uri: str) -> tuple[tuple[int, int, int], np.dtype]:
         raise Rejection(uri, "rgb", "colour voxels, not HU")
     if dtype.kind == "c":
         raise Rejection(uri, "complex", f"voxels of {dtype}, not HU")
-    if any(size < 1 for size in shape) or not shape:
-        raise Rejection(uri, "empty", f"no voxels: shape {shape}")
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3:
-        raise Rejection(uri, "not_3d", f"{len(shape)}-D of shape {shape}, expected one 3-D volume")
-    if np.prod(shape, dtype=np.float64) > MAX_VOXELS:
-        raise Rejection(uri, "too_large", f"{'×'.join(map(str, shape))} voxels; a scan has at most {MAX_VOXELS}")
-    return (shape[0], shape[1], shape[2]), dtype
+    return voxels.check_shape(shape, uri), dtype
 
 
 def _scaling(header: Header, uri: str) -> tuple[float, float]:
@@ -141,10 +120,3 @@ def _skip_to_voxels(stream: sources.Stream, header: Header, uri: str) -> None:
         raise Rejection(uri, "corrupt", f"the voxels are said to start at byte {offset}")
     if len(stream.read(gap)) < gap:
         raise Rejection(uri, "truncated", "the file ends before its voxels begin")
-
-
-def _read_voxels(stream: sources.Stream, shape: tuple[int, ...], dtype: np.dtype, uri: str) -> np.ndarray:
-    """The next voxels as (z, y, x), C order, in the machine's byte order."""
-    planes = np.empty(shape, dtype)
-    sources.fill(stream, planes.view(np.uint8).reshape(-1).data, uri)
-    return planes if dtype.isnative else planes.byteswap(inplace=True).view(dtype.newbyteorder())

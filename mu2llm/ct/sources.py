@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import stat
 import zipfile
 import zlib
@@ -26,8 +27,13 @@ from mu2llm.ct.codes import MAX_BYTES, MAX_FILES
 from mu2llm.errors import Rejection
 
 GZIP, ZIP, NIFTI, DICOM, UNKNOWN = "gzip", "zip", "NIfTI", "DICOM", "unknown"
+METAIMAGE, NRRD = "MetaImage", "NRRD"
 GZIP_RATIO = 1032  # deflate packs no better
-_SUFFIXES = {".nii.gz": GZIP, ".gz": GZIP, ".nii": NIFTI, ".dcm": DICOM, ".zip": ZIP}
+_SUFFIXES = {
+    **{".nii.gz": GZIP, ".gz": GZIP, ".nii": NIFTI, ".dcm": DICOM, ".zip": ZIP},
+    **{".mha": METAIMAGE, ".mhd": METAIMAGE, ".nrrd": NRRD, ".nhdr": NRRD},
+}
+_META = re.compile(rb"\s*(?:ObjectType|NDims|Comment)\s*=")  # one of them is a MetaImage's first line
 _SLACK = 2**20  # bytes that may follow the voxels
 _BLOCK = 2**23  # bytes a request to object storage
 _HEAD = 1024
@@ -39,6 +45,8 @@ class Stream(Protocol):
     """What a file is read through."""
 
     def read(self, size: int = -1, /) -> bytes: ...
+
+    def readline(self, size: int = -1, /) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,20 @@ def kind_of(head: bytes) -> str:
         return ZIP
     if head[:4] in (b"\x5c\x01\0\0", b"\0\0\x01\x5c", b"\x1c\x02\0\0", b"\0\0\x02\x1c"):
         return NIFTI
+    if head[:7] == b"NRRD000":
+        return NRRD
+    if _META.match(head):
+        return METAIMAGE
     # without a preamble DICOM starts with an element of group 0002 or 0008, little endian
     if head[128:132] == b"DICM" or (len(head) > 8 and head[0] in (2, 8) and head[1] == 0 and head[3] == 0):
         return DICOM
     return UNKNOWN
+
+
+def suffix_of(head: bytes) -> str:
+    """The suffix that a file of these first bytes is to have; "" where they say nothing."""
+    kind = kind_of(head)
+    return next((suffix for suffix, known in _SUFFIXES.items() if known == kind), "")
 
 
 def check_suffix(uri: str, kind: str) -> None:
@@ -91,7 +109,18 @@ def open_stream(filesystem: pafs.FileSystem, path: str) -> Iterator[io.BufferedR
 
 
 @contextmanager
-def gunzip(stream: io.BufferedReader, uri: str) -> Iterator[igzip.IGzipFile]:
+def open_beside(filesystem: pafs.FileSystem, path: str, uri: str, name: str) -> Iterator[tuple[Stream, int]]:
+    """A file in the folder of `path` and its bytes; Rejection `not_found` where it is not there."""
+    other = f"{path.rpartition('/')[0]}/{name}"
+    found = filesystem.get_file_info(other)
+    if found.type != pafs.FileType.File:
+        raise Rejection(uri, "not_found", f"its voxels are in {name}, which is not beside it")
+    with open_stream(filesystem, other) as stream:
+        yield stream, found.size
+
+
+@contextmanager
+def gunzip(stream: Stream, uri: str) -> Iterator[igzip.IGzipFile]:
     """The decompressed stream; what is wrong with the gzip becomes a Rejection."""
     try:
         with igzip.IGzipFile(fileobj=stream, mode="rb") as inner:
@@ -100,6 +129,30 @@ def gunzip(stream: io.BufferedReader, uri: str) -> Iterator[igzip.IGzipFile]:
         raise Rejection(uri, "truncated", "the gzip stream ends too early") from error
     except (gzip.BadGzipFile, isal_zlib.IsalError, zlib.error) as error:  # type: ignore[misc]  # its stub is wrong
         raise Rejection(uri, "corrupt", f"damaged gzip: {error}") from error
+
+
+class Inflated:
+    """A zlib stream, decompressed as it is read."""
+
+    def __init__(self, stream: Stream, uri: str) -> None:
+        self._stream, self._uri = stream, uri
+        self._zlib = isal_zlib.decompressobj()
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Some of what is left, at most `size` bytes; b"" at the end. Rejection `truncated` or `corrupt`."""
+        try:
+            while not self._zlib.eof:
+                block = self._zlib.unconsumed_tail or self._stream.read(_BLOCK)
+                if found := self._zlib.decompress(block, max(size, 0)):
+                    return found
+                if not block:
+                    raise Rejection(self._uri, "truncated", "the zlib stream ends too early")
+        except isal_zlib.IsalError as error:  # type: ignore[misc]  # its stub is wrong
+            raise Rejection(self._uri, "corrupt", f"damaged zlib stream: {error}") from error
+        return b""
+
+    def readline(self, size: int = -1, /) -> bytes:
+        raise io.UnsupportedOperation("voxels have no lines")
 
 
 def gunzipped_dicom(stream: Stream, packed: int, uri: str) -> bytes:
@@ -210,10 +263,14 @@ def _holds_dicom(head: bytes) -> bool:
         return False
 
 
+def climbs(name: str) -> bool:
+    """Whether a name leads out of its own folder: an absolute one, one with `..`, a drive or a URI."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1])
+
+
 def _check_member(member: zipfile.ZipInfo, uri: str) -> None:
-    path = PurePosixPath(member.filename.replace("\\", "/"))
-    link = stat.S_ISLNK(member.external_attr >> 16)
-    if path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1]) or link:
+    if climbs(member.filename) or stat.S_ISLNK(member.external_attr >> 16):
         raise Rejection(uri, "unsafe_archive", f"member {member.filename!r} points outside the archive")
     if member.flag_bits & 1:
         raise Rejection(uri, "unsafe_archive", f"member {member.filename!r} is encrypted")

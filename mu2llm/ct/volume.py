@@ -23,8 +23,9 @@ class CTVolume:
     `hu` is (x, y, z) in the closest canonical axes (RAS+: x to the patient's right, y to the front, z up),
     int16, or float32 where HU are not whole numbers, never below −1024. `affine` maps voxel (x, y, z) to mm.
     `warnings` are codes of `mu2llm.ct.WARNINGS`. `stored_axes` are the axes of the file, such as "LPS", and
-    `format` is NIfTI or DICOM; `modality` and `series` (its instance UID) are what DICOM says. `others` are the scans
-    in the same place that were not read: the name by which `read` takes them → what tells them apart.
+    `format` is NIfTI, MetaImage, NRRD or DICOM; `modality` and `series` (its instance UID) are what DICOM says.
+    `others` are the scans in the same place that were not read: the name by which `read` takes them → what tells them
+    apart.
     """
 
     hu: np.ndarray

@@ -22,7 +22,7 @@ from mu2llm.records import Case
 
 IDS = (
     *("id", "case_id", "case", "study", "study_id", "volumename", "input_image_name", "image_name", "image", "name"),
-    *("accessionno", "file", "filename"),
+    *("accessionno", "file", "filename", "path"),
 )
 """Columns that name a case, in any case of letters; the first that is there counts."""
 PREDICTED = ("prediction", "candidate", "generated_report", "hypothesis", "generated")
@@ -118,7 +118,7 @@ def _texts(uri: str, rows: Sequence[Mapping[str, Any]], option: str) -> Texts:
         if is_nothing(row.get(name)):
             nameless += 1
             continue
-        identity = _SUFFIX.sub("", name_of(row[name]))
+        identity = _SUFFIX.sub("", name_of(row[name]).rpartition("/")[2] if name == "path" else name_of(row[name]))
         if identity in reports:
             doubled.append(identity)
             continue

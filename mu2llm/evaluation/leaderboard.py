@@ -1,12 +1,12 @@
-"""All evaluations as one table: terminal, Markdown, HTML. Only rows of the same data, split and judge are ranked
-together; the paper's own numbers stand below, with their source."""
+"""All evaluations as one table: terminal and Markdown, and the page's rows. Only rows of the same data, split and judge
+are ranked together; what was published stands below, with its source."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
-from markupsafe import Markup
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
@@ -16,26 +16,36 @@ from mu2llm import tracking
 from mu2llm.evaluation import published
 from mu2llm.evaluation.floors import TITLES as FLOORS
 from mu2llm.evaluation.floors import Level
-from mu2llm.evaluation.pages import environment, source
-from mu2llm.evaluation.results import TITLES, Results
+from mu2llm.evaluation.results import TITLES, Group, Results
 from mu2llm.records import Estimate
 
+logger = logging.getLogger(__name__)
 SHOWN = (
     *("finding_f1", "green", "green_length_correlation", "ce_macro_f1", "crg"),
-    *("bleu_1", "rouge_1", "rouge_l", "meteor", "bert_score"),
+    *("bleu_1", "bleu_mean", "rouge_1", "rouge_l", "meteor", "bert_score"),
 )
 
 
 ROW = "leaderboard_row"
-"""The tag under which a tracked run keeps its row, as JSON."""
+"""The tag under which a tracked run keeps its row, as JSON; what is longer than a tag goes on in `…_1`, `…_2`."""
+TAG = 6000  # characters; MLflow cuts off what is longer than 8000
+
+
+class Named(BaseModel):
+    """The F1 of one finding or label; `n` cases of the truth have it."""
+
+    name: str
+    n: int
+    f1: Estimate | None
 
 
 class Row(BaseModel):
     """One line: numbers (a plain one has no interval) with what they must share to be comparable.
 
     `identity` is the digest of the checkpoint's weights then; `foreign` is where reports came from that we did
-    not write, `source` names a publication, "" is ours. `floors` is what needs no model, on the same cases, `levels`
-    where the metrics stand between floor and ceiling; `others` are columns that not all tables have.
+    not write, `source` names a publication, "" is ours, `why` says why it is not comparable. `floors` is what needs no
+    model, on the same cases or on `floors_of`, `levels` where the metrics stand between floor and ceiling; `others` are
+    columns that not all tables have. `words` are of the reports and of the references: 5th, 50th and 95th percentile.
     """
 
     run: str
@@ -46,8 +56,13 @@ class Row(BaseModel):
     cases: int | None
     metrics: dict[str, Estimate | float | None]
     levels: dict[str, Level] = {}
-    floors: dict[str, dict[str, Estimate | None]] = {}
+    floors: dict[str, dict[str, Estimate | float | None]] = {}
     others: list[str] = []
+    floors_of: str = ""
+    findings: list[Named] = []
+    labels: list[Named] = []
+    words: tuple[float, float, float] | None = None
+    reference_words: tuple[float, float, float] | None = None
     red_line: str = ""
     notes: list[str] = []
     checkpoint: str | None = None
@@ -55,6 +70,8 @@ class Row(BaseModel):
     identity: str = ""
     report: str | None = None
     source: str = ""
+    url: str = ""
+    why: str = ""
 
     @property
     def label(self) -> str:
@@ -80,8 +97,12 @@ def rows(results: Results, report: str | None = None) -> list[Row]:
             cases=results.cases,
             metrics=result.metrics,
             levels=result.levels,
-            floors=results.floors,
             others=results.others,
+            floors={floor: dict(metrics) for floor, metrics in results.floors.items()},
+            findings=_named(result.findings),
+            labels=_named(result.labels),
+            words=result.audit.words,
+            reference_words=result.audit.reference_words,
             red_line=result.audit.red_line,
             notes=[*result.audit.warnings, *([results.judge_warning] if results.judge_warning else [])],
             checkpoint=None if header.foreign else header.checkpoints.get(run),
@@ -93,58 +114,85 @@ def rows(results: Results, report: str | None = None) -> list[Row]:
     ]
 
 
+def _named(groups: Sequence[Group]) -> list[Named]:
+    return [Named(name=each.name, n=each.n, f1=each.metrics.get("f1")) for each in groups]
+
+
 def track(row: Row) -> None:
     """Puts a row into the tracking store, as a run of the stage `evaluate` with its metrics."""
     of = {"data": row.data, "split": row.split, "judge": row.judge}
     what = {"foreign": row.foreign} if row.checkpoint is None else {"checkpoint": row.checkpoint}
-    tags = {**what, ROW: row.model_dump_json(), "commit": tracking.git_commit() or ""}
+    tags = {**what, **_tags(row), "commit": tracking.git_commit() or ""}
     run = tracking.start_stage("evaluate", of, {**of, **tags})
     numbers = {name: value for name, value in row.metrics.items() if isinstance(value, Estimate)}
     run.log({name: number.value for name, number in numbers.items()}, step=0)
     tracking.end_stage(run, {"report": row.report or "", "red_line": row.red_line})
 
 
+def _tags(row: Row) -> dict[str, str]:
+    text = row.model_dump_json()
+    parts = [text[start : start + TAG] for start in range(0, len(text), TAG)]
+    return {f"{ROW}_{number}" if number else ROW: part for number, part in enumerate(parts)}
+
+
+def _untagged(tags: Mapping[str, str]) -> Row | None:
+    """The row in a run's tags; None, and a line in the log, where it is not whole."""
+    names = [ROW, *(f"{ROW}_{number}" for number in range(1, len(tags)))]
+    text = "".join(tags.get(name, "") for name in names)
+    try:
+        return Row.model_validate_json(text)
+    except ValidationError:
+        of = tags.get("checkpoint") or tags.get("foreign")
+        logger.warning("left out: the row of %s is cut off in the tracking store; evaluate it anew with --fresh", of)
+        return None
+
+
 def tracked(tags: Iterable[Mapping[str, str]]) -> list[Row]:
     """The rows in the tags of tracked runs; of a checkpoint evaluated again on the same data, the first given."""
     found: dict[tuple[str, ...], Row] = {}
     for each in tags:
-        if ROW in each:
-            row = Row.model_validate_json(each[ROW])
+        if ROW in each and (row := _untagged(each)):
             found.setdefault((row.checkpoint or row.foreign or row.run, *row.league), row)
     return list(found.values())
 
 
 def paper() -> list[Row]:
-    """The paper's rows, by dataset and table."""
-    found = []
-    for data, models in published.TABLE_1.items():
-        found += [_published(run, data, "table 1", published.COLUMNS, values) for run, values in models.items()]
-    columns = ("bleu_1", *published.COLUMNS)
-    found += [_published(run, "AMOS-MM", "table 2", columns, values) for run, values in published.TABLE_2.items()]
-    return found
-
-
-def _published(run: str, data: str, table: str, columns: Sequence[str], values: Sequence[float | None]) -> Row:
-    return Row(
-        run=run,
-        data=data,
-        split="not published",
-        judge="GREEN, 7B",
-        cases=None,
-        metrics=dict(zip(columns, values, strict=True)),
-        source=f"{published.SOURCE}, {table}",
-    )
+    """What the paper and others published, by source and data."""
+    return [
+        Row(
+            run=run,
+            data=each.data,
+            split=each.split,
+            judge=each.judge,
+            cases=None,
+            metrics=dict(each.metrics(run)),
+            floors={floor: dict(metrics) for floor, metrics in each.floors.items()},
+            floors_of=each.floors_of,
+            source=each.source,
+            url=each.url,
+            why=each.why,
+        )
+        for each in published.publications()
+        for run in each.rows
+    ]
 
 
 class League(BaseModel):
-    """Rows that may be compared, best GREEN first, those with a red line last."""
+    """Rows that may be compared, best GREEN first (without it, the best of their first metric), those with a red line
+    last."""
 
     title: str
     note: str
     rows: list[Row]
 
     @property
-    def floors(self) -> dict[str, dict[str, Estimate | None]]:
+    def columns(self) -> list[str]:
+        """The metrics that any of the rows has."""
+        shown = dict.fromkeys([*SHOWN[:2], *(name for row in self.rows for name in row.others), *SHOWN])
+        return [name for name in shown if any(row.metrics.get(name) is not None for row in self.rows)]
+
+    @property
+    def floors(self) -> dict[str, dict[str, Estimate | float | None]]:
         """What needs no model, on the same cases."""
         known = next((row.floors for row in self.rows if row.floors), {})
         return {name: known[name] for name in FLOORS if name in known}
@@ -157,9 +205,11 @@ def leagues(table: Iterable[Row]) -> list[League]:
         grouped.setdefault(row.league, []).append(row)
     found = []
     for (origin, data, split, split_hash, judge), members in sorted(grouped.items(), key=lambda item: bool(item[0][0])):
-        ranked = sorted(members, key=lambda row: (bool(row.red_line), -_value(row.metrics.get("green"))))
+        by = next((name for name in ("green", *SHOWN) if any(row.metrics.get(name) for row in members)), "green")
+        ranked = sorted(members, key=lambda row: (bool(row.red_line), -_value(row.metrics.get(by))))
         if origin:
-            found.append(League(title=f"{data} ({origin})", note=f"not comparable: {published.WHY}", rows=ranked))
+            of = f"; floors of {members[0].floors_of}" if members[0].floors_of else ""
+            found.append(League(title=f"{data} ({origin})", note=f"not comparable: {members[0].why}{of}", rows=ranked))
         else:
             cases = f"{members[0].cases} cases of " if members[0].cases else ""
             same = f"{split} ({split_hash})" if split_hash else split
@@ -180,16 +230,11 @@ def cell(number: Estimate | float | None) -> str:
     return f"{number:.3f}"
 
 
-def _columns(table: Sequence[Row]) -> list[str]:
-    shown = dict.fromkeys([*SHOWN[:2], *(name for row in table for name in row.others), *SHOWN])
-    return [name for name in shown if any(row.metrics.get(name) is not None for row in table)]
-
-
 def terminal(table: Sequence[Row]) -> list[Table]:
     """One rich table a league."""
     found = []
     for league in leagues(table):
-        columns = _columns(league.rows)
+        columns = league.columns
         caption = Text(league.note, style="dim")
         for row in league.rows:
             if row.red_line:
@@ -248,7 +293,7 @@ def markdown(table: Sequence[Row]) -> str:
     """One table a league."""
     parts = []
     for league in leagues(table):
-        columns = _columns(league.rows)
+        columns = league.columns
         lines = [f"### {league.title}", "", league.note, ""]
         lines.append(_line("run", *(TITLES.get(name, name) for name in columns)))
         lines.append(_line("---", *("---:" for _ in columns)))
@@ -264,18 +309,3 @@ def markdown(table: Sequence[Row]) -> str:
 def _line(*cells: str) -> str:
     escaped = (text.replace("|", "\\|") for text in cells)
     return f"| {' | '.join(escaped)} |"
-
-
-def html(table: Sequence[Row]) -> str:
-    """A page of its own, in the style of the report."""
-    return (
-        environment()
-        .get_template("leaderboard.html")
-        .render(
-            leagues=[(league, _columns(league.rows)) for league in leagues(table)],
-            titles=TITLES,
-            floors=FLOORS,
-            cell=cell,
-            style=Markup(source("page.css")),
-        )
-    )

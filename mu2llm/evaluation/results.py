@@ -34,6 +34,7 @@ TITLES = {
     "bleu_2": "BLEU-2",
     "bleu_3": "BLEU-3",
     "bleu_4": "BLEU-4",
+    "bleu_mean": "BLEU, mean of 1–4",
     "rouge_1": "ROUGE-1",
     "rouge_2": "ROUGE-2",
     "rouge_l": "ROUGE-L",

@@ -13,7 +13,6 @@ from typing import Self
 
 import torch
 from safetensors.torch import load, save
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
 from mu2llm import storage
@@ -80,6 +79,8 @@ def told(percentile: float | None) -> str:
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    from sklearn.covariance import ledoit_wolf  # a second of start-up, for the end of a training
+
     covariance, _ = ledoit_wolf(x.double().numpy())
     return x.mean(0), torch.linalg.inv(torch.from_numpy(covariance)).float()
 

@@ -21,7 +21,7 @@ _PLAIN = """<!doctype html>
 <style>body{font:16px/1.5 sans-serif;max-width:44em;margin:3em auto;padding:0 1em;background:#111;color:#ddd}
 a{color:#8bf}code{background:#222;padding:.1em .3em}</style></head>
 <body><h1>mu2llm</h1>
-<p>Post a CT scan (NIfTI, or a zip of one DICOM series); the answer is a draft of its report as JSON.
+<p>Post a CT scan (NIfTI, .mha, .nrrd, or a zip of one DICOM series); the answer is a draft of its report as JSON.
 Research use only; not a medical device.</p>
 <form action="v1/reports" method="post" enctype="multipart/form-data">
 <p><label>Scan <input type="file" name="scan" required></label></p>

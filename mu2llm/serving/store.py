@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pydantic import BaseModel
 
 from mu2llm import storage
+from mu2llm.ct import sources
 from mu2llm.records import Correction
 from mu2llm.serving.problems import Problem
 from mu2llm.serving.schemas import Job, Report, ReportOptions
@@ -88,7 +89,7 @@ class Store:
             for number, data in enumerate(files):
                 storage.write_bytes(storage.join(uri, f"{number:05d}.dcm"), data)
             return uri
-        uri += _suffix(files[0])
+        uri += sources.suffix_of(files[0][:1024])
         if not storage.exists(uri):
             storage.write_bytes(uri, files[0])
         return uri
@@ -164,12 +165,3 @@ class Store:
     @staticmethod
     def _write(uri: str, value: BaseModel) -> None:
         storage.write_bytes(uri, value.model_dump_json().encode())
-
-
-def _suffix(data: bytes) -> str:
-    """As `mu2llm.ct.read` wants names to end."""
-    if data[:2] == b"\x1f\x8b":
-        return ".nii.gz"
-    if data[:2] == b"PK":
-        return ".zip"
-    return ".dcm" if data[128:132] == b"DICM" else ".nii"

@@ -20,9 +20,9 @@ from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.errors import Failure, UserError
+from mu2llm.evaluation import published
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic
 from mu2llm.evaluation.last_layer import LastLayer
-from mu2llm.evaluation.published import TABLE_2
 from mu2llm.evaluation.scoring import Texts, embedded
 from mu2llm.evaluation.text_metrics import TokenEncoder, text_metrics
 from mu2llm.green import Judge, load_judge
@@ -61,10 +61,7 @@ ALL = {key: value for part in PARTS.values() for key, value in part.items()}
 VARIANTS = {"baseline": BASELINE, **{name: BASELINE | part for name, part in PARTS.items()}, "all": BASELINE | ALL}
 DPO = "all + DPO"
 METRICS = ("finding_f1", "green", "bleu_1", "rouge_1", "meteor", "bert_score")
-PUBLISHED: dict[str, dict[str, float | None]] = {
-    name: dict(zip(("bleu_1", "rouge_1", "meteor", "bert_score", "green"), row, strict=True))
-    for name, row in zip([*VARIANTS, DPO], TABLE_2.values(), strict=True)
-}
+PUBLISHED = dict(zip([*VARIANTS, DPO], published.ablation(), strict=True))
 """The paper's row of each variant."""
 NOTE = (
     "Our baseline attends over the tokens, as the paper describes. That of the published code attends over the batch "

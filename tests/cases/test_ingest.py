@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import small_scans as scans
-from ct_scans import slices, to_bytes
+from ct_scans import metaimage, nifti, nrrd, slices, to_bytes
 
 from mu2llm import cases, ct, storage
 from mu2llm.cases.ingest import group_table, plan, write_shard
@@ -196,6 +196,21 @@ def test_series_that_share_a_folder_are_told_apart(tmp_path):
     assert (rejected["case_id"], rejected["reason"]) == ("c", "no_series")
 
 
+def test_every_format_of_a_scan_gives_the_same_row(tmp_path):
+    body = scans.body(0)
+    files = {"a.nii.gz": nifti(body), "b.mha": metaimage(body), "c.nrrd": nrrd(body), "d.nrrd": nrrd(body)[:-9]}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    scans.write_manifest(tmp_path / "manifest.jsonl", [{"id": n[0], "volume": n, "report": "r"} for n in files])
+    experiment = scans.experiment(split={"train": 1, "validation": 0, "test": 0})
+    ((path, group),) = plan(read(tmp_path, experiment), experiment.data).items()
+    write_shard(group_table(path, group), str(tmp_path / "out"), experiment.data.spec, ())
+    written = {row["id"]: row["voxels"] for row in pq.read_table(tmp_path / "out" / path).to_pylist()}
+    assert set(written) == {"a", "b", "c"} and written["a"] == written["b"] == written["c"]
+    (rejected,) = read_summary(str(tmp_path / "out" / path))["rejected"]
+    assert (rejected["case_id"], rejected["reason"]) == ("d", "truncated")
+
+
 def test_storage_that_fails_is_a_failure_not_a_rejection(source, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "BACK_OFF_S", 0.0001)
     out = str(tmp_path / "out")
@@ -258,9 +273,12 @@ def test_what_was_replaced_is_planned_anew_and_nothing_else(tmp_path):
             for path, group in plan(read(tmp_path, experiment), experiment.data).items()
         }
 
+    (tmp_path / "volumes" / "two.mhd").write_bytes(metaimage(scans.body(2), ElementDataFile="two.raw"))
+    (tmp_path / "volumes" / "two.raw").write_bytes(bytes(100))
+    rows[2]["volume"] = "volumes/two.mhd"
+    scans.write_manifest(tmp_path / "manifest.jsonl", rows)
     before = planned()
-    assert planned() == before
-    for name, replaced in (("case-000", "case-000.nii.gz"), ("case-001", "series/IM1")):
+    for name, replaced in (("case-000", "case-000.nii.gz"), ("case-001", "series/IM1"), ("case-002", "two.raw")):
         path = tmp_path / "volumes" / replaced
         data = bytearray(path.read_bytes())
         data[-1] ^= 1

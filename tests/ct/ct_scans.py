@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import zipfile
+import zlib
 from typing import Any
 
 import nibabel as nib
@@ -52,6 +53,59 @@ def nifti(
     voxels = stored.astype(stored.dtype.newbyteorder(">" if big_endian else "<")).tobytes(order="F")
     data = header.binaryblock + b"\0" * (int(header.single_vox_offset) - len(header.binaryblock)) + voxels
     return gzip.compress(data, 1) if compress else data
+
+
+META_TYPES = {"i1": "CHAR", "u1": "UCHAR", "i2": "SHORT", "i4": "INT", "f4": "FLOAT", "f8": "DOUBLE"}
+NRRD_TYPES = {"i1": "int8", "u1": "uchar", "i2": "short", "i4": "int", "f4": "float", "f8": "double"}
+LPS = np.diag([-1.0, -1, 1, 1])
+
+
+def numbers(values: Any) -> str:
+    return " ".join(f"{value:.10g}" for value in np.ravel(values))
+
+
+def metaimage(stored: np.ndarray, affine: np.ndarray = AFFINE, compress: bool = False, **fields: str | None) -> bytes:
+    """An .mha of stored values (x, y, z); `fields` are written into its header as they are, None leaves one out."""
+    axes = (LPS @ affine)[:3, :3]
+    spacing = np.linalg.norm(axes, axis=0)
+    voxels = stored.tobytes(order="F")
+    said: dict[str, str | None] = {
+        "ObjectType": "Image",
+        "NDims": str(stored.ndim),
+        "BinaryData": "True",
+        "BinaryDataByteOrderMSB": "False",
+        "CompressedData": str(compress),
+        "TransformMatrix": numbers((axes / spacing).T),
+        "Offset": numbers((LPS @ affine)[:3, 3]),
+        "ElementSpacing": numbers(spacing),
+        "DimSize": " ".join(map(str, stored.shape)),
+        "ElementType": f"MET_{META_TYPES[stored.dtype.str[1:]]}",
+        "ElementDataFile": "LOCAL",
+    }
+    said = {**said, **fields}
+    said["ElementDataFile"] = said.pop("ElementDataFile")  # the last one, where it is
+    head = "".join(f"{name} = {value}\n" for name, value in said.items() if value is not None)
+    return head.encode() + (zlib.compress(voxels) if compress else voxels)
+
+
+def nrrd(stored: np.ndarray, affine: np.ndarray = AFFINE, compress: bool = False, **fields: str | None) -> bytes:
+    """An .nrrd of stored values (x, y, z); `fields` (`_` for a space) as for `metaimage`."""
+    turned = LPS @ affine
+    vectors = [f"({','.join(f'{value:.10g}' for value in column[:3])})" for column in turned.T]
+    voxels = stored.tobytes(order="F")
+    said: dict[str, str | None] = {
+        "type": NRRD_TYPES[stored.dtype.str[1:]],
+        "dimension": str(stored.ndim),
+        "space": "left-posterior-superior",
+        "sizes": " ".join(map(str, stored.shape)),
+        "space directions": " ".join(vectors[:3]),
+        "space origin": vectors[3],
+        "endian": "little",
+        "encoding": "gzip" if compress else "raw",
+    }
+    said |= {name.replace("_", " "): value for name, value in fields.items()}
+    lines = "".join(f"{name}: {value}\n" for name, value in said.items() if value is not None)
+    return f"NRRD0004\n# made by a test\n{lines}\n".encode() + (gzip.compress(voxels, 1) if compress else voxels)
 
 
 def slices(

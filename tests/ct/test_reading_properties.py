@@ -10,14 +10,12 @@ import numpy as np
 import pydicom
 import pytest
 from ct_scans import AFFINE, chest, nifti, slices, to_bytes, zipped
-from hypothesis import HealthCheck, given, settings
+from hostile import FEW, MANY, edits, is_read_or_rejected, mutated
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mu2llm.ct import REASONS, WARNINGS, Rejection, read
-
-FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-MANY = settings(FEW, max_examples=250)
+from mu2llm.ct import read
 
 shapes = st.tuples(*[st.integers(2, 7)] * 3)
 orientations = st.tuples(st.permutations(range(3)), st.tuples(*[st.sampled_from([1, -1])] * 3))
@@ -85,21 +83,6 @@ def test_dicom_round_trips(data, shape, spacing, orientation, scaling, seed):
     np.testing.assert_allclose(volume.affine @ [0, 0, 0, 1], [0, 0, 0, 1], atol=0.01)
 
 
-def is_read_or_rejected(source: bytes | list[bytes]) -> None:
-    rejection = None
-    try:
-        volume = read(source)
-    except Rejection as error:
-        rejection = error
-    if rejection is not None:
-        assert rejection.reason in REASONS
-        assert rejection.args[2]
-        return
-    assert set(volume.warnings) <= set(WARNINGS)
-    assert volume.hu.min() >= -1024
-    assert np.isfinite(volume.hu).all() and np.isfinite(volume.affine).all()
-
-
 PLAIN = nifti(chest((6, 5, 4)), compress=False)
 GZIPPED = nifti(chest((6, 5, 4)))
 SLICES = [to_bytes(each) for each in slices(chest((6, 5, 4)))]
@@ -114,25 +97,6 @@ def compressed_slices() -> list[bytes]:
 
 
 RLE = compressed_slices()
-edits = st.lists(
-    st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from(["set", "cut", "insert"]), st.binary(max_size=8)),
-    min_size=1,
-    max_size=4,
-)
-
-
-def mutated(data: bytes, changes: list[tuple[float, str, bytes]], head: bool) -> bytes:
-    """Bytes set, cut or inserted, anywhere or within the header."""
-    changed = bytearray(data)
-    for place, action, new in changes:
-        at = int(place * (min(len(changed), 420) if head else len(changed)))
-        if action == "set":
-            changed[at : at + len(new)] = new
-        elif action == "insert":
-            changed[at:at] = new
-        else:
-            del changed[at : at + len(new) if len(new) >= 4 else None]
-    return bytes(changed)
 
 
 @MANY

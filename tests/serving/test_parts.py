@@ -118,6 +118,8 @@ def test_uploads_are_kept_by_choice_only(tmp_path):
     assert Store(str(tmp_path / "s"), None, 1).keep_scan([b"x"]) is None
     uri = Store(str(tmp_path / "s"), str(tmp_path / "kept"), 1).keep_scan([b"\x1f\x8bscan"])
     assert uri.endswith(".nii.gz") and Path(uri).read_bytes() == b"\x1f\x8bscan"
+    for data, suffix in ((b"NRRD0004\n", ".nrrd"), (b"ObjectType = Image\n", ".mha"), (b"PK\x03\x04", ".zip")):
+        assert str(Store(str(tmp_path / "s"), str(tmp_path / "kept"), 1).keep_scan([data])).endswith(suffix)
 
 
 @pytest.mark.parametrize("preset", ["demo", "paper"])

@@ -11,8 +11,11 @@ import numpy as np
 import openai
 import pydicom
 import pytest
+from ct_scans import metaimage, nrrd
 from small_service import GUARD_S, PATIENT, PATIENT_ID, STUDY, wait_for
 from small_writer import FIRST, QUESTION
+
+from mu2llm import ct
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +76,16 @@ def test_a_scan_is_named_by_its_uri(client, phantom, places):
             assert FIRST.startswith(answer.json()["report"]) and not answer.json()["finished"]
     missing = client.post("/v1/reports", json={"uri": f"file://{places}/allowed/none.nii.gz"})
     assert (missing.status_code, missing.json()["code"]) == (404, "not_found")
+
+
+def test_other_formats_of_a_scan_are_the_same_scan(client, phantom):
+    volume = ct.read(phantom)
+    expected = post(client, phantom).json()["scan"]["sha256"]
+    for name, make in (("scan.mha", metaimage), ("scan.nrrd", nrrd)):
+        answer = post(client, make(volume.hu, volume.affine, compress=True), name=name)
+        assert (answer.status_code, answer.json()["scan"]["sha256"]) == (200, expected)
+    climbing = post(client, metaimage(volume.hu, ElementDataFile="../scan.raw"), name="scan.mhd")
+    assert (climbing.status_code, climbing.json()["code"]) == (422, "unsafe_archive")
 
 
 def test_a_region_is_asked_for(client, phantom):

@@ -9,7 +9,7 @@ import { find, make } from "./dom";
 import { EditPane } from "./edit";
 import { bindKeys } from "./keys";
 import { ReportPane } from "./report";
-import { asNifti, onDrop } from "./scan";
+import { asVolume, onDrop } from "./scan";
 import { Tabs } from "./tabs";
 import { View } from "./view";
 
@@ -63,7 +63,7 @@ async function showPicture(files: File[]): Promise<void> {
   note("reading the scan…");
   try {
     if (!view) throw new Error("this browser has no WebGL 2");
-    const volume = await view.load(await asNifti(files));
+    const volume = await view.load(await asVolume(files));
     if (scan !== files) return;
     view.show(volume, controls.window);
     canvas.setAttribute("aria-label", "CT scan: axial, coronal, sagittal and 3-D");

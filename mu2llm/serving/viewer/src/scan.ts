@@ -1,4 +1,4 @@
-/** What a user dropped → files to send and, where this page can read them, one NIfTI to show. */
+/** What a user dropped → files to send and, where this page can read them, one volume to show. */
 
 import { unzip, type Unzipped } from "fflate";
 
@@ -39,15 +39,21 @@ async function filesOf(entry: FileSystemEntry): Promise<File[]> {
   }
 }
 
-/** The scan as NIfTI, converted from DICOM in this page where it must be. */
-export async function asNifti(scan: File[]): Promise<File> {
+/** The scan as NIfTI, MetaImage or NRRD, converted from DICOM in this page where it must be. */
+export async function asVolume(scan: File[]): Promise<File> {
   const [first] = scan;
   if (!first || scan.length > 1) return convert(scan);
   const start = new Uint8Array(await first.slice(0, 132).arrayBuffer());
   if (start[0] === 0x50 && start[1] === 0x4b) return convert(await unpacked(first));
   if (String.fromCharCode(...start.subarray(128, 132)) === "DICM") return convert(scan);
-  const packed = start[0] === 0x1f && start[1] === 0x8b;
-  return new File(scan, `scan.nii${packed ? ".gz" : ""}`); // NiiVue chooses its reader by the name
+  return new File(scan, `scan.${suffix(start)}`); // NiiVue chooses its reader by the name
+}
+
+function suffix(start: Uint8Array): string {
+  const text = String.fromCharCode(...start);
+  if (text.startsWith("NRRD")) return "nrrd";
+  if (/^\s*(ObjectType|NDims|Comment)\s*=/.test(text)) return "mha";
+  return start[0] === 0x1f && start[1] === 0x8b ? "nii.gz" : "nii";
 }
 
 async function unpacked(scan: File): Promise<File[]> {

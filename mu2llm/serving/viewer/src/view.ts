@@ -108,10 +108,10 @@ export class View {
     this.nv.drawScene();
   }
 
-  /** A NIfTI file as it can be shown; an Error says why it cannot. */
-  async load(nifti: File): Promise<NVImage> {
+  /** A file as it can be shown; an Error says why it cannot. */
+  async load(scan: File): Promise<NVImage> {
     const [low, high] = range(WINDOWS.soft);
-    return NVImage.loadFromFile({ file: nifti, name: nifti.name, cal_min: low, cal_max: high });
+    return NVImage.loadFromFile({ file: scan, name: scan.name, cal_min: low, cal_max: high });
   }
 
   show(volume: NVImage, window: WindowName): void {
