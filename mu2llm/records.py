@@ -136,8 +136,8 @@ class PreprocessSpec(Record):
     fit: Literal["isotropic", "stretch", "reference", "torchio", "monai", "tiles"] = Field(
         "isotropic",
         description="how the cropped body meets the grid: one scale for all axes and centred padding, each axis "
-        "stretched to the grid, or the published way (METHOD.md §2.1); or at its own scale, cut or padded in the middle "
-        "as TorchIO and MONAI do it, or cut to whole tiles",
+        "stretched to the grid, or the published way (METHOD.md §2.1); or at its own scale, cut or padded in the "
+        "middle as TorchIO and MONAI do it, or cut to whole tiles",
     )
     grid: tuple[int, int, int] = Field(description="voxels (z, y, x) after resizing; z = chunks × slices a chunk")
     chunks: int = Field(ge=1)
@@ -153,7 +153,9 @@ class PreprocessSpec(Record):
         if self.tiles is None and self.grid[0] % self.chunks:
             raise ValueError(f"spec {self.name}: {self.grid[0]} slices do not divide into {self.chunks} chunks")
         if math.prod(self.tiling) != self.chunks or any(n % by for n, by in zip(self.grid, self.tiling, strict=True)):
-            raise ValueError(f"spec {self.name}: a grid of {self.grid} in tiles {self.tiles} are not {self.chunks} chunks")
+            raise ValueError(
+                f"spec {self.name}: a grid of {self.grid} in tiles {self.tiles} are not {self.chunks} chunks"
+            )
         if {frozenset("RL"), frozenset("AP"), frozenset("SI")} != {_axis(letter) for letter in self.axes}:
             raise ValueError(f"spec {self.name}: axes {self.axes} do not name each axis of the body once, such as SAR")
         if self.fit in PLAIN_FITS and (self.windows is None or self.orientation != "RAS"):
@@ -351,6 +353,7 @@ class Lineage(BaseModel):
     inputs: dict[str, Any] = Field({}, description="all that decides what the stage would produce, by dotted key")
     weights: str = Field("", description="digest of the checkpoint's own safetensors (`artefacts.Weights`)")
     vision: str = Field("", description="digest of its vision tower: what cached features are known by")
+    tower: str = Field("", description="name and licence of an open vision tower that it is built on")
 
 
 class Training(BaseModel):

@@ -248,8 +248,8 @@ def _whole(folder: Path, uri: str) -> Path:
 
 
 def load_vision(model: Mu2ForConditionalGeneration | Mu2ForContrastive, uri: str) -> None:
-    """The vision encoder from a checkpoint of ours, of any stage, or from its tower's published weights by path, s3:// or
-    hub name.
+    """The vision encoder from a checkpoint of ours, of any stage, or from its tower's published weights: by path, s3://
+    or hub name.
 
     Raises UserError where something is missing, left over, or of another shape.
     """
@@ -265,7 +265,8 @@ def load_vision(model: Mu2ForConditionalGeneration | Mu2ForContrastive, uri: str
     report = published.differences(target, weights_)
     if report["missing"] or report["unused"]:
         first = (report["missing"] or report["unused"])[0]
-        hint = "; without its projector it is sizes={projection: 0}" if first.startswith("tower.projector") else ""
+        text_space = first.startswith(("tower.projector", "tower.pooler"))
+        hint = "; without its projector it is model.vision.sizes={projection: 0}" if text_space else ""
         raise UserError(f"{uri}: its vision encoder does not fit this model's settings, such as {first}{hint}")
     target.load_state_dict(weights_)
 

@@ -109,8 +109,8 @@ def load(module: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def vision_weights(weights: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
-    """M3D-CLIP's `pretrained_ViT.bin`, or its whole CLIP, for a vision encoder; its one channel is shared out where ours
-    has several."""
+    """M3D-CLIP's `pretrained_ViT.bin`, or its whole CLIP, for a vision encoder; its one channel is shared out where
+    ours has several."""
     plain = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     clip = {name.removeprefix(_CLIP): tensor for name, tensor in plain.items() if name.startswith(_CLIP)}
     renamed = rename(clip or plain, VISION, encoder)

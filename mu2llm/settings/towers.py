@@ -156,14 +156,11 @@ _SPECTRE_WIDTHS = {"spectre-small": 768, "spectre-base": 1536, "spectre-large": 
 
 def tower_spec(tower: str, own: str | None = None, sizes: Mapping[str, Any] | None = None) -> TowerSpec:
     """The tower of a name at the `sizes` given, or the class `own` names; a UserError says what is wrong."""
-    if tower == "own":
-        spec = tower_class(own).spec
-    else:
-        spec = TOWERS[tower]
+    spec = tower_class(own).spec if tower == "own" else TOWERS[tower]
     unknown = sorted(set(sizes or {}) - set(spec.sizes))
     if unknown:
         raise UserError(
-            f"model.vision.sizes: {unknown[0]} is not a size of tower {tower}; there are {', '.join(spec.sizes) or 'none'}"
+            f"model.vision.sizes: {unknown[0]} is no size of tower {tower}; there are {', '.join(spec.sizes) or 'none'}"
         )
     if not sizes:
         return spec
@@ -195,5 +192,7 @@ def tower_class(own: str | None) -> Any:
     except (ImportError, AttributeError) as error:
         raise UserError(f"model.vision.own {own}: {error}; give python:MODULE:CLASS that can be imported") from error
     if not isinstance(getattr(found, "spec", None), TowerSpec):
-        raise UserError(f"model.vision.own {own}: {named[2]} has no TowerSpec as `spec`, which says what it takes and gives")
+        raise UserError(
+            f"model.vision.own {own}: {named[2]} has no TowerSpec as `spec`, which says what it takes and gives"
+        )
     return found

@@ -23,7 +23,10 @@ STOPPED_FILE = "stopped.json"  # in the state: why a worker gave up, which a ret
 FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, until the driver publishes it
 
 
-_OF_OLDER_CHECKPOINTS = {"model.tokenizer": {"gate": "mean", "width": None, "output_scale": "none"}}
+_OF_OLDER_CHECKPOINTS = {
+    "model.vision": {"tower": "m3d", "own": None, "sizes": {}},
+    "model.tokenizer": {"gate": "mean", "width": None, "output_scale": "none"},
+}
 """What settings were before they could be set: checkpoints without them have these."""
 
 
@@ -212,6 +215,12 @@ def _different(name: str, theirs: Any, ours: Any) -> list[str]:
         keys = [key for key in ours if key in theirs and key != "weights"]
         return [each for key in keys for each in _different(f"{name}.{key}", theirs[key], ours[key])]
     return [] if theirs == ours else [f"{name} is {theirs} there, {ours} here"]
+
+
+def tower_of(experiment: Experiment) -> str:
+    """An open tower's name and the licence of its weights, as the lineage keeps them; "" of m3d."""
+    vision = experiment.model.vision
+    return "" if vision.tower == "m3d" else f"{vision.spec.name} ({vision.spec.licence or 'licence not stated'})"
 
 
 def finished(job: Job) -> Checkpoint | None:

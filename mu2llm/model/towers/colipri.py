@@ -112,7 +112,9 @@ class Colipri(nn.Module):
         sizes = spec.sizes
         width, heads, projection = sizes["width"], sizes["heads"], sizes["projection"]
         if width % heads or width // heads % 6:
-            raise ValueError(f"tower colipri turns three axes: {width} numbers in {heads} heads must be a multiple of 6")
+            raise ValueError(
+                f"tower colipri turns three axes: {width} numbers in {heads} heads must be a multiple of 6"
+            )
         if any(size % sizes["patch"] for size in chunk):
             raise ValueError(f"tower colipri: patches of {sizes['patch']} do not divide a chunk of {chunk}")
         self.scale = spec.scale

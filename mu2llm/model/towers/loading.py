@@ -1,4 +1,4 @@
-"""Published weights of a tower → those of its module: tensors only, and every name of the tower's part accounted for."""
+"""Published weights of a tower → those of its module: tensors only, every name of the tower's part accounted for."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _LAYOUTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "spectre": (("backbone.", "", "model."),),
     "own": (("", "", "tower."),),
 }
-"""How a published file tells its layout, the first that fits: a beginning that some name has, what all names of the tower
-begin with there, and what stands in its place here."""
+"""How a published file tells its layout, the first that fits: a beginning that some name has, what all names of the
+tower begin with there, and what stands in its place here."""
 _WITHOUT_EFFECT = {"colipri": re.compile(r"^backbone\.(mask_token$|up_projection\.)")}
 """What the published encoder carries along and does not read."""
 

@@ -47,5 +47,7 @@ def _filled(mask: Tensor, tiles: tuple[int, ...]) -> tuple[int, ...]:
     held = mask.view(tiles)
     grid = tuple(int(held.movedim(axis, 0).flatten(1).any(1).sum()) for axis in range(3))
     if math.prod(grid) != int(mask.sum()):
-        raise UserError(f"tower spectre: {int(mask.sum())} crops of a scan are no block of {grid}; prepare it by its spec")
+        raise UserError(
+            f"tower spectre: {int(mask.sum())} crops of a scan are no block of {grid}; prepare it by its spec"
+        )
     return grid
