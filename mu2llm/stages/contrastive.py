@@ -18,17 +18,16 @@ import torch
 from scipy.sparse import csr_array
 from transformers import TrainingArguments
 
-from mu2llm import storage, weights
-from mu2llm.artefacts import Identity, publish
+from mu2llm import weights
 from mu2llm.cases import Shards, Stream
 from mu2llm.config import Experiment
 from mu2llm.engine.features import encode_scans, scan_features
 from mu2llm.model import Mu2ForContrastive, build_contrastive, save_text_encoder
 from mu2llm.model.contrastive import fit_temperature
 from mu2llm.progress import Logged
-from mu2llm.records import Checkpoint, Lineage
-from mu2llm.stages import launch, placement
-from mu2llm.stages.job import Job, finished, new_job, tower_of
+from mu2llm.records import Checkpoint
+from mu2llm.stages import launch, placement, tower
+from mu2llm.stages.job import Job, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
 from mu2llm.stages.steps import ContrastiveTrainer, scan_inputs
 from mu2llm.stages.texts import Positives, TextBank, TextTokens
@@ -57,7 +56,7 @@ def run(
     if experiment.contrastive.freeze_vision:
         placement.check(job)
         shards = Shards.open(job.data)
-        start = job.parent or tower(job, shards)
+        start = job.parent or tower.checkpoint(job, shards)
         features = encode_scans(start, shards, job.settings.inference(), scan_by_scan(progress))
         job = job.model_copy(update={"features": features.uri})
     return launch.run(job, loop, progress)
@@ -66,24 +65,6 @@ def run(
 def job_of(data: str, out: str, experiment: Experiment, init: str | None = None, **more: Any) -> Job:
     """What `run` does, as plain values; a UserError where its inputs do not fit together."""
     return new_job("contrastive", Shards.open(data), out, experiment, init, **more)
-
-
-def tower(job: Job, shards: Shards) -> str:
-    """The vision that is frozen, as a checkpoint beside the shards: what its features were made by. Made unless it is
-    there; known by tower, weights, spec and, as what is not loaded is random, the seed."""
-    experiment = job.resolved
-    vision = {key: value for key, value in job.identity.inputs.items() if key.startswith("model.vision.")}
-    digest = Identity.of({**vision, "spec": job.spec_hash, "seed": experiment.seed}).digest
-    uri = storage.join(shards.uri, "features", f"tower-{digest}")
-    if not storage.exists(storage.join(uri, Checkpoint.FILE)):
-        model = build_contrastive(experiment.model, shards.spec, experiment.contrastive, 1, None, experiment.seed)
-        lineage = Lineage(
-            stage="contrastive", spec_hash=job.spec_hash, seed=experiment.seed, tower=tower_of(experiment)
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            publish(Checkpoint(uri=uri, experiment=job.experiment, lineage=lineage), folder)
-    return uri
 
 
 def loop(job: Job, resume: Resume) -> None:

@@ -217,12 +217,6 @@ def _different(name: str, theirs: Any, ours: Any) -> list[str]:
     return [] if theirs == ours else [f"{name} is {theirs} there, {ours} here"]
 
 
-def tower_of(experiment: Experiment) -> str:
-    """An open tower's name and the licence of its weights, as the lineage keeps them; "" of m3d."""
-    vision = experiment.model.vision
-    return "" if vision.tower == "m3d" else f"{vision.spec.name} ({vision.spec.licence or 'licence not stated'})"
-
-
 def finished(job: Job) -> Checkpoint | None:
     """The checkpoint at `out` if this very job made it and is not to start over; a UserError if another one did."""
     if job.fresh or not storage.exists(storage.join(job.out, Checkpoint.FILE)):

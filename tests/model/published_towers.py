@@ -2,7 +2,8 @@
 
 `python published_towers.py NAME FOLDER` writes the weights as their packages save them, and features.safetensors with
 `volume`, of 0…1, and `features`; of each NIfTI in the folder what the package's own transform makes of it. In a process
-of its own: the packages bring torchvision, whose operators are not built for every torch, and they are not installed beside the rest.
+of its own: the packages bring torchvision, whose operators are not built for every torch, and they are not installed
+beside the rest.
 """
 
 import sys
