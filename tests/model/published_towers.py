@@ -85,7 +85,7 @@ def merlin(folder):
     x = volume(1, 1, 64, 96, 32)
     with torch.no_grad():
         maps = published(x)[2][-1]
-    return {"features": maps.flatten(2).transpose(1, 2).contiguous(), "ours": _ours("merlin", folder, x[:, None])[:, 0]}
+    return {"features": maps.flatten(2).transpose(1, 2).contiguous(), "ours": _ours("merlin", folder / "model.pt", x[:, None])[:, 0]}
 
 
 def spectre(folder):
@@ -93,17 +93,19 @@ def spectre(folder):
     from spectre import SpectreImageFeatureExtractor
 
     model = scattered(SpectreImageFeatureExtractor.from_pretrained("spectre-small", pretrained=False))
-    torch.save(model.backbone.state_dict(), folder / "spectre_backbone.pt")
-    torch.save(model.feature_combiner.state_dict(), folder / "spectre_combiner.pt")
+    parts = folder / "parts"
+    parts.mkdir()
+    torch.save(model.backbone.state_dict(), parts / "spectre_backbone.pt")
+    torch.save(model.feature_combiner.state_dict(), parts / "spectre_combiner.pt")
     x, mask = volume(2, 4, 1, 128, 128, 64), torch.tensor([[True, True, False, False], [True, False, True, False]])
     with torch.no_grad():
         tokens = [model(x[0, mask[0]], grid_size=(1, 1, 2)), model(x[1, mask[1]], grid_size=(1, 2, 1))]
     features = torch.stack([torch.cat([each[1:], each[:1].expand(2, -1)], dim=-1) for each in tokens])
-    ours = _ours("spectre", folder, x, mask, tiles=(1, 2, 2), sizes={"preset": "spectre-small"})
+    ours = _ours("spectre", parts, x, mask, tiles=(1, 2, 2), sizes={"preset": "spectre-small"})
     return {"features": features, "ours": torch.stack([ours[row, mask[row], 0] for row in range(2)])}
 
 
-def _ours(name, folder, x, mask=None, tiles=None, sizes=None):
+def _ours(name, path, x, mask=None, tiles=None, sizes=None):
     from mu2llm.model.configuration import Mu2VisionConfig
     from mu2llm.model.towers import loading
     from mu2llm.model.vision import VisionEncoder
@@ -115,7 +117,7 @@ def _ours(name, folder, x, mask=None, tiles=None, sizes=None):
         **{"hidden_size": spec.width, "patch_size": spec.stride, "class_token": False, "pooling": 1},
     )
     encoder = VisionEncoder(config).eval()
-    encoder.load_state_dict(loading.find(name, folder).tensors)  # none missing, none left over
+    encoder.load_state_dict(loading.find(name, path).tensors)  # none missing, none left over
     with torch.no_grad():
         return encoder(x, mask)
 
