@@ -23,7 +23,7 @@ STOPPED_FILE = "stopped.json"  # in the state: why a worker gave up, which a ret
 FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, until the driver publishes it
 
 
-_OF_OLDER_CHECKPOINTS = {
+_OF_OLDER_CHECKPOINTS: dict[str, dict[str, Any]] = {
     "model.vision": {"tower": "m3d", "own": None, "sizes": {}},
     "model.tokenizer": {"gate": "mean", "width": None, "output_scale": "none"},
 }

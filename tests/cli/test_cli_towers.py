@@ -42,7 +42,10 @@ def weights(tmp_path):
     backbone = {n.removeprefix("image_encoder.backbone."): t for n, t in tensors.items() if ".backbone." in n}
     save_file(backbone, tmp_path / "backbone.safetensors")
     tensors.pop("image_encoder.backbone.eva.norm.bias")
-    save_file({**tensors, "image_encoder.more": tensors["image_encoder.projector.bias"].clone()}, tmp_path / "part.safetensors")
+    save_file(
+        {**tensors, "image_encoder.more": tensors["image_encoder.projector.bias"].clone()},
+        tmp_path / "part.safetensors",
+    )
     return tmp_path
 
 

@@ -85,7 +85,10 @@ def merlin(folder):
     x = volume(1, 1, 64, 96, 32)
     with torch.no_grad():
         maps = published(x)[2][-1]
-    return {"features": maps.flatten(2).transpose(1, 2).contiguous(), "ours": _ours("merlin", folder / "model.pt", x[:, None])[:, 0]}
+    return {
+        "features": maps.flatten(2).transpose(1, 2).contiguous(),
+        "ours": _ours("merlin", folder / "model.pt", x[:, None])[:, 0],
+    }
 
 
 def spectre(folder):
