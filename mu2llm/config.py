@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from mu2llm.errors import UserError
+from mu2llm.records import PreprocessSpec
 from mu2llm.settings.data import DataConfig
 from mu2llm.settings.evaluation import EvaluationConfig
 from mu2llm.settings.green import JudgeConfig
@@ -22,6 +23,7 @@ from mu2llm.settings.section import Section, merged
 from mu2llm.settings.serving import ServingConfig
 from mu2llm.settings.stages import ContrastiveConfig, DpoConfig, PreferencesConfig, SftConfig
 from mu2llm.settings.sweeps import SweepConfig
+from mu2llm.settings.towers import FIXED, TOWERS, tower_spec
 
 
 class Experiment(Section):
@@ -40,6 +42,31 @@ class Experiment(Section):
     sweep: SweepConfig = SweepConfig()
     serving: ServingConfig = ServingConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spec_of_the_tower(cls, values: Any) -> Any:
+        """A tower of another name than m3d brings its spec, in which `data.spec` of that name may change sizes."""
+        vision = _within(values, "model", "vision")
+        if vision.get("tower", "m3d") not in (*TOWERS, "own") or vision.get("tower", "m3d") == "m3d":
+            return values
+        tower = tower_spec(vision["tower"], vision.get("own"), vision.get("sizes"))
+        given = _within(values, "data", "spec")
+        spec = merged(tower.preprocess(), given) if given.get("name") == tower.name else tower.preprocess()
+        return {**values, "data": {**values.get("data", {}), "spec": spec}}
+
+    @model_validator(mode="after")
+    def _as_the_tower_takes_it(self) -> Self:
+        if self.model.vision.tower == "m3d":
+            return self
+        tower, spec = PreprocessSpec(**self.model.vision.spec.preprocess()), self.data.spec
+        for field in FIXED:
+            if getattr(tower, field) != getattr(spec, field):
+                raise ValueError(
+                    f"tower {tower.name} takes {field} {getattr(tower, field)}, data.spec has {getattr(spec, field)}: "
+                    "unset it, or describe another tower as `own`"
+                )
+        return self
+
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
         _, _, *chunk = self.data.spec.shape
@@ -49,6 +76,13 @@ class Experiment(Section):
                 "of data.spec (slices, height, width)"
             )
         return self
+
+
+def _within(values: Any, *keys: str) -> dict[str, Any]:
+    """What lies below keys of plain values; nothing where it is not plain."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
 
 
 def presets() -> list[str]:

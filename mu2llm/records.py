@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any, ClassVar, Literal, Self
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 Side = Literal["left", "right", "bilateral"]
 Split = Literal["train", "validation", "test"]
@@ -108,37 +109,69 @@ class Case(Record):
     )
 
 
+PLAIN_FITS = ("torchio", "monai", "tiles")
+"""Fits that keep a scan's scale, or bring it to `spacing_mm`: linear, in HU, without averaging."""
+
+
 class PreprocessSpec(Record):
     """How a scan in HU becomes the model's input: (chunks T, channels C, slices K, H, W).
 
-    Saved in the shards and in the checkpoint, and enforced by `hash` at inference. Sizes are (z, y, x).
-    Exactly one of `windows` (HU ranges, one channel each) and `percentiles` (the reference's 0.5–99.5
+    Saved in the shards and in the checkpoint, and enforced by `hash` at inference. Sizes are (z, y, x), or in the order
+    of `axes`. Exactly one of `windows` (HU ranges, one channel each) and `percentiles` (the reference's 0.5–99.5
     min–max scaling, one channel) is given.
     """
 
     version: Literal[1] = 1
     name: str
     orientation: Literal["RAS", "as_stored"] = "RAS"
+    axes: str = Field(
+        "SAR",
+        pattern="^[RLAPSI]{3}$",
+        description="where the grid's three axes run to; SAR: slices up, rows to the front, columns to the right",
+    )
     spacing_mm: tuple[float, float, float] | None = Field(None, description="resample to it first; None keeps it")
     windows: tuple[tuple[float, float], ...] | None = None
     percentiles: tuple[float, float] | None = None
     crop_foreground: bool = True
-    fit: Literal["isotropic", "stretch", "reference"] = Field(
+    fit: Literal["isotropic", "stretch", "reference", "torchio", "monai", "tiles"] = Field(
         "isotropic",
         description="how the cropped body meets the grid: one scale for all axes and centred padding, each axis "
-        "stretched to the grid, or the published way (METHOD.md §2.1)",
+        "stretched to the grid, or the published way (METHOD.md §2.1); or at its own scale, cut or padded in the "
+        "middle as TorchIO and MONAI do it, or cut to whole tiles",
     )
     grid: tuple[int, int, int] = Field(description="voxels (z, y, x) after resizing; z = chunks × slices a chunk")
     chunks: int = Field(ge=1)
+    tiles: tuple[int, int, int] | None = Field(
+        None, description="chunks along each axis, the last one counting fastest; None: all along the first"
+    )
     dtype: Literal["uint8", "float16", "float32"] = "uint8"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.windows is None) == (self.percentiles is None):
             raise ValueError(f"spec {self.name}: give either windows or percentiles, not both or neither")
-        if self.grid[0] % self.chunks:
+        if self.tiles is None and self.grid[0] % self.chunks:
             raise ValueError(f"spec {self.name}: {self.grid[0]} slices do not divide into {self.chunks} chunks")
+        if math.prod(self.tiling) != self.chunks or any(n % by for n, by in zip(self.grid, self.tiling, strict=True)):
+            raise ValueError(
+                f"spec {self.name}: a grid of {self.grid} in tiles {self.tiles} are not {self.chunks} chunks"
+            )
+        if {frozenset("RL"), frozenset("AP"), frozenset("SI")} != {_axis(letter) for letter in self.axes}:
+            raise ValueError(f"spec {self.name}: axes {self.axes} do not name each axis of the body once, such as SAR")
+        if self.fit in PLAIN_FITS and (self.windows is None or self.orientation != "RAS"):
+            raise ValueError(f"spec {self.name}: fit {self.fit} needs windows, and orientation RAS with its axes")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What came later is not written where it says nothing: older specs keep their text and their hash."""
+        values: dict[str, Any] = serialise(self)
+        return {key: v for key, v in values.items() if (key, v) not in (("axes", "SAR"), ("tiles", None))}
+
+    @property
+    def tiling(self) -> tuple[int, int, int]:
+        """Chunks along each axis of the grid."""
+        return self.tiles or (self.chunks, 1, 1)
 
     @property
     def channels(self) -> int:
@@ -147,14 +180,18 @@ class PreprocessSpec(Record):
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         """(T, C, K, H, W) of one scan."""
-        depth, height, width = self.grid
-        return (self.chunks, self.channels, depth // self.chunks, height, width)
+        depth, height, width = (size // by for size, by in zip(self.grid, self.tiling, strict=True))
+        return (self.chunks, self.channels, depth, height, width)
 
     @property
     def hash(self) -> str:
         """Twelve hex digits over every field but the name."""
         fields = self.model_dump(mode="json", exclude={"name"})
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _axis(letter: str) -> frozenset[str]:
+    return next(frozenset(pair) for pair in ("RL", "AP", "SI") if letter in pair)
 
 
 ERROR_CATEGORIES: dict[str, str] = {
@@ -317,6 +354,7 @@ class Lineage(BaseModel):
     inputs: dict[str, Any] = Field({}, description="all that decides what the stage would produce, by dotted key")
     weights: str = Field("", description="digest of the checkpoint's own safetensors (`artefacts.Weights`)")
     vision: str = Field("", description="digest of its vision tower: what cached features are known by")
+    tower: str = Field("", description="name and licence of an open vision tower that it is built on")
 
 
 class Training(BaseModel):

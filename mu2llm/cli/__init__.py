@@ -13,7 +13,19 @@ from typing import Annotated
 import typer
 
 import mu2llm
-from mu2llm.cli import cluster, exports, models, reports, scans, serving, stages, sweeps, tracking, whole  # noqa: F401  their commands
+from mu2llm.cli import (  # noqa: F401  their commands
+    cluster,
+    exports,
+    models,
+    reports,
+    scans,
+    serving,
+    stages,
+    sweeps,
+    towers,
+    tracking,
+    whole,
+)
 from mu2llm.cli.app import app, console, show
 from mu2llm.errors import explain
 

@@ -3,7 +3,7 @@
 from mu2llm.ct.augment import augment, augment_batch
 from mu2llm.ct.codes import ACCEPTABLE, REASONS, WARNINGS, Acceptable
 from mu2llm.ct.inspection import describe, inspect, three_planes
-from mu2llm.ct.preprocess import SPECS, ModelInput, input_key, prepare
+from mu2llm.ct.preprocess import SPECS, ModelInput, input_key, joined, prepare
 from mu2llm.ct.reading import read
 from mu2llm.ct.volume import CTVolume, admit
 from mu2llm.errors import Rejection
@@ -25,6 +25,7 @@ __all__ = [
     "describe",
     "input_key",
     "inspect",
+    "joined",
     "prepare",
     "read",
     "three_planes",

@@ -6,16 +6,15 @@ One separable resampling from stored voxels to the model's grid; nothing of full
 from __future__ import annotations
 
 import hashlib
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mu2llm.ct import geometry
-from mu2llm.ct.resample import Plane, resample, smoothed_linear_weights, triangle_weights
+from mu2llm.ct.resample import Plane, linear_weights, resample, smoothed_linear_weights, triangle_weights
 from mu2llm.ct.volume import CTVolume
-from mu2llm.records import PreprocessSpec
+from mu2llm.records import PLAIN_FITS, PreprocessSpec
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -59,7 +58,8 @@ class ModelInput:
     """What the model sees of one scan.
 
     `voxels` (T, C, K, H, W) of the spec's dtype (uint8: 0…255 stands for 0…1), `chunk_mask` (T,) True where a
-    chunk holds any of the scan. `affine` maps the grid's (column w, row h, slice t·K + k) to mm in RAS+.
+    chunk holds any of the scan. `affine` maps the whole grid's (column w, row h, slice k) to mm in RAS+: of chunks
+    along the slices alone k is t·K + k of the chunk; `joined` puts tiles together.
     `spec_hash` is of the spec that it was prepared by.
     """
 
@@ -87,22 +87,32 @@ class Axis:
 
 
 def prepare(volume: CTVolume, spec: PreprocessSpec) -> ModelInput:
-    """A scan → the model's input as `spec` says. Slices run upwards, rows to the front, columns to the right;
-    with orientation `as_stored` slices, rows and columns are the file's third, first and second axis."""
+    """A scan → the model's input as `spec` says. Slices, rows and columns run as its `axes` say; with orientation
+    `as_stored` they are the file's third, first and second axis."""
     scan, to_ras = _axes(volume, spec)
     values, floor = _values(scan, spec)
-    box = _foreground(scan, floor, spec.percentiles is not None) if spec.crop_foreground else _whole(scan)
+    exact = spec.percentiles is not None or spec.fit in PLAIN_FITS
+    box = _foreground(scan, floor, exact) if spec.crop_foreground else _whole(scan)
     axes = _fit(scan.shape, box, np.linalg.norm(to_ras[:3, 2::-1], axis=0), spec)
     grid = resample(scan, (axes[0].weights, axes[1].weights, axes[2].weights), values)
     to_scan = np.diag([*(axis.step for axis in axes[::-1]), 1.0])
     to_scan[:3, 3] = [axis.start - axis.step * axis.offset for axis in axes[::-1]]
-    return ModelInput(_voxels(grid, axes, spec), _chunk_mask(axes[0], spec), to_ras @ to_scan, spec.hash)
+    around = scan.min() if spec.fit == "torchio" else None
+    return ModelInput(_voxels(grid, axes, spec, around), _chunk_mask(axes, spec), to_ras @ to_scan, spec.hash)
+
+
+def joined(weights: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
+    """(T, z, y, x) of the chunks → (T, z, y, x) of the whole grid in chunks along the first axis alone."""
+    parts = weights.reshape(*spec.tiling, *weights.shape[1:]).transpose(0, 3, 1, 4, 2, 5)
+    first, *rest = parts.shape
+    return parts.reshape(first, rest[0], rest[1] * rest[2], rest[3] * rest[4])
 
 
 def _axes(volume: CTVolume, spec: PreprocessSpec) -> tuple[np.ndarray, np.ndarray]:
     """A view of the scan as (slices, rows, columns), and the affine of (column, row, slice)."""
     if spec.orientation == "RAS":
-        return volume.hu.transpose(2, 1, 0), volume.affine
+        turned, affine = geometry.as_stored(volume.hu, volume.affine, spec.axes)
+        return turned, affine[:, [2, 1, 0, 3]]
     stored, affine = geometry.as_stored(volume.hu, volume.affine, volume.stored_axes)
     return stored.transpose(2, 0, 1), affine[:, [1, 0, 2, 3]]
 
@@ -112,6 +122,8 @@ def _values(scan: np.ndarray, spec: PreprocessSpec) -> tuple[Plane, float]:
     if spec.percentiles is None:
         assert spec.windows is not None
         low, high = min(low for low, _ in spec.windows), max(high for _, high in spec.windows)
+        if spec.fit in PLAIN_FITS:
+            return lambda plane: plane.astype(np.float32), low
         return lambda plane: np.clip(plane, low, high).astype(np.float32), _BODY_HU
     low, high = (float(bound) for bound in np.percentile(scan, spec.percentiles))
     width = (high - low) or 1.0
@@ -149,6 +161,8 @@ def _fit(
     sizes = np.array([high - low for low, high in box])
     if spec.fit == "reference":
         return _fit_reference(shape, box, sizes, spec)
+    if spec.fit in PLAIN_FITS:
+        return _fit_plain(shape, box, spacing, spec)
     if spec.fit == "stretch":
         steps = sizes / spec.grid
     else:
@@ -182,22 +196,69 @@ def _fit_reference(
     return axes[0], axes[1], axes[2]
 
 
-def _voxels(grid: np.ndarray, axes: tuple[Axis, Axis, Axis], spec: PreprocessSpec) -> np.ndarray:
-    """The resampled scan in its place, windowed into channels, cut into chunks, quantised."""
-    _, channels, slices, *_ = spec.shape
-    voxels = np.zeros(spec.shape, spec.dtype)
+def _fit_plain(
+    shape: tuple[int, ...], box: list[tuple[int, int]], spacing: np.ndarray, spec: PreprocessSpec
+) -> tuple[Axis, Axis, Axis]:
+    """The scan at its own scale, or at `spacing_mm`, its middle cut or padded to the grid.
+
+    `torchio`: Resample, about the middle, and CropOrPad, of TorchIO. `monai`: Spacing, from the first voxel on,
+    SpatialPad and CenterSpatialCrop of MONAI. `tiles`: as `monai`, cut to as many whole tiles as the scan fills, which
+    are the first of the grid; what is smaller than a tile is padded to one (SPECTRE's windows).
+    """
+    wanted = spacing if spec.spacing_mm is None else np.array(spec.spacing_mm)
+    axes = []
+    sides = zip(shape, box, spacing, wanted, spec.grid, spec.tiling, strict=True)
+    for size, (low, high), stored, voxel, places, tiles in sides:
+        step, inside = float(voxel / stored), high - low
+        if spec.fit == "torchio":
+            whole = max(1, int(np.floor(inside / step + 1e-9)))
+            start = (low + high - 1 - step * (whole - 1)) / 2
+        else:
+            whole = int(np.rint((inside - 1) / step)) + 1
+            start = float(low)
+        if spec.fit == "tiles":
+            places = places // tiles * int(np.clip(whole // (places // tiles), 1, tiles))
+        count = min(whole, places)
+        odd = spec.fit == "torchio"  # the larger half in front, where MONAI has it behind
+        first, offset = ((left + odd) // 2 for left in (whole - count, places - count))
+        start += step * first
+        axes.append(Axis(start, step, count, offset, linear_weights(size, start, step, count)))
+    return axes[0], axes[1], axes[2]
+
+
+def _voxels(
+    grid: np.ndarray, axes: tuple[Axis, Axis, Axis], spec: PreprocessSpec, around: np.number | None
+) -> np.ndarray:
+    """The resampled scan in its place, windowed into channels, cut into chunks, quantised; HU `around` it, or black."""
+    _, channels, depth, height, width = spec.shape
+    along, down, across = spec.tiling
+    voxels = np.zeros((along, down, across, channels, depth, height, width), spec.dtype)
     rows, columns = (slice(axis.offset, axis.offset + axis.count) for axis in axes[1:])
-    for index, channel in itertools.product(range(axes[0].count), range(channels)):
-        chunk, place = divmod(axes[0].offset + index, slices)
-        plane = grid[index]
-        if spec.windows is not None:
-            low, high = spec.windows[channel]
-            plane = np.clip((plane - low) / (high - low), 0, 1)
-        voxels[chunk, channel, place, rows, columns] = np.rint(plane * 255) if spec.dtype == "uint8" else plane
-    return voxels
+    for channel in range(channels):
+        outside = 0 if around is None else _windowed(np.float32(around), channel, spec)
+        if outside:
+            voxels[:, :, :, channel] = outside
+        plane = np.full(spec.grid[1:], outside, spec.dtype)
+        for index in range(axes[0].count):
+            tile, place = divmod(axes[0].offset + index, depth)
+            plane[rows, columns] = _windowed(grid[index], channel, spec)
+            voxels[tile, :, :, channel, place] = plane.reshape(down, height, across, width).transpose(0, 2, 1, 3)
+    return voxels.reshape(spec.shape)
 
 
-def _chunk_mask(slices: Axis, spec: PreprocessSpec) -> np.ndarray:
-    filled = np.zeros(spec.grid[0], bool)
-    filled[slices.offset : slices.offset + slices.count] = True
-    return np.asarray(filled.reshape(spec.chunks, -1).any(axis=1))
+def _windowed(plane: np.ndarray | np.float32, channel: int, spec: PreprocessSpec) -> np.ndarray:
+    """HU, or what percentiles made of them, as a channel stores them."""
+    if spec.windows is not None:
+        low, high = spec.windows[channel]
+        plane = np.clip((plane - low) / (high - low), 0, 1)
+    return np.rint(plane * 255) if spec.dtype == "uint8" else np.asarray(plane)
+
+
+def _chunk_mask(axes: tuple[Axis, Axis, Axis], spec: PreprocessSpec) -> np.ndarray:
+    """(T,): the tiles that hold any of the scan along all three axes."""
+    held = []
+    for axis, places, tiles in zip(axes, spec.grid, spec.tiling, strict=True):
+        filled = np.zeros(places, bool)
+        filled[axis.offset : axis.offset + axis.count] = True
+        held.append(filled.reshape(tiles, -1).any(axis=1))
+    return np.einsum("z,y,x->zyx", *held).reshape(-1)

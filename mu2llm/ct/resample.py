@@ -35,6 +35,18 @@ def triangle_weights(size: int, start: float, step: float, count: int) -> sparse
     return sparse.csr_matrix((flat, (rows, columns.ravel())), shape=(count, size))
 
 
+def linear_weights(size: int, start: float, step: float, count: int) -> sparse.csr_matrix:
+    """Linear interpolation at start + i·step: (count, size); beyond the ends the last voxel."""
+    from scipy import sparse
+
+    places = np.clip(start + step * np.arange(count), 0, size - 1)
+    low = np.minimum(places.astype(int), size - 1)
+    share = (places - low).astype(np.float32)
+    rows = np.repeat(np.arange(count), 2)
+    columns = np.stack([low, np.minimum(low + 1, size - 1)], axis=1).ravel()
+    return sparse.csr_matrix((np.stack([1 - share, share], axis=1).ravel(), (rows, columns)), shape=(count, size))
+
+
 def smoothed_linear_weights(size: int, count: int, smooth: bool) -> sparse.csr_matrix:
     """What the published preprocessing does to one axis: (count, size).
 

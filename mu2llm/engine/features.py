@@ -16,7 +16,7 @@ from mu2llm.cases import Shards, dataset, write_rows
 from mu2llm.cases.shards import read_rows
 from mu2llm.engine.actors import failures, on_actors, use_cpus
 from mu2llm.engine.loading import load_encoder, numerics
-from mu2llm.errors import UserError
+from mu2llm.errors import Failure, UserError
 from mu2llm.progress import Counted
 from mu2llm.settings.inference import InferenceConfig, Precision
 
@@ -108,5 +108,10 @@ class VisionActor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         features, _ = scan_features(self.encoder, batch, self.precision)
+        if float(features.abs().max()) > torch.finfo(torch.float16).max:
+            raise Failure(
+                f"features of {batch['id'][0]} or a scan beside it reach {float(features.abs().max()):.3g}, more than "
+                "float16 holds: with another tower or other weights they do not, see mu2llm towers check"
+            )
         kept = {name: batch[name] for name in ("id", "report", "questions", "chunk_mask")}
         return {**kept, "features": features.to(torch.float16).cpu().numpy()}

@@ -26,6 +26,7 @@ from mu2llm.evaluation.bootstrap import Bootstrap
 from mu2llm.evaluation.clinical import Tally
 from mu2llm.green.lexicon import LABELS, lexicon
 from mu2llm.model import Mu2ForContrastive, load_contrastive
+from mu2llm.model.towers.check import effective_rank
 from mu2llm.progress import Counted
 from mu2llm.records import Case, Estimate
 from mu2llm.weights import TextEncoder
@@ -162,13 +163,6 @@ def zero_shot(model: Mu2ForContrastive, features: Tensor, mask: Tensor, texts: l
     """(B, 18): of each label the most likely of its texts."""
     likely = model.zero_shot(None, mask, torch.cat(texts), features)
     return torch.stack([part.amax(0) for part in likely.split([len(text) for text in texts])], dim=1)
-
-
-def effective_rank(features: Tensor) -> float:
-    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007), of centred features (n, E)."""
-    spread = torch.linalg.svdvals((features - features.mean(0)).double())
-    share = spread / spread.sum().clamp(min=1e-300)
-    return float(torch.special.entr(share).sum().exp())
 
 
 # ---- the probe

@@ -129,7 +129,7 @@ def card(checkpoint: Checkpoint, rows: Sequence[Row]) -> str:
     lineage = checkpoint.lineage
     base = checkpoint.experiment.get("model", {}).get("language_model", "small")
     about = ModelCardData(
-        license=next((name for model, name in LICENCES.items() if base.lower().startswith(model)), "other"),
+        license="cc-by-nc-sa-4.0" if "CC BY-NC-SA" in lineage.tower else _licence(base),
         language="en",
         library_name="mu2llm",
         pipeline_tag="image-to-text",
@@ -140,6 +140,7 @@ def card(checkpoint: Checkpoint, rows: Sequence[Row]) -> str:
     facts = {
         "stage": lineage.stage,
         "language model": "small Llama, trained from scratch" if base == "small" else base,
+        "vision tower and the licence of its weights": lineage.tower or None,
         "trained on": lineage.data,
         "checksum of the data": lineage.data_checksum,
         "preprocessing spec": lineage.spec_hash,
@@ -165,6 +166,10 @@ def card(checkpoint: Checkpoint, rows: Sequence[Row]) -> str:
     text = "\n\n".join(parts) + "\n"
     ModelCard(text)  # parses its own header: a card that the hub could not read is an error here
     return text
+
+
+def _licence(language_model: str) -> str:
+    return next((name for begins, name in LICENCES.items() if language_model.lower().startswith(begins)), "other")
 
 
 def _eval_results(row: Row) -> list[EvalResult]:

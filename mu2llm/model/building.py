@@ -29,8 +29,9 @@ from mu2llm.model.configuration import Mu2Config, Mu2ContrastiveConfig, Mu2Token
 from mu2llm.model.contrastive import Mu2ForContrastive
 from mu2llm.model.initialisation import initialise
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
-from mu2llm.model.prior import DiagnosticPrior
 from mu2llm.model.processing import PLAIN_TEMPLATE, VOLUME_TOKEN, Mu2Processor
+from mu2llm.model.towers import loading
+from mu2llm.model.vision import VisionEncoder
 from mu2llm.records import Checkpoint, PreprocessSpec
 from mu2llm.settings.model import LoraSettings, ModelConfig
 from mu2llm.settings.stages import ContrastiveConfig
@@ -94,8 +95,14 @@ def configuration(model: ModelConfig, spec: PreprocessSpec, text_config: Any, vo
 def vision_configuration(model: ModelConfig, spec: PreprocessSpec) -> Mu2VisionConfig:
     """The vision encoder's configuration for chunks (C, K, H, W) of the spec; ValueError where sizes do not divide."""
     chunks, channels, *chunk = spec.shape
+    settings = model.vision.model_dump(exclude={"weights", "sizes"})
     return Mu2VisionConfig(
-        chunks=chunks, channels=channels, chunk_shape=tuple(chunk), **model.vision.model_dump(exclude={"weights"})
+        chunks=chunks,
+        channels=channels,
+        chunk_shape=tuple(chunk),
+        tiles=spec.tiles,
+        sizes=model.vision.sizes or None,
+        **settings,
     )
 
 
@@ -241,23 +248,33 @@ def _whole(folder: Path, uri: str) -> Path:
 
 
 def load_vision(model: Mu2ForConditionalGeneration | Mu2ForContrastive, uri: str) -> None:
-    """The vision encoder from a checkpoint of ours, of any stage, or from M3D-CLIP's `pretrained_ViT.bin`.
+    """The vision encoder from a checkpoint of ours, of any stage, or from its tower's published weights: by path, s3://
+    or hub name.
 
     Raises UserError where something is missing, left over, or of another shape.
     """
     target = model.vision if isinstance(model, Mu2ForContrastive) else model.model.vision
-    with storage.local_copy(uri) as path:
-        tensors = published.read_tensors(path)
-        if path.is_file():
-            weights_ = published.vision_weights(tensors, target)
+    with weights.place(uri) as path:
+        if _is_ours(path):
+            tensors = {name.removeprefix("model."): tensor for name, tensor in published.read_tensors(path).items()}
+            weights_ = {n.removeprefix("vision."): t for n, t in tensors.items() if n.startswith("vision.")}
+        elif target.config.tower == "m3d":
+            weights_ = published.vision_weights(published.read_tensors(path), target)
         else:
-            ours = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-            weights_ = {n.removeprefix("vision."): t for n, t in ours.items() if n.startswith("vision.")}
+            weights_ = loading.find(target.config.tower, path).tensors
     report = published.differences(target, weights_)
     if report["missing"] or report["unused"]:
         first = (report["missing"] or report["unused"])[0]
-        raise UserError(f"{uri}: its vision encoder does not fit this model's settings, such as {first}")
+        text_space = first.startswith(("tower.projector", "tower.pooler"))
+        hint = "; without its projector it is model.vision.sizes={projection: 0}" if text_space else ""
+        raise UserError(f"{uri}: its vision encoder does not fit this model's settings, such as {first}{hint}")
     target.load_state_dict(weights_)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder is one that our models were saved to."""
+    config = path / "config.json"
+    return config.is_file() and str(json.loads(config.read_text()).get("model_type")).startswith("mu2llm")
 
 
 def load_tokenizer(model: Mu2ForConditionalGeneration, uri: str) -> None:
@@ -271,7 +288,7 @@ def load_tokenizer(model: Mu2ForConditionalGeneration, uri: str) -> None:
         tensors = {name.removeprefix("model."): t for name, t in published.read_tensors(_whole(path, uri)).items()}
         theirs = Mu2Config.from_pretrained(path)
     if theirs.findings:
-        _put_prior(model, theirs.findings, theirs.finding_text_width, theirs.finding_head_width)
+        model.model.put_prior(theirs.findings, theirs.finding_text_width, theirs.finding_head_width)
     parts = nn.ModuleDict(_reading(model))
     taken = {n: t for n, t in tensors.items() if n.split(".")[0] in parts and not n.startswith(bridge)}
     report = published.differences(parts, taken)
@@ -302,20 +319,10 @@ def add_prior(model: Mu2ForConditionalGeneration, processor: Mu2Processor, uri: 
             f"{uri}: its vision is {trained.config.hidden_size} wide, {model.config.vision.hidden_size} here"
         )
     texts = trained.whiten(encoder.embed(list(findings)))
-    prior = _put_prior(model, list(findings), texts.shape[1], trained.config.head_width)
+    prior = model.model.put_prior(findings, texts.shape[1], trained.config.head_width)
     prior.head.load_state_dict(trained.head.state_dict())
     prior.texts.copy_(texts)
     processor.queries = model.config.visual_tokens
-
-
-def _put_prior(
-    model: Mu2ForConditionalGeneration, findings: Sequence[str], text_width: int, head_width: int
-) -> DiagnosticPrior:
-    """A fresh one."""
-    config = model.config
-    config.findings, config.finding_text_width, config.finding_head_width = list(findings), text_width, head_width
-    model.model.prior = prior = DiagnosticPrior(config).apply(initialise)
-    return prior
 
 
 def _reading(model: Mu2ForConditionalGeneration) -> dict[str, nn.Module]:
@@ -420,7 +427,11 @@ def _around(backbone: PreTrainedModel, config: Mu2Config) -> Mu2ForConditionalGe
     with torch.device("meta"):
         whole = Mu2ForConditionalGeneration(config)
     whole.model.language_model, whole.lm_head = backbone.base_model, backbone.get_output_embeddings()
-    for part in (whole.model.vision, whole.model.projector, whole.model.mu2_tokenizer):
+    fresh = [whole.model.vision, whole.model.projector, whole.model.mu2_tokenizer]
+    if config.vision.tower != "m3d":  # others come with their values
+        whole.model.vision = VisionEncoder(config.vision)
+        fresh.pop(0)
+    for part in fresh:
         part.to_empty(device="cpu").apply(initialise)
     bridge = whole.model.mu2_tokenizer.bridge
     if bridge is not None and bridge.norm is not None:

@@ -21,10 +21,17 @@ class Mu2VisionConfig(PreTrainedConfig):
 
     `true_grid` (mend 6): the projector pools cubes of the true patch grid; the published default took the
     chunk for (H, W, K), which pools patches that do not adjoin.
+
+    Of another `tower` than m3d `hidden_size` and `patch_size` are width and stride of its output, `sizes` its own
+    sizes; `own` names its class, `tiles` are the chunks along each axis.
     """
 
     model_type = "mu2llm_vision"
 
+    tower: Literal["m3d", "colipri", "ct_fm", "merlin", "spectre", "own"] = "m3d"
+    own: str | None = None
+    sizes: dict | None = None
+    tiles: list[int] | tuple[int, ...] | None = None
     chunk_shape: list[int] | tuple[int, ...] = (32, 256, 256)
     channels: int = 1
     hidden_size: int = 768
@@ -48,6 +55,12 @@ class Mu2VisionConfig(PreTrainedConfig):
             raise ValueError(f"patch_size {self.patch_size} does not divide the chunk {self.chunk_shape} (K, H, W)")
         if any(size % self.pooling for size in self.projector_grid):
             raise ValueError(f"pooling {self.pooling} does not divide the grid of patches {self.projector_grid}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without what says nothing, as it came later: m3d's checkpoints keep their text and their digests."""
+        values = super().to_dict()
+        unset = {"tower": "m3d", "own": None, "sizes": None, "tiles": None}
+        return {key: value for key, value in values.items() if key not in unset or value != unset[key]}
 
     @property
     def grid(self) -> tuple[int, ...]:

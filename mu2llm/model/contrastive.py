@@ -154,8 +154,8 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
 
     def forward(
         self,
-        volumes: Tensor,
-        chunk_mask: Tensor,
+        volumes: Tensor | None = None,
+        chunk_mask: Tensor | None = None,
         text_embeddings: Tensor | None = None,
         owner: Tensor | None = None,
         targets: Tensor | None = None,
@@ -164,9 +164,11 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         text_keys: Tensor | None = None,
         gather: Gather | None = None,
         full_chunks: int | None = None,
+        vision_features: Tensor | None = None,
         **_: Any,
     ) -> ContrastiveOutput:
-        """volumes (B, T, C, K, H, W), chunk_mask (B, T), and texts → the loss over all their pairs.
+        """volumes (B, T, C, K, H, W), or their vision_features (B, T, n, hidden), chunk_mask (B, T), and texts → the
+        loss over all their pairs.
 
         text_embeddings (M, D), or text_ids and text_mask (M, L) for a text encoder that is trained too. `owner` (M,)
         is each text's scan, or `targets` (M, B) all scans it is true of. Texts of the same key, text_keys (M,) int64,
@@ -177,11 +179,13 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         texts are gathered, and they need keys: each worker holds those of all against its own scans.
         Raises UserError where InfoNCE has a text that no scan has.
         """
-        features, mask = self._tokens(volumes, chunk_mask, None, full_chunks)
+        assert chunk_mask is not None
+        cached = None if vision_features is None else vision_features.to(self.dtype)
+        features, mask = self._tokens(volumes, chunk_mask, cached, full_chunks)
         texts = self.embed_texts(text_embeddings, text_ids, text_mask).to(features.dtype)
         if targets is None:
             assert owner is not None
-            targets = F.one_hot(owner, len(volumes)).bool()
+            targets = F.one_hot(owner, len(features)).bool()
         if text_keys is not None:
             texts, targets = _distinct(texts, targets, text_keys, gather)
         elif gather is not None:

@@ -179,7 +179,10 @@ def _contrastive(experiment: Experiment) -> Mu2ForContrastive:
         spec=spec.model_dump(mode="json"),
         text_config=encoder,
     )
-    return Mu2ForContrastive(config).train()
+    model = Mu2ForContrastive(config).train()
+    if experiment.contrastive.freeze_vision:
+        model.vision.freeze()
+    return model
 
 
 def _language(experiment: Experiment, stage: str) -> Any:
@@ -229,9 +232,7 @@ def _write(model: Any, experiment: Experiment, scans: int, sequences: int, stage
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     batch["question_ids"] = torch.zeros(scans, QUESTION_TOKENS, dtype=torch.long)
     if settings.freeze_vision and getattr(settings, "cached", True):
-        vision = vision_configuration(experiment.model, spec)
-        features = torch.zeros(scans, spec.chunks, _tokens(vision), vision.hidden_size, dtype=torch.float16)
-        batch["vision_features"] = features
+        batch["vision_features"] = _features(experiment, scans)
     else:
         batch["volumes"] = torch.zeros(scans, *spec.shape, dtype=getattr(torch, spec.dtype))
     model(**batch, tile_scans=sequences > 1, use_cache=False)
@@ -242,17 +243,21 @@ def _write(model: Any, experiment: Experiment, scans: int, sequences: int, stage
     return 16 * MOST_LOGITS  # of a piece: the logits, computed again, and what their gradients are made of
 
 
-def _tokens(vision: Any) -> int:
-    depth, height, width = vision.pooled_grid
-    return int(depth * height * width)
+def _features(experiment: Experiment, scans: int) -> Tensor:
+    """As the cache of frozen vision gives them."""
+    spec = experiment.data.spec
+    vision = vision_configuration(experiment.model, spec)
+    return torch.zeros(scans, spec.chunks, vision.tokens, vision.hidden_size, dtype=torch.float16)
 
 
 def _contrast(model: Mu2ForContrastive, experiment: Experiment, scans: int, workers: int) -> None:
     """The forward pass: this worker's scans through vision and, with all workers' texts, through the head."""
     spec = experiment.data.spec
     mask = torch.ones(scans, spec.chunks, dtype=torch.bool)
-    volumes = torch.zeros(scans, *spec.shape, dtype=getattr(torch, spec.dtype))
-    features = model.vision(volumes)
+    if experiment.contrastive.freeze_vision:
+        features = _features(experiment, scans).float()
+    else:
+        features = model.vision(torch.zeros(scans, *spec.shape, dtype=getattr(torch, spec.dtype)))
     texts = _texts(model, scans * TEXTS_PER_CASE).repeat(workers, 1)
     model.head(texts, model.head.scan(features), mask.repeat_interleave(features.shape[2], dim=1))
 

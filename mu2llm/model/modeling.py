@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -80,6 +81,13 @@ class Mu2Model(Mu2PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
+
+    def put_prior(self, findings: Sequence[str], text_width: int, head_width: int) -> DiagnosticPrior:
+        """A fresh diagnostic prior of these findings, for a head of these sizes."""
+        config = self.config
+        config.findings, config.finding_text_width, config.finding_head_width = list(findings), text_width, head_width
+        self.prior = prior = DiagnosticPrior(config).apply(initialise)
+        return prior
 
     def encode_vision(
         self, volumes: Tensor, chunk_mask: Tensor | None = None, full_chunks: int | None = None

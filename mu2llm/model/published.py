@@ -10,6 +10,7 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 from mu2llm.errors import Failure, UserError
 from mu2llm.model.configuration import Mu2TokenizerConfig
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+"""Of files of weights, the first of which there are any being read."""
 
 # (published prefixes, ours): what begins by one of them is ours, what follows staying as it is; several are the parts
 # of one tensor of ours, one below the other. `*` is one part of a name between dots, the same on both sides.
@@ -38,6 +42,7 @@ VISION: Rules = [
     (("patch_embedding.position_embeddings",), "tower.position_embeddings"),
     *[((name,), f"tower.{name}") for name in ("cls_token", "norm.", "blocks.")],
 ]
+_CLIP = "vision_encoder."
 PROJECTOR: Rules = [(("projector.",), "projector.layers.")]
 
 
@@ -104,8 +109,11 @@ def load(module: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def vision_weights(weights: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
-    """M3D-CLIP's `pretrained_ViT.bin` for a vision encoder; its one channel is shared out where ours has several."""
-    renamed = rename({name.removeprefix("module."): t for name, t in weights.items()}, VISION, encoder)
+    """M3D-CLIP's `pretrained_ViT.bin`, or its whole CLIP, for a vision encoder; its one channel is shared out where
+    ours has several."""
+    plain = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    clip = {name.removeprefix(_CLIP): tensor for name, tensor in plain.items() if name.startswith(_CLIP)}
+    renamed = rename(clip or plain, VISION, encoder)
     stem = "tower.stem.projection.weight"
     wanted = encoder.state_dict().get(stem)
     if stem in renamed and wanted is not None and wanted.shape[1] % renamed[stem].shape[1] == 0:
@@ -162,21 +170,30 @@ def differences(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, list
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a folder or file of safetensors or torch's .bin; of the latter tensors only, no pickled code."""
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors")] or [*path.glob("*.bin")])
+    inside = [[path]] if path.is_file() else [sorted(path.glob(f"*{suffix}")) for suffix in SUFFIXES]
+    files = next((found for found in inside if found), [])
     files = [file for file in files if file.name not in ("training_args.bin", "optimizer.bin", "scheduler.bin")]
     if not files:
-        raise UserError(f"{path} has no *.safetensors and no *.bin")
+        raise UserError(f"{path} has no *.safetensors and no *.bin, *.pt or *.pth")
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _read_file(file)
     return tensors
 
 
+def _tensors(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those of a state dict, also where it lies within what a training saved beside it."""
+    for key in ("state_dict", "model"):
+        if isinstance(loaded.get(key), Mapping):
+            return _tensors(loaded[key])
+    return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
+
+
 def _read_file(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
+        return _tensors(torch.load(file, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise UserError(f"{file} holds pickled code, which is not run: it must be tensors alone") from error
     except (SafetensorError, RuntimeError, EOFError) as error:

@@ -151,7 +151,8 @@ def _recorded(whole: nn.Module, steps: list[tuple[str, tuple[int, ...]]]) -> Ite
 
         return hook
 
-    handles = [whole.get_submodule(path).register_forward_hook(note(name)) for name, path in _STEPS.items()]
+    there = dict(whole.named_modules())  # not every tower has a stem, and SPECTRE's runs on whole scans
+    handles = [there[path].register_forward_hook(note(name)) for name, path in _STEPS.items() if path in there]
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ several seconds.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Self, cast
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mu2llm.model import towers
 from mu2llm.model.batch_norm import BatchNorm3d
 from mu2llm.model.configuration import Mu2VisionConfig
 from mu2llm.model.initialisation import Initialised, Statistics
@@ -216,7 +218,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.anatomy = MeanImageSubtraction(config) if config.standardise_input else None
-        self.tower = VisionTower(config)
+        self.tower: nn.Module = VisionTower(config) if config.tower == "m3d" else towers.build(config)
         self.frozen = False
 
     def freeze(self) -> None:
@@ -238,7 +240,9 @@ class VisionEncoder(nn.Module):
         `full_chunks` is how many these are, the sum of the mask: who knows it spares the CPU waiting for the GPU.
         """
         scale = 1.0 if volumes.is_floating_point() else 1 / 255
-        volumes = volumes.to(self.tower.position_embeddings.dtype) * scale
+        volumes = volumes.to(self._dtype) * scale
+        if self.config.tower == "spectre":  # its crops know their scan
+            return cast(Tensor, self.tower.scans(volumes, chunk_mask))  # type: ignore[operator]
         if self.anatomy is not None:
             volumes = self.anatomy(volumes, chunk_mask)
         if chunk_mask is None or chunk_mask.is_meta:  # which chunks hold something, nobody knows there
@@ -248,6 +252,12 @@ class VisionEncoder(nn.Module):
         features = self._encode(volumes.flatten(0, 1)[places])
         out = features.new_zeros(chunk_mask.numel(), *features.shape[1:])
         return out.index_copy(0, places, features).unflatten(0, chunk_mask.shape)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        if isinstance(self.tower, VisionTower):
+            return self.tower.position_embeddings.dtype
+        return functools.reduce(torch.promote_types, {each.dtype for each in self.tower.parameters()})
 
     def _encode(self, chunks: Tensor) -> Tensor:
         patches = self.tower(chunks)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mu2llm import ct
 from mu2llm.engine.decoder import Prompt, TokenSequence
 from mu2llm.serving.exchange import ReportRequest, Written
 from mu2llm.serving.loaded import LoadedModel
@@ -146,6 +147,11 @@ class RunningBatch:
         )
         patch_size = tuple(loaded.model.config.vision.patch_size)
         return [
-            {**vars(span), "nifti": base64.b64encode(overlay(weights, request.scan.affine, patch_size)).decode()}
+            {
+                **vars(span),
+                "nifti": base64.b64encode(
+                    overlay(ct.joined(weights, loaded.spec), request.scan.affine, patch_size)
+                ).decode(),
+            }
             for span, weights in found
         ]

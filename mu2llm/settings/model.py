@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from mu2llm.settings.section import Section, merged
+from mu2llm.settings.towers import M3D_ALONE, TowerName, TowerSpec, tower_spec
 
 
 class VisionConfig(Section):
-    """The 3-D vision transformer of each chunk, and the projector behind it (METHOD.md §1.1, §2)."""
+    """The vision tower of each chunk, and the projector behind it (METHOD.md §1.1, §2).
 
+    Sizes are those of the 3-D ViT `m3d`; other towers have `sizes` of their own, and bring their transform.
+    """
+
+    tower: TowerName = Field("m3d", description="m3d, an open tower of the field, or own")
+    own: str | None = Field(None, description="tower own: python:MODULE:CLASS, with its TowerSpec as `spec`")
+    sizes: dict[str, Any] = Field({}, description="of another tower than m3d, where they are not the published ones")
     hidden_size: int = 768
     num_layers: int = 12
     num_heads: int = 12
@@ -24,7 +31,32 @@ class VisionConfig(Section):
     standardise: bool = Field(False, description="projected features standardised by running statistics")
     standardise_input: bool = Field(False, description="subtract the running mean scan, voxel by voxel")
     true_grid: bool = Field(True, description="pool cubes of the true patch grid, not of the published default's")
-    weights: str | None = Field(None, description="M3D-CLIP's pretrained_ViT.bin or a checkpoint to start from")
+    weights: str | None = Field(
+        None, description="a checkpoint, or the tower's published weights by path, s3:// or hub name, to start from"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_tower(cls, values: Any) -> Any:
+        """What m3d's sizes are to others: what a place of their output is made of."""
+        if not isinstance(values, dict) or values.get("tower", "m3d") not in get_args(TowerName)[1:]:
+            return values
+        spec = tower_spec(values["tower"], values.get("own"), values.get("sizes"))
+        kept = {key: value for key, value in values.items() if key not in M3D_ALONE}
+        return {**kept, "hidden_size": spec.width, "patch_size": spec.stride, "class_token": False}
+
+    @model_validator(mode="after")
+    def _has_its_own(self) -> Self:
+        if self.tower == "m3d" and self.sizes:
+            raise ValueError("sizes are of other towers; those of m3d are settings of their own, such as hidden_size")
+        if self.own and self.tower != "own":
+            raise ValueError(f"own names a class, but the tower is {self.tower}: set tower=own")
+        return self
+
+    @property
+    def spec(self) -> TowerSpec:
+        """What the tower takes and gives."""
+        return tower_spec(self.tower, self.own, self.sizes)
 
 
 class TokenizerConfig(Section):

@@ -91,6 +91,12 @@ class ContrastiveConfig(StageConfig):
     augment: bool = Field(False, description=AUGMENT)
     train_text_encoder: bool = Field(False, description="with the vision side; it is then kept in the checkpoint")
 
+    @model_validator(mode="after")
+    def _sees_what_is_frozen_once(self) -> Self:
+        if self.augment and self.freeze_vision:
+            raise ValueError("augment changes voxels, and frozen vision's features are read: unset one of them")
+        return self
+
 
 class ValidationConfig(Section):
     """Validation of checkpoints beside the training, as tasks that wait for free resources of their own."""

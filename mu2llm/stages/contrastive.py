@@ -3,7 +3,8 @@
 Gives the vision tower that SFT starts from. Positives are whole reports, their sections, single sentences, or
 the findings that the rules read in them (`contrastive.positives`); the loss is InfoNCE or the sigmoid of
 SigLIP, with the negatives of all workers. The text encoder is frozen, or trained with the rest and kept in the
-checkpoint (`contrastive.train_text_encoder`). SFT can start from M3D-CLIP's tower instead (`model.vision.weights`).
+checkpoint (`contrastive.train_text_encoder`). With `freeze_vision` the head alone is trained, as a projection of a
+tower of the field: its features are computed once. SFT can start from a tower by itself too (`model.vision.weights`).
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from transformers import TrainingArguments
 from mu2llm import weights
 from mu2llm.cases import Shards, Stream
 from mu2llm.config import Experiment
+from mu2llm.engine.features import encode_scans, scan_features
 from mu2llm.model import Mu2ForContrastive, build_contrastive, save_text_encoder
 from mu2llm.model.contrastive import fit_temperature
 from mu2llm.progress import Logged
 from mu2llm.records import Checkpoint
-from mu2llm.stages import launch
-from mu2llm.stages.job import Job, new_job
+from mu2llm.stages import launch, placement, tower
+from mu2llm.stages.job import Job, finished, new_job
+from mu2llm.stages.launch import scan_by_scan
 from mu2llm.stages.steps import ContrastiveTrainer, scan_inputs
 from mu2llm.stages.texts import Positives, TextBank, TextTokens
 from mu2llm.stages.trainer import arguments, train
 from mu2llm.stages.worker import Batches, Resume
 
-COLUMNS = ["id", "report", "voxels", "chunk_mask"]
+COLUMNS = ["id", "report", "chunk_mask"]
 
 
 def run(
@@ -47,6 +50,15 @@ def run(
     Run again it goes on, or gives what is done; `fresh` removes what is at `out` and starts over.
     """
     job = job_of(data, out, experiment, init, fresh=fresh)
+    done = finished(job)
+    if done:
+        return done
+    if experiment.contrastive.freeze_vision:
+        placement.check(job)
+        shards = Shards.open(job.data)
+        start = job.parent or tower.checkpoint(job, shards)
+        features = encode_scans(start, shards, job.settings.inference(), scan_by_scan(progress))
+        job = job.model_copy(update={"features": features.uri})
     return launch.run(job, loop, progress)
 
 
@@ -58,7 +70,9 @@ def job_of(data: str, out: str, experiment: Experiment, init: str | None = None,
 def loop(job: Job, resume: Resume) -> None:
     """One worker: the model, its trainer, the training, recall on held-out cases."""
     experiment, settings = job.resolved, job.resolved.contrastive
-    shards = Shards.open(job.data)
+    shards = Shards.open(job.features or job.data)
+    scan = "features" if job.features else "voxels"
+    start = job.parent or (str(getattr(shards.index, "checkpoint")) if job.features else None)  # noqa: B009
     reports = [case.report for case in shards.cases("train")]
     encoder = weights.text_encoder(experiment.model.text_encoder, reports)
     trained = encoder if settings.train_text_encoder else None
@@ -69,12 +83,12 @@ def loop(job: Job, resume: Resume) -> None:
     )
     if settings.loss == "infonce":
         texts.compared = []  # it can only compare what some scan of the batch has
-    model = build_contrastive(
-        experiment.model, shards.spec, settings, texts.width, job.parent, experiment.seed, trained
-    )
+    model = build_contrastive(experiment.model, shards.spec, settings, texts.width, start, experiment.seed, trained)
+    if settings.freeze_vision:
+        model.vision.freeze()
     if isinstance(texts, TextBank):
         model.keep_whitening(torch.as_tensor(texts.centre), torch.as_tensor(texts.whiten, dtype=torch.float32))
-    batches = Batches(job, resume, shards, COLUMNS, lambda rows: collate(rows, texts))
+    batches = Batches(job, resume, shards, [*COLUMNS, scan], lambda rows: collate(rows, texts, scan))
     with tempfile.TemporaryDirectory() as folder:
         trainer = ContrastiveTrainer(model=model, args=TrainingArguments(**arguments(job, folder, model)))
         trainer.batches = batches
@@ -93,11 +107,11 @@ def loop(job: Job, resume: Resume) -> None:
         train(trainer, job, resume, finish, restore, lambda model: recall(model, shards, texts))
 
 
-def collate(rows: dict[str, Any], texts: Positives) -> dict[str, Any]:
+def collate(rows: dict[str, Any], texts: Positives, scan: str = "voxels") -> dict[str, Any]:
     """Rows of the shards → the model's inputs."""
     return {
         "case_ids": list(rows["id"]),
-        **scan_inputs(rows, "voxels"),
+        **scan_inputs(rows, scan),
         **texts.targets(rows["report"]),
     }
 
@@ -126,10 +140,11 @@ def scored(
     groups = [distinct[first : first + TEXTS] for first in range(0, len(distinct), TEXTS)]
     moved = ({name: x.to(model.device) for name, x in texts.inputs(group).items()} for group in groups)
     embedded = [model.embed_texts(**group) for group in moved]
-    stream = Stream(shards, "validation", ["voxels", "chunk_mask"], batch_size=SCANS, seed=None, rows=rows)
-    for batch in stream if embedded else ():
-        voxels, mask = (torch.as_tensor(np.asarray(batch[name])).to(model.device) for name in ("voxels", "chunk_mask"))
-        features = model.encode_vision(voxels, mask)
+    if not embedded:
+        return
+    scan = "features" if "features" in shards.schema("validation").names else "voxels"
+    for batch in Stream(shards, "validation", [scan, "chunk_mask"], batch_size=SCANS, seed=None, rows=rows):
+        features, mask = scan_features(model, batch)
         logits = [model.score(None, mask, group, features).float().cpu() for group in embedded]
         yield torch.as_tensor(batch["row"]), torch.cat(logits)
 

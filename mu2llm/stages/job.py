@@ -23,7 +23,10 @@ STOPPED_FILE = "stopped.json"  # in the state: why a worker gave up, which a ret
 FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, until the driver publishes it
 
 
-_OF_OLDER_CHECKPOINTS = {"model.tokenizer": {"gate": "mean", "width": None, "output_scale": "none", "prior": 0}}
+_OF_OLDER_CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "model.vision": {"tower": "m3d", "own": None, "sizes": {}},
+    "model.tokenizer": {"gate": "mean", "width": None, "output_scale": "none", "prior": 0},
+}
 """What settings were before they could be set: checkpoints without them have these."""
 
 

@@ -45,7 +45,7 @@ from mu2llm.model import (
 from mu2llm.model.text_pooling import AlignmentHead
 from mu2llm.progress import Logged
 from mu2llm.records import Checkpoint
-from mu2llm.stages import launch, lengths, placement
+from mu2llm.stages import launch, lengths, placement, tower
 from mu2llm.stages.grounding import Gap
 from mu2llm.stages.held_out import HeldOut
 from mu2llm.stages.job import LOSS, Job, Watch, finished, new_job
@@ -87,10 +87,12 @@ def run(
         raise UserError(f"sft.validation.steps is set, but {shards.uri} has no rows in split validation")
     if settings.cached:
         trained = init or experiment.model.tokenizer.weights
+        if trained is None and experiment.model.vision.weights:
+            trained = tower.checkpoint(job, shards)
         if trained is None:
             raise UserError(
-                "sft.cache_vision caches what a trained checkpoint's vision sees: name one with --init or "
-                "model.tokenizer.weights, or with model.vision.weights set sft.cache_vision=false"
+                "sft.cache_vision caches what trained vision sees: name a checkpoint with --init or "
+                "model.tokenizer.weights, or a tower's weights with model.vision.weights"
             )
         features = encode_scans(trained, shards, settings.inference(), scan_by_scan(progress))
         job = job.model_copy(update={"features": features.uri})

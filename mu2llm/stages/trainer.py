@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from mu2llm import artefacts, private_apis, storage, tracking
 from mu2llm.records import Checkpoint, Lineage, Training
+from mu2llm.stages import tower
 from mu2llm.stages.job import FINISHED_FILE, STOPPED_FILE, Job
 from mu2llm.stages.steps import NotFinite
 from mu2llm.stages.worker import INTERMEDIATE_FILE, Batches, Resume, current_worker
@@ -221,6 +222,7 @@ def description(
             versions=tracking.versions(),
             identity=job.identity.digest,
             inputs=job.identity.inputs,
+            tower=tower.licensed(job.resolved),
         ),
         training=Training(
             steps=progress["step"],

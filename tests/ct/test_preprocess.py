@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from monai.transforms import Compose, CropForeground, Resize, ScaleIntensityRangePercentiles
 
 from mu2llm import config
-from mu2llm.ct import SPECS, CTVolume, PreprocessSpec, prepare, read
+from mu2llm.ct import SPECS, CTVolume, PreprocessSpec, joined, prepare, read
 
 
 def published(data: bytes, depth: int, size: int, chunks: int) -> np.ndarray:
@@ -88,6 +88,63 @@ def test_the_affine_leads_back_to_the_place(fit, orientation):
     centre = [(weight.sum(axis=other) * np.arange(size)).sum() / weight.sum() for other, size in
               (((0, 1), 24), ((0, 2), 24), ((1, 2), 16))]  # fmt: skip
     np.testing.assert_allclose((made.affine @ [*centre, 1])[:3], (40, 20, 24), atol=0.8)
+
+
+def middle(values: np.ndarray) -> list[float]:
+    """Centre of mass of (z, y, x)."""
+    others = ((1, 2), (0, 2), (0, 1))
+    return [
+        float((values.sum(axis=rest) * np.arange(n)).sum() / values.sum())
+        for n, rest in zip(values.shape, others, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("fit", ["torchio", "monai", "tiles"])
+@pytest.mark.parametrize(("axes", "spacing"), [("RAS", (2.5, 2.5, 5.0)), ("SPL", None), ("IRP", (5.0, 2.0, 3.0))])
+def test_the_affine_leads_back_to_the_place_in_any_axes_and_tiles(fit, axes, spacing):
+    made_by = spec(
+        fit=fit, axes=axes, spacing_mm=spacing, grid=(48, 48, 48), tiles=(2, 3, 2), chunks=12, dtype="float32"
+    )
+    made = prepare(ball(), made_by)
+    assert made.voxels.shape == (12, 1, 24, 16, 24)
+    grid = joined(made.voxels[:, 0], made_by).reshape(48, 48, 48)
+    k, h, w = middle(np.clip(grid - 0.5 - 1e-6, 0, None) * (grid > 0.6))
+    np.testing.assert_allclose((made.affine @ [w, h, k, 1])[:3], (40, 20, 24), atol=0.8)
+    held = joined(np.broadcast_to(made.chunk_mask[:, None, None, None], (12, 24, 16, 24)), made_by)
+    assert not grid[~held.reshape(48, 48, 48)].any()
+
+
+def test_tiles_are_whole_and_the_first_of_the_grid():
+    hu = np.arange(20 * 20 * 20, dtype=np.int16).reshape(20, 20, 20) // 8
+    tiled = spec(fit="tiles", axes="RAS", grid=(24, 24, 24), tiles=(3, 3, 3), chunks=27, crop_foreground=False)
+    made = prepare(CTVolume(hu, np.eye(4)), tiled)  # 20 voxels hold two tiles of 8, the middle 16
+    mask = made.chunk_mask.reshape(3, 3, 3)
+    assert mask[:2, :2, :2].all() and mask.sum() == 8
+    low, high = tiled.windows[0]
+    expected = np.rint(np.clip((hu[2:18, 2:18, 2:18] - low) / (high - low), 0, 1) * 255)
+    np.testing.assert_array_equal(joined(made.voxels[:, 0], tiled).reshape(24, 24, 24)[:16, :16, :16], expected)
+    small = prepare(CTVolume(hu[:5], np.eye(4)), tiled)
+    assert small.chunk_mask.reshape(3, 3, 3).any(axis=(1, 2)).tolist() == [True, False, False]
+
+
+def test_torchio_pads_with_the_least_value_and_monai_with_black():
+    hu = np.full((4, 4, 4), 200, np.int16)
+    plain = {"axes": "RAS", "grid": (8, 8, 8), "chunks": 1, "crop_foreground": False, "dtype": "float32"}
+    made = {fit: prepare(CTVolume(hu, np.eye(4)), spec(fit=fit, **plain)).voxels for fit in ("torchio", "monai")}
+    assert len(np.unique(made["torchio"])) == 1 and made["monai"].min() == 0 < made["monai"].max()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"axes": "RAP"}, "axes RAP do not name each axis of the body once"),
+        ({"tiles": (2, 2, 2)}, "are not 4 chunks"),
+        ({"fit": "monai", "orientation": "as_stored"}, "fit monai needs windows, and orientation RAS"),
+    ],
+)
+def test_a_spec_that_contradicts_itself_is_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        spec(**wrong)
 
 
 def test_isotropic_keeps_shape_in_mm_and_pads_evenly():

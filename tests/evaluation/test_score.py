@@ -11,7 +11,7 @@ from mu2llm import tracking
 from mu2llm.cli import app
 from mu2llm.config import load
 from mu2llm.errors import UserError
-from mu2llm.evaluation import foreign, leaderboard
+from mu2llm.evaluation import foreign, leaderboard, leaderboard_page
 from mu2llm.evaluation.evaluate import compare_saved
 from mu2llm.evaluation.score import score, summary
 from mu2llm.records import Judgement
@@ -197,4 +197,4 @@ def test_what_a_judge_measures_stands_beside_green_under_its_own_name(references
     page = (tmp_path / "out" / "report.html").read_text()
     assert "half 0.50" in page and "GREEN 0.50" not in page
     [row] = leaderboard.rows(results)
-    assert "| half |" in leaderboard.markdown([row]) and "half" in leaderboard.html([row])
+    assert "| half |" in leaderboard.markdown([row]) and "half" in leaderboard_page.html([row])

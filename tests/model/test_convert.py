@@ -277,6 +277,12 @@ def test_m3d_clip_vision_weights_load_whole(tmp_path, channels):
         expected = reference(volume)[0]
         given = model.model.vision.tower(volume.expand(-1, channels, -1, -1, -1))
     torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-3)
+    clip = {f"vision_encoder.{name}": tensor for name, tensor in weights.items()}
+    torch.save({**clip, "language_encoder.pooler.bias": torch.zeros(2)}, tmp_path / "clip.bin")
+    other = vision_model(windows, sizes)
+    load_vision(other, str(tmp_path / "clip.bin"))
+    with torch.no_grad():
+        assert torch.equal(other.model.vision.tower(volume.expand(-1, channels, -1, -1, -1)), given)
     torch.save({name: t for name, t in weights.items() if name != "norm.bias"}, tmp_path / "less.bin")
     with pytest.raises(UserError, match=r"does not fit.*tower\.norm\.bias"):
         load_vision(model, str(tmp_path / "less.bin"))
