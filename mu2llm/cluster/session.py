@@ -40,7 +40,9 @@ def session(address: str | None = None, cpus: int | None = None) -> Iterator[Non
         )
     # the drivers' environment is what the workers inherit; set before Ray starts
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the core to whoever else is at work
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # threads that wait for each other spin for microseconds, then leave the core to whoever else is at work
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

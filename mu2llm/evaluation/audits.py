@@ -175,8 +175,9 @@ def _of_the_table(contrasts: Mapping[str, Mapping[str, Contrast]]) -> list[str]:
     if contrast is None or not contrast.same:
         return []
     gain = f"gain {contrast.gain.low:+.2f} … {contrast.gain.high:+.2f}"
+    much = "little" if contrast.gain.low > 0 else "nothing"
     return [
-        f"its wording adds nothing to a table of training reports for the findings that it names: GREEN by rules {gain}"
+        f"its wording adds {much} to a table of training reports for the findings that it names: GREEN by rules {gain}"
     ]
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from small_runs import SIDES
 
-from mu2llm.evaluation.audits import audit
+from mu2llm.evaluation.audits import Contrast, _of_the_table, audit
 from mu2llm.evaluation.bootstrap import Bootstrap
 from mu2llm.evaluation.scoring import CUT_OFF, Texts, judge_finished, judged
 from mu2llm.green import load_judge
-from mu2llm.records import Case, Finding, Judgement
+from mu2llm.records import Case, Estimate, Finding, Judgement
 from mu2llm.settings.green import JudgeConfig
 
 RULES = load_judge(JudgeConfig())
@@ -132,6 +132,12 @@ def test_words_that_add_nothing_to_a_table_are_said_to_but_get_no_red_line():
     assert any(line.startswith("its wording adds nothing to a table") for line in result.warnings)
     better = run(REFERENCES, shifted(7), variants={"table": texts([NORMAL] * len(CASES))})
     assert not any("table" in line for line in better.warnings)
+
+
+def test_words_that_add_a_little_to_a_table_are_not_said_to_add_nothing():
+    without, gain = Estimate(value=0.68, low=0.62, high=0.74, n=200), Estimate(value=0.04, low=0.01, high=0.08, n=200)
+    [line] = _of_the_table({"table": {"green_rules": Contrast(without=without, gain=gain)}})
+    assert line.startswith("its wording adds little to a table") and line.endswith("gain +0.01 … +0.08")
 
 
 def parted(findings, impression):
