@@ -32,7 +32,8 @@ class ReportRequest:
 class Written:
     """A report, with what it cost; `sentences` are (text, start, end, nifti in base64) where they were asked for.
 
-    `percentile` is how unlike the training scans the scan is, None where the checkpoint keeps no statistics of them.
+    `percentile` is how unlike the training scans the scan is, None where the checkpoint keeps no statistics of them;
+    `prior` how likely each finding is by the diagnostic prior, None where it has none.
     """
 
     text: str
@@ -47,6 +48,7 @@ class Written:
     checkpoint: str
     sentences: list[dict[str, Any]] | None = None
     percentile: float | None = None
+    prior: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mu2llm.artefacts import open_checkpoint, weights_of
 from mu2llm.engine.decoder import ContinuousDecoder, Prompt, write
 from mu2llm.engine.features import scan_features
-from mu2llm.engine.loading import load
+from mu2llm.engine.loading import load, numerics
 from mu2llm.engine.sampling import Decoding
 from mu2llm.model.familiarity import Familiarity, pooled
 from mu2llm.serving.decoder import Scan
@@ -85,6 +85,12 @@ class LoadedModel:
         """How unlike the training scans a scan with these features (T, n, E) is; None where nothing is kept of them."""
         known = self.familiarity
         return known.percentiles(pooled(features[None], self.chunk_mask([scan])))[0] if known else None
+
+    def prior(self, features: Tensor, scan: Scan) -> dict[str, float] | None:
+        """How likely each finding is by the diagnostic prior, of a scan with these features (T, n, E); None without."""
+        with numerics(self.model.device, self.precision):
+            found = self.model.findings(features[None], self.chunk_mask([scan]))
+        return found[0] if found else None
 
     def chunk_mask(self, scans: Sequence[Scan]) -> Tensor:
         """(R, T)"""

@@ -38,4 +38,20 @@ def test_a_scan_among_noise_is_unlike_it_and_among_its_like_it_is_not(checkpoint
 
 def test_an_older_checkpoint_says_that_it_does_not_know(checkpoints, phantom):
     (entry,) = report_scans(checkpoints["sft"], [phantom], SETTINGS)
-    assert entry["familiarity"] is None and "report" in entry
+    assert entry["familiarity"] is None and entry["prior"] is None and "report" in entry
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_diagnostic_prior_is_told_as_the_model_has_it(checkpoints, phantom, tmp_path, precision):
+    model, processor = models.load(checkpoints["sft"], torch.float32)
+    model.model.put_prior(["left pneumothorax", "renal cyst"], 3, 8)
+    torch.nn.init.normal_(model.model.prior.texts)
+    processor.queries = model.config.visual_tokens
+    model.save_pretrained(tmp_path / "told")
+    processor.save_pretrained(tmp_path / "told")
+    (entry,) = report_scans(str(tmp_path / "told"), [phantom], SETTINGS.model_copy(update={"precision": precision}))
+    scan = processor.prepare(phantom.path)
+    features = model.eval().encode_vision(scan["volumes"], scan["chunk_mask"])
+    expected = model.findings(features, scan["chunk_mask"])[0]
+    assert entry["prior"] == pytest.approx(expected, abs=1e-4 if precision == "fp32" else 0.02)
+    assert list(entry["prior"]) == ["left pneumothorax", "renal cyst"] and "report" in entry

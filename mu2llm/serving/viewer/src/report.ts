@@ -126,6 +126,12 @@ function chip({ name, side, place, size_mm }: Finding): HTMLElement {
   return make("li", {}, name, ...(more ? [make("span", {}, more)] : []));
 }
 
+/** Findings of 5 % and more, the likeliest first. */
+function likely(prior: Record<string, number>): string {
+  const found = Object.entries(prior).filter(([, p]) => p >= 0.05).sort(([, a], [, b]) => b - a);
+  return found.map(([name, p]) => `${name} ${Math.round(100 * p)} %`).join(", ") || "no finding of 5 % or more";
+}
+
 function showFacts(scan: ScanFacts, report?: Report): void {
   const facts: [string, string][] = [];
   const numbers = (values: number[], digits: number) => values.map((v) => v.toFixed(digits)).join(" × ");
@@ -138,6 +144,7 @@ function showFacts(scan: ScanFacts, report?: Report): void {
     const far = report.familiarity;
     const told = far ? `farther from the training scans than ${far.percentile} % of them` : "not known for this model";
     facts.push(["Familiarity", told]);
+    if (report.prior) facts.push(["Diagnostic prior", likely(report.prior)]);
     facts.push(["Preprocessing", `${spec.name} ${spec.hash}`]);
     facts.push(["Seconds", Object.entries(seconds).map(([step, s]) => `${step} ${s.toFixed(2)}`).join(", ")]);
   }
