@@ -109,7 +109,7 @@ def ablation(
     init: Init = None,
     seeds: Annotated[int, typer.Option(min=1, help="Times that each variant is trained.")] = 3,
     fractions: Annotated[
-        str, typer.Option(help="Fractions of the training patients for the last two: 0.1,0.3,1")
+        str, typer.Option(help="Of the training patients, for the baseline, all and its DPO: 0.1,0.3,1")
     ] = "1",
     preset: Preset = "sweep",
     set_: Set = [],  # noqa: B006

@@ -1,8 +1,9 @@
 """`mu2llm ablation`: the paper's Table 2 as one experiment, with seeds and intervals, and its few-shot claim.
 
-Every variant trains SFT from the same contrastive checkpoint; the last one goes on with DPO on pairs of its own
-reports. With `fractions` the last two are trained on a part of the training patients too. What was trained is not
-trained again. Below `out`: the studies (study.py), sft/, preferences/, dpo/, ablation.parquet, .json, .html, .png.
+Every variant trains SFT from the same contrastive checkpoint; `all` goes on with DPO on pairs of its own reports. Where
+contrast was on findings there is a row that the paper has not: `all` with the diagnostic prior. With `fractions` the
+baseline, `all` and its DPO are trained on a part of the training patients too. What was trained is not trained again.
+Below `out`: the studies (study.py), sft/, preferences/, dpo/, ablation.parquet, .json, .html, .png.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from mu2llm.records import Case, Estimate
 from mu2llm.stages import contrastive
 from mu2llm.stages.job import Watch
 from mu2llm.stages.preferences import prefer
+from mu2llm.stages.texts import findings_of
 from mu2llm.stages.validation import statistics
 from mu2llm.sweeps import charts, page
 from mu2llm.sweeps.results import TITLES, cell, write_table
@@ -51,6 +53,7 @@ BASELINE: Params = {
     "model.tokenizer.attention": "absolute",
     "model.tokenizer.selection": "top_k",
     "model.tokenizer.pooling": "static",
+    "model.tokenizer.prior": 0,
 }
 PARTS: dict[str, Params] = {
     "+RPE": {"model.tokenizer.attention": "relative_3d"},
@@ -59,7 +62,9 @@ PARTS: dict[str, Params] = {
 }
 ALL = {key: value for part in PARTS.values() for key, value in part.items()}
 VARIANTS = {"baseline": BASELINE, **{name: BASELINE | part for name, part in PARTS.items()}, "all": BASELINE | ALL}
-DPO = "all + DPO"
+DPO, PRIOR = "all + DPO", "all + prior"
+MOST_FINDINGS = 32
+"""That a prior tells of: the most frequent."""
 METRICS = ("finding_f1", "green", "bleu_1", "rouge_1", "meteor", "bert_score")
 PUBLISHED = dict(zip([*VARIANTS, DPO], published.ablation(), strict=True))
 """The paper's row of each variant."""
@@ -98,6 +103,8 @@ class Ablation:
     out: str
     seeds: int
     fractions: tuple[float, ...]
+    prior: int = 0
+    """Findings of the row with a diagnostic prior; 0: there is none."""
 
     def plan(self, stage: str) -> Plan:
         """What the trials of sft or of dpo share; the checkpoint to start from is there by then."""
@@ -113,13 +120,18 @@ class Ablation:
         """Of SFT, in such an order that an interrupted ablation has whole seeds."""
         return [
             Point(
-                params=VARIANTS[name] | ({} if fraction == 1 else {"data.fraction": fraction}),
+                params=params | ({} if fraction == 1 else {"data.fraction": fraction}),
                 **{"seed": seed, "name": name, "keep": name == "all"},
             )
             for seed in range(self.experiment.seed, self.experiment.seed + self.seeds)
-            for name in VARIANTS
-            for fraction in (self.fractions if name == "all" else (1.0,))
+            for name, params in self.variants.items()
+            for fraction in (self.fractions if name in ("baseline", "all") else (1.0,))
         ]
+
+    @property
+    def variants(self) -> dict[str, Params]:
+        """The paper's, and that with the prior where there is one."""
+        return VARIANTS | ({PRIOR: VARIANTS["all"] | {"model.tokenizer.prior": self.prior}} if self.prior else {})
 
 
 def run(
@@ -186,8 +198,12 @@ def plan(
     if not fractions or any(not 0 < fraction <= 1 for fraction in fractions):
         given = ", ".join(map(str, fractions))
         raise UserError(f"--fractions {given}: give fractions above 0 and up to 1, such as 0.1,0.3,1")
+    positives = parent.experiment["contrastive"]["positives"] if init else experiment.contrastive.positives
+    told = positives == "finding" and experiment.sft.freeze_vision
+    findings = {finding for case in shards.cases("train") for finding in findings_of(case.report)} if told else set()
+    prior = min(MOST_FINDINGS, len(findings))
     init, out = storage.absolute(init or storage.join(out, "contrastive")), storage.absolute(out)
-    return Ablation(experiment, shards.uri, init, out, seeds, tuple(sorted({*fractions, 1.0})))
+    return Ablation(experiment, shards.uri, init, out, seeds, tuple(sorted({*fractions, 1.0})), prior)
 
 
 def _followed(show: Steps, numbers: dict[str, float]) -> None:
@@ -235,7 +251,7 @@ def measure(
         scores = {**statistics(list(cases), list(each.candidates), judge), **text_metrics(each.pairs)}
         scores["bert_score"] = similar[str((name, fraction, seed))]
         groups.setdefault((name, fraction), {})[seed] = scores
-    order = [*VARIANTS, DPO]
+    order = [*VARIANTS, DPO, PRIOR]
     baseline = groups.get(("baseline", 1.0), {})
     return [
         Cell(
@@ -244,7 +260,7 @@ def measure(
             seeds=sorted(seeds),
             metrics={m: bootstrap.over_seeds([each[m] for each in seeds.values()]) for m in METRICS},
             minus_baseline={m: _difference(seeds, baseline, m, bootstrap) for m in METRICS},
-            published=PUBLISHED[name] if fraction == 1 else {},
+            published=PUBLISHED.get(name, {}) if fraction == 1 else {},
             missing=[why for key, why in missing.items() if key[:2] == (name, fraction)],
         )
         for (name, fraction), seeds in sorted(

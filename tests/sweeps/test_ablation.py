@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ from mu2llm import storage
 from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation.bootstrap import Bootstrap
 from mu2llm.green import load_judge
+from mu2llm.records import Checkpoint
+from mu2llm.stages.texts import findings_of
 from mu2llm.stages.validation import write_reports
 from mu2llm.sweeps import ablation
-from mu2llm.sweeps.ablation import DPO, VARIANTS
+from mu2llm.sweeps.ablation import DPO, PRIOR, VARIANTS
 from mu2llm.sweeps.trial import Trial
 
 
@@ -89,10 +92,11 @@ def test_every_metric_of_perfect_reports_is_perfect(cases, measured):
 
 
 def test_rows_stand_in_the_papers_order_beside_its_numbers(cases, measured):
-    found = {(name, 1.0, 0): right(cases, 2) for name in reversed([*VARIANTS, DPO])}
+    found = {(name, 1.0, 0): right(cases, 2) for name in reversed([*VARIANTS, DPO, PRIOR])}
     cells = measured(found | {("all", 0.3, 0): right(cases, 1)}, {("all", 0.3, 1): "out of memory"})
-    assert list(cells) == [*((name, 1.0) for name in VARIANTS), ("all", 0.3), (DPO, 1.0)]
-    assert [cell.published.get("green") for cell in cells.values()] == [0.204, 0.277, 0.299, 0.233, 0.339, None, 0.4]
+    assert list(cells) == [*((name, 1.0) for name in VARIANTS), ("all", 0.3), (DPO, 1.0), (PRIOR, 1.0)]
+    published = [cell.published.get("green") for cell in cells.values()]
+    assert published == [0.204, 0.277, 0.299, 0.233, 0.339, None, 0.4, None]
     assert cells[DPO, 1.0].published["meteor"] is None
     assert cells["all", 0.3].missing == ["out of memory"]
 
@@ -116,7 +120,7 @@ class Trained:
     def trained(self, plan, point):
         if point.name == "+RPE" and point.seed == 1:
             return Trial(id=plan.id_of(point), point=point, status="infeasible", why="out of memory")
-        n = [*VARIANTS, DPO].index(point.name)
+        n = [*VARIANTS, DPO, PRIOR].index(point.name)
         written = [_Text(text) for text in right(self.cases, n)]
         write_reports(plan.place(point, "reports.parquet"), self.cases, written, "?")
         return Trial(id=plan.id_of(point), point=point, status="done")
@@ -150,13 +154,23 @@ def trained(cases, monkeypatch):
 
 def test_what_is_trained_is_each_variant_a_seed_and_dpo_on_pairs_of_its_own(trained, shards, vision, least, tmp_path):
     shown, out = [], str(tmp_path / "a")
+    on_findings = shutil.copytree(vision, tmp_path / "vision") / Checkpoint.FILE
+    described = json.loads(on_findings.read_text())
+    described["experiment"]["contrastive"]["positives"] = "finding"
+    on_findings.write_text(json.dumps(described))
+    vision = str(on_findings.parent)
     found = ablation.run(shards.uri, vision, out, least(), 2, (0.5,), lambda *each: shown.append(each[:3]))
     sft, dpo = trained.points["sft"], trained.points["dpo"]
-    whole = [*VARIANTS, "all"]
+    whole = [*VARIANTS, "all", "baseline", PRIOR]
     assert sorted((p.seed, p.name) for p in sft) == sorted((seed, name) for seed in (0, 1) for name in whole)
     assert [p.seed for p in sft] == sorted(p.seed for p in sft)  # whole seeds first
-    assert sft[1].params == {**VARIANTS["+RPE"]} and sft[0].params["model.tokenizer.attention"] == "absolute"
-    assert {p.params.get("data.fraction") for p in sft if p.name == "all"} == {None, 0.5}
+    assert next(p for p in sft if p.name == "+RPE").params == VARIANTS["+RPE"]
+    assert sft[0].params["model.tokenizer.attention"] == "absolute"
+    for name in ("all", "baseline"):
+        assert {p.params.get("data.fraction") for p in sft if p.name == name} == {None, 0.5}
+    told = len({finding for case in shards.cases("train") for finding in findings_of(case.report)})
+    assert {p.params["model.tokenizer.prior"] for p in sft if p.name == PRIOR} == {told} and told > 0
+    assert {p.params["model.tokenizer.prior"] for p in sft if p.name != PRIOR} == {0}
     assert [p.keep for p in sft] == [p.name == "all" for p in sft]
     plan = trained.plans["dpo"]
     assert (plan.stage, plan.watch.split) == ("dpo", "test")
