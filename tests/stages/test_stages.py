@@ -122,7 +122,7 @@ class Tells:
     """A model that scores a scan's own report, the next one's, or none above the others: scans are numbered."""
 
     def __init__(self, offset):
-        self.offset, self.device, self.seen = offset, "cpu", 0
+        self.offset, self.device, self.seen = offset, torch.device("cpu"), 0
 
     def embed_texts(self, numbers):
         return numbers
