@@ -32,9 +32,9 @@ def report_scans(
     accept: tuple[str, ...] = (),
     progress: Counted | None = None,
 ) -> list[dict[str, Any]]:
-    """One entry a scan, in order: `{path, report, seconds, spec, warnings, familiarity, prior}` or
+    """One entry a scan, in order: `{path, report, seconds, spec, warnings, familiarity, finding_probabilities}` or
     `{path, rejected, message, spec}`. `familiarity` is `{percentile, unlike}` among the training scans' distances
-    (`Familiarity`), None where the checkpoint keeps none; `prior` how likely each finding is, None without a prior.
+    (`Familiarity`), None where the checkpoint keeps none; `finding_probabilities` None without a diagnostic prior.
 
     Scans are prepared by the checkpoint's own spec. One that is no CT by its values (`not_hu`) is rejected
     unless `accept` lists that code. `progress` is told (scans done, scans in all).
@@ -58,8 +58,8 @@ def report_scans(
             ((text,),) = write(decoder, features, mask, [Prompt(settings.question, path, decoding)])
             entry |= {"report": text.text, "finished": text.finished, "warnings": list(volume.warnings)}
             with numerics(model.device, settings.used_precision):
-                prior = model.findings(features, mask)
-            entry["prior"] = {name: round(p, 4) for name, p in prior[0].items()} if prior else None
+                likely = model.finding_probabilities(features, mask)
+            entry["finding_probabilities"] = likely[0] if likely else None
             percentile = known.percentiles(pooled(features, mask))[0] if known else None
             entry["familiarity"] = {"percentile": percentile, "unlike": unlike(percentile)} if known else None
         entries.append({**entry, "seconds": round(time.monotonic() - started, 3)})

@@ -268,13 +268,15 @@ class Mu2ForConditionalGeneration(Mu2PreTrainedModel, GenerationMixin):
         """As `Mu2Model.encode_volumes`."""
         return self.model.encode_volumes(*args, **kwargs)
 
-    def findings(self, vision_features: Tensor, chunk_mask: Tensor | None = None) -> list[dict[str, float]] | None:
+    def finding_probabilities(
+        self, vision_features: Tensor, chunk_mask: Tensor | None = None
+    ) -> list[dict[str, float]] | None:
         """vision_features (B, T, n, vision width), chunk_mask (B, T) → of each scan how likely each finding is by the
-        diagnostic prior; None without one."""
+        diagnostic prior, to four places; None without one."""
         if self.model.prior is None:
             return None
         rows = self.model.prior.probabilities(vision_features, chunk_mask).tolist()
-        return [dict(zip(self.config.findings, row, strict=True)) for row in rows]
+        return [{name: round(p, 4) for name, p in zip(self.config.findings, row, strict=True)} for row in rows]
 
     def freeze_vision(self) -> None:
         """The vision encoder is trained no more, nor do its running statistics move; the projector behind it is."""

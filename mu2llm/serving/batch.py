@@ -131,7 +131,7 @@ class RunningBatch:
                 checkpoint=loaded.uri,
                 sentences=maps,
                 percentile=loaded.percentile(slot.features, queued.request.scan),
-                prior=loaded.prior(slot.features, queued.request.scan),
+                finding_probabilities=loaded.finding_probabilities(slot.features, queued.request.scan),
             )
         )
 

@@ -33,7 +33,7 @@ class Written:
     """A report, with what it cost; `sentences` are (text, start, end, nifti in base64) where they were asked for.
 
     `percentile` is how unlike the training scans the scan is, None where the checkpoint keeps no statistics of them;
-    `prior` how likely each finding is by the diagnostic prior, None where it has none.
+    `finding_probabilities` are those of the diagnostic prior, None where the checkpoint has none.
     """
 
     text: str
@@ -48,7 +48,7 @@ class Written:
     checkpoint: str
     sentences: list[dict[str, Any]] | None = None
     percentile: float | None = None
-    prior: dict[str, float] | None = None
+    finding_probabilities: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

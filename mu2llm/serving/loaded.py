@@ -86,10 +86,10 @@ class LoadedModel:
         known = self.familiarity
         return known.percentiles(pooled(features[None], self.chunk_mask([scan])))[0] if known else None
 
-    def prior(self, features: Tensor, scan: Scan) -> dict[str, float] | None:
+    def finding_probabilities(self, features: Tensor, scan: Scan) -> dict[str, float] | None:
         """How likely each finding is by the diagnostic prior, of a scan with these features (T, n, E); None without."""
         with numerics(self.model.device, self.precision):
-            found = self.model.findings(features[None], self.chunk_mask([scan]))
+            found = self.model.finding_probabilities(features[None], self.chunk_mask([scan]))
         return found[0] if found else None
 
     def chunk_mask(self, scans: Sequence[Scan]) -> Tensor:

@@ -120,7 +120,7 @@ class Report(BaseModel):
     familiarity: FamiliarityOut | None = Field(
         None, description="null where the checkpoint keeps no statistics of its training scans"
     )
-    prior: dict[str, float] | None = Field(
+    finding_probabilities: dict[str, float] | None = Field(
         None, description="how likely each finding is by the model's diagnostic prior; null where it has none"
     )
     disclaimer: str = "Research use only; not a medical device."

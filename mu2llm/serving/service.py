@@ -440,6 +440,6 @@ def _report(work: Work, scan: Scan, written: Written) -> Report:
         tokens=written.tokens,
         seconds={step: round(value, 4) for step, value in seconds.items()},
         familiarity=None if far is None else FamiliarityOut(percentile=far, unlike=unlike(far)),
-        prior=written.prior and {name: round(p, 4) for name, p in written.prior.items()},
+        finding_probabilities=written.finding_probabilities,
         saliency=None if said is None else Saliency(sentences=[SaliencySentence(**each) for each in said]),
     )

@@ -262,6 +262,8 @@ class _Reporter(ray.train.UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         numbers = {name: value for name, value in metrics[0].items() if isinstance(value, int | float)}
+        if not numbers:
+            return
         with open(self.path, "a") as stream:
             stream.write(json.dumps(numbers) + "\n")
         _observe(self.job, self.run, numbers)

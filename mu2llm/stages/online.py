@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import ClassVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from rich.markup import escape
 from rich.table import Table
 
-from mu2llm import storage
+from mu2llm import green, storage
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.engine.features import cached_features
@@ -61,6 +61,7 @@ class Online(BaseModel):
 
     judge: str
     reward: str
+    max_length_ratio: float = Field(description="of a pair's longer report to its shorter")
     data: str
     split: str = "validation"
     rounds: list[Round]
@@ -98,6 +99,7 @@ def run(
     result = Online(
         judge=judge,
         reward=experiment.preferences.reward,
+        max_length_ratio=experiment.preferences.max_length_ratio or LENGTH_RATIO,
         data=storage.lasting(data),
         rounds=found,
         best=storage.lasting(max(kept, key=lambda each: each.green.value if each.green else 0.0).checkpoint),
@@ -117,6 +119,7 @@ def _checked(checkpoint: str, shards: Shards, experiment: Experiment, rounds: in
     if not shards.count("validation"):
         raise UserError(f"{shards.uri} has no rows in split validation, which tells when rounds do harm")
     checked(_request(checkpoint, shards, experiment))
+    green.check_judge(experiment.judge)  # before hours of writing
     if settings.max_length_ratio is not None:
         return experiment
     logger.info("preferences.max_length_ratio is not set: pairs of a ratio above %s are dropped", LENGTH_RATIO)
@@ -165,7 +168,8 @@ def table(result: Online) -> Table:
     """The rounds for a terminal, with 95 % intervals over held-out patients."""
     shown = Table(
         *("round", "pairs", "best − worst", "Findings F1", "GREEN", "words", "checkpoint"),
-        title=f"held-out cases; judge {result.judge}, reward {escape(result.reward)}",
+        title=f"held-out cases; judge {result.judge}, reward {escape(result.reward)}, pairs of a length ratio up to "
+        f"{result.max_length_ratio:g}",
         caption=result.stopped or f"best: {result.best}",
     )
     for each in result.rounds:

@@ -45,17 +45,19 @@ def train(
     trainer.rates = job.settings.learning_rates.model_dump(exclude_none=True)  # type: ignore[attr-defined]
     trainer.muon = job.settings.muon  # type: ignore[attr-defined]
     trainer.epochs_a_step = job.settings.batch_size * job.settings.accumulation / job.rows  # type: ignore[attr-defined]
-    rank = current_worker.get().rank
+    worker = current_worker.get()
     try:
         trainer.train(resume_from_checkpoint=resume.folder)
     except NotFinite as error:
         # not raised on: the same batch would fail again on every retry
         storage.write_json(storage.join(job.state, STOPPED_FILE), {"why": str(error), "case_ids": error.cases})
+        worker.uploaded()
         return
+    worker.uploaded()
     with tempfile.TemporaryDirectory() as saved, tempfile.TemporaryDirectory() as folder:
         if job.settings.fsdp:
             trainer.save_model(saved)  # on every rank: each holds a part
-        if rank == 0:
+        if worker.rank == 0:
             model = restore(saved) if job.settings.fsdp else trainer.accelerator.unwrap_model(trainer.model)
             metrics = finish(model, folder)
             progress = reports.progress(trainer.state.global_step)

@@ -77,6 +77,13 @@ class RayTrainWorker:
             validation=ray.train.ValidationTaskConfig(fn_kwargs={"step": validate}) if validate else False,
         )
 
+    def uploaded(self) -> None:
+        """Waits until all that was reported is where a resume finds it; every rank calls it.
+
+        Before its folder goes: Ray Train uploads from there, and a worker whose upload fails is started anew.
+        """
+        ray.train.report({})
+
     def preempted(self) -> bool:
         return ray.train.get_preemption_info() is not None
 
@@ -96,6 +103,9 @@ class InProcessWorker(RayTrainWorker):
 
     def report(self, metrics: dict[str, Any], folder: Path | None = None, validate: int | None = None) -> None:
         self.told({name: value for name, value in metrics.items() if isinstance(value, int | float)})
+
+    def uploaded(self) -> None:
+        """It saves nothing on the way."""
 
     def preempted(self) -> bool:
         return False

@@ -38,7 +38,7 @@ def test_a_scan_among_noise_is_unlike_it_and_among_its_like_it_is_not(checkpoint
 
 def test_an_older_checkpoint_says_that_it_does_not_know(checkpoints, phantom):
     (entry,) = report_scans(checkpoints["sft"], [phantom], SETTINGS)
-    assert entry["familiarity"] is None and entry["prior"] is None and "report" in entry
+    assert entry["familiarity"] is None and entry["finding_probabilities"] is None and "report" in entry
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -52,6 +52,6 @@ def test_a_diagnostic_prior_is_told_as_the_model_has_it(checkpoints, phantom, tm
     (entry,) = report_scans(str(tmp_path / "told"), [phantom], SETTINGS.model_copy(update={"precision": precision}))
     scan = processor.prepare(phantom.path)
     features = model.eval().encode_vision(scan["volumes"], scan["chunk_mask"])
-    expected = model.findings(features, scan["chunk_mask"])[0]
-    assert entry["prior"] == pytest.approx(expected, abs=1e-4 if precision == "fp32" else 0.02)
-    assert list(entry["prior"]) == ["left pneumothorax", "renal cyst"] and "report" in entry
+    expected = model.finding_probabilities(features, scan["chunk_mask"])[0]
+    assert entry["finding_probabilities"] == pytest.approx(expected, abs=1e-4 if precision == "fp32" else 0.02)
+    assert list(entry["finding_probabilities"]) == ["left pneumothorax", "renal cyst"] and "report" in entry

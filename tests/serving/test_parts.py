@@ -499,10 +499,10 @@ def test_an_answer_says_whether_the_scan_is_unlike_the_training_scans(tmp_path, 
     assert json.loads(formats.respond(formats.JSON, made).body)["familiarity"] == told
 
 
-@pytest.mark.parametrize("prior", [None, {"left pneumothorax": 0.97, "renal cyst": 0.0123}])
-def test_an_answer_has_what_the_diagnostic_prior_says(tmp_path, prior):
+@pytest.mark.parametrize("likely", [None, {"left pneumothorax": 0.97, "renal cyst": 0.0123}])
+def test_an_answer_has_what_the_diagnostic_prior_says(tmp_path, likely):
     async def go():
-        service = known(tmp_path, Handle(dataclasses.replace(WRITTEN, prior=prior)))
+        service = known(tmp_path, Handle(dataclasses.replace(WRITTEN, finding_probabilities=likely)))
         return await service.report(service.begin(Upload((b"",)), ReportOptions()))
 
-    assert json.loads(formats.respond(formats.JSON, asyncio.run(go())).body)["prior"] == prior
+    assert json.loads(formats.respond(formats.JSON, asyncio.run(go())).body)["finding_probabilities"] == likely

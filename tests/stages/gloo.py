@@ -44,6 +44,9 @@ class GlooWorker(RayTrainWorker):
         if self.rank == 0:
             (self.kept / "whole").write_text(f"{metrics['saved_step']:08d}")
 
+    def uploaded(self):
+        pass
+
     def preempted(self):
         return False
 

@@ -1,6 +1,5 @@
 """The whole way on a frozen open tower: its spec, features made once, a projection by contrast, reports, scores."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mu2llm import config
-from mu2llm.cases import Shards, ingest, read_manifest
-from mu2llm.ct import phantom
+from mu2llm.cases import Shards
 from mu2llm.errors import UserError
 from mu2llm.evaluation.evaluate import evaluate
 from mu2llm.evaluation.promotion import card
@@ -30,23 +28,6 @@ TOWER = [
 
 def experiment(*overrides):
     return config.load("tiny", [*TOWER, *overrides])
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, empty_store):
-    folder = tmp_path_factory.mktemp("frozen")
-    shutil.copy(empty_store, folder / "mu2llm.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mu2llm.db")
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def shards(ray_cluster, place):
-    manifest = phantom.write(str(place / "scans"), 24, seed=3)
-    table = read_manifest(manifest, "jsonl", str(place / "scans"), experiment().data)
-    ingest(table, str(place / "shards"), experiment())
-    return str(place / "shards")
 
 
 def features_of(shards):

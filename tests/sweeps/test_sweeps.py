@@ -23,7 +23,8 @@ SPACE = [
     "sweep.space.dpo.beta={choice: [0.1, 0.5]}",
     "sweep.space.preferences.margin={choice: [0.05, 1.5]}",
     "sweep.space.preferences.pairs_per_case={choice: [1, 2]}",
-    "sweep.first=[{preferences.margin: 1.5}]",  # leaves no pair: this trial cannot be trained
+    # the first leaves no pair and cannot be trained; the second can, whatever the search draws after a kill
+    "sweep.first=[{preferences.margin: 1.5}, {preferences.margin: 0.05}]",
     "sweep.objective=[green,kl]",
 ]
 

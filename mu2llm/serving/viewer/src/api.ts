@@ -45,7 +45,7 @@ export interface Report {
   /** How unlike the training scans this one is; null where the checkpoint keeps nothing of them. */
   familiarity?: { percentile: number; unlike: boolean } | null;
   /** How likely each finding is by the model's diagnostic prior; null where it has none. */
-  prior?: Record<string, number> | null;
+  finding_probabilities?: Record<string, number> | null;
 }
 
 /** One judgement of GREEN: counts of the error categories a to f, and what the judge named by category. */

@@ -127,8 +127,8 @@ function chip({ name, side, place, size_mm }: Finding): HTMLElement {
 }
 
 /** Findings of 5 % and more, the likeliest first. */
-function likely(prior: Record<string, number>): string {
-  const found = Object.entries(prior).filter(([, p]) => p >= 0.05).sort(([, a], [, b]) => b - a);
+function likely(probabilities: Record<string, number>): string {
+  const found = Object.entries(probabilities).filter(([, p]) => p >= 0.05).sort(([, a], [, b]) => b - a);
   return found.map(([name, p]) => `${name} ${Math.round(100 * p)} %`).join(", ") || "no finding of 5 % or more";
 }
 
@@ -144,7 +144,8 @@ function showFacts(scan: ScanFacts, report?: Report): void {
     const far = report.familiarity;
     const told = far ? `farther from the training scans than ${far.percentile} % of them` : "not known for this model";
     facts.push(["Familiarity", told]);
-    if (report.prior) facts.push(["Diagnostic prior", likely(report.prior)]);
+    const probabilities = report.finding_probabilities;
+    if (probabilities) facts.push(["Diagnostic prior", likely(probabilities)]);
     facts.push(["Preprocessing", `${spec.name} ${spec.hash}`]);
     facts.push(["Seconds", Object.entries(seconds).map(([step, s]) => `${step} ${s.toFixed(2)}`).join(", ")]);
   }
