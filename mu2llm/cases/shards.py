@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray.data
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mu2llm import storage
@@ -244,23 +243,24 @@ def write_index(uri: str, index: Index, cases: list[Case]) -> Shards:
 
 def write_rows(
     uri: str,
-    splits: Mapping[str, ray.data.Dataset | Iterable[dict[str, Any]]],
+    splits: Iterable[tuple[str, Iterable[dict[str, Any]]]],
     parent: Shards,
     shard_mb: int = 128,
     **facts: Any,
 ) -> Shards:
     """Writes a table derived from shards (such as cached vision features) in their layout, and opens it.
 
-    `splits` gives for each split its rows: a Dataset, or batches as dicts of columns, with the column `id` of a
+    `splits` gives one split after the other, with batches of its rows as dicts of columns, with the column `id` of a
     case of `parent`. `facts` go into the index. What was at the URI before is replaced.
     """
     uri = storage.absolute(uri)
     storage.delete(uri)
-    known = {case.id: case for split in splits for case in parent.cases(split)}
     files: dict[str, list[ShardFile]] = {}
     cases: list[Case] = []
-    for split, rows in splits.items():
-        batches = rows.iter_batches(batch_size=16, batch_format="numpy") if isinstance(rows, ray.data.Dataset) else rows
+    for split, batches in splits:
+        if split in files:
+            raise ValueError(f"{uri}: the rows of split {split} come in two parts")
+        known = {case.id: case for case in parent.cases(split)}
         files[split] = []
         for path, ids in _write_files(uri, split, iter(batches), shard_mb * 2**20):
             files[split].append(shard_file(uri, path))

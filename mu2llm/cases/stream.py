@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -197,6 +197,14 @@ def dataset(
     """
     source = Source.of(shards, split, columns, ids)
     return blocks(source, Order(source.count, None), WorkerRows(0, source.count, 1), num_cpus)
+
+
+def splits_dataset(shards: Shards, splits: Sequence[str], columns: list[str]) -> ray.data.Dataset:
+    """All rows of some splits once, one split after the other, as stored."""
+    sources = [Source.of(shards, split, columns, None) for split in splits]
+    files, counts = ([item for source in sources for item in getattr(source, name)] for name in ("files", "counts"))
+    source = replace(sources[0], files=files, counts=counts)
+    return blocks(source, Order(source.count, None), WorkerRows(0, source.count, 1), READING_CPUS)
 
 
 class Stream:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
-import ray.data
 import torch
 from torch import Tensor
 
 from mu2llm import storage
 from mu2llm.artefacts import Identity, open_checkpoint, weights_of
-from mu2llm.cases import Shards, dataset, write_rows
+from mu2llm.cases import Shards, splits_dataset, write_rows
 from mu2llm.cases.shards import read_rows
 from mu2llm.engine.actors import failures, on_actors, use_cpus
 from mu2llm.engine.loading import load_encoder, numerics
@@ -41,18 +42,10 @@ def encode_scans(checkpoint: str, shards: Shards, settings: InferenceConfig, pro
     if storage.exists(storage.join(uri, "shards.json")):
         return Shards.open(uri)
     splits = [split for split in ("train", "validation", "test") if shards.count(split)]
-    total, done = sum(shards.count(split) for split in splits), [0]
-
-    def counted(rows: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-        for batch in rows.iter_batches(batch_size=BATCH, batch_format="numpy"):
-            done[0] += len(batch["id"])
-            if progress:
-                progress(done[0], total)
-            yield batch
-
-    encoded = {split: counted(_encoded(checkpoint, shards, split, settings)) for split in splits}
     with failures("encoding scans", "run again"):
-        return write_rows(uri, encoded, shards, checkpoint=storage.lasting(checkpoint))
+        encoded = groupby(_encoded(checkpoint, shards, splits, settings, progress), key=itemgetter(0))
+        tables = ((split, (batch for _, batch in batches)) for split, batches in encoded)
+        return write_rows(uri, tables, shards, checkpoint=storage.lasting(checkpoint))
 
 
 def cached_features(checkpoints: Collection[str], shards: Shards, precision: Precision = "fp32") -> str | None:
@@ -93,9 +86,22 @@ def features_uri(checkpoint: str, shards: Shards, precision: Precision = "fp32")
     return storage.join(shards.uri, "features", Identity.of(inputs).digest)
 
 
-def _encoded(checkpoint: str, shards: Shards, split: str, settings: InferenceConfig) -> ray.data.Dataset:
-    rows = dataset(shards, split, COLUMNS)
-    return on_actors(rows, VisionActor, (checkpoint, settings), settings, shards.count(split))
+def _encoded(
+    checkpoint: str, shards: Shards, splits: Sequence[str], settings: InferenceConfig, progress: Counted | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Batches of one split after the other, all through the same actors."""
+    split_of = {case.id: split for split in splits for case in shards.cases(split)}
+    rows = splits_dataset(shards, splits, COLUMNS)
+    rows = on_actors(rows, VisionActor, (checkpoint, settings), settings, len(split_of))
+    done = 0
+    for batch in rows.iter_batches(batch_size=BATCH, batch_format="numpy"):
+        owners = enumerate(split_of[name] for name in batch["id"])
+        for split, group in groupby(owners, key=itemgetter(1)):
+            chosen = [i for i, _ in group]
+            yield split, {name: values[chosen] for name, values in batch.items()}
+        done += len(batch["id"])
+        if progress:
+            progress(done, len(split_of))
 
 
 class VisionActor:

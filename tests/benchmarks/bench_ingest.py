@@ -101,7 +101,7 @@ def make_features(folder: str) -> None:
         }
         for a in range(0, ROWS, BATCH)
     )
-    cases.write_rows(f"{folder}/features", {"train": batches}, parent)
+    cases.write_rows(f"{folder}/features", [("train", batches)], parent)
 
 
 def stream(folder: str) -> dict[str, Any]:

@@ -84,7 +84,9 @@ def shards(ray_cluster, tmp_path_factory):
         }
         for a in range(0, COUNT, 2)
     )
-    made = cases.write_rows(str(folder / "features"), {"train": batches}, parent, shard_mb=1)
+    made = cases.write_rows(str(folder / "features"), [("train", batches)], parent, shard_mb=1)
+    with pytest.raises(ValueError, match="train come in two parts"):
+        cases.write_rows(str(folder / "torn"), [("train", []), ("train", [])], parent)
     made.truth = features
     return made
 

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from mu2llm import config
 from mu2llm.cases import Shards
+from mu2llm.engine.features import read_scans
+from mu2llm.engine.loading import load_encoder
 from mu2llm.errors import UserError
 from mu2llm.evaluation.evaluate import evaluate
 from mu2llm.evaluation.promotion import card
@@ -52,6 +55,13 @@ def test_from_scans_to_scored_reports_by_features_that_are_made_once(shards, pla
     assert projected.training.history[-1]["loss"] < first and projected.training.metrics["recall_n"] > 0
     assert projected.lineage.tower == "colipri (MIT)"
     (made,) = features_of(shards)
+    table = Shards.open(f"{shards}/features/{made}")
+    encoder = load_encoder(projected.uri)
+    for split in ("train", "validation", "test"):
+        assert table.cases(split) == opened.cases(split)
+        rows = np.arange(opened.count(split))
+        (kept, _), (features, _) = (read_scans(encoder, each, split, rows) for each in (table, opened))
+        torch.testing.assert_close(kept, features, atol=1e-3, rtol=1e-3)
     written = sft.run(shards, str(place / "sft"), experiment(), projected.uri)
     assert features_of(shards) == [made]  # SFT read what contrast had made
     assert same(vision(projected), vision(written))
