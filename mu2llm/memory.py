@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -43,6 +44,15 @@ class PeakMemory:
             if estimate > highest * self.STEP:
                 highest = estimate
                 self.gib = max(self.gib, tree_pss() / 2**30)
+
+
+def machine_memory() -> int:
+    """Bytes of this machine, or of its container where that is given less."""
+    limits = [psutil.virtual_memory().total]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # there is one of them, or none; `max` is no limit
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
 
 
 def tree_estimate() -> int:

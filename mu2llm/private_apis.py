@@ -31,6 +31,14 @@ def cluster_limits() -> Any | None:
     return ray._private.state.state.get_cluster_config()
 
 
+def running_http_options() -> Any | None:
+    """The HTTPOptions of the Serve that runs on this Ray; None where there is none. `serve.status` does not tell."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return client and client.http_config
+
+
 def largest_resources() -> dict[str, float]:
     """Resource → the most of it that the cluster can grow to; empty where it does not scale itself."""
     import ray

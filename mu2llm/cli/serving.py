@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import signal
 import sys
 from typing import Annotated, Any
@@ -15,6 +17,7 @@ from mu2llm.cli.app import Address, DryRun, Json, Preset, Set, app, console, dry
 from mu2llm.errors import UserError
 from mu2llm.settings.serving import ServingConfig
 
+TOKEN = "MU2LLM_SERVE_TOKEN"  # instead of a new token at every start
 CHAMPION = f"registry://{tracking.MODEL}@champion"
 STATE = ServingConfig().state
 CheckpointOption = Annotated[
@@ -25,7 +28,7 @@ CheckpointOption = Annotated[
 @app.command()
 def serve(
     checkpoint: CheckpointOption = CHAMPION,
-    host: Annotated[str, typer.Option(help="Address to listen at; other than loopback needs API keys.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen at; loopback: this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006
@@ -38,14 +41,20 @@ def serve(
         dry_run(experiment, [checkpoint], [experiment.serving.state], f"port {port} of {host}")
     _check_checkpoint(checkpoint)
     from mu2llm import cluster
+    from mu2llm.serving.keys import hash_of
     from mu2llm.serving.running import check, running, watch
 
-    settings = _settings(experiment, checkpoint, host)
+    settings, opening = _settings(experiment, checkpoint, host), ""
+    if experiment.serving.authentication == "auto":
+        token = os.environ.get(TOKEN) or secrets.token_urlsafe(32)
+        settings = settings.model_copy(update={"token_sha256": hash_of(token)})
+        opening = f"/#token={token}"
     check(settings, host, port)
     with cluster.session(address), running(settings, host, port) as url:
         for each in (signal.SIGTERM, signal.SIGINT):  # behind Ray's own; what has begun is finished
             signal.signal(each, lambda *_: sys.exit(0))
-        console.print(f"{url}  (API: {url}/docs, ready when {url}/readyz says so; Ctrl-C ends it)", highlight=False)
+        told = f"{url}{opening}  (API: {url}/docs, ready when {url}/readyz says so; Ctrl-C ends it)"
+        console.print(told, highlight=False, soft_wrap=True)
         watch()
 
 

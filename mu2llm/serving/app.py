@@ -34,6 +34,7 @@ class Settings(BaseModel):
     checkpoint: str = "registry://mu2llm@champion"
     tracking: str | None = Field(None, description="URI of the tracking store; None: what each node's environment says")
     loopback: bool = False
+    token_sha256: str = Field("", description="of the token of this start; empty: API keys alone open the service")
     serving: ServingConfig = ServingConfig()
     judge: JudgeConfig = JudgeConfig()
 
@@ -49,10 +50,11 @@ def application(settings: Settings) -> Application:
     serving = settings.serving.model_dump(mode="json")
     return made["Ingress"].bind(
         made["VolumeReader"].bind(serving),
-        made["ReportGenerator"].bind(serving, settings.tracking),
+        made["ReportGenerator"].bind(serving, settings.tracking, settings.loopback),
         made["GreenScorer"].bind(settings.judge.model_dump(mode="json"), settings.serving.scorer.max_ongoing_requests),
         serving,
         settings.loopback,
+        settings.token_sha256,
     )
 
 

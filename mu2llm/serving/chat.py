@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mu2llm.serving.decoder import Scan
 from mu2llm.serving.problems import Problem
 from mu2llm.serving.schemas import Report, ReportOptions, StopSequence, StopSequences
 from mu2llm.serving.service import Made, Upload
@@ -185,7 +186,7 @@ def answer(report: Report) -> ChatAnswer:
 
 
 async def chunks(
-    request: ChatRequest, identity: str, model: str, parts: AsyncIterator[str | Made]
+    request: ChatRequest, identity: str, model: str, parts: AsyncIterator[Scan | str | Made]
 ) -> AsyncIterator[dict[str, Any]]:
     """The events of a streamed answer: the role, pieces of the text, the end, and the usage where it is asked for."""
     counted = request.stream_options.include_usage
@@ -204,7 +205,7 @@ async def chunks(
     async for part in parts:
         if isinstance(part, str):
             yield chunk({"content": part})
-        else:
+        elif isinstance(part, Made):
             yield {**chunk({}, _reason(part.report)), "mu2llm": _besides(part.report)}
             if counted:
                 yield {**head, "choices": [], "usage": _usage(part.report).model_dump()}

@@ -15,8 +15,10 @@ import resource
 import threading
 import time
 import warnings
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,13 +29,10 @@ from mu2llm import ct, storage
 from mu2llm.ct import dicom_headers, sources
 from mu2llm.errors import Rejection
 from mu2llm.records import PreprocessSpec
+from mu2llm.serving import dicomweb
 from mu2llm.serving.refusal import Refusal
 
-ATTRIBUTES = (  # of the patient and the study, by which an archive knows them
-    *("PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"),
-    *("StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber", "StudyDescription"),
-    "TimezoneOffsetFromUTC",
-)
+_UIDS: list[Any] = ["SOPClassUID", "SOPInstanceUID"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class References:
-    """Which DICOM instances a scan is made of: (series, SOP class, SOP instance) UIDs of one study; and its patient and
-    study attributes, by keyword, as they were sent."""
+    """Which DICOM instances a scan is made of: (series, SOP class, SOP instance) UIDs of one study; and the header of
+    the first, as it was sent: whose scan it is."""
 
     study: str
     instances: tuple[tuple[str, str, str], ...]
-    attributes: dict[str, str] = field(repr=False)
+    header: pydicom.Dataset = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,8 @@ class Scan:
 def read(reading: Reading, max_slices: int) -> Scan:
     """Decodes and prepares. Raises Rejection."""
     started = time.monotonic()
+    if isinstance(reading.source, str) and dicomweb.is_one(reading.source):
+        reading = replace(reading, source=dicomweb.fetch(reading.source, max_slices))
     volume = ct.admit(ct.read(reading.source, accept=reading.accept), reading.accept)
     slices = max(volume.hu.shape[2], min(volume.hu.shape))
     if slices > max_slices:
@@ -101,17 +102,20 @@ def _references(reading: Reading, volume: ct.CTVolume) -> References | None:
     joined = "series_joined" in volume.warnings
     slices, _ = dicom_headers.parse(_parts(reading.source), "")
     files = {id(each.part): each for each in slices if (joined or each.series == volume.series) and each.rows}
-    tags = ["StudyInstanceUID", "SOPClassUID", "SOPInstanceUID", *ATTRIBUTES]
-    found = []
+    found: list[tuple[str, str, str]] = []
+    header = None
     for each in files.values():
+        tags = _UIDS if found else None  # None: all
         stream = io.BytesIO(each.part.load())
-        header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
-        if "SOPClassUID" in header and "SOPInstanceUID" in header:
-            found.append((each.series, str(header.SOPClassUID), str(header.SOPInstanceUID)))
-    if not found:
+        told = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
+        if "SOPClassUID" in told and "SOPInstanceUID" in told:
+            header = header or told
+            found.append((each.series, str(told.SOPClassUID), str(told.SOPInstanceUID)))
+    if header is None:
         return None
-    attributes = {name: str(header[name].value or "") for name in ATTRIBUTES if name in header}
-    return References(str(header.get("StudyInstanceUID", "")), tuple(found), attributes)
+    header.remove_private_tags()
+    header.decode()
+    return References(str(header.get("StudyInstanceUID", "")), tuple(found), pydicom.Dataset(header))
 
 
 def _parts(source: list[bytes] | str) -> list[sources.Part]:
@@ -131,31 +135,45 @@ class Decoder:
 
     def __init__(self, seconds: float, memory: int, max_slices: int) -> None:
         self.seconds, self.memory, self.max_slices = seconds, memory, max_slices
-        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "decoder")  # its own: nothing else waits while it reads
         self._child: tuple[multiprocessing.process.BaseProcess, Connection] | None = None
 
+    @property
+    def warm(self) -> bool:
+        """Whether its process is there."""
+        return self._child is not None
+
     async def read(self, reading: Reading) -> Scan | Refusal:
-        """The scan, or why there is none; within the time limit, whatever the file."""
-        return await asyncio.to_thread(self._read, reading)
+        """The scan, or why there is none; within the time limit, whatever the file. Nothing is read any more for one
+        who no longer waits."""
+        gone = threading.Event()
+        answer = asyncio.get_running_loop().run_in_executor(self._thread, self._read, reading, gone)
+        try:
+            return await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            gone.set()
+            if self._child is not None:
+                self._child[0].kill()
+            await asyncio.wait([answer])
+            raise
 
     def start(self) -> None:
         """Lets the process start and import meanwhile, so that the first scan need not wait for it."""
-        with self._lock:
-            self._running()
+        self._thread.submit(self._running)
 
-    def _read(self, reading: Reading) -> Scan | Refusal:
-        with self._lock:
-            _, connection = self._running()
-            try:
+    def _read(self, reading: Reading, gone: threading.Event) -> Scan | Refusal:
+        _, connection = self._running()
+        try:
+            if not gone.is_set():  # set before the process was there to be killed
                 connection.send(reading)
                 if not connection.poll(self.seconds):
-                    self.close()
+                    self._end()
                     return Refusal("slow")
                 answer: Scan | Refusal = connection.recv()
                 return answer
-            except (EOFError, OSError):
-                self.close()
-                return Refusal("crashed")
+        except (EOFError, OSError):
+            self._end()
+        return Refusal("crashed")
 
     def _running(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
         if self._child is None or not self._child[0].is_alive():
@@ -167,13 +185,17 @@ class Decoder:
             self._child = child, ours
         return self._child
 
-    def close(self) -> None:
+    def _end(self) -> None:
         if self._child is not None:
             child, connection = self._child
             self._child = None
             connection.close()
             child.kill()
             child.join()
+
+    def close(self) -> None:
+        self._end()
+        self._thread.shutdown(wait=False)
 
 
 def _serve(connection: Connection, memory: int, max_slices: int) -> None:
@@ -182,6 +204,8 @@ def _serve(connection: Connection, memory: int, max_slices: int) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    with contextlib.suppress(OSError):  # where memory runs out all the same, this is what the kernel ends
+        Path("/proc/self/oom_score_adj").write_text("1000")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError):
         while True:

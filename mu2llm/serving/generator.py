@@ -12,9 +12,10 @@ import torch
 
 from mu2llm import tracking
 from mu2llm.engine.actors import use_cpus
-from mu2llm.errors import UserError
+from mu2llm.errors import Failure, UserError
 from mu2llm.serving.batch import Queued, RunningBatch
 from mu2llm.serving.exchange import ReportRequest, Status, Written
+from mu2llm.serving.faults import where
 from mu2llm.serving.loaded import LoadedModel
 from mu2llm.serving.queue import QueuedRequest, RequestQueue
 from mu2llm.serving.refusal import Refusal
@@ -30,14 +31,17 @@ class ReportGenerator:
     Reports are written together, up to `max_batch_size` at a time: who comes joins those that are being written, and
     who is done or has left makes room. The first checkpoint is loaded before the replica counts as running; another
     one is loaded beside it, and takes over when what the old one has begun is written: nothing is dropped. Without
-    `tracking_store` the registry is the one that MLFLOW_TRACKING_URI names where the replica runs.
+    `tracking_store` the registry is the one that MLFLOW_TRACKING_URI names where the replica runs. A first checkpoint
+    that cannot be loaded is a replica that never starts, so that Serve tries elsewhere and keeps what runs; `alone`, on
+    one's own machine, it starts, says in its status why it cannot write, and tries again.
     """
 
-    def __init__(self, settings: dict[str, Any], tracking_store: str | None) -> None:
+    def __init__(self, settings: dict[str, Any], tracking_store: str | None, alone: bool) -> None:
         if tracking_store:
             os.environ["MLFLOW_TRACKING_URI"] = tracking_store
         self.settings = ServingConfig.model_validate(settings)
         use_cpus(self.settings.inference)
+        self.alone = alone
         self.source, self.why = "", "no checkpoint was loaded yet"
         self.loaded: LoadedModel | None = None
         self.failed = False  # to load what is asked for
@@ -54,6 +58,8 @@ class ReportGenerator:
         self.source = str(user_config["checkpoint"])
         if first:
             await self._load()
+            if self.loaded is None and not self.alone:
+                raise Failure(f"{self.why}: {self.source}; the replica's log says more")
             self._follower = asyncio.create_task(self._follow())
         else:
             self._swap = asyncio.create_task(self._load())
@@ -127,10 +133,12 @@ class ReportGenerator:
             return Refusal("wrong_spec")
         try:
             decoding = loaded.decoding(request)
-        except UserError as error:
-            return Refusal("too_long", str(error))
+        except UserError:
+            return Refusal("too_long")
+        except Exception as error:  # no exception leaves for Serve's log with what a client sent
+            return Refusal("broken", where(error))
         if decoding is None:
-            return Refusal("too_long", "the question leaves no room for an answer")
+            return Refusal("too_long")
         if self._writer is None:
             self._writer = asyncio.create_task(self._work())
         return self.waiting.add(QueuedRequest(request, decoding, streamed))
@@ -161,7 +169,7 @@ class ReportGenerator:
 
     def _alone(self, taken: list[Queued], error: Exception) -> None:
         """One that cannot be written fails alone; what is over is not written again."""
-        logger.warning("writing %d reports together failed (%s); each by itself now", len(taken), type(error).__name__)
+        logger.warning("writing %d reports together failed, each by itself now: %s", len(taken), where(error))
         for queued in [queued for queued in taken if not queued.answered and not queued.abandoned]:
             assert self.loaded is not None
             batch = RunningBatch(self.loaded)
@@ -172,4 +180,4 @@ class ReportGenerator:
             except Exception as failed:
                 if isinstance(failed, torch.AcceleratorError):
                     self.broken, self.why = True, "its device failed, and another replica takes over"
-                queued.finish(Refusal("not_ready", self.why) if self.broken else failed)
+                queued.finish(Refusal("not_ready", self.why) if self.broken else Refusal("broken", where(failed)))

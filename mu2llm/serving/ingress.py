@@ -17,7 +17,7 @@ from mu2llm.settings.serving import ServingConfig
 
 @serve.ingress()
 class Ingress:
-    """`loopback` says that only this machine can reach it: then keys are off unless they are asked for."""
+    """`loopback` says that it listens to this machine alone; `token_sha256` is of the token that opens everything."""
 
     def __init__(
         self,
@@ -26,15 +26,13 @@ class Ingress:
         scorer: DeploymentHandle,
         settings: dict[str, Any],
         loopback: bool,
+        token_sha256: str,
     ) -> None:
+        self.token_sha256 = token_sha256
         self.settings, self.loopback = ServingConfig.model_validate(settings), loopback
         self.service = Service(reader, generator, scorer, self.settings)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        needed = keys_needed(self.settings, self.loopback)
-        doorkeeper = Doorkeeper(self.settings.state, needed)
+        needed = self.settings.authentication != "off"
+        doorkeeper = Doorkeeper(self.settings.state, needed, self.token_sha256)
         return web.application(self.service, Jobs(self.service), doorkeeper, self.loopback)
-
-
-def keys_needed(settings: ServingConfig, loopback: bool) -> bool:
-    return settings.authentication == "on" or (settings.authentication == "auto" and not loopback)

@@ -14,12 +14,13 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 from functools import partial
 
-from mu2llm.serving.admission import Body
-from mu2llm.serving.problems import Problem
+from mu2llm.errors import Failure
+from mu2llm.serving.admission import ANYBODY, Body
+from mu2llm.serving.faults import where
+from mu2llm.serving.problems import Problem, internal, storage_failed
 from mu2llm.serving.schemas import Job, ReportOptions
 from mu2llm.serving.service import Service, Upload
 from mu2llm.serving.store import StoredJob, now
-from mu2llm.serving.uris import allowed
 
 logger = logging.getLogger("ray.serve")
 BEAT_S = 5.0
@@ -46,9 +47,9 @@ class Jobs:
                 task.cancel()
 
     @contextlib.asynccontextmanager
-    async def admitted(self, size: int) -> AsyncIterator[Body]:
+    async def admitted(self, size: int, key: str = ANYBODY) -> AsyncIterator[Body]:
         """Answers 429 before an upload of `size` bytes is read, where too many jobs wait or are on their way."""
-        with self.service.bodies.holding(size) as body:
+        with self.service.bodies.holding(size, key) as body:
             self._arriving += 1
             try:
                 waiting = len(await asyncio.to_thread(self.store.open_ids))
@@ -61,7 +62,7 @@ class Jobs:
     async def add(self, upload: Upload, options: ReportOptions) -> Job:
         """Stores it; it is begun when there is room."""
         if upload.uri is not None:
-            allowed(upload.uri, self.service.settings.allowed_uris)
+            self.service.allowed(upload.uri)
         time = now().isoformat(timespec="milliseconds")
         job = Job(id=uuid.uuid4().hex, status="queued", created=time, updated=time)
         stored = StoredJob(
@@ -125,12 +126,18 @@ class Jobs:
             work = self.service.begin(Upload(files, stored.uri), stored.options, seconds=seconds)
             return {"status": "done", "report": (await self.service.report(work)).report}
         except Problem as problem:
-            if problem.status in (429, 503) and stored.job.attempts < MAX_ATTEMPTS:
-                return {"status": "queued"}
-            return {"status": "failed", "problem": problem.body()}
+            told = problem
+        except (Failure, OSError):
+            told = storage_failed()
+        except Exception as error:  # asyncio would log its message, which may hold what a client sent
+            logger.error("a job failed: %s", where(error))
+            told = internal()
         finally:
             over.set()
             await beating  # a beat after the end would say that it still runs
+        if told.status in (429, 503) and stored.job.attempts < MAX_ATTEMPTS:
+            return {"status": "queued"}
+        return {"status": "failed", "problem": told.body()}
 
     async def _beat(self, stored: StoredJob, over: asyncio.Event) -> None:
         while not over.is_set():

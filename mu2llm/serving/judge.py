@@ -12,9 +12,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from mu2llm.errors import Failure, UserError
 from mu2llm.records import Judgement
 from mu2llm.serving.app import NAME
+from mu2llm.serving.calls import ATTEMPTS, LOST
 from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.scorer import Pair
-from mu2llm.serving.service import ATTEMPTS, LOST
 from mu2llm.settings.green import JudgeConfig
 
 PAIRS = 64  # a call, so that those of the service's clients come in between

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from mu2llm import storage
 from mu2llm.errors import Failure, UserError
+from mu2llm.serving.admission import ANYBODY
 from mu2llm.serving.problems import Problem
 
 logger = logging.getLogger("ray.serve")
@@ -26,6 +27,7 @@ SCOPES: tuple[Scope, ...] = ("read", "score", "correct")
 FILE = "keys.json"
 REFRESH_S = 5.0  # until a new or revoked key is noticed
 WAIT_S = 2.0  # of a request, for keys that are being read
+TOKEN = "token"  # whose requests have the token that `mu2llm serve` prints; a key's id is hexadecimal
 KEPT_S = 600.0  # for which the last keys hold while none can be read
 
 
@@ -62,7 +64,7 @@ def make_key(state: str, name: str, scopes: tuple[str, ...]) -> str:
             raise UserError(f"scope {scope!r} is not known; there are {', '.join(SCOPES)}")
     identity, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
     made = datetime.now(UTC).isoformat(timespec="seconds")
-    key = Key(id=identity, name=name, scopes=scopes, sha256=_hash(secret), made=made)  # type: ignore[arg-type]
+    key = Key(id=identity, name=name, scopes=scopes, sha256=hash_of(secret), made=made)  # type: ignore[arg-type]
     _write(state, (*list_keys(state), key))
     return f"mu2_{identity}_{secret}"
 
@@ -81,34 +83,40 @@ def _write(state: str, keys: tuple[Key, ...]) -> None:
     storage.write_json(storage.join(state, FILE), _File(keys=keys).model_dump(mode="json"))
 
 
-def _hash(secret: str) -> str:
+def hash_of(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 class Doorkeeper:
     """Says whether a request may pass; reads the keys anew every few seconds.
 
-    While they cannot be read the last ones hold, for `KEPT_S`; without any nobody passes.
+    While they cannot be read the last ones hold, for `KEPT_S`; without any nobody passes. `token_sha256` is of the
+    token of this start of the service, which opens everything.
     """
 
-    def __init__(self, state: str, needed: bool) -> None:
-        self.state, self.needed = state, needed
+    def __init__(self, state: str, needed: bool, token_sha256: str = "") -> None:
+        self.state, self.needed, self.token_sha256 = state, needed, token_sha256
         self._keys: dict[str, Key] = {}
         self._read_at = self._tried_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
 
-    async def check(self, given: str | None, scope: Scope) -> None:
-        """Raises 401 without a valid key, 403 where the key lacks the scope, 503 where the keys cannot be read."""
+    async def check(self, given: str | None, scope: Scope) -> str:
+        """Whose request it is: the key's id, empty where none is needed. Raises 401 without a valid key, 403 where the
+        key lacks the scope, 503 where the keys cannot be read."""
         if not self.needed:
-            return
+            return ANYBODY
+        if self.token_sha256 and hmac.compare_digest(self.token_sha256, hash_of(given or "")):
+            return TOKEN
         await self._refresh()
         if time.monotonic() - self._read_at > KEPT_S:
             raise Problem(503, "keys", "the API keys cannot be read now; try again in a moment", REFRESH_S)
         key = self._find(given or "")
         if key is None:
-            raise Problem(401, "no_key", "send a valid API key as Authorization: Bearer KEY (mu2llm key make)")
+            detail = "send an API key (mu2llm key make) or the token of mu2llm serve, as Authorization: Bearer KEY"
+            raise Problem(401, "no_key", detail)
         if scope not in key.scopes:
             raise Problem(403, "scope", f"this key has not the scope {scope!r}; ask for one that has")
+        return key.id
 
     async def _refresh(self) -> None:
         """Waits for storage, but not long: one that hangs must not hold up every request."""
@@ -132,4 +140,4 @@ class Doorkeeper:
         prefix, _, rest = given.partition("_")
         identity, _, secret = rest.partition("_")
         key = self._keys.get(identity) if prefix == "mu2" else None
-        return key if key and hmac.compare_digest(key.sha256, _hash(secret)) else None
+        return key if key and hmac.compare_digest(key.sha256, hash_of(secret)) else None

@@ -69,7 +69,9 @@ class LoadedModel:
         new = {key: scan for key, scan in scans.items() if key not in self._features}
         if new:
             rows = {name: np.stack([getattr(scan, name) for scan in new.values()]) for name in ("voxels", "chunk_mask")}
-            self._features.update(zip(new, scan_features(self.model, rows, self.precision)[0], strict=True))
+            encoded = scan_features(self.model, rows, self.precision)[0]
+            # a copy each: a view would keep the whole batch, however long one of it is remembered
+            self._features.update((key, row.clone()) for key, row in zip(new, encoded, strict=True))
         found = {key: self._features[key] for key in scans}
         for key in scans:
             self._features.move_to_end(key)

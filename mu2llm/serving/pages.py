@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
@@ -23,13 +25,20 @@ a{color:#8bf}code{background:#222;padding:.1em .3em}</style></head>
 <body><h1>mu2llm</h1>
 <p>Post a CT scan (NIfTI, .mha, .nrrd, or a zip of one DICOM series); the answer is a draft of its report as JSON.
 Research use only; not a medical device.</p>
-<form action="v1/reports" method="post" enctype="multipart/form-data">
-<p><label>Scan <input type="file" name="scan" required></label></p>
-<p><button>Write the report</button></p></form>
-<p>Where API keys are needed, use the command line instead:
-<code>curl -H "Authorization: Bearer KEY" -F scan=@scan.nii.gz ADDRESS/v1/reports</code></p>
+<p><code>curl -H "Authorization: Bearer KEY" -F scan=@scan.nii.gz ADDRESS/v1/reports</code></p>
+<p>KEY is an API key, or the token in the address that <code>mu2llm serve</code> printed.</p>
 <p>The reading room is not built here: <code>make viewer</code> builds it (it needs npm), then start the service again.
 The API is described at <a href="docs">/docs</a>.</p></body></html>"""
+
+
+class Viewer(StaticFiles):
+    """The page is asked for anew each time; what it loads has a hash in its name and never changes."""
+
+    def file_response(self, full_path: str | os.PathLike[str], *arguments: Any, **more: Any) -> Response:
+        response = super().file_response(full_path, *arguments, **more)
+        hashed = Path(full_path).parent.name == "assets"
+        response.headers["Cache-Control"] = "public, max-age=31536000, immutable" if hashed else "no-cache"
+        return response
 
 
 def add(app: FastAPI) -> None:
@@ -45,7 +54,7 @@ def add(app: FastAPI) -> None:
 
     app.mount("/docs/assets", StaticFiles(directory=swagger_ui_path), name="swagger")
     if (VIEWER / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=VIEWER, html=True), name="viewer")
+        app.mount("/", Viewer(directory=VIEWER, html=True), name="viewer")
         return
 
     @app.get("/", include_in_schema=False)

@@ -24,6 +24,7 @@ TITLES = {
     404: "Not found",
     405: "Method not allowed",
     406: "Not acceptable",
+    408: "Too slow",
     409: "Conflict",
     413: "Too large",
     415: "Unsupported format",
@@ -94,6 +95,15 @@ def rejected(rejection: Rejection) -> Problem:
     if acceptable:
         detail += f"; send accept={rejection.reason} to let it in all the same"
     return Problem(_STATUS.get(rejection.reason, 422), rejection.reason, detail, acceptable=acceptable)
+
+
+def internal() -> Problem:
+    return Problem(500, "internal", "something broke here; the service's log says where")
+
+
+def storage_failed() -> Problem:
+    detail = "the service's storage cannot be reached or refuses; try again in a moment"
+    return Problem(503, "storage", detail, 5)
 
 
 def not_ready(why: str, retry_after: float = 2) -> Problem:

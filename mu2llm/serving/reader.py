@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from mu2llm.memory import machine_memory
 from mu2llm.serving.decoder import Decoder, Reading, Scan
 from mu2llm.serving.refusal import Refusal
 from mu2llm.settings.serving import ServingConfig
+
+OF_MACHINE = 0.8  # that one scan may take at most, whatever the setting says
 
 
 class VolumeReader:
@@ -15,7 +18,7 @@ class VolumeReader:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         serving = ServingConfig.model_validate(settings)
-        memory = int(serving.reading_gib * 2**30)
+        memory = min(int(serving.reading_gib * 2**30), int(OF_MACHINE * machine_memory()))
         self.decoders = [
             Decoder(serving.reading_seconds, memory, serving.max_slices)
             for _ in range(serving.reader.max_ongoing_requests)
@@ -29,8 +32,8 @@ class VolumeReader:
             decoder = self.decoders.pop()  # the one used last: it is warm
             try:
                 return await decoder.read(reading)
-            finally:
-                self.decoders.append(decoder)
+            finally:  # one that was killed is the last to be taken
+                self.decoders.insert(len(self.decoders) if decoder.warm else 0, decoder)
 
     def __del__(self) -> None:
         for decoder in self.decoders:

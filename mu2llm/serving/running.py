@@ -12,10 +12,9 @@ from ray.serve import RunTarget
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus
 
+from mu2llm import private_apis
 from mu2llm.errors import Failure, UserError
 from mu2llm.serving.app import NAME, Settings, application
-from mu2llm.serving.guard import is_loopback
-from mu2llm.serving.ingress import keys_needed
 from mu2llm.serving.keys import list_keys
 
 LOOK_S = 1.0
@@ -23,10 +22,10 @@ LOOK_S = 1.0
 
 def check(settings: Settings, host: str, port: int) -> None:
     """Raises UserError where the port is taken, or where keys are needed and there are none."""
-    if keys_needed(settings.serving, is_loopback(host)) and not list_keys(settings.serving.state):
+    if settings.serving.authentication == "on" and not list_keys(settings.serving.state):
         raise UserError(
-            f"{host} can be reached from elsewhere, so API keys are on, and there are none under "
-            f"{settings.serving.state}: make one by `mu2llm key make`"
+            f"serving.authentication is on, and there are no API keys under {settings.serving.state}: make one by "
+            "`mu2llm key make`"
         )
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -39,7 +38,9 @@ def check(settings: Settings, host: str, port: int) -> None:
 @contextlib.contextmanager
 def running(settings: Settings, host: str, port: int) -> Iterator[str]:
     """The service's address, as long as the block lasts; what it has begun is finished before it ends."""
-    serve.start(http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=120))
+    options = HTTPOptions(host=host, port=port, keep_alive_timeout_s=120)
+    _check_running(options)
+    serve.start(http_options=options)
     deploy(settings)
     try:
         yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
@@ -47,6 +48,18 @@ def running(settings: Settings, host: str, port: int) -> Iterator[str]:
         serve.delete(NAME)
         if not serve.status().applications:
             serve.shutdown()
+
+
+def _check_running(options: HTTPOptions) -> None:
+    """Raises UserError where Serve runs already and listens otherwise: it would keep to that, whatever is asked."""
+    there = private_apis.running_http_options()
+    names = ("host", "port", "root_path") if there else ()
+    differs = [name for name in names if getattr(there, name) != getattr(options, name)]
+    if differs:
+        told = ", ".join(f"{name} {getattr(there, name)}" for name in differs)
+        raise UserError(
+            f"Ray Serve runs here already, with {told}: give the same by --host and --port, or end it (serve shutdown)"
+        )
 
 
 def deploy(settings: Settings) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from mu2llm.ct import Acceptable
@@ -13,6 +13,7 @@ from mu2llm.records import ERROR_CATEGORIES, Judgement
 Text = Annotated[str, Field(max_length=100_000)]
 StopSequence = Annotated[str, Field(min_length=1, max_length=200)]
 StopSequences = Annotated[tuple[StopSequence, ...], Field(max_length=4)]
+Uri = Annotated[str, Field(min_length=1, max_length=2_000)]
 Question = Annotated[str, Field(max_length=4_000)]
 
 
@@ -41,9 +42,18 @@ class ReportOptions(Body):
 
 
 class ReportRequest(ReportOptions):
-    """The JSON form: the scan by its URI, which must lie in an allowed place."""
+    """The JSON form: the scan by its URI, which must lie in an allowed place, or by its study in an archive."""
 
-    uri: Annotated[str, Field(min_length=1, max_length=2_000)]
+    uri: Uri | None = None
+    study: Uri | None = Field(
+        None, description="DICOMweb URI of a study, or of one series of it: its largest CT series is read"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.uri is None) == (self.study is None):
+            raise PydanticCustomError("one_scan", "give uri or study, one of the two")
+        return self
 
 
 class ScanFacts(BaseModel):

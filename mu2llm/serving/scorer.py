@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from mu2llm.errors import Failure, UserError
 from mu2llm.green import Judge, load_judge
 from mu2llm.records import Judgement
+from mu2llm.serving.faults import where
 from mu2llm.serving.refusal import Refusal
 from mu2llm.settings.green import JudgeConfig
 
+logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 Pair = tuple[str, str]
 
@@ -37,7 +39,8 @@ class GreenScorer:
         self.waiting += 1
         try:
             return await self._in_turn(lambda: self._loaded().judge(pairs))
-        except (UserError, Failure, OSError, RuntimeError) as error:  # RuntimeError: a GPU without room
+        except Exception as error:  # whatever a judge raises: no exception leaves for Serve's log with what was judged
+            logger.error("%d pairs were not judged: %s", len(pairs), where(error))
             return Refusal("down", type(error).__name__)
         finally:
             self.waiting -= 1
@@ -50,7 +53,8 @@ class GreenScorer:
         """The judge's, or why it cannot be had."""
         try:
             return await self._in_turn(lambda: self._loaded().identity)
-        except (UserError, Failure, OSError, RuntimeError) as error:
+        except Exception as error:
+            logger.error("the judge cannot be had: %s", where(error))
             return Refusal("down", type(error).__name__)
 
     async def _in_turn(self, action: Callable[[], T]) -> T:

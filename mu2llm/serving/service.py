@@ -12,19 +12,21 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from mu2llm.errors import Failure, Rejection
 from mu2llm.green import findings
 from mu2llm.model.familiarity import unlike
 from mu2llm.records import Correction, Judgement, PreprocessSpec
-from mu2llm.serving.admission import Bodies, Body
+from mu2llm.serving import dicomweb
+from mu2llm.serving.admission import ANYBODY, Bodies, Body
+from mu2llm.serving.calls import ATTEMPTS, LOST, Calls, back_off, limit
 from mu2llm.serving.decoder import Reading, References, Scan
 from mu2llm.serving.exchange import ReportRequest, Status, Written
+from mu2llm.serving.guard import MAX_TEXTS
 from mu2llm.serving.metrics import Metrics
-from mu2llm.serving.problems import Problem, not_ready, rejected
+from mu2llm.serving.problems import Problem, internal, not_ready, rejected
+from mu2llm.serving.quarantine import CarefulReader
 from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.schemas import (
     CorrectionIn,
@@ -47,9 +49,7 @@ from mu2llm.serving.uris import allowed
 from mu2llm.settings.serving import ServingConfig
 
 logger = logging.getLogger("ray.serve")
-LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError)  # with a replica, not by what was asked
-ATTEMPTS = 8  # of a call whose replica died
-BACK_OFF_S = 0.2  # before the second attempt; doubled before each further one, up to 2 s
+TEXTS_AT_ONCE = 16  # bodies of texts of the largest size
 LOOK_S = 0.5  # between two looks at the generator
 LOOK_LIMIT_S = 2.0  # for one of them
 GRACE_S = 30.0  # for which a generator that was ready may be silent or not ready (a replica is being replaced)
@@ -89,6 +89,7 @@ class Work:
     options: ReportOptions
     references: bool
     deadline: float
+    dicom_only: bool = False
     started: float = field(default_factory=time.monotonic)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -99,13 +100,17 @@ class Service:
     def __init__(
         self, reader: DeploymentHandle, generator: DeploymentHandle, scorer: DeploymentHandle, settings: ServingConfig
     ) -> None:
-        self.reader, self.generator, self.scorer, self.settings = reader, generator, scorer, settings
+        self.settings = settings
         self.store = Store(settings.state, settings.keep_scans, settings.keep_reports_days)
         self.metrics = Metrics()
+        retries = self.metrics.retries
+        self.reader = CarefulReader(Calls("reader", reader, retries), self.store)
+        self.generator, self.scorer = Calls("generator", generator, retries), Calls("scorer", scorer, retries)
         self.status = Status(False, "the model is being loaded")
         self._spec: PreprocessSpec | None = None  # the last that is known, for those who were let in
         self._seen = float("-inf")
-        self.bodies = Bodies(2 * settings.max_body_mb * 2**20)
+        self.bodies = Bodies(2 * settings.max_body_mb * 2**20, settings.max_queued_requests)
+        self.texts = Bodies(TEXTS_AT_ONCE * MAX_TEXTS, settings.max_queued_requests)  # beside them
         self._busy = 0
         self._pace = 1.0  # seconds between two finished reports, smoothed
         self._last_finished = 0.0
@@ -125,7 +130,7 @@ class Service:
         while True:
             try:
                 async with asyncio.timeout(LOOK_LIMIT_S):
-                    self._learn(await _await(self.generator.status.remote()))
+                    self._learn(await self.generator.once("status"))
             except Exception as error:  # whatever it is: a generator that does not answer is not ready
                 logger.info("the generator did not tell its status: %s", type(error).__name__)
                 self._learn(Status(False, "the model is being loaded"))
@@ -144,19 +149,20 @@ class Service:
         while True:
             try:
                 await asyncio.to_thread(self.store.forget_old)
+                await self.reader.learn()
             except (Failure, OSError) as error:
-                logger.warning("old reports were not deleted, which is tried again: %s", type(error).__name__)
+                logger.warning("what is old was not deleted, which is tried again: %s", type(error).__name__)
             await asyncio.sleep(3600)
 
     @contextlib.contextmanager
-    def admitted(self, size: int = 0) -> Iterator[Body]:
-        """Takes a report request on, or answers 429 or 503 at once; `size` is its body's in bytes."""
+    def admitted(self, size: int = 0, key: str = ANYBODY) -> Iterator[Body]:
+        """Takes a report request on, or answers 429 or 503 at once; `size` is its body's in bytes, as announced."""
         if not self.status.ready:
             raise not_ready(self.status.why)
         if self._busy >= self.settings.max_queued_requests:
             wait = min(60.0, max(1.0, self._busy * self._pace / 2))
             raise Problem(429, "busy", f"{self._busy} reports are being made; try again in {wait:.0f} s", wait)
-        with self.bodies.holding(size) as body:
+        with self.bodies.holding(size, key) as body:
             self._busy += 1
             self.metrics.busy.set(self._busy)
             try:
@@ -168,18 +174,31 @@ class Service:
     # ---- reports
 
     def begin(
-        self, upload: Upload, options: ReportOptions, references: bool = False, seconds: float | None = None
+        self,
+        upload: Upload,
+        options: ReportOptions,
+        references: bool = False,
+        dicom_only: bool = False,
+        seconds: float | None = None,
     ) -> Work:
-        """A Problem where the URI is not allowed. `seconds` instead of `serving.request_seconds`."""
+        """A Problem where the URI is not allowed. `references` asks which DICOM instances the scan is made of,
+        `dicom_only` refuses one that has none. `seconds` instead of `serving.request_seconds`."""
         if upload.uri is not None:
-            upload = Upload(uri=allowed(upload.uri, self.settings.allowed_uris))
-        return Work(upload, options, references, time.monotonic() + (seconds or self.settings.request_seconds))
+            upload = Upload(uri=self.allowed(upload.uri))
+        deadline = time.monotonic() + (seconds or self.settings.request_seconds)
+        return Work(upload, options, references, deadline, dicom_only)
+
+    def allowed(self, uri: str) -> str:
+        """The URI, if a client may name it; else a Problem."""
+        if dicomweb.is_one(uri):
+            return dicomweb.allowed(uri, self.settings.dicomweb)
+        return allowed(uri, self.settings.allowed_uris)
 
     async def report(self, work: Work) -> Made:
         """The whole report; a Problem where there is none."""
         scan = await self.read(work)
         for attempt in range(ATTEMPTS):
-            done = await self._call("generator", self.generator.write, _request(work, scan), deadline=work.deadline)
+            done = await self.generator.ask("write", _request(work, scan), deadline=work.deadline)
             if isinstance(done, Written):
                 return await self._made(work, scan, done)
             scan = await self._again(work, scan, done, attempt)
@@ -190,12 +209,12 @@ class Service:
         if self._spec is None:
             raise not_ready(self.status.why)
         reading = Reading(work.upload.source, self._spec, work.options.accept, work.references)
-        result = await self._call("reader", self.reader.read, reading, deadline=work.deadline)
+        result = await self.reader.read(reading, work.deadline)
         if isinstance(result, Refusal):
             self.metrics.rejections.labels(result.reason).inc()
             raise _refused(result, self.settings)
         assert isinstance(result, Scan)
-        if work.references and result.references is None:
+        if work.dicom_only and result.references is None:
             raise Problem(
                 406, "not_dicom", "an SR belongs to DICOM images: send the DICOM series itself, or accept JSON"
             )
@@ -219,11 +238,11 @@ class Service:
     async def _pieces(self, work: Work, scan: Scan, told: int) -> AsyncIterator[str | Written | Refusal]:
         """Pieces behind the first `told` characters, then the end; begun anew where a replica died."""
         for attempt in range(ATTEMPTS):
-            response: Any = self.generator.options(stream=True).stream.remote(_request(work, scan))
+            response: Any = self.generator.handle.options(stream=True).stream.remote(_request(work, scan))
             passed = 0
             try:
                 while True:
-                    async with _limit(work.deadline):
+                    async with limit(work.deadline):
                         piece = await anext(response)
                     if not isinstance(piece, str):
                         yield piece
@@ -234,23 +253,26 @@ class Service:
                         told += len(new)
                         yield new
             except LOST:
-                await self._retry("generator", attempt)
+                await self.generator.again(attempt)
             finally:
                 response.cancel()
-        raise _lost("generator")
+        raise self.generator.lost()
 
     async def _again(self, work: Work, scan: Scan, refusal: Refusal, attempt: int) -> Scan:
         """The scan for another attempt, as the model wants it now; raises for what no attempt would mend."""
         if refusal.reason == "too_long":
             raise Problem(422, "too_long", "the question is too long for the model, or spells out its special tokens")
+        if refusal.reason == "broken":
+            logger.error("a report could not be written: %s", refusal.message)
+            raise internal()
         if refusal.reason == "not_ready":  # another replica may be
             if attempt + 1 == ATTEMPTS:
                 raise not_ready(refusal.message)
-            await _back_off(attempt)
+            await back_off(attempt)
             return scan
-        self._learn(await self._call("generator", self.generator.status))
+        self._learn(await self.generator.ask("status"))
         if self._spec and self._spec.hash == scan.spec_hash:  # told by a replica that still has the other model
-            await _back_off(attempt)
+            await back_off(attempt)
         return await self.read(work)
 
     async def _made(self, work: Work, scan: Scan, written: Written) -> Made:
@@ -283,17 +305,17 @@ class Service:
             raise Problem(413, "too_many_pairs", f"{len(pairs)} pairs; one request takes {self.settings.max_pairs}")
         try:
             async with asyncio.timeout(SCORER_SILENT_S if self.settings.scorer.min_replicas else SCORER_WAIT_S):
-                await self._call("scorer", self.scorer.answers)
+                await self.scorer.ask("answers")
         except TimeoutError:
-            raise _down("scorer") from None
+            raise self.scorer.down() from None
         texts = [(pair.reference, pair.candidate) for pair in pairs]
         deadline = time.monotonic() + self.settings.request_seconds
-        result = await self._call("scorer", self.scorer.score, texts, deadline=deadline)
+        result = await self.scorer.ask("score", texts, deadline=deadline)
         if not isinstance(result, Refusal):
             return self._judged(result)
         if result.reason == "busy":
             raise Problem(429, "busy", "too many pairs wait to be judged; try again in a moment", SCORER_SILENT_S)
-        raise _down("scorer")
+        raise self.scorer.down()
 
     def _judged(self, judgements: list[Judgement]) -> GreenAnswer:
         scores = [judgement.score for judgement in judgements if judgement.score is not None]
@@ -353,61 +375,6 @@ class Service:
             made=now(),
         )
 
-    # ---- calls
-
-    async def _call(self, deployment: str, method: Any, *arguments: Any, deadline: float = float("inf")) -> Any:
-        """One call of a deployment, done again where its replica died."""
-        for attempt in range(ATTEMPTS):
-            try:
-                async with _limit(deadline):
-                    return await _await(method.remote(*arguments))
-            except LOST:
-                await self._retry(deployment, attempt)
-            except BackPressureError:
-                raise Problem(429, "busy", "the queue is full; try again in a moment", 2) from None
-            except DeploymentUnavailableError:
-                raise _down(deployment) from None
-        raise _lost(deployment)
-
-    async def _retry(self, deployment: str, attempt: int) -> None:
-        self.metrics.retries.labels(deployment).inc()
-        logger.warning("a replica of the %s died; attempt %d", deployment, attempt + 2)
-        await _back_off(attempt)
-
-
-async def _back_off(attempt: int) -> None:
-    await asyncio.sleep(min(2.0, BACK_OFF_S * 2**attempt))
-
-
-def _down(deployment: str) -> Problem:
-    return Problem(503, f"{deployment}_down", f"the {deployment} is not available; try again in a moment", 5)
-
-
-def _lost(deployment: str) -> Problem:
-    return Problem(503, "lost", f"{ATTEMPTS} replicas of the {deployment} died over this; its log says why", 10)
-
-
-async def _await(response: Any) -> Any:
-    """The answer; who no longer waits for it cancels the work."""
-    try:
-        return await response
-    except asyncio.CancelledError:
-        response.cancel()
-        raise
-
-
-@contextlib.asynccontextmanager
-async def _limit(deadline: float) -> AsyncIterator[None]:
-    """A 503 at the deadline (of time.monotonic)."""
-    left = max(0.0, deadline - time.monotonic())
-    try:
-        async with asyncio.timeout(None if left == float("inf") else left):
-            yield
-    except TimeoutError:
-        raise Problem(
-            503, "timeout", "not done in time (serving.request_seconds); send less, or a scan to /v1/jobs", 10
-        ) from None
-
 
 def _request(work: Work, scan: Scan) -> ReportRequest:
     taken = ("question", "region", "max_new_tokens", "temperature", "top_p", "seed", "stop", "saliency")
@@ -420,7 +387,7 @@ def _refused(refusal: Refusal, settings: ServingConfig) -> Problem:
         return Problem(422, "slow", f"reading the scan took more than {limit:g} s; is the file sound?")
     if refusal.reason == "storage":
         return Problem(503, "storage", "the storage behind the URI cannot be reached or refuses", 5)
-    if refusal.reason in ("crashed", "unreadable"):
+    if refusal.reason == "unreadable":
         return Problem(422, "undecodable", "the scan broke its decoder; check the file with mu2llm inspect")
     return rejected(Rejection("", refusal.reason, refusal.message))
 

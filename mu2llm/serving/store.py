@@ -94,16 +94,28 @@ class Store:
             storage.write_bytes(uri, files[0])
         return uri
 
+    # ---- scans that are kept out
+
+    def add_quarantined(self, digest: str) -> None:
+        storage.write_bytes(storage.join(self.state, "quarantine", digest), b"")
+
+    def quarantined(self) -> set[str]:
+        """Their digests."""
+        return {info.base_name for info in storage.list_files(storage.join(self.state, "quarantine"), recursive=False)}
+
+    # ---- what is old
+
     def forget_old(self) -> int:
-        """Deletes reports and finished jobs older than `serving.keep_reports_days`, uploads of no job; how many."""
+        """Deletes what is older than `serving.keep_reports_days` of reports, finished jobs and digests of what is kept
+        out, and uploads of no job; how many."""
         unfinished = set(self.open_ids())
         gone = [orphan for orphan in self._orphans() if orphan.rsplit("/", 1)[-1] not in unfinished]
-        for kind in ("reports", "jobs"):
+        for kind, kept_as in (("reports", "json"), ("jobs", "json"), ("quarantine", "")):
             folder = storage.join(self.state, kind)
             for info in storage.list_files(folder, recursive=False):
                 identity, _, suffix = info.base_name.partition(".")
                 old = info.mtime and now() - info.mtime > self.keep
-                if suffix == "json" and old and identity not in unfinished:
+                if suffix == kept_as and old and identity not in unfinished:
                     gone.append(storage.join(folder, info.base_name))
         for uri in gone:
             storage.delete(uri)

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Send
-from starlette.types import Scope as ASGIScope
+from starlette.types import ASGIApp
 
 import mu2llm
 from mu2llm.errors import Failure
-from mu2llm.serving import chat, formats, metrics, pages, samples
-from mu2llm.serving.guard import LOOPBACK, MAX_TEXTS, Guard
+from mu2llm.serving import chat, formats, metrics, pages, samples, streams
+from mu2llm.serving.admission import Body
+from mu2llm.serving.faults import where
+from mu2llm.serving.guard import BODY, LOOPBACK, Guard, Uploads
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper, Scope
-from mu2llm.serving.problems import MEDIA, Problem, ProblemDetail
+from mu2llm.serving.problems import MEDIA, Problem, ProblemDetail, internal, storage_failed
 from mu2llm.serving.schemas import (
     CorrectionIn,
     CorrectionOut,
@@ -42,12 +42,14 @@ from mu2llm.serving.schemas import (
     ReportRequest,
     Sample,
 )
-from mu2llm.serving.service import Made, Service, Upload
+from mu2llm.serving.service import Service, Upload
+from mu2llm.serving.streams import Stream
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 MAX_FILES = 5000  # of one upload: the files of a DICOM series
 MAX_FIELDS = 50
+KEY = "mu2llm.key"  # in the scope: whose request it is
 _BEARER = HTTPBearer(auto_error=False, scheme_name="API key", description="mu2llm key make")
 
 _SCAN = {
@@ -83,7 +85,7 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": "Problem", "content": {MEDIA: schema}} for status in statuses}
 
 
-_ALWAYS = (400, 401, 403, 413, 415, 422, 429, 503)  # of routes that take a body
+_ALWAYS = (400, 401, 403, 408, 413, 415, 422, 429, 503)  # of routes that take a body
 _REPORT_PROBLEMS = _problems(*_ALWAYS, 404, 406)
 
 
@@ -114,8 +116,14 @@ def application(service: Service, jobs: Jobs, doorkeeper: Doorkeeper, loopback: 
     _add_problem_handlers(app)
     _add_shared_schemas(app)
     settings = service.settings
-    hosts = (*LOOPBACK, *settings.hosts) if loopback else None
-    return Guard(app, settings.max_body_mb * 2**20, hosts, service.metrics.answered)
+    origins = settings.public_origins
+    hosts = (*LOOPBACK, *settings.hosts, *(_host(origin) for origin in origins)) if loopback else None
+    uploads = Uploads(settings.max_body_mb * 2**20, settings.upload_seconds, settings.upload_kb_per_second * 1000)
+    return Guard(app, uploads, hosts, origins, service.metrics.answered)
+
+
+def _host(origin: str) -> str:
+    return urlsplit(origin).hostname or ""
 
 
 def needs(scope: Scope) -> Any:
@@ -124,7 +132,7 @@ def needs(scope: Scope) -> Any:
     async def check(
         request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)] = None
     ) -> None:
-        await request.app.state.doorkeeper.check(given.credentials if given else None, scope)
+        request.scope[KEY] = await request.app.state.doorkeeper.check(given.credentials if given else None, scope)
 
     return Depends(check)
 
@@ -134,7 +142,6 @@ def needs(scope: Scope) -> Any:
 
 def _reports(service: Service, jobs: Jobs) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["reports"], dependencies=[needs("read")])
-    most = service.settings.max_body_mb * 2**20
 
     @router.post(
         "/reports",
@@ -146,25 +153,25 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
         """A draft report of a scan: as JSON, text, FHIR DiagnosticReport or DICOM SR by the Accept header."""
         kind = formats.choose(request.headers.get("accept", "*/*"))
         with contextlib.ExitStack() as held:
-            body = held.enter_context(service.admitted(_length(request, most)))
+            body = held.enter_context(_counted(request, service.admitted))
             upload, options = await _asked(request)
-            service.bodies.settle(body, upload.size)
+            body.arrived(upload.size)
             streamed = options.stream or kind == formats.EVENTS
-            work = service.begin(upload, options, references=kind == formats.DICOM and not streamed)
+            whose = not streamed and kind in (formats.DICOM, formats.FHIR)
+            work = service.begin(upload, options, references=whose, dicom_only=whose and kind == formats.DICOM)
             if streamed:
-                scan = await service.read(work)
-                parts = service.stream(work, scan)
-                first = _event("scan", scan.facts)
-                return Stream(_events(first, parts), held.pop_all())
+                async with streams.read(service, work) as reading:
+                    return Stream(streams.events(streams.parts(service, work, reading)), held.pop_all())
             made = await service.report(work)
         return await asyncio.to_thread(formats.respond, kind, made)
 
     @router.post("/jobs", status_code=202, response_model=Job, openapi_extra=_SCAN_BODY, responses=_problems(*_ALWAYS))
     async def make_job(request: Request, response: Response) -> Job:
         """The same in the background: for large scans and slow models. It survives a restart of the service."""
-        async with jobs.admitted(_length(request, most)) as body:
+        async with jobs.admitted(_length(request), _key(request)) as body:
+            request.scope[BODY] = body
             upload, options = await _asked(request)
-            service.bodies.settle(body, upload.size)
+            body.arrived(upload.size)
             job = await jobs.add(upload, options)
         response.headers["Location"] = f"/v1/jobs/{job.id}"
         return job
@@ -183,23 +190,38 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """OpenAI-compatible: the scan as image_url (a data URL, or an s3 URL in an allowed place)."""
         with contextlib.ExitStack() as held:
-            body = held.enter_context(service.admitted(_length(request, most)))
+            body = held.enter_context(_counted(request, service.admitted))
             asked, upload = await _json(request, chat.parse)
-            service.bodies.settle(body, upload.size)
+            body.arrived(upload.size)
             work = service.begin(upload, asked.options())
             if asked.stream:
-                parts = service.stream(work, await service.read(work))
                 model = service.status.model.get("id", "")
-                return Stream(_chunks(chat.chunks(asked, work.id, model, parts)), held.pop_all())
+                async with streams.read(service, work) as reading:
+                    told = chat.chunks(asked, work.id, model, streams.parts(service, work, reading))
+                    return Stream(streams.chunks(told), held.pop_all())
             made = await service.report(work)
         return JSONResponse(chat.answer(made.report).model_dump(mode="json"))
 
     return router
 
 
-def _length(request: Request, most: int) -> int:
-    """Of the body, as it is announced; of one in pieces (chunked), what `Guard` lets through at most."""
-    return most if "transfer-encoding" in request.headers else int(request.headers.get("content-length", "0"))
+@contextlib.contextmanager
+def _counted(
+    request: Request, holding: Callable[[int, str], contextlib.AbstractContextManager[Body]]
+) -> Iterator[Body]:
+    """Lets the request in, or not, before its body is read; then what comes of it is counted."""
+    with holding(_length(request), _key(request)) as body:
+        request.scope[BODY] = body
+        yield body
+
+
+def _length(request: Request) -> int:
+    """Of the body, as it is announced; of one in pieces (chunked) one byte, since that is not known."""
+    return 1 if "transfer-encoding" in request.headers else int(request.headers.get("content-length", "0"))
+
+
+def _key(request: Request) -> str:
+    return str(request.scope[KEY])
 
 
 async def _asked(request: Request) -> tuple[Upload, ReportOptions]:
@@ -207,7 +229,7 @@ async def _asked(request: Request) -> tuple[Upload, ReportOptions]:
     if _media(request) == "multipart/form-data":
         return await _from_form(request)
     asked = await _json(request, ReportRequest.model_validate_json, "multipart/form-data with the field scan, or JSON")
-    return Upload(uri=asked.uri), ReportOptions(**asked.model_dump(exclude={"uri"}))
+    return Upload(uri=asked.uri or asked.study), ReportOptions(**asked.model_dump(exclude={"uri", "study"}))
 
 
 def _media(request: Request) -> str:
@@ -242,49 +264,6 @@ async def _from_form(request: Request) -> tuple[Upload, ReportOptions]:
         return Upload(files=tuple([await file.read() for file in files])), options
 
 
-class Stream(StreamingResponse):
-    """Server-sent events; `held` is let go when they end or the client has left, begun or not."""
-
-    def __init__(self, events: AsyncIterator[bytes], held: contextlib.ExitStack) -> None:
-        super().__init__(events, media_type=formats.EVENTS)
-        self.held = held
-
-    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
-        with self.held:
-            await super().__call__(scope, receive, send)
-
-
-async def _events(first: bytes, parts: AsyncIterator[str | Made]) -> AsyncIterator[bytes]:
-    """The report as events; a Problem becomes the event `error`."""
-    yield first
-    try:
-        async for part in parts:
-            if isinstance(part, str):
-                yield _event("token", {"text": part})
-            else:
-                yield _event("report", part.report.model_dump(mode="json"))
-    except Problem as problem:
-        yield _event("error", problem.body())
-
-
-async def _chunks(told: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """The same as OpenAI's clients want it."""
-    try:
-        async for chunk in told:
-            yield _data(chunk)
-        yield b"data: [DONE]\n\n"
-    except Problem as problem:
-        yield _data(problem.body())
-
-
-def _event(name: str, value: Any) -> bytes:
-    return f"event: {name}\n".encode() + _data(value)
-
-
-def _data(value: Any) -> bytes:
-    return f"data: {json.dumps(value)}\n\n".encode()
-
-
 # ---- the rest of version 1
 
 
@@ -300,7 +279,7 @@ def _rest(service: Service) -> APIRouter:
     )
     async def green(request: Request) -> GreenAnswer:
         """GREEN of candidate reports against references."""
-        with service.bodies.holding(_length(request, MAX_TEXTS)):
+        with _counted(request, service.texts.holding):
             asked = await _json(request, GreenRequest.model_validate_json)
         return await service.green(asked.pairs)
 
@@ -314,7 +293,7 @@ def _rest(service: Service) -> APIRouter:
     )
     async def correct(request: Request) -> CorrectionOut:
         """A radiologist's version of a generated report: kept as a preference pair for `mu2llm prefer`."""
-        with service.bodies.holding(_length(request, MAX_TEXTS)):
+        with _counted(request, service.texts.holding):
             given = await _json(request, CorrectionIn.model_validate_json)
         return await service.correct(given)
 
@@ -400,21 +379,19 @@ def _add_problem_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return Problem(400, "bad_json", "the body is not JSON").response()
-        where = ".".join(str(part) for part in first["loc"])
-        return Problem(422, "invalid", f"{where}: {first['msg']}; see /docs").response()
+        if first["type"] == "extra_forbidden":  # its name is the client's
+            return Problem(422, "invalid", "a field is not known here; see /docs").response()
+        place = ".".join(str(part) for part in first["loc"])
+        return Problem(422, "invalid", f"{place}: {first['msg']}; see /docs").response()
 
     @app.exception_handler(Failure)
-    async def storage_failed(_: Request, error: Failure) -> JSONResponse:
-        logger.error("%s", error)
-        detail = "the service's storage cannot be reached or refuses; try again in a moment"
-        return Problem(503, "storage", detail, 5).response()
+    async def failed(_: Request, error: Failure) -> JSONResponse:
+        logger.error("storage failed: %s", where(error))
+        return storage_failed().response()
 
     @app.exception_handler(Exception)
-    async def internal(_: Request, error: Exception) -> JSONResponse:
-        # the message may hold what a client sent: only where it happened is logged
-        where = "".join(traceback.format_tb(error.__traceback__)[-5:])
-        logger.error("a request failed by %s\n%s", type(error).__name__, where)
-        return Problem(500, "internal", "something broke here; the service's log says where").response()
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return internal().response()  # `Guard` logs where
 
 
 def _add_shared_schemas(app: FastAPI) -> None:

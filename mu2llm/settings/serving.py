@@ -28,13 +28,21 @@ class ServingConfig(Section):
     keep_scans: str | None = Field(None, description="URI under which uploaded scans are kept; None keeps none")
     keep_reports_days: float = Field(30, gt=0, description="for how long a report can be corrected by its id")
     authentication: Literal["auto", "on", "off"] = Field(
-        "auto", description="API keys; auto: on where the address is not loopback"
+        "auto", description="API keys; auto: and the token that `mu2llm serve` prints"
+    )
+    public_origins: tuple[str, ...] = Field(
+        (), description="what a browser calls it behind a reverse proxy, such as https://reports.example"
     )
     hosts: tuple[str, ...] = Field((), description="further Host names that are answered on loopback")
     allowed_uris: tuple[str, ...] = Field(
         (), description="what {uri} may lie under, such as s3://bucket/scans or /srv/scans"
     )
+    dicomweb: tuple[str, ...] = Field(
+        (), description="DICOMweb services whose studies may be named, such as https://pacs.example/dicom-web"
+    )
     max_body_mb: int = Field(1024, ge=1)
+    upload_seconds: float = Field(1800, gt=0, description="for the whole body of a request to come")
+    upload_kb_per_second: float = Field(16, gt=0, description="at least, after ten seconds; slower uploads get a 408")
     max_slices: int = Field(2500, ge=2)
     reading_seconds: float = Field(120, gt=0, description="for decoding and preparing one scan")
     reading_gib: float = Field(8, gt=0, description="memory that decoding one scan may take")

@@ -157,7 +157,9 @@ def main() -> None:
         checkpoint = options.checkpoint or untrained(folder)
         alone = one_by_one(checkpoint, scans, max(8, options.reports // 4), options.tokens)
         baseline = row(table, "one by one", alone, sum(alone), None)
-        serving = ServingConfig(state=f"{folder}/state", cached_scans=0, max_queued_requests=QUEUE)
+        serving = ServingConfig(
+            state=f"{folder}/state", cached_scans=0, max_queued_requests=QUEUE, authentication="off"
+        )
         settings = Settings(checkpoint=checkpoint, tracking="sqlite://", loopback=True, serving=serving)
         with running(settings, "127.0.0.1", free_port()) as url:
             wait_until_ready(url)

@@ -36,7 +36,8 @@ def test_there_is_nothing_to_serve(tmp_path):
 
 
 def test_what_keeps_it_from_starting(checkpoint):
-    result = run("serve", "--checkpoint", checkpoint, "--host", "0.0.0.0", "--port", free_port())
+    keys_alone = ("--set", "serving.authentication=on", "--port", free_port())
+    result = run("serve", "--checkpoint", checkpoint, *keys_alone)
     assert isinstance(result.exception, UserError) and "mu2llm key make" in str(result.exception)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

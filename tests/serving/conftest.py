@@ -42,6 +42,7 @@ def overrides(places):
         "serving.max_queued_requests=16",
         "serving.reading_seconds=60",
         "serving.registry_seconds=1",
+        "serving.authentication=off",
         "serving.drain_seconds=10",
     ]
 

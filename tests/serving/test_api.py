@@ -12,8 +12,9 @@ from small_service import PATIENT, PATIENT_ID, wait_for
 from small_writer import FIRST
 from test_reports import post, zipped
 
+from mu2llm import private_apis
 from mu2llm.errors import Failure
-from mu2llm.serving import web
+from mu2llm.serving import guard, pages, web
 from mu2llm.serving.exchange import Status
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper, make_key
@@ -212,6 +213,28 @@ def test_keys_open_what_their_scopes_say(tmp_path):
     assert json.loads((tmp_path / "keys.json").read_text())["keys"][0]["sha256"] != keys["read"]
 
 
+def test_what_never_changes_may_be_kept_and_what_is_told_may_not(tmp_path, monkeypatch):
+    """Nothing might be kept, hashed names and all."""
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "index.html").write_text("<html></html>")
+    (tmp_path / "assets" / "index-BDl19Pyr.js").write_text("1")
+    monkeypatch.setattr(pages, "VIEWER", tmp_path)
+    _, app, key = small(tmp_path)
+
+    async def kept(path):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://service") as client:
+            return (await client.get(path, headers=key)).headers["cache-control"]
+
+    assert "immutable" in asyncio.run(kept("/assets/index-BDl19Pyr.js"))
+    assert asyncio.run(kept("/")) == "no-cache"
+    assert asyncio.run(kept("/v1/models")) == "no-store"
+
+
+@pytest.mark.slow
+def test_the_http_options_of_a_running_serve_are_known(service):
+    assert private_apis.running_http_options().port == int(service.rpartition(":")[2])
+
+
 ROUTES = ("/v1/reports", "/v1/jobs", "/v1/chat/completions", "/v1/green", "/v1/corrections")
 
 
@@ -234,17 +257,16 @@ def unread(app, path, headers):
     async def send(message):
         told.append(message)
 
-    named = {"content-type": "application/json", **headers}.items()
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": path,
-        "query_string": b"",
-        "root_path": "",
-        "http_version": "1.1",
-    }
-    asyncio.run(app({**scope, "headers": [(n.encode(), v.encode()) for n, v in named]}, receive, send))
+    asyncio.run(app(scope_of(path, {"content-type": "application/json", **headers}), receive, send))
     return told[0]["status"]
+
+
+def scope_of(path, headers):
+    """Of a POST, as ASGI tells it."""
+    return {
+        **{"type": "http", "method": "POST", "path": path, "query_string": b"", "root_path": "", "http_version": "1.1"},
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -256,9 +278,10 @@ def test_a_body_is_not_read_before_the_key_is_known(tmp_path, path):
 
 @pytest.mark.parametrize("path", ROUTES[:3])
 def test_a_body_is_not_read_before_its_request_is_let_in(tmp_path, path):
-    service, app, key = small(tmp_path, max_queued_requests=1, max_body_mb=1)
-    with service.admitted(), service.bodies.holding(3 * 2**19):
-        assert unread(app, path, {"content-length": str(2**20), **key}) == 429
+    service, app, key = small(tmp_path, max_queued_requests=4, max_body_mb=1)
+    with service.bodies.holding(0) as body:
+        body.grow(2 * 2**20)
+        assert unread(app, path, {"content-length": "10", **key}) == 429
         # in pieces: how much will come is not known
         assert unread(app, path, {"transfer-encoding": "chunked", **key}) == 429
 
@@ -294,11 +317,60 @@ def test_storage_that_fails_is_no_fault_of_ours(tmp_path, monkeypatch):
 
 def test_what_has_come_is_what_counts(tmp_path):
     service, _, _ = small(tmp_path, max_body_mb=1)
-    with service.admitted(2**20) as body:
-        service.bodies.settle(body, 10)
-        with service.bodies.holding(2 * 2**20 - 10), pytest.raises(Problem), service.bodies.holding(1):
-            pass
-    assert service.bodies.held == 0
+    with service.admitted(2**20) as body, service.admitted(2**20), service.admitted(2**20):
+        body.grow(5)
+        with service.bodies.holding(2 * 2**20 - 5) as other, pytest.raises(Problem):
+            other.grow(2 * 2**20 - 4)
+        body.grow(2**20 - 5)
+        body.arrived(10)
+        assert service.bodies.held.total() == 10
+    assert not service.bodies.held and not service.bodies.arriving
+
+
+def test_one_key_leaves_room_to_the_others(tmp_path):
+    service, _, _ = small(tmp_path, max_body_mb=1, max_queued_requests=4)
+    with service.bodies.holding(2**20, "a") as one, service.bodies.holding(1, "a"):
+        for holding in (service.bodies.holding(1, "a"), service.bodies.holding(2**20 + 1, "b")):
+            with pytest.raises(Problem) as told, holding:
+                pass
+            assert told.value.status == 429
+        one.grow(2**20)
+        with pytest.raises(Problem):
+            one.grow(1)
+        with service.bodies.holding(2**20, "b") as other:
+            other.grow(2**20)
+
+
+def test_slow_uploads_lock_out_nobody(tmp_path, monkeypatch):
+    """Two clients that announced a large scan and sent five bytes held all room; a text was a 429."""
+    monkeypatch.setattr(guard, "GRACE_S", 2.0)
+    service, app, key = small(tmp_path, max_body_mb=1)
+
+    async def slow():
+        sent = iter([{"type": "http.request", "body": b"12345", "more_body": True}])
+        told = []
+
+        async def receive():
+            return next(sent, None) or await asyncio.Event().wait()
+
+        async def send(message):
+            told.append(message)
+
+        headers = {"content-type": "application/json", "content-length": str(2**19), **key}
+        await app(scope_of("/v1/chat/completions", headers), receive, send)
+        return told[0]["status"]
+
+    async def go():
+        uploads = [asyncio.create_task(slow()) for _ in range(4)]
+        while service.bodies.held.total() < 20:
+            await asyncio.sleep(0.01)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://service") as client:
+            correction = await client.post("/v1/corrections", headers=key, json={"edited": "x", "id": "0" * 32})
+            report = await client.post("/v1/reports", headers=key, json={"uri": "s3://b/x"})
+        return correction.status_code, report.status_code, await asyncio.gather(*uploads)
+
+    assert asyncio.run(go()) == (404, 403, [408] * 4)
+    assert not service.bodies.held
 
 
 def test_bodies_are_parsed_beside_the_event_loop(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from small_writer import FIRST, SECOND, experiment, write_checkpoint
 
 from mu2llm.engine.decoder import ContinuousDecoder
+from mu2llm.errors import Failure
 from mu2llm.serving.decoder import Scan
 from mu2llm.serving.exchange import ReportRequest, Written
 from mu2llm.serving.generator import ReportGenerator
@@ -28,10 +29,10 @@ def second(tmp_path_factory):
     return write_checkpoint(str(tmp_path_factory.mktemp("generator") / "second"), SECOND)
 
 
-def with_generator(checkpoint, tmp_path, use, **settings):
+def with_generator(checkpoint, tmp_path, use, alone=True, **settings):
     async def go():
         serving = ServingConfig(registry_seconds=0.2, **settings)
-        generator = ReportGenerator(serving.model_dump(), f"sqlite:///{tmp_path}/tracking.db")
+        generator = ReportGenerator(serving.model_dump(), f"sqlite:///{tmp_path}/tracking.db", alone)
         await generator.reconfigure({"checkpoint": checkpoint})
         return await use(generator)
 
@@ -121,12 +122,11 @@ def test_one_that_cannot_be_written_fails_alone(checkpoint, tmp_path, monkeypatc
         pieces = [await anext(stream)]
         bad = asyncio.create_task(generator.write(ReportRequest("b", scan(9))))
         pieces += [piece async for piece in stream]
-        with pytest.raises(RuntimeError, match="no"):
-            await bad
         await generator.check_health()
-        return pieces
+        return pieces, await bad
 
-    pieces = with_generator(checkpoint, tmp_path, use)
+    pieces, refusal = with_generator(checkpoint, tmp_path, use)
+    assert refusal.reason == "broken" and refusal.message.startswith("RuntimeError < test_generator.py")
     assert "".join(pieces[:-1]) == pieces[-1].text == FIRST
 
 
@@ -187,6 +187,20 @@ def test_without_a_checkpoint_it_is_not_ready_until_there_is_one(checkpoint, tmp
     assert isinstance(refused, Refusal) and refused.reason == "not_ready" and isinstance(written, Written)
 
 
+def test_on_a_cluster_a_replica_without_a_checkpoint_never_starts(checkpoint, tmp_path):
+    """It counted as healthy, and took the place of one that could write."""
+    with pytest.raises(Failure, match=r"could not be loaded \(UserError\)"):
+        with_generator(str(tmp_path / "none"), tmp_path, None, alone=False)
+
+    async def use(generator):
+        await generator.reconfigure({"checkpoint": str(tmp_path / "none")})
+        await generator._swap
+        return await generator.status(), await generator.check_health()
+
+    status, _ = with_generator(checkpoint, tmp_path, use, alone=False)
+    assert status.ready  # the one that it has goes on
+
+
 def test_a_scan_of_another_spec_is_sent_back(checkpoint, tmp_path):
     other = SPEC.model_copy(update={"fit": "isotropic"})
 
@@ -226,3 +240,10 @@ def test_a_registry_that_failed_once_is_asked_again(checkpoint, tmp_path, monkey
         return before.ready
 
     assert not with_generator("registry://mu2llm@champion", tmp_path, use)
+
+
+def test_a_remembered_scan_keeps_itself_alone(checkpoint):
+    """It kept the batch that it was encoded with: views of 64 KiB for 8."""
+    loaded = LoadedModel(checkpoint, ServingConfig())
+    kept = loaded.features({f"scan-{n}": scan(n) for n in range(4)})
+    assert {row.untyped_storage().nbytes() for row in kept.values()} == {kept["scan-0"].nbytes}

@@ -17,26 +17,31 @@ import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydicom.sr._concepts_dict import concepts
 from ray.exceptions import RayActorError
 
 from mu2llm import config, storage
 from mu2llm.ct import ACCEPTABLE
 from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import Rejection
+from mu2llm.green.lexicon import lexicon
 from mu2llm.serving import formats, web
 from mu2llm.serving.app import Settings, deployments, serve_config
 from mu2llm.serving.chat import ChatRequest
+from mu2llm.serving.codes import SIDES, SNOMED
 from mu2llm.serving.decoder import References, Scan
 from mu2llm.serving.exchange import Status, Written
+from mu2llm.serving.fhir import diagnostic_report
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.problems import Problem, rejected
 from mu2llm.serving.queue import QueuedRequest, RequestQueue
 from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.schemas import CorrectionIn, Job, PairIn, Report, ReportOptions
 from mu2llm.serving.scorer import GreenScorer
-from mu2llm.serving.service import Made, Service, Upload, Work
+from mu2llm.serving.service import Service, Upload, Work
 from mu2llm.serving.stop import before_stop, without_begun_stop
 from mu2llm.serving.store import Store, StoredJob, now
+from mu2llm.serving.structured import structured_report
 from mu2llm.settings.serving import ServingConfig
 
 
@@ -267,15 +272,34 @@ SENT = {
 }
 
 
+FOUND = {"name": "pleural effusion", "side": "left", "place": None, "size_mm": 12.5}
+UNCODED = {"name": "lung opacity", "side": None, "place": None, "size_mm": None}
+
+
 def structured(**attributes):
     """The SR of a report on two joined series."""
     instances = (("1.2", "1.2.840.10008.5.1.4.1.1.2", "1.2.1"), ("1.3", "1.2.840.10008.5.1.4.1.1.2", "1.3.1"))
     report = Report(
-        **{"id": "a" * 32, "report": "A nodule.", "findings": [], "model": MODEL, "spec": {"name": "x", "hash": "0"}},
+        **{
+            "id": "a" * 32,
+            "report": "An effusion.",
+            "findings": [FOUND, UNCODED],
+            "model": MODEL,
+            "spec": {"name": "x", "hash": "0"},
+        },
         **{"scan": SCAN.facts, "question": "?", "finished": True, "tokens": 3, "seconds": {}},
     )
-    made = Made(report, References("1.1", instances, attributes))
-    return pydicom.dcmread(io.BytesIO(formats.structured_report(made)))
+    return pydicom.dcmread(io.BytesIO(structured_report(report, References("1.1", instances, header(**attributes)))))
+
+
+def header(**attributes):
+    """Of an image, with values as they are sent."""
+    made = pydicom.Dataset()
+    for keyword, value in {"SOPInstanceUID": "1.2.1", **attributes}.items():
+        tag = pydicom.datadict.tag_for_keyword(keyword)
+        vr = pydicom.datadict.dictionary_VR(tag)
+        made.add(pydicom.DataElement(tag, vr, value, validation_mode=pydicom.config.IGNORE))
+    return made
 
 
 def test_a_structured_report_has_the_attributes_of_its_images():
@@ -284,6 +308,56 @@ def test_a_structured_report_has_the_attributes_of_its_images():
     evidence = document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence
     assert [each.SeriesInstanceUID for each in evidence] == ["1.2", "1.3"]
     assert structured().PatientID == "" == structured().StudyDate
+
+
+def test_a_structured_report_has_all_of_patient_and_study_and_its_findings_in_codes():
+    """Some attributes were left out; findings were prose."""
+    document = structured(**SENT, PatientAge="065Y", StudyDescription="Chest", IssuerOfPatientID="Ward", Modality="CT")
+    assert (document.PatientAge, document.StudyDescription, document.IssuerOfPatientID) == ("065Y", "Chest", "Ward")
+    assert document.Modality == "SR" and document.SOPClassUID == pydicom.uid.ComprehensiveSRStorage
+    assert (document.VerificationFlag, document.PreliminaryFlag) == ("UNVERIFIED", "PRELIMINARY")
+    items = {each.ConceptNameCodeSequence[0].CodeMeaning: each for each in document.ContentSequence}
+    model, checkpoint = items["Device Observer Model Name"], items["Device Observer Serial Number"]
+    assert (model.TextValue, checkpoint.TextValue) == ("m", "c")
+    assert "research use; unverified" in items["Comment"].TextValue
+    (coded,) = [each for each in items["Findings"].ContentSequence if each.ValueType == "CODE"]
+    assert coded.ConceptCodeSequence[0].CodeValue == "60046008"
+    side, size = coded.ContentSequence
+    assert side.ConceptCodeSequence[0].CodeMeaning == "Left"
+    assert float(size.MeasuredValueSequence[0].NumericValue) == 12.5
+
+
+def test_codes_are_those_of_dicoms_context_groups():
+    known = {code for codes in concepts["SCT"].values() for code in codes}
+    assert set(SNOMED) <= {entry.name for entry in lexicon().entries}
+    assert len({code for code, _ in (*SNOMED.values(), *SIDES.values())} & known) >= 14
+
+
+def test_a_fhir_report_has_subject_and_study():
+    """It had none."""
+    from fhir.resources.R4B.diagnosticreport import DiagnosticReport
+
+    report = Report(
+        **{"id": "a" * 32, "report": "An effusion.", "findings": [FOUND, UNCODED], "model": MODEL, "finished": True},
+        **{"spec": {"name": "x", "hash": "0"}, "scan": SCAN.facts, "question": "?", "tokens": 3, "seconds": {}},
+    )
+    references = References("1.1", (("1.2", "1.2.3", "1.2.1"),), header(**SENT))
+    told = json.loads(diagnostic_report(report, references))
+    patient, study = told["contained"]
+    assert told["subject"] == {"reference": "#patient"} == study["subject"]
+    assert told["imagingStudy"] == [{"reference": "#study"}]
+    assert (patient["identifier"][0]["value"], patient["birthDate"], patient["gender"]) == (
+        "00471",
+        "1960-01-01",
+        "male",
+    )
+    assert [each["value"] for each in study["identifier"]] == ["urn:oid:1.1", "A1"]
+    assert told["basedOn"][0]["identifier"]["value"] == "A1"
+    assert [each["coding"][0]["code"] for each in told["conclusionCode"]] == ["60046008"]
+    bare = DiagnosticReport.model_validate_json(
+        diagnostic_report(report, References("1.1", references.instances, header(PatientBirthDate="19601399")))
+    )
+    assert bare.subject.reference == "#patient" and bare.basedOn is None
 
 
 @pytest.mark.parametrize("offset", ["+0300", "-0930", "", "nonsense"])
@@ -379,16 +453,17 @@ MODEL = {"id": "m", "stage": "sft", "checkpoint": "c"}
 WRITTEN = Written("A nodule.", "?", 3, True, MODEL, {"name": "least", "hash": "0"}, 1, False, {"write": 1}, "")
 
 
-def known(tmp_path, generator, scan=SCAN):
+def known(tmp_path, generator, reader=None, settings=None):
     """A service that knows what scans must look like."""
-    service = Service(Handle(scan), generator, None, ServingConfig(state=str(tmp_path)))
+    settings = settings or ServingConfig(state=str(tmp_path))
+    service = Service(reader or Handle(SCAN), generator, None, settings)
     service._learn(Status(True, spec=config.load("tiny").data.spec))
     return service
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_replica_that_is_not_ready_fails_no_request_that_another_can_serve(tmp_path, monkeypatch, streamed):
-    monkeypatch.setattr("mu2llm.serving.service.BACK_OFF_S", 0.0)
+    monkeypatch.setattr("mu2llm.serving.calls.BACK_OFF_S", 0.0)
     loading = Refusal("not_ready", "the weights are being loaded")
 
     async def go(generator):
@@ -423,7 +498,9 @@ def test_a_structured_report_of_what_is_no_dicom_is_refused_before_anything_is_w
     service = known(tmp_path, writer)
 
     async def go():
-        await service.report(service.begin(Upload(uri=None, files=(b"",)), ReportOptions(), references=True))
+        await service.report(
+            service.begin(Upload(uri=None, files=(b"",)), ReportOptions(), references=True, dicom_only=True)
+        )
 
     with pytest.raises(Problem) as told:
         asyncio.run(go())

@@ -120,7 +120,7 @@ def test_dicom_in_gives_a_structured_report_of_that_study(client, dicom):
     answer = post(client, zipped(dicom), {"accept": "application/dicom"}, name="series.zip")
     assert answer.status_code == 200, answer.text
     document = pydicom.dcmread(io.BytesIO(answer.content))
-    assert document.SOPClassUID == pydicom.uid.BasicTextSRStorage and document.StudyInstanceUID == STUDY
+    assert document.SOPClassUID == pydicom.uid.ComprehensiveSRStorage and document.StudyInstanceUID == STUDY
     assert document.ContentTemplateSequence[0].TemplateIdentifier == "2000"
     titles = {item.ConceptNameCodeSequence[0].CodeMeaning: item for item in document.ContentSequence}
     assert titles["Findings"].ContentSequence[0].TextValue.startswith("There is a large left")

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import signal
 import threading
 import zipfile
 
@@ -18,11 +19,13 @@ from small_service import PATIENT, PATIENT_ID
 from mu2llm.errors import Rejection, UserError
 from mu2llm.serving import chat, decoder, keys
 from mu2llm.serving.decoder import Decoder, Reading, Scan
-from mu2llm.serving.guard import Guard, is_loopback
-from mu2llm.serving.keys import Doorkeeper, list_keys, make_key, revoke_key
+from mu2llm.serving.guard import Guard, Uploads, is_loopback
+from mu2llm.serving.keys import Doorkeeper, hash_of, list_keys, make_key, revoke_key
 from mu2llm.serving.problems import Problem, rejected
+from mu2llm.serving.reader import VolumeReader
 from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.uris import allowed, data_url
+from mu2llm.settings.serving import ServingConfig
 
 BELOW = ("s3://bucket/scans", "file:///srv/scans/")
 
@@ -133,6 +136,17 @@ def test_keys_are_stored_as_hashes_and_have_scopes(tmp_path):
         make_key(state, "x", ("admin",))
 
 
+def test_the_token_of_a_start_opens_everything_whatever_storage_does(tmp_path):
+    """Behind a reverse proxy on the same host, a service on loopback was open to the network."""
+    (tmp_path / "keys.json").write_text("{")
+    door = Doorkeeper(str(tmp_path), needed=True, token_sha256=hash_of("secret"))
+    assert [passes(door, "secret", scope) for scope in ("read", "score", "correct")] == [200] * 3
+    assert [passes(door, given) for given in (None, "", "Secret", "mu2_x_y")] == [503] * 4
+    (tmp_path / "keys.json").unlink()
+    door = Doorkeeper(str(tmp_path), needed=True)
+    assert passes(door, "") == passes(door, None) == 401  # without a token none is empty
+
+
 def test_keys_that_cannot_be_read_let_nobody_in_but_those_that_were_known(tmp_path, monkeypatch):
     """Each request was a 500."""
     monkeypatch.setattr(keys, "REFRESH_S", 0.0)
@@ -184,9 +198,9 @@ async def _echo(scope, receive, send):
     await send({"type": "http.response.body", "body": str(len(body)).encode()})
 
 
-def ask(body=b"", headers=None, hosts=("localhost",), method="POST"):
+def ask(body=b"", headers=None, hosts=("localhost",), method="POST", origins=()):
     counted = []
-    guard = Guard(_echo, 100, hosts, lambda path, status: counted.append(status))
+    guard = Guard(_echo, Uploads(100, 60, 1), hosts, origins, lambda path, status: counted.append(status))
 
     async def go():
         transport = httpx.ASGITransport(app=guard)
@@ -213,12 +227,15 @@ def test_pages_of_others_can_neither_read_nor_write():
     assert ask(headers={"host": "evil.example"}, hosts=None).status_code == 200
     assert ask(headers={"origin": "https://evil.example"}).status_code == 403
     assert ask(headers={"origin": "http://localhost:8000"}).status_code == 200
+    proxied = {"origin": "https://reports.example"}  # as a reverse proxy passes it on, with a Host of its own
+    assert ask(headers=proxied).status_code == 403
+    assert ask(headers=proxied, origins=("https://reports.example/",)).status_code == 200
     # with no-referrer a browser sends the plain page's own form with Origin: null
     assert ask().headers["referrer-policy"] == "same-origin"
 
 
 def test_what_is_text_alone_has_a_smaller_limit():
-    guard = Guard(_echo, 1024**3, None, lambda path, status: None)
+    guard = Guard(_echo, Uploads(1024**3, 60, 1), None, (), lambda path, status: None)
 
     async def go(path):
         transport = httpx.ASGITransport(app=guard)
@@ -303,6 +320,31 @@ def test_the_decoder_is_killed_when_it_takes_too_long_and_comes_back(spec, phant
     made.close()
 
 
+@pytest.mark.slow
+def test_who_leaves_holds_up_nobody(spec, phantom):
+    """Its decoder went back into the pool and read on: the next scan waited for it, beside idle decoders."""
+
+    async def go():
+        reader = VolumeReader(ServingConfig(reading_seconds=60, reader={"max_ongoing_requests": 2}).model_dump())
+        warm = reader.decoders[-1]
+        reading = Reading([phantom], spec)
+        assert isinstance(await reader.read(reading), Scan)
+        child = warm._child[0]
+        os.kill(child.pid, signal.SIGSTOP)  # as if the scan were large
+        leaves = asyncio.create_task(reader.read(reading))
+        await asyncio.sleep(0.1)
+        leaves.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaves
+        assert not child.is_alive() and not warm.warm and reader.decoders[0] is warm
+        scan = await reader.read(reading)
+        for each in reader.decoders:
+            each.close()
+        return scan
+
+    assert isinstance(asyncio.run(go()), Scan)
+
+
 def test_memory_that_runs_out_costs_one_scan(monkeypatch, spec):
     def hungry(*_):
         raise MemoryError
@@ -325,7 +367,7 @@ def test_the_instances_of_whatever_can_be_read(spec, dicom):
     zipped = archive(**{f"{n}.dcm": data for n, data in enumerate(dicom)})
     for packed in ([gzip.compress(data) for data in dicom], [archive(inner=zipped)]):
         assert decoder.read(Reading(packed, spec, references=True), 200).references == plain
-    assert plain.attributes["PatientID"] == PATIENT_ID
+    assert plain.header["PatientID"].value == PATIENT_ID
     own = [pydicom.dcmread(io.BytesIO(data)) for data in dicom]
     for number, dataset in enumerate(own):
         dataset.SeriesInstanceUID = f"1.9.{number}"
@@ -344,6 +386,6 @@ def test_the_instances_of_a_scan_that_was_named_by_its_uri(spec, dicom, tmp_path
     uri = f"file://{tmp_path}/series" + (".zip" if packed else "")
     found = decoder.read(Reading(uri, spec, references=True), 200).references
     sent = decoder.read(Reading(dicom, spec, references=True), 200).references
-    assert (found.study, found.attributes) == (sent.study, sent.attributes)
+    assert found.study == sent.study and found.header.PatientID == PATIENT_ID
     assert sorted(found.instances) == sorted(sent.instances) and len(found.instances) == len(dicom)
     assert decoder.read(Reading(uri, spec), 200).references is None

@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
-from small_writer import FIRST
 
 from mu2llm import storage
 from mu2llm.records import Correction
-from mu2llm.serving import guard, pages
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -315,18 +313,6 @@ def test_the_pill_tells_when_the_service_goes_and_comes(page, service):
     expect(pill).to_have_attribute("data-state", "gone", timeout=15_000)
     page.unroute("**/readyz")
     expect(pill).to_have_attribute("data-state", "ready", timeout=15_000)
-
-
-def test_the_plain_page_posts_a_scan(page, service, phantom, tmp_path):
-    """What / is where the reading room is not built, with the headers that the service gives it."""
-    headers = {**guard._HEADERS, "Content-Type": "text/html; charset=utf-8"}
-    page.route(f"{service}/", lambda route: route.fulfill(body=pages._PLAIN, headers=headers))
-    page.goto(service)
-    (tmp_path / "scan.nii.gz").write_bytes(phantom)
-    page.locator("input[type=file]").set_input_files(tmp_path / "scan.nii.gz")
-    with page.expect_navigation(url="**/v1/reports") as answer:
-        page.get_by_role("button", name="Write the report").click()
-    assert answer.value.status == 200 and answer.value.json()["report"] == FIRST
 
 
 def test_it_is_accessible(page):

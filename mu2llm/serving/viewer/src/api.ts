@@ -87,6 +87,16 @@ export class Problem extends Error {
 }
 
 const KEY = "mu2llm-key";
+
+/** The address that `mu2llm serve` prints ends in the token, behind # so that it is sent to nobody. */
+function takeToken(): void {
+  const token = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (!token) return;
+  sessionStorage.setItem(KEY, token);
+  history.replaceState(null, "", location.pathname + location.search);
+}
+takeToken();
+
 let askForKey: (reason: string) => Promise<string | null> = async () => null;
 
 /** `ask` is called on 401 with what the service said; it answers the key, or null to give up. */
