@@ -23,7 +23,8 @@ _DETACHED = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz")}
 """Headers whose voxels lie beside them, and the suffixes that the writers of these formats give those."""
 
 SLICE_BYTES = 4 * 2**20  # a file of as many is a scan of its own
-SHARED_FROM = 16  # folders, from which they are listed by tasks
+SHARED_FROM = 64  # folders, from which they are listed by tasks
+A_TASK = 32  # folders of a task, at least
 TASKS = 256  # at most
 LISTING_CPUS = 0.25  # a task mostly waits for storage
 
@@ -91,7 +92,7 @@ class Listing:
                         folders.append(path)
                     elif info.type == pafs.FileType.File:
                         found.add(path, info)
-        size = -(-len(folders) // TASKS) or 1
+        size = max(A_TASK, -(-len(folders) // TASKS))
         for part in _each_listed(root, [folders[at : at + size] for at in range(0, len(folders), size)]):
             found.join(part)
         return found

@@ -152,6 +152,7 @@ def test_tasks_list_what_one_process_does(tmp_path, monkeypatch):
     (tmp_path / "site-0" / "note.txt").write_text("n")
     alone = Volumes.below(str(tmp_path))
     monkeypatch.setattr(volumes, "SHARED_FROM", 2)
+    monkeypatch.setattr(volumes, "A_TASK", 1)
     monkeypatch.setattr(volumes, "TASKS", 3)
     assert Volumes.below(str(tmp_path)) == alone
 
@@ -160,6 +161,7 @@ def test_tasks_list_what_one_process_does(tmp_path, monkeypatch):
 def test_with_a_cluster_the_driver_lists_no_series(tmp_path, monkeypatch):
     series(tmp_path, 20, 2)
     alone = Listing.of(str(tmp_path))
+    monkeypatch.setattr(volumes, "SHARED_FROM", 20)
     listed = []
     monkeypatch.setattr(volumes.storage, "files_below", lambda uri: pytest.fail("listed here"))
     monkeypatch.setattr(
