@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pydantic import BaseModel
 from mu2llm import artefacts, cluster, green, storage, summary, tracking
 from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards, ingest, read_manifest
+from mu2llm.cases.ingest import SPLITS
 from mu2llm.cases.manifest import check_manifest
 from mu2llm.config import Experiment
 from mu2llm.ct import phantom
@@ -39,6 +41,7 @@ from mu2llm.stages.preferences import Preferences, identify, prefer
 
 STAGES: dict[str, Any] = {"contrastive": contrastive, "sft": sft, "dpo": dpo}
 BUCKET = "s3://mu2llm-demo"
+TRAINED, EVALUATED = "train", "test"  # splits
 
 
 @dataclass(frozen=True)
@@ -169,18 +172,35 @@ def _whole(pipeline: Pipeline, source: Source, plain_shards: str, scans: Sequenc
 
 
 def _ingest(pipeline: Pipeline, source: Source, plain: str) -> tuple[str, dict[str, Any]]:
-    """The shards' URI, and what `ingest` told. A manifest that has grown is gone on with at the same place."""
+    """The shards' URI, and what `ingest` told. A manifest that has grown, and cases that are excluded, are gone on with
+    at the same place."""
     data = pipeline.experiment.data
-    settings = artefacts.decides("data", data, leave_out=("phantom", "fraction", "shuffle_rows"))
+    settings = artefacts.decides("data", data, leave_out=("phantom", "fraction", "shuffle_rows", "exclude"))
     whence = {"manifest": source.manifest, "format": source.format, "volumes": source.volumes, **settings}
     shards = pipeline.place(plain, Identity.of(whence))
 
     def work() -> dict[str, Any]:
         table = read_manifest(source.manifest, source.format, source.volumes, data)
+        _check_splits(Counter(case.split for case in table.cases if case.split), source.manifest)
         return ingest(table, shards, pipeline.experiment, pipeline.progress("ingest"))
 
-    identity = Identity.of({**whence, "contents": _contents(source.manifest)})
-    return shards, pipeline.step("ingest", identity, work, shards)
+    excluded = {"data.exclude": sorted(data.exclude)} if data.exclude else {}
+    identity = Identity.of({**whence, **excluded, "contents": _contents(source.manifest)})
+    told = pipeline.step("ingest", identity, work, shards)
+    made = Shards.open(shards)
+    _check_splits({split: made.count(split) for split in SPLITS}, shards)  # rejections may have emptied one
+    return shards, told
+
+
+def _check_splits(counts: Mapping[str, int], where: str) -> None:
+    """A UserError, days before it would be found, where there is nothing to train or to evaluate on."""
+    empty = [split for split in (TRAINED, EVALUATED) if not counts.get(split)]
+    if empty:
+        there = ", ".join(f"{split} {count}" for split, count in sorted(counts.items()) if count) or "no cases"
+        raise UserError(
+            f"{where} has no case in split {empty[0]}, and the pipeline trains on {TRAINED} and evaluates on "
+            f"{EVALUATED}; there are {there}: put cases into it in the manifest, or leave the split to data.split"
+        )
 
 
 def _contents(manifest: str) -> str:
@@ -223,12 +243,12 @@ def _evaluate(pipeline: Pipeline, shards: str, checkpoints: dict[str, str]) -> s
     """SFT and DPO on the held-out patients, in one pass: the evaluation's URI."""
     experiment = pipeline.experiment
     compared = {stage: checkpoints[stage] for stage in ("sft", "dpo")}
-    request = request_of(compared, Shards.open(shards), "test", experiment).identity.inputs
+    request = request_of(compared, Shards.open(shards), EVALUATED, experiment).identity.inputs
     judge = green.decides(experiment.judge)
     out = pipeline.place(storage.join(pipeline.out, "evaluation"), Identity.of({**request, **judge}))
 
     def work() -> dict[str, Any]:
-        results = compare(compared, shards, out, experiment, "test", pipeline.progress("evaluate"))
+        results = compare(compared, shards, out, experiment, EVALUATED, pipeline.progress("evaluate"))
         return {run: results.summary(run)["green"] for run in compared}
 
     pipeline.step("evaluate", Identity.of({**request, **scoring(experiment).inputs}), work, out)

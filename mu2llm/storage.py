@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import random
@@ -32,6 +33,7 @@ import pyarrow.fs as pafs
 
 from mu2llm import object_storage
 from mu2llm.errors import Failure, UserError
+from mu2llm.shared_copies import shared
 
 T = TypeVar("T")
 ATTEMPTS = 5
@@ -118,6 +120,13 @@ def list_files(uri: str, recursive: bool = True) -> list[pafs.FileInfo]:
     selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
     infos = retried(uri, lambda: filesystem.get_file_info(selector))
     return sorted((info for info in infos if info.type == pafs.FileType.File), key=lambda info: info.path)
+
+
+def list_folder(uri: str) -> list[pafs.FileInfo]:
+    """What lies directly in a folder, files and folders, sorted by path; nothing if it does not exist."""
+    filesystem, path = resolve(uri)
+    selector = pafs.FileSelector(path, allow_not_found=True)
+    return sorted(retried(uri, lambda: filesystem.get_file_info(selector)), key=lambda info: str(info.path))
 
 
 def files_below(uri: str) -> dict[str, pafs.FileInfo]:
@@ -279,18 +288,26 @@ def _upload(path: Path, uri: str) -> None:
 
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """A file or folder as a local one of the same name: itself if it is local, else a copy that goes afterwards.
+    """A file or folder as a local one of the same name: itself if it is local, else a copy that goes afterwards, which
+    the processes of a node share while they use it at the same time.
 
     The path of nothing where there is nothing at the URI.
     """
     if not is_remote(uri):
         yield Path(resolve(uri)[1])
         return
-    with tempfile.TemporaryDirectory(prefix="mu2llm-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder, uri.rstrip("/").rpartition("/")[2])
-        if exists(uri):
-            copy(uri, str(path))
-        yield path
+    name = uri.rstrip("/").rpartition("/")[2]
+    found = info(uri)
+    if found.type == pafs.FileType.NotFound:
+        with tempfile.TemporaryDirectory(prefix="mu2llm-") as folder:
+            yield Path(folder, name)
+        return
+    files = {"": found} if found.type == pafs.FileType.File else files_below(uri)
+    stamps = [[path, each.size, each.mtime_ns] for path, each in files.items()]
+    of = [uri, os.environ.get(EMBEDDED_ROOT), os.environ.get("AWS_ENDPOINT_URL"), stamps]
+    key = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
+    with shared(key, lambda place: copy(uri, str(place / name))) as folder:
+        yield folder / name
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """One real demo at its smallest size: every stage, then again with other settings (test_pipeline_steps: the logic)."""
 
+import csv
 import hashlib
 import json
 import os
@@ -9,10 +10,14 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
-from mu2llm import storage
+from mu2llm import green, storage
 from mu2llm.artefacts import open_checkpoint
+from mu2llm.cli import app
+from mu2llm.ct import phantom
 
 pytestmark = pytest.mark.slow
 
@@ -118,3 +123,42 @@ def changed(folder, files):
     """The files that are gone or another's now."""
     now = contents(folder)
     return {name for name, digest in files.items() if now.get(name) != digest}
+
+
+def shaped_as_ct_rate(folder):
+    """Phantoms in CT-RATE's folders under its names, with its three tables: 18 training and 6 `valid` patients."""
+    rows = [json.loads(line) for line in Path(phantom.write(str(folder / "raw"), 24, 0)).read_text().splitlines()]
+    tables = {"reports": [], "metadata": [], "labels": []}
+    for number, row in enumerate(rows, 1):
+        part = "train" if number <= 18 else "valid"
+        study = f"{part}_{number}_a"
+        volume = folder / "dataset" / part / f"{part}_{number}" / study / f"{study}_1.nii.gz"
+        volume.parent.mkdir(parents=True)
+        (folder / "raw" / row["volume"]).rename(volume)
+        tables["reports"].append(
+            {"VolumeName": volume.name, "Findings_EN": row["report"], "Impressions_EN": "Not given."}
+        )
+        tables["metadata"].append({"VolumeName": volume.name, "RescaleSlope": 1, "RescaleIntercept": -1024})
+        tables["labels"].append({"VolumeName": volume.name, **green.labels(row["report"])})
+    for name, each in tables.items():
+        with (folder / "dataset" / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, each[0])
+            writer.writeheader()
+            writer.writerows(each)
+    return str(folder / "dataset")
+
+
+def test_a_folder_of_ct_rate_goes_the_whole_way_and_is_evaluated_on_its_valid_cases(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mu2llm.db")
+    folder = shaped_as_ct_rate(tmp_path)
+    here = [*HERE, "--set", "sft.workers=0", "--set", "evaluation.regions=false"]
+    command = ["pipeline", "--format", "ct-rate", "--manifest", folder, "--volumes", folder, "--preset", "tiny"]
+    done = CliRunner().invoke(app, [*command, *here, "--out", str(tmp_path / "out"), "--json"], catch_exceptions=False)
+    summary = json.loads(done.stdout)
+    assert (
+        summary["ingest"]["splits"]["test"] == 6 == summary["dpo"]["green"]["n"] and summary["ingest"]["rejected"] == {}
+    )
+    assert summary["ingest"]["splits"]["validation"] > 0 and sum(summary["ingest"]["splits"].values()) == 24
+    cases = pq.read_table(tmp_path / "out" / "evaluation" / "cases.parquet").column("id").to_pylist()
+    assert sorted(cases) == sorted(f"valid_{n}_a_1" for n in range(19, 25))
+    assert json.loads((tmp_path / "out" / "evaluation" / "metrics.json").read_text())["split_hash"]

@@ -6,6 +6,7 @@ What identifies a step is the real thing: the stages' jobs, the pairs' and the e
 import hashlib
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -32,9 +33,10 @@ class Way:
         self.numbers = itertools.count()
         self.manifest = folder / "manifest.jsonl"
         self.manifest.write_text("eight cases")
-        self.cases = 8
+        self.cases, self.splits = 8, ("train", "validation", "test")
         patched = {
-            "read_manifest": lambda *_: None, "ingest": self.ingest, "prefer": self.prefer, "compare": self.compare,
+            "read_manifest": lambda *_: SimpleNamespace(cases=[SimpleNamespace(split=each) for each in self.splits]),
+            "ingest": self.ingest, "prefer": self.prefer, "compare": self.compare,
             "render": lambda out, experiment: self.pages.append(experiment.evaluation.pages),
             "promote": self.promote, "STAGES": {name: Stage(self, module) for name, module in pipeline.STAGES.items()},
         }  # fmt: skip
@@ -203,6 +205,20 @@ def test_a_manifest_that_has_grown_is_gone_on_with_in_place(way):
     way.cases = 8
     way.run()
     assert way.did[0] == "ingest"
+
+
+def test_a_data_set_without_the_evaluations_split_is_refused_before_the_first_step(way):
+    """CT-RATE as it was read failed at its evaluation, days later."""
+    way.splits = ("train", "validation")
+    with pytest.raises(UserError, match=r"no case in split test, .* there are train 1, validation 1: put cases"):
+        way.run()
+    assert way.did == []
+
+
+def test_what_is_excluded_is_left_out_at_the_same_place(way):
+    first = way.run()
+    assert way.run("data.exclude=[case-1]")["checkpoints"] == first["checkpoints"]
+    assert way.did == ["ingest"]
 
 
 @pytest.mark.parametrize("step", ["ingest", "sft", "preferences", "dpo", "evaluate"])

@@ -4,12 +4,12 @@ of scan a of patient train_17051). The tables are distinguished by their columns
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from mu2llm import storage
 from mu2llm.cases.names import is_nothing, name_of
 from mu2llm.cases.rows import compose, number, read_folder, unused
-from mu2llm.cases.table import CaseTable
+from mu2llm.cases.table import CaseTable, by_hash
 from mu2llm.cases.volumes import Volumes
 from mu2llm.errors import UserError
 from mu2llm.records import Case, Split
@@ -19,7 +19,6 @@ NAME = "VolumeName"
 FINDINGS, IMPRESSION = "Findings_EN", "Impressions_EN"
 SLOPE, INTERCEPT = "RescaleSlope", "RescaleIntercept"
 A_LABEL = "Medical material"
-SPLITS: dict[str, Split] = {"train": "train", "valid": "validation"}
 Rows = dict[str, dict[str, str]]
 
 
@@ -27,11 +26,14 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
     """`manifest` is a folder with the tables, or the table of reports with the others beside it.
 
     One reconstruction a scan (the first that is there), all with `data.reconstructions=all`. Slope and intercept of
-    the metadata go into `rescale`; train and valid volumes keep their split. Of rows that name one volume the first
-    counts, the others are noted.
+    the metadata go into `rescale`. Of rows that name one volume the first counts, the others are noted.
+
+    CT-RATE's `valid` is what results are published on and nothing is chosen by: the test split. The validation split is
+    carved out of `train` by patient, as much of it as `data.split` says.
     """
     reports, metadata, labels = _tables(manifest, table)
     chosen = list(reports) if data.reconstructions == "all" else _one_each(reports, found, table)
+    splits = _splits([name for name in chosen if found.find(name)] or chosen, data, table)
     for name in chosen:
         identity = name.removesuffix(".nii.gz")
         if name not in metadata:
@@ -41,15 +43,29 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
             table.note("no_labels", [identity])
         yield Case(
             id=identity,
-            patient="_".join(identity.split("_")[:2]),
+            patient=_patient(name),
             volume=_volume(name, found, table),
             report=compose(reports[name].get(FINDINGS), reports[name].get(IMPRESSION)),
-            split=SPLITS.get(identity.split("_")[0]),
+            split=splits.get(_patient(name)),
             labels=present,
             rescale=metadata.get(name),
             source="CT-RATE",
         )
     table.note("scan_without_report", sorted(set(metadata) - set(reports)))
+
+
+def _patient(name: str) -> str:
+    """`train_17051` of `train_17051_a_1.nii.gz`."""
+    return "_".join(name.removesuffix(".nii.gz").split("_")[:2])
+
+
+def _splits(names: Iterable[str], data: DataConfig, table: CaseTable) -> dict[str, Split]:
+    """Each patient's split; none for a name of neither `train` nor `valid`."""
+    patients = sorted({_patient(name) for name in names})
+    fractions: dict[Split, float] = {split: data.split.get(split, 0.0) for split in ("train", "validation")}
+    found = by_hash([each for each in patients if each.startswith("train_")], fractions)
+    table.note("validation_from_train", [patient for patient, split in found.items() if split == "validation"])
+    return found | {each: "test" for each in patients if each.startswith("valid_")}
 
 
 def _tables(manifest: str, table: CaseTable) -> tuple[Rows, dict[str, tuple[float, float]], Rows]:

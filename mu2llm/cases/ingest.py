@@ -3,6 +3,10 @@
 The cases are divided beforehand into the rows of the shards to be, in an order that only their ids decide. Each such
 group is one task of Ray Data: it reads, decodes and preprocesses its scans one after the other and writes its file at
 once. A file that is there is done, so a run after a kill goes on where the last one was, with the same result.
+
+A task asks for the memory that its own largest scan takes. What is wrong with a scan makes it a rejection. What is not
+the scan's fault, an object that storage does not give or an error of ours, ends nothing: everything else is written,
+what failed is listed in `failed.parquet`, and the ingest fails at its end.
 """
 
 from __future__ import annotations
@@ -13,10 +17,13 @@ import hashlib
 import json
 import logging
 import math
+import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +34,7 @@ import ray
 import ray.data
 
 from mu2llm import artefacts, ct, storage, telemetry
+from mu2llm.cases import node_memory
 from mu2llm.cases.shards import INDEX, Index, ShardFile, Shards, ShardWriter, read_summary, write_index
 from mu2llm.cases.table import CaseTable
 from mu2llm.cases.tensors import tensor_field
@@ -41,8 +49,18 @@ REJECTED = "rejected.parquet"
 MANIFEST = "manifest.json"
 SMALL_SHARDS = 16  # shards of a split that is small, to keep several cores busy; and the least rows of a shard
 READ_AHEAD = 2  # scans whose bytes are fetched while one is decoded
+FAILED = "failed.parquet"
+MOST_FAILURES = 100  # of scans, after which it is no single one that fails
+BEGUN = "begun"  # below `out` while a run goes on
+ATTEMPTS = 3  # of a task whose process dies
 
 REJECTIONS = pa.schema([pa.field(name, pa.string()) for name in ("uri", "reason", "message", "case_id")])
+FAILURES = REJECTIONS.append(pa.field("trace", pa.string()))
+FAILURE_REASONS: dict[str, str] = {
+    "unreadable": "storage did not give the scan, however often it was asked",
+    "unexpected": "an error of ours while the scan was read, or the end of the task that read it",
+}
+"""Why a scan failed that was not rejected, in `failed.parquet`: code → description."""
 
 
 class OverBudget(Failure):
@@ -51,6 +69,14 @@ class OverBudget(Failure):
     def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.result = result or {}
+
+
+class Unwritten(Exception):
+    """Scans of a shard failed: rows of `failed.parquet`. The shard is not written."""
+
+    def __init__(self, failures: list[dict[str, str]]) -> None:
+        super().__init__(failures)
+        self.failures = failures
 
 
 def schema(spec: PreprocessSpec) -> pa.Schema:
@@ -71,20 +97,25 @@ def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Counted
     """Writes the shards of a case table below `out`; run again, it goes on and does nothing twice.
 
     Gives `{cases, written, rejected: {reason: n}, seconds, bytes, splits: {name: n}}`. Over the rejection budget it
-    raises OverBudget after everything is written. Storage that fails is tried again and then a Failure, never a
-    rejection.
+    raises OverBudget after everything is written. Scans that failed (`FAILURE_REASONS`) are a Failure after everything
+    else is written, and in `failed.parquet` with their traces; `data.exclude` goes on without them. Storage that fails
+    is tried again and never makes a scan a rejected one.
     """
     started = time.monotonic()
     out, data = storage.absolute(out), experiment.data
     _check_target(out, data.spec)
-    groups = plan(table, data)
-    summaries = _run(groups, out, data, table, progress)
-    rejected = [*table.rejections, *(Rejection(**row) for summary in summaries for row in summary["rejected"])]
+    node = node_memory.largest_node()
+    excluded, too_large = _excluded(table, data), _too_large(table, node)
+    table.note("excluded", sorted(excluded))
+    groups = plan(table, data, excluded | too_large.keys())
+    summaries = _run(groups, out, data, table, progress, node)
+    of_files = (Rejection(**row) for summary in summaries for row in summary["rejected"])
+    rejected = [*table.rejections, *(each for id, each in too_large.items() if id not in excluded), *of_files]
     _write_rest(out, table, rejected)
     shards = _write_index(out, table, experiment, groups, summaries)
     _sweep(out, shards)
     result = {
-        "cases": len(table.cases) + len(table.rejections),
+        "cases": len(table.cases) - len(excluded) + len(table.rejections),
         "written": sum(shards.count(split) for split in SPLITS),
         "rejected": dict(sorted(collections.Counter(r.reason for r in rejected).items())),
         "seconds": round(time.monotonic() - started, 2),
@@ -95,19 +126,50 @@ def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Counted
     return result
 
 
-def plan(table: CaseTable, data: DataConfig) -> dict[str, list[Case]]:
+def plan(table: CaseTable, data: DataConfig, left_out: Collection[str] = ()) -> dict[str, list[Case]]:
     """Path of each shard below `out` → its cases. The path names cases, spec and what the listing said of the scans, so
-    that it changes with them: a scan that was repaired or replaced is read again."""
+    that it changes with them: a scan that was repaired or replaced is read again. Cases that are left out, by id, keep
+    their place, so that no other shard changes by it."""
     groups = {}
     row_bytes = math.prod(data.spec.shape) * np.dtype(data.spec.dtype).itemsize
     for split in SPLITS:
         cases = sorted((case for case in table.cases if case.split == split), key=_shuffled)
         size = max(1, min(data.shard_mb * 2**20 // row_bytes, max(SMALL_SHARDS, -(-len(cases) // SMALL_SHARDS))))
-        for number, group in enumerate(cases[start : start + size] for start in range(0, len(cases), size)):
+        for number, start in enumerate(range(0, len(cases), size)):
+            group = [case for case in cases[start : start + size] if case.id not in left_out]
+            if not group:
+                continue
             stamps = [table.facts[case.volume].stamp if case.volume in table.facts else None for case in group]
             digest = artefacts.digest([[case.row() for case in group], stamps, data.spec.hash, sorted(data.accept)])
             groups[f"{split}/{number:05d}-{digest}.parquet"] = group
     return groups
+
+
+def _excluded(table: CaseTable, data: DataConfig) -> set[str]:
+    """Ids of the cases that `data.exclude` names by id or URI; a UserError where it names something else."""
+    wanted = set(data.exclude)
+    named = {name for case in table.cases for name in (case.id, case.volume, storage.lasting(case.volume))}
+    unknown = wanted - named - {name for each in table.rejections for name in (each.case_id, each.uri)}
+    if unknown:
+        raise UserError(f"data.exclude: {min(unknown)!r} is neither a case's id nor the URI of its volume")
+    return {case.id for case in table.cases if wanted & {case.id, case.volume, storage.lasting(case.volume)}}
+
+
+def _too_large(table: CaseTable, node: int | None) -> dict[str, Rejection]:
+    """By id, the scans that take more memory than the largest node has."""
+    found = {}
+    for case in table.cases:
+        size = _bytes(table, [case])
+        if not node_memory.fits(size, node):
+            why = f"its {size / 2**30:.1f} GiB do not fit into the memory of the largest node ({node} bytes)"
+            why += "; ingest on a larger one"
+            found[case.id] = Rejection(storage.lasting(case.volume), "too_large", why, case.id)
+    return found
+
+
+def _bytes(table: CaseTable, cases: list[Case]) -> int:
+    """The bytes of the largest scan of a group; 0 where nothing is known."""
+    return max((table.facts[case.volume].bytes for case in cases if case.volume in table.facts), default=0)
 
 
 def _shuffled(case: Case) -> bytes:
@@ -115,29 +177,69 @@ def _shuffled(case: Case) -> bytes:
 
 
 def _run(
-    groups: dict[str, list[Case]], out: str, data: DataConfig, table: CaseTable, progress: Counted | None
+    groups: dict[str, list[Case]],
+    out: str,
+    data: DataConfig,
+    table: CaseTable,
+    progress: Counted | None,
+    node: int | None,
 ) -> list[dict[str, Any]]:
-    """Every group's summary, in the order of the plan."""
-    if not groups:
-        return []
-    summaries = ray.data.from_arrow([group_table(path, cases) for path, cases in groups.items()]).map_batches(
-        functools.partial(write_shard, out=out, spec=data.spec, accept=data.accept),
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=1,
-        memory=_memory(table),
-    )
+    """Every group's summary, in the order of the plan; a Failure once all else is done where scans failed."""
     done: dict[str, dict[str, Any]] = {}
+    failures: list[dict[str, str]] = []
     cases = 0
-    for row in summaries.iter_rows():
+    for row in _tasks(groups, out, data, table, node).iter_rows() if groups else ():
         done[row["path"]] = summary = json.loads(row["summary"])
         if "failed" in summary:
             raise (UserError if summary["user_error"] else Failure)(summary["failed"])
         cases += len(groups[row["path"]])
-        telemetry.ingested(len(summary["ids"]), summary["rejected"])
         if progress:
             progress(cases, len(table.cases))
+        if failed := summary.get("failures"):
+            failures += failed
+            if len(failures) > MOST_FAILURES:
+                break
+        else:
+            telemetry.ingested(len(summary["ids"]), summary["rejected"])
+    storage.delete(storage.join(out, BEGUN))
+    _tell(failures, out)
     return [done[path] for path in groups]
+
+
+def _tasks(
+    groups: dict[str, list[Case]], out: str, data: DataConfig, table: CaseTable, node: int | None
+) -> ray.data.Dataset:
+    """One task a group. Those of one size class ask for the same memory."""
+    by_class: dict[int, list[pa.Table]] = defaultdict(list)
+    for path, cases in groups.items():
+        by_class[node_memory.asked(_bytes(table, cases), node)].append(group_table(path, cases))
+    begun = storage.join(out, BEGUN, secrets.token_hex(4))
+    write = functools.partial(write_shard, out=out, spec=data.spec, accept=data.accept, begun=begun)
+    classes = [
+        ray.data.from_arrow(tables).map_batches(
+            write, batch_size=None, batch_format="pyarrow", num_cpus=1, memory=memory
+        )
+        for memory, tables in sorted(by_class.items(), reverse=True)
+    ]
+    return classes[0].union(*classes[1:]) if classes[1:] else classes[0]
+
+
+def _tell(failures: list[dict[str, str]], out: str) -> None:
+    """Lists what failed beside the shards, and raises the Failure that says so; nothing where nothing did."""
+    listed = storage.join(out, FAILED)
+    if not failures:
+        storage.delete(listed)
+        return
+    storage.write_table(listed, pa.Table.from_pylist(failures, schema=FAILURES))
+    first = failures[0]
+    counts = collections.Counter(each["reason"] for each in failures)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+    rest = "all else is written" if len(failures) <= MOST_FAILURES else "too many to go on"
+    raise Failure(
+        f"{len(failures)} scans failed ({reasons}), such as case {first['case_id']} ({first['uri']}): "
+        f"{first['message']}; {rest}; see {listed} for all of them, run the same command again to try them again, or "
+        "name them in data.exclude to go on without them"
+    )
 
 
 def group_table(path: str, cases: list[Case]) -> pa.Table:
@@ -145,55 +247,90 @@ def group_table(path: str, cases: list[Case]) -> pa.Table:
     return Case.table(cases).append_column("path", pa.array([path] * len(cases)))
 
 
-def _memory(table: CaseTable) -> float:
-    """Bytes that Ray is to set aside for one task: the largest scan, decompressed and on its way; what the cluster has
-    at most, so that one large scan cannot make the task impossible to place."""
-    largest = max((facts.bytes for facts in table.facts.values()), default=0)
-    return min(2**29 + 8 * largest, ray.cluster_resources().get("memory", 2**31) / 2)
-
-
-def write_shard(group: pa.Table, out: str, spec: PreprocessSpec, accept: tuple[str, ...]) -> pa.Table:
-    """The task: writes the shard of a group, unless it is there already, and gives its summary or why it failed."""
+def write_shard(
+    group: pa.Table, out: str, spec: PreprocessSpec, accept: tuple[str, ...], begun: str | None = None
+) -> pa.Table:
+    """The task: writes the shard of a group, unless it is there already, and gives its summary, the scans that failed,
+    or why nothing can be written. Below `begun` lies how often a run began each shard."""
     path = group["path"][0].as_py()
     target = storage.join(out, path)
     try:
         if not storage.exists(target):
-            _write(target, [Case.from_row(row) for row in group.to_pylist()], spec, accept)
+            cases = [Case.from_row(row) for row in group.to_pylist()]
+            if begun:
+                _begin(storage.join(begun, path), cases)
+            _write(target, cases, spec, accept)
         summary = {**read_summary(target), "bytes": storage.info(target).size}
+    except Unwritten as error:
+        summary = {"failures": error.failures}
     except (Failure, UserError) as error:
         summary = {"failed": str(error), "user_error": isinstance(error, UserError)}
     return pa.table({"path": [path], "summary": [json.dumps(summary)]})
 
 
+def _begin(marks: str, cases: list[Case]) -> None:
+    """Marks that a shard is begun; Unwritten where its task died too often. Ray Data starts such a task for ever."""
+    if len(storage.list_files(marks)) < ATTEMPTS:
+        storage.write_bytes(storage.join(marks, secrets.token_hex(4)), b"")
+        return
+    why = f"the process that read it and {len(cases) - 1} others died {ATTEMPTS} times; one takes all memory or ends it"
+    rejections = [Rejection(_lasting(case).volume, "unexpected", why, case.id) for case in cases]
+    raise Unwritten([{**each.row(), "trace": ""} for each in rejections])
+
+
 def _write(target: str, cases: list[Case], spec: PreprocessSpec, accept: tuple[str, ...]) -> None:
     rejected: list[dict[str, str]] = []
+    failures: list[dict[str, str]] = []
     written: list[str] = []
     with storage.staged(target) as local, ShardWriter(local, schema(spec)) as writer:
         for case, result in _scans(cases, spec, accept):
             if isinstance(result, Rejection):
                 rejected.append(result.row())
-            else:
+            elif isinstance(result, dict):
                 writer.write({name: [value] for name, value in result.items()})
                 written.append(case.id)
+            else:
+                failures.append(_failure(case, result))
+        if failures:
+            raise Unwritten(failures)
         writer.summarise(ids=written, rejected=rejected)
+
+
+def _failure(case: Case, error: Exception) -> dict[str, str]:
+    """A row of `failed.parquet`."""
+    ours = not isinstance(error, Failure)
+    reason, message = ("unexpected", f"{type(error).__name__}: {error}") if ours else ("unreadable", str(error))
+    trace = "".join(traceback.format_exception(error))
+    return {**Rejection(_lasting(case).volume, reason, message, case.id).row(), "trace": trace}
 
 
 def _scans(
     cases: list[Case], spec: PreprocessSpec, accept: tuple[str, ...]
-) -> Iterator[tuple[Case, dict[str, Any] | Rejection]]:
-    """Each case with its row or its Rejection; the next scans are fetched meanwhile."""
+) -> Iterator[tuple[Case, dict[str, Any] | Rejection | Exception]]:
+    """Each case with its row, its Rejection or what failed; the next scans are fetched meanwhile."""
     with tempfile.TemporaryDirectory(prefix="mu2llm-") as folder, ThreadPoolExecutor(READ_AHEAD) as pool:
         waiting = collections.deque(cases)
         fetched: collections.deque[Future[Path]] = collections.deque()
         for number, case in enumerate(cases):
             while waiting and len(fetched) <= READ_AHEAD:
                 fetched.append(pool.submit(fetch, waiting.popleft().volume, Path(folder, str(number + len(fetched)))))
-            try:
-                source = fetched.popleft().result()
-                yield case, _row(case, source, spec, accept)
-            except Rejection as rejection:
-                yield case, Rejection(_lasting(case).volume, rejection.reason, rejection.message, case.id)
+            yield case, _result(case, fetched.popleft(), spec, accept)
             shutil.rmtree(Path(folder, str(number)), ignore_errors=True)
+
+
+def _result(
+    case: Case, source: Future[Path], spec: PreprocessSpec, accept: tuple[str, ...]
+) -> dict[str, Any] | Rejection | Exception:
+    """The row, the Rejection or the error of one case; a UserError, such as an unknown code to accept, is of all."""
+    try:
+        return _row(case, source.result(), spec, accept)
+    except Rejection as rejection:
+        return Rejection(_lasting(case).volume, rejection.reason, rejection.message, case.id)
+    except UserError:
+        raise
+    except Exception as error:  # told at the end, with its trace
+        logging.getLogger(__name__).exception("case %s", case.id)
+        return error
 
 
 def fetch(uri: str, folder: Path) -> Path:
@@ -209,18 +346,11 @@ def fetch(uri: str, folder: Path) -> Path:
 
 
 def _row(case: Case, source: Path, spec: PreprocessSpec, accept: tuple[str, ...]) -> dict[str, Any]:
-    """The row of a shard; Rejection where the scan cannot be used, a Failure that names it for what is our fault."""
-    try:
-        volume = storage.retried(
-            case.volume, lambda: ct.read(source, series=case.series, rescale=case.rescale, accept=accept)
-        )
-        model_input = ct.prepare(ct.admit(volume, accept), spec)
-    except (Rejection, Failure, UserError):
-        raise
-    except Exception as error:
-        logging.getLogger(__name__).exception("case %s", case.id)
-        what = f"{type(error).__name__}: {error}"
-        raise Failure(f"case {case.id} ({case.volume}): {what}; leave it out of the manifest to go on") from error
+    """The row of a shard; Rejection where the scan cannot be used."""
+    volume = storage.retried(
+        case.volume, lambda: ct.read(source, series=case.series, rescale=case.rescale, accept=accept)
+    )
+    model_input = ct.prepare(ct.admit(volume, accept), spec)
     return {
         **_lasting(case).row(),
         "voxels": model_input.voxels,

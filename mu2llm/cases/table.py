@@ -14,6 +14,7 @@ from mu2llm.records import Case, Split
 NOTES: dict[str, str] = {
     "rows": "rows of the manifest",
     "cases": "cases that are to be ingested",
+    "excluded": "cases that data.exclude leaves out",
     "unknown_columns": "columns of the manifest that nothing uses",
     "unknown_files": "files of the manifest that nothing uses, or that cannot be read",
     "invalid_row": "rows that are no case: a field is missing or of a wrong type",
@@ -33,6 +34,7 @@ NOTES: dict[str, str] = {
     "no_labels": "cases without a row in the table of labels",
     "no_region": "regions of the body without findings",
     "negative_spacing": "cases whose manifest gives a negative spacing: the volume's own header is used",
+    "validation_from_train": "training patients of a data set without a validation set of its own, taken for one",
     "patient_in_several_splits": "patients whom the data set puts into several splits",
     "decoded_as_latin": "tables that are not UTF-8 and were read as Windows-1252",
 }
@@ -76,20 +78,21 @@ def assign_splits(table: CaseTable, fractions: Mapping[Split, float]) -> None:
             own[case.patient].add(case.split)
     table.note("patient_in_several_splits", sorted(patient for patient, splits in own.items() if len(splits) > 1))
     free = sorted({case.patient for case in table.cases} - set(own))
-    chosen = _by_hash(free, fractions)
+    chosen = by_hash(free, fractions)
     chosen.update({patient: min(splits) for patient, splits in own.items()})
     table.cases = [
         case if case.split else case.model_copy(update={"split": chosen[case.patient]}) for case in table.cases
     ]
 
 
-def _by_hash(patients: list[str], fractions: Mapping[Split, float]) -> dict[str, Split]:
+def by_hash(patients: list[str], fractions: Mapping[Split, float]) -> dict[str, Split]:
+    """Each patient's split; of no fraction at all the first."""
     places = {patient: int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8]) / 2**64 for patient in patients}
-    total, edge, ranges = sum(fractions.values()), 0.0, {}
+    total, edge, ranges = sum(fractions.values()) or 1.0, 0.0, {}
     for split, fraction in fractions.items():
         ranges[split] = (edge, edge + fraction / total)
         edge += fraction / total
-    last = list(ranges)[-1]
+    last = next((split for split in reversed(ranges) if fractions[split]), next(iter(ranges)))
     chosen = {
         patient: next((split for split, (low, high) in ranges.items() if low <= place < high), last)
         for patient, place in places.items()

@@ -1,20 +1,32 @@
-"""The scans below `--volumes`, listed once: which are there, how large, and which no manifest names."""
+"""The scans below `--volumes`, listed once: which are there, how large, and which no manifest names.
+
+A root of DICOM series has millions of files: they are listed by tasks, folder by folder, and what is kept of a series'
+slices is what they are together.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import pyarrow.fs as pafs
+import ray
 
 from mu2llm import storage
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".npy", ".zip", ".dcm")
 _DETACHED = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz")}
 """Headers whose voxels lie beside them, and the suffixes that the writers of these formats give those."""
+
+SLICE_BYTES = 4 * 2**20  # a file of as many is a scan of its own
+SHARED_FROM = 64  # folders, from which they are listed by tasks
+A_TASK = 32  # folders of a task, at least
+TASKS = 256  # at most
+LISTING_CPUS = 0.25  # a task mostly waits for storage
 
 
 def stem(path: str) -> str:
@@ -40,20 +52,99 @@ class Facts(NamedTuple):
 
 
 @dataclass
+class Listing:
+    """What lies below a root: single files by their path, and of the slices of each folder what they are together.
+
+    `dicom` are the folders with slices that are named .dcm.
+    """
+
+    files: dict[str, Facts] = field(default_factory=dict)
+    slices: dict[str, Facts] = field(default_factory=dict)
+    dicom: set[str] = field(default_factory=set)
+
+    def add(self, path: str, info: pafs.FileInfo) -> None:
+        """Takes a file in, by its path relative to the root."""
+        facts, (folder, _, name) = Facts.of(path, info), path.rpartition("/")
+        if not folder or not _may_be_slice(name, info.size):
+            self.files[path] = facts
+            return
+        self.slices[folder] = self.slices.get(folder, Facts()).joined(facts)
+        if name.lower().endswith(".dcm"):
+            self.dicom.add(folder)
+
+    def join(self, other: Listing) -> None:
+        """Takes in a listing of other folders."""
+        self.files |= other.files
+        self.slices |= other.slices
+        self.dicom |= other.dicom
+
+    @classmethod
+    def of(cls, root: str) -> Listing:
+        """Lists a root, folder by folder until there are several to share out; those are listed by Ray's tasks."""
+        found, folders = cls(), [""]
+        while folders and len(folders) < SHARED_FROM:
+            level, folders = folders, []
+            for folder in level:
+                base = storage.absolute(storage.join(root, folder) if folder else root)
+                for info in storage.list_folder(base):
+                    path = f"{folder}/{info.base_name}".lstrip("/")
+                    if info.type == pafs.FileType.Directory:
+                        folders.append(path)
+                    elif info.type == pafs.FileType.File:
+                        found.add(path, info)
+        size = max(A_TASK, -(-len(folders) // TASKS))
+        for part in _each_listed(root, [folders[at : at + size] for at in range(0, len(folders), size)]):
+            found.join(part)
+        return found
+
+
+def _each_listed(root: str, shares: list[list[str]]) -> Iterator[Listing]:
+    if ray.is_initialized():
+        task = ray.remote(num_cpus=LISTING_CPUS)(_listed_below)
+        yield from (ray.get(each) for each in [task.remote(root, folders) for folders in shares])
+        return
+    with ThreadPoolExecutor(storage.REQUESTS) as pool:
+        yield from pool.map(lambda folders: _listed_below(root, folders), shares)
+
+
+def _listed_below(root: str, folders: list[str]) -> Listing:
+    """The task: all that lies below some folders of a root."""
+    found = Listing()
+    for folder in folders:
+        for path, info in storage.files_below(storage.join(root, folder)).items():
+            found.add(f"{folder}/{path}", info)
+    return found
+
+
+def _may_be_slice(name: str, size: int) -> bool:
+    """Whether a file is one of many that make a scan, as DICOM series are stored: of their names and of their size."""
+    suffix = os.path.splitext(name)[1].lower()
+    return size < SLICE_BYTES and (suffix in ("", ".dcm", ".ima") or suffix[1:].isdigit())
+
+
+@dataclass
 class Volumes:
-    """Files and folders below a root by their path relative to it; `named` are those that the manifest names."""
+    """Files and folders below a root by their path relative to it; `named` are those that the manifest names.
+
+    Of slices only their folder is kept: `dicom` are folders of slices that are named .dcm. One that a manifest names
+    by itself is asked for.
+    """
 
     root: str
     files: dict[str, Facts]
     folders: dict[str, Facts] = field(default_factory=dict)
+    dicom: set[str] = field(default_factory=set)
     named: set[str] = field(default_factory=set)
     by_tail: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def below(cls, root: str) -> Volumes:
         """Lists a root; one that is not there has no files."""
-        found = cls(root, {path: Facts.of(path, info) for path, info in storage.files_below(root).items()})
-        for path, facts in found.files.items():
+        listing = Listing.of(root)
+        found = cls(root, dict(sorted(listing.files.items())), dicom=listing.dicom)
+        within = [(path, facts) for path, facts in found.files.items()]
+        within += [(f"{folder}/", facts) for folder, facts in sorted(listing.slices.items())]
+        for path, facts in within:
             for folder in _above(path):
                 found.folders[folder] = found.folders.get(folder, Facts()).joined(facts)
         for path in [*found.files, *sorted(found.folders)]:
@@ -97,30 +188,38 @@ class Volumes:
         """Whether a volume below the root is not there; of other places nothing is known until they are read."""
         base = self.root.rstrip("/") + "/"
         relative = uri.removeprefix(base)
-        known = uri.startswith(base) and not relative.startswith("..")
-        return known and relative not in self.files and relative not in self.folders
+        if not uri.startswith(base) or relative.startswith(".."):
+            return False
+        return relative not in self.files and relative not in self.folders and self._slice(relative) is None
 
     def facts(self, uri: str) -> Facts | None:
         """Of a volume below the root; of other places nothing is known until they are read."""
         relative = uri.removeprefix(self.root.rstrip("/") + "/")
-        facts = self.files.get(relative) or self.folders.get(relative)
+        facts = self.files.get(relative) or self.folders.get(relative) or self._slice(relative)
         name, suffix = os.path.splitext(relative)
         for data in _DETACHED.get(suffix.lower(), ()):
             facts = facts and facts.joined(self.files.get(name + data, Facts()))
         return facts
 
+    def _slice(self, relative: str) -> Facts | None:
+        """A file that counts as a slice and is named by itself, such as a small multi-frame object, if it is there."""
+        if os.path.dirname(relative) not in self.folders or not _may_be_slice(os.path.basename(relative), 0):
+            return None
+        found = storage.info(storage.join(self.root, relative))
+        return Facts.of(relative, found) if found.type == pafs.FileType.File else None
+
     def unnamed(self) -> list[str]:
         """Scans that no row names; of a folder of DICOM files the folder."""
-        found: dict[str, None] = {}
-        for path in self.files:
-            parts = path.split("/")
-            if any("/".join(parts[:depth]) in self.named for depth in range(1, len(parts) + 1)):
-                continue
-            if path.lower().endswith(".dcm"):
-                found[os.path.dirname(path) or "."] = None
-            elif path.lower().endswith(SUFFIXES):
-                found[path] = None
-        return list(found)
+        singly = {os.path.dirname(path) for path in self.named}  # folders of which single slices are named
+        scans = [path for path in self.files if path.lower().endswith(SUFFIXES)]
+        single = {os.path.dirname(path) or "." if path.lower().endswith(".dcm") else path: path for path in scans}
+        places = {**single, **{folder: folder for folder in sorted(self.dicom - singly)}}
+        return [place for place, path in places.items() if not self._is_named(path)]
+
+    def _is_named(self, path: str) -> bool:
+        """Whether a row names a file or folder, or one that it lies in."""
+        parts = path.split("/")
+        return any("/".join(parts[:depth]) in self.named for depth in range(1, len(parts) + 1))
 
 
 def _above(path: str) -> Iterator[str]:

@@ -44,7 +44,7 @@ def evaluate(
     checkpoint: CheckpointUri,
     data: Data,
     out: Out,
-    split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+    split: Annotated[str, typer.Option(help="train, validation, test, or CT-RATE's ct-rate-valid …")] = "test",
     judge: JudgeName = None,
     preset: Preset = "demo",
     set_: Set = [],  # noqa: B006

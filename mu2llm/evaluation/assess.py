@@ -13,7 +13,7 @@ from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.engine.predictions import Prediction, Variant
 from mu2llm.errors import UserError
-from mu2llm.evaluation import external, floors, foreign, length, splits, text_metrics
+from mu2llm.evaluation import external, floors, foreign, judging, length, splits, text_metrics
 from mu2llm.evaluation.audits import COVERED, Audit, audit
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic, estimates
 from mu2llm.evaluation.clinical import RATES, Tally, finding_metrics, tally_findings
@@ -21,7 +21,7 @@ from mu2llm.evaluation.floors import CLINICAL, PRIOR, Level
 from mu2llm.evaluation.last_layer import LastLayer
 from mu2llm.evaluation.results import JUDGED, TITLES, Difference, Group, Header, Results, RunResult
 from mu2llm.evaluation.scoring import Texts, content, embedded, judge_finished, judged
-from mu2llm.green import GREEN, Judge, judge_reworded, load_judge, measures
+from mu2llm.green import GREEN, Judge, judge_reworded, load_judge, measures, rewording
 from mu2llm.records import Case, Estimate, Judgement
 from mu2llm.settings.green import JudgeConfig
 
@@ -57,13 +57,15 @@ def assess(
     header: Header, cases: Sequence[Case], predictions: Sequence[Prediction], experiment: Experiment
 ) -> tuple[Results, pa.Table]:
     """The results, and the table of judgements (run, case_id and the columns of Judgement)."""
-    judge, rules = load_judge(experiment.judge), load_judge(JudgeConfig())
+    judge, rules = judging.load_judge(experiment.judge), load_judge(JudgeConfig())
     if measures(judge) in TITLES.keys() - JUDGED:
         raise UserError(f"judge {judge.identity} measures {measures(judge)}, which is the name of another metric")
     name = experiment.evaluation.text_encoder
     encoder = None if name == "none" else LastLayer(name)
     known = {case.id: case for case in cases}
     bootstrap = Bootstrap([case.patient for case in cases], experiment.evaluation.bootstrap, header.seed)
+    some = _drawn(cases, experiment.evaluation.paraphrases, header.seed)
+    judge = judging.Ahead(judge, [*_pairs(header, predictions, known), *rewording([case.report for case in some])])
     runs: dict[str, _Run] = {}
     for run in header.checkpoints:
         own = _of(predictions, run)
@@ -86,7 +88,7 @@ def assess(
         for run, each in runs.items()
     }
     levels = {run: floors.levels(each, bounds) for run, each in metrics.items()}
-    paraphrase = _paraphrase(cases, judge, experiment.evaluation.paraphrases, header.seed)
+    paraphrase = _paraphrase(some, judge, header.seed)
     results = Results(
         header=header,
         cases=len(cases),
@@ -204,9 +206,19 @@ def _missing(header: Header, cases: int) -> str:
     return f"scored on {cases} of {expected} cases only: the others have no prediction" if few else ""
 
 
-def _paraphrase(cases: Sequence[Case], judge: Judge, most: int, seed: int) -> Estimate | None:
-    """What the judge gives some references in other words; None where it is not asked."""
-    some = [cases[i] for i in sorted(np.random.default_rng(seed).permutation(len(cases))[:most])]
+def _pairs(header: Header, predictions: Sequence[Prediction], known: Mapping[str, Case]) -> list[tuple[str, str]]:
+    """Every report of the runs that is to be judged, with its reference."""
+    own = [p for run in header.checkpoints for p in _of(predictions, run) if p.finished]
+    return [(known[p.case_id].report, p.text) for p in own]
+
+
+def _drawn(cases: Sequence[Case], most: int, seed: int) -> list[Case]:
+    """Some cases, whose references the judge gets in other words."""
+    return [cases[i] for i in sorted(np.random.default_rng(seed).permutation(len(cases))[:most])]
+
+
+def _paraphrase(some: Sequence[Case], judge: Judge, seed: int) -> Estimate | None:
+    """What the judge gives references in other words; None where it is not asked."""
     statistic = judged(judge_reworded(judge, [case.report for case in some]))
     return Bootstrap([case.patient for case in some], seed=seed).estimate(statistic)
 

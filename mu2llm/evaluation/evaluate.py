@@ -24,7 +24,7 @@ from mu2llm.evaluation.assess import assess
 from mu2llm.evaluation.leaderboard import rows, track
 from mu2llm.evaluation.report import PAGE, write_report
 from mu2llm.evaluation.results import METRICS, Header, Results
-from mu2llm.evaluation.splits import split_hash
+from mu2llm.evaluation.splits import SELECTIONS, select, split_hash
 from mu2llm.progress import Counted
 from mu2llm.records import Case, Checkpoint, Judgement
 
@@ -222,12 +222,14 @@ def read_predictions(out: str) -> tuple[list[Case], list[Prediction]]:
 
 
 def request_of(checkpoints: Mapping[str, str], shards: Shards, split: str, experiment: Experiment) -> Request:
-    """What an evaluation asks for."""
+    """What an evaluation asks for; `split` may be one of CT-RATE's names, which are of the test split's cases."""
     settings = experiment.evaluation
+    ids = tuple(case.id for case in select(shards.cases("test"), split)) if split in SELECTIONS else None
     return Request(
         checkpoints=checkpoints,
         data=cached_features(checkpoints.values(), shards, settings.used_precision) or shards.uri,
-        split=split,
+        split=split if ids is None else "test",
+        ids=ids,
         question=settings.question,
         decoding=Decoding(settings.max_new_tokens, seed=experiment.seed),
         variants=VARIANTS,
@@ -240,7 +242,7 @@ def request_of(checkpoints: Mapping[str, str], shards: Shards, split: str, exper
 def _write_predictions(request: Request, shards: Shards, out: str, progress: Counted | None) -> None:
     """Cases and predictions, and last the header, which says that they are whole."""
     predictions = generate(request, storage.join(out, STATE), progress)
-    cases = shards.cases(request.split)[: request.max_cases]
+    cases = request.cases(shards)
     train = shards.cases("train")
     predictions += by_table(predictions, cases, train, request.decoding.seed)
     predictions += without_model(cases, train, request.question, request.decoding.seed)

@@ -6,7 +6,7 @@ from mu2llm.green.identity import decides, rules_identity
 from mu2llm.green.judge import GREEN, Judge, measures
 from mu2llm.green.judges import check_judge, load_judge
 from mu2llm.green.lexicon import LABELS
-from mu2llm.green.paraphrase import judge_reworded, reworded
+from mu2llm.green.paraphrase import judge_reworded, reworded, rewording
 from mu2llm.green.parser import parse
 from mu2llm.green.prompt import write_answer
 from mu2llm.green.scoring import label_lines, parse_lines, score_lines, score_pairs
@@ -29,6 +29,7 @@ __all__ = [
     "parse_lines",
     "parts",
     "reworded",
+    "rewording",
     "rules_identity",
     "score_lines",
     "score_pairs",

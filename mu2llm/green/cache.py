@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mu2llm import storage
-from mu2llm.green.judge import Judge, Pair, measures
+from mu2llm.green.judge import Judge, Pair, as_judged, measures
 from mu2llm.records import Judgement
 
-_CHUNK = 128  # pairs that are asked and saved together: what a crash may lose
+_CHUNK = 128  # judgements that are saved together: what a kill may lose
+_READS = 16  # files read at once
 _SCHEMA = pa.schema([pa.field("key", pa.string()), *Judgement.arrow_schema])
 
 
@@ -44,9 +46,16 @@ class CachedJudge:
         if missing:
             self._refresh()
         new = [key for key in missing if key not in self._known]
-        for start in range(0, len(new), _CHUNK):
-            chunk = new[start : start + _CHUNK]
-            self._add(dict(zip(chunk, self._judge.judge([missing[key] for key in chunk]), strict=True)))
+        finished: dict[str, Judgement] = {}
+        try:
+            for number, judgement in as_judged(self._judge, [missing[key] for key in new], _CHUNK):
+                finished[new[number]] = judgement
+                if len(finished) == _CHUNK:
+                    self._add(finished)
+                    finished = {}
+        finally:
+            if finished:
+                self._add(finished)
         return [self._known[key] for key in keys]
 
     def _key(self, pair: Pair) -> str:
@@ -57,13 +66,13 @@ class CachedJudge:
         return digest.hexdigest()
 
     def _refresh(self) -> None:
-        filesystem, _ = storage.resolve(self._folder)
-        for info in storage.list_files(self._folder):
-            if info.path not in self._read and info.path.endswith(".parquet"):
-                with filesystem.open_input_file(info.path) as stream:
-                    rows = pq.read_table(stream).to_pylist()
-                self._known.update({row.pop("key"): Judgement.from_row(row) for row in rows})
-                self._read.add(info.path)
+        new = [each.base_name for each in storage.list_files(self._folder) if each.base_name.endswith(".parquet")]
+        new = [name for name in new if name not in self._read]
+        with ThreadPoolExecutor(_READS) as pool:
+            tables = pool.map(lambda name: storage.read_table(storage.join(self._folder, name)), new)
+            for name, table in zip(new, tables, strict=True):
+                self._known.update({row.pop("key"): Judgement.from_row(row) for row in table.to_pylist()})
+                self._read.add(name)
 
     def _add(self, judgements: dict[str, Judgement]) -> None:
         rows = [{"key": key, **judgement.row()} for key, judgement in judgements.items()]

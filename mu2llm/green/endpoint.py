@@ -6,8 +6,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import httpx
@@ -55,17 +55,19 @@ class EndpointWriter:
         """Without port and credentials: the same model behind another door is the same judge."""
         return self._identity
 
-    def write(self, prompts: list[str]) -> list[str | Unanswered]:
+    def answers(self, prompts: list[str]) -> Iterator[tuple[int, str | Unanswered]]:
         """Asks `concurrency` at a time; waits and asks again where the endpoint is busy or gone for a moment."""
         key = os.environ.get(API_KEY)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx.Limits(max_connections=self._concurrency)
         with (
-            httpx.Client(headers=headers, timeout=httpx.Timeout(600, connect=10)) as client,
+            httpx.Client(headers=headers, timeout=httpx.Timeout(600, connect=10, pool=None), limits=limits) as client,
             ThreadPoolExecutor(self._concurrency) as pool,
         ):
-            futures = [pool.submit(self._ask, client, prompt) for prompt in prompts]
+            futures = {pool.submit(self._ask, client, prompt): number for number, prompt in enumerate(prompts)}
             try:
-                return [future.result() for future in futures]
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 

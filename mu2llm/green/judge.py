@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from mu2llm.records import Judgement
@@ -42,6 +42,16 @@ class Judge(Protocol):
 def measures(judge: Judge) -> str:
     """The metric under which a judge's scores are told: its attribute `measures`, or GREEN."""
     return str(getattr(judge, "measures", GREEN))
+
+
+def as_judged(judge: Judge, pairs: Sequence[Pair], chunk: int) -> Iterator[tuple[int, Judgement]]:
+    """The number of each pair and its judgement, as they come: one by one of a judge with `each`, else by chunks."""
+    each: Callable[[Sequence[Pair]], Iterator[tuple[int, Judgement]]] | None = getattr(judge, "each", None)
+    if each:
+        yield from each(pairs)
+        return
+    for start in range(0, len(pairs), chunk):
+        yield from enumerate(judge.judge(pairs[start : start + chunk]), start)
 
 
 def unreadable(pair: Pair) -> tuple[str, str] | None:

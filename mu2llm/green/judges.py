@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mu2llm import storage
@@ -14,6 +15,8 @@ from mu2llm.settings.green import NAMES, JudgeConfig
 if TYPE_CHECKING:
     from mu2llm.green.prompt import Prompt
     from mu2llm.green.prompted import Rubric, Writer
+
+    LocalModel = Callable[[str, JudgeConfig], Writer]
 
 _ENDPOINT = r"(?P<model>.+?)@(?P<url>\w+://.+)"
 _WRITER = rf"hf:(?P<local>.+)|openai:{_ENDPOINT}"
@@ -35,10 +38,11 @@ def rubric_version(config: JudgeConfig) -> str | None:
     return _rubric(config)[0].version if other else None
 
 
-def load_judge(config: JudgeConfig) -> Judge:
+def load_judge(config: JudgeConfig, local: LocalModel | None = None) -> Judge:
     """The judge that `config.name` names; a UserError says which names there are.
 
-    Rules are quicker than any cache; a language model's judgements are kept under `config.cache`, if given.
+    `local` makes the writer of a model by name, if it is not to be loaded into this process. Rules are quicker than any
+    cache; a language model's judgements are kept under `config.cache`, if given.
     """
     if config.name == "rules":
         from mu2llm.green.rules import RulesJudge
@@ -52,7 +56,7 @@ def load_judge(config: JudgeConfig) -> Judge:
         judge = _imported(own, config)(config)
     else:
         rubric, model = _rubric(config)
-        judge = PromptedJudge(_writer(model, config), rubric, config.truncate_words)
+        judge = PromptedJudge(_writer(model, config, local), rubric, config.truncate_words)
     return CachedJudge(judge, config.cache) if config.cache else judge
 
 
@@ -79,11 +83,13 @@ def _imported(named: re.Match[str], config: JudgeConfig) -> Any:
         ) from error
 
 
-def _writer(model: re.Match[str], config: JudgeConfig) -> Writer:
-    if local := model.groupdict().get("local"):
+def _writer(model: re.Match[str], config: JudgeConfig, local: LocalModel | None) -> Writer:
+    if name := model.groupdict().get("local"):
+        if local:
+            return local(name, config)
         from mu2llm.green.local import LocalWriter
 
-        return LocalWriter(local, config.batch_size, config.max_new_tokens)
+        return LocalWriter(name, config.batch_size, config.max_new_tokens)
     from mu2llm.green import crimson
     from mu2llm.green.endpoint import EndpointWriter
 

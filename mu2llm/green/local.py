@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 from mu2llm.errors import UserError
 from mu2llm.green.prompted import Unanswered
@@ -29,26 +34,26 @@ class LocalWriter:
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._identity = f"hf:{name.rstrip('/').rsplit('/', 1)[-1]}@{_weights(model)}, greedy {max_new_tokens}"
+        self._identity = identity(name, max_new_tokens)
 
     @property
     def identity(self) -> str:
         return self._identity
 
-    def write(self, prompts: list[str]) -> list[str | Unanswered]:
+    def answers(self, prompts: list[str]) -> Iterator[tuple[int, str | Unanswered]]:
         """Longest prompts first, so that a batch holds little padding and what doesn't fit shows at once."""
         encoded = [self._encode(prompt) for prompt in prompts]
         room = getattr(self._model.config, "max_position_embeddings", None) or 10**9
-        answers: dict[int, str | Unanswered] = {
-            i: Unanswered(f"the prompt's {len(ids)} tokens leave no room for an answer in the judge's {room}")
-            for i, ids in enumerate(encoded)
-            if len(ids) + self._max_new_tokens > room
-        }
-        order = sorted((i for i in range(len(prompts)) if i not in answers), key=lambda i: -len(encoded[i]))
+        order = []
+        for i in sorted(range(len(prompts)), key=lambda i: -len(encoded[i])):
+            if len(encoded[i]) + self._max_new_tokens <= room:
+                order.append(i)
+                continue
+            why = f"the prompt's {len(encoded[i])} tokens leave no room for an answer in the judge's {room}"
+            yield i, Unanswered(why)
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
-            answers.update(zip(batch, self._generate([encoded[i] for i in batch]), strict=True))
-        return [answers[i] for i in range(len(prompts))]
+            yield from zip(batch, self._generate([encoded[i] for i in batch]), strict=True)
 
     def _encode(self, prompt: str) -> list[int]:
         text = self._chat(prompt)
@@ -78,11 +83,35 @@ class LocalWriter:
         return list(self._tokenizer.batch_decode(new, skip_special_tokens=True))
 
 
-def _weights(model: torch.nn.Module) -> str:
-    """Twelve hex digits over every parameter's name, shape and ends: cheap, and another for other weights."""
+def identity(name: str, max_new_tokens: int) -> str:
+    """What verdicts of a model depend on: name, weights, decoding. A UserError where there is no such model."""
+    return f"hf:{name.rstrip('/').rsplit('/', 1)[-1]}@{_weights(name)}, greedy {max_new_tokens}"
+
+
+def _weights(name: str) -> str:
+    """Twelve hex digits over every stored tensor's name, shape and ends: cheap, and another for other weights.
+
+    The files are those that would be loaded; none of them is.
+    """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.state_dict().items()):
-        flat = parameter.detach().flatten()
-        ends = torch.cat([flat[:16], flat[-16:]]).float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + ends.numpy().tobytes())
+    for file in _files(name):
+        with safe_open(file, "pt") as tensors:
+            for key in sorted(tensors.keys()):
+                part = tensors.get_slice(key)
+                shape = part.get_shape()
+                rows = [part[:1], part[-1:]] if shape else [tensors.get_tensor(key)]
+                first, last = rows[0].flatten()[:16], rows[-1].flatten()[-16:]
+                digest.update(f"{key}{tuple(shape)}".encode() + torch.cat([first, last]).float().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _files(name: str) -> list[str]:
+    """The safetensors files of a model by name or folder, in order."""
+    try:
+        if whole := cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False):
+            return [whole]
+        index = cached_file(name, "model.safetensors.index.json")
+        names = sorted(set(json.loads(Path(str(index)).read_text())["weight_map"].values()))
+        return [str(cached_file(name, each)) for each in names]
+    except (OSError, ValueError) as error:
+        raise UserError(f"judge hf:{name}: {str(error).splitlines()[0]}; give a model's name or folder") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from mu2llm.green.judge import Judge
+from mu2llm.green.judge import Judge, Pair
 from mu2llm.green.mentions import mentions, states_normal
 from mu2llm.green.sentences import sentences
 from mu2llm.records import Judgement
@@ -46,7 +46,12 @@ def reworded(report: str) -> str:
 
 def judge_reworded(judge: Judge, references: Sequence[str]) -> list[Judgement]:
     """What a judge makes of references against themselves in other words: about 1, if it reads what is meant."""
-    return judge.judge([(reference, reworded(reference)) for reference in references])
+    return judge.judge(rewording(references))
+
+
+def rewording(references: Sequence[str]) -> list[Pair]:
+    """Each reference, and itself in other words."""
+    return [(reference, reworded(reference)) for reference in references]
 
 
 def _reworded(sentence: str) -> str:

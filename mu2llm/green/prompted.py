@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,8 +26,8 @@ class Writer(Protocol):
         """Name and weights or endpoint, and decoding."""
         ...
 
-    def write(self, prompts: list[str]) -> list[str | Unanswered]:
-        """One answer to each prompt; a Failure if the model cannot be reached at all."""
+    def answers(self, prompts: list[str]) -> Iterator[tuple[int, str | Unanswered]]:
+        """The number of each prompt and its answer, as they come; a Failure if the model cannot be reached at all."""
         ...
 
 
@@ -65,18 +65,30 @@ class PromptedJudge:
         return f"{self._writer.identity}, prompt {self._rubric.version}, {reading}"
 
     def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
-        """One judgement a pair. Equal prompts are asked once."""
-        settled = [unjudged(pair, self.identity) for pair in pairs]
-        asked = [
-            [] if known else [self._rubric.fill(*part) for part in self._divide(pair)]
-            for pair, known in zip(pairs, settled, strict=True)
-        ]
-        prompts = list(dict.fromkeys(prompt for prompts in asked for prompt in prompts))
-        answers = dict(zip(prompts, self._writer.write(prompts), strict=True)) if prompts else {}
-        return [
-            known or combine([self._read(answers[prompt]) for prompt in prompts])
-            for known, prompts in zip(settled, asked, strict=True)
-        ]
+        """One judgement a pair, in their order."""
+        found = dict(self.each(pairs))
+        return [found[number] for number in range(len(pairs))]
+
+    def each(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+        """The number of each pair and its judgement, as they come. Equal prompts are asked once."""
+        asked: dict[int, list[str]] = {}
+        waiting: dict[str, set[int]] = {}
+        for number, pair in enumerate(pairs):
+            if known := unjudged(pair, self.identity):
+                yield number, known
+                continue
+            asked[number] = [self._rubric.fill(*part) for part in self._divide(pair)]
+            for prompt in asked[number]:
+                waiting.setdefault(prompt, set()).add(number)
+        if not asked:
+            return
+        prompts = list(waiting)
+        read: dict[str, Judgement] = {}
+        for place, answer in self._writer.answers(prompts):
+            read[prompts[place]] = self._read(answer)
+            for number in sorted(waiting[prompts[place]]):
+                if all(prompt in read for prompt in asked[number]):
+                    yield number, combine([read[prompt] for prompt in asked[number]])
 
     def _divide(self, pair: Pair) -> list[Pair]:
         if self._truncate_words:

@@ -25,6 +25,7 @@ class DataConfig(Section):
     rejection_budget: Execution[float] = Field(
         0.05, ge=0, le=1, description="fraction of rejected scans over which ingest fails"
     )
+    exclude: tuple[str, ...] = Field((), description="ids or URIs of cases that ingest goes on without")
     accept: tuple[str, ...] = Field((), description="warning or reason codes that are let in, such as not_hu")
     reconstructions: Literal["one", "all"] = Field("one", description="CT-RATE: one reconstruction a scan, or all")
     shard_mb: int = Field(128, ge=1, description="aimed size of a Parquet shard")

@@ -17,7 +17,14 @@ class JudgeConfig(Section):
     batch_size: Execution[int] = 8
     max_new_tokens: int = 1024
     truncate_words: int | None = Field(None, description="the published cut at 300 words; None judges by section")
-    concurrency: Execution[int] = 8
+    concurrency: Execution[int] = Field(8, description="requests to an endpoint at once")
+    actors: Execution[int | None] = Field(
+        None, ge=1, description="that judge with an hf: model; None: as many as the cluster has room for"
+    )
+    cpus_per_actor: Execution[float] = Field(1, ge=0)
+    gpus_per_actor: Execution[float | None] = Field(
+        None, ge=0, description="None: one where the cluster has GPUs, else none"
+    )
     requests_per_minute: Execution[float | None] = None
     cache: Execution[str | None] = Field(None, description="URI of the cache of a language model's judgements")
     prompt: str | None = Field(None, description="URI of a prompt with {reference} and {candidate}, instead of ours")

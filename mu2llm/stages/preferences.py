@@ -26,7 +26,8 @@ from mu2llm.engine.generate import checked, generate
 from mu2llm.engine.predictions import Request
 from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import Failure, UserError
-from mu2llm.green import Judge, load_judge
+from mu2llm.evaluation import judging
+from mu2llm.green import Judge
 from mu2llm.progress import Counted
 from mu2llm.records import Candidate, Case, Correction, Judgement, PreferencePair
 from mu2llm.settings.reward import reward_terms
@@ -96,7 +97,7 @@ def prefer(
         there = Preferences.open(out)
         identity.check(out, "preference pairs", there.identity, there.inputs)
         return there
-    judge = judge or load_judge(experiment.judge.model_copy(update={"cache": kept_under}))
+    judge = judge or judging.load_judge(experiment.judge.model_copy(update={"cache": kept_under}))
     human, unused = correction_pairs(corrected, case_of_scan(corrected, shards, settings.split))
     if corrected and not human:
         raise UserError(f"{corrections}: none of {len(corrected)} corrections makes a pair: {_listed(unused)}")

@@ -68,8 +68,8 @@ def test_ct_rate_has_one_reconstruction_a_scan_its_split_and_its_rescale(ct_rate
     assert [(c.id, c.patient, c.split) for c in table.cases] == [
         ("train_1_a_2", "train_1", "train"),
         ("train_1_b_1", "train_1", "train"),
-        ("train_2_a_1", "train_2", "train"),
-        ("valid_1_a_1", "valid_1", "validation"),
+        ("train_2_a_1", "train_2", "validation"),
+        ("valid_1_a_1", "valid_1", "test"),
     ]
     assert [c.rescale for c in table.cases] == [(1.0, -8192.0)] * 4
     assert table.cases[0].labels == {"Medical material": 1, "Emphysema": 0} and table.cases[2].labels is None
@@ -81,6 +81,25 @@ def test_ct_rate_has_one_reconstruction_a_scan_its_split_and_its_rescale(ct_rate
     assert table.listed["scan_without_report"] == ["train_9_a_1.nii.gz"]
     assert table.listed["no_labels"] == ["train_2_a_1", "valid_1_a_1", "valid_2_a_1"]
     assert [name.rpartition("/")[2] for name in table.listed["unknown_files"]] == ["other.csv"]
+
+
+def test_ct_rate_has_a_test_split_and_validation_of_other_patients(ct_rate):
+    """`valid` is what results are published on: it was the validation split, and nothing was left to test."""
+    names = [f"train_{n}_{scan}_1.nii.gz" for n in range(10, 60) for scan in "ab"]
+    rows = [{"VolumeName": v, "Technique_EN": "", "Findings_EN": "F", "Impressions_EN": ""} for v in names]
+    write_csv(ct_rate / "radiology_text_reports" / "more.csv", rows)
+    for name in names:
+        touch(ct_rate / "train" / name)
+    table = cases.read_manifest(str(ct_rate), "ct-rate", str(ct_rate), DATA)
+    of = {split: {c.patient for c in table.cases if c.split == split} for split in ("train", "validation", "test")}
+    assert of["test"] == {"valid_1"} and not of["train"] & of["validation"]
+    assert 2 <= len(of["validation"]) <= 14 and len(of["train"] | of["validation"]) == 52
+    assert set(table.listed["validation_from_train"]) == of["validation"]
+    whole = DATA.model_copy(update={"split": {"train": 1.0, "validation": 0.0, "test": 0.0}})
+    assert {c.split for c in cases.read_manifest(str(ct_rate), "ct-rate", str(ct_rate), whole).cases} == {
+        "train",
+        "test",
+    }
 
 
 def test_ct_rate_cells_that_are_no_numbers_are_counted_and_cost_no_scan(ct_rate):
@@ -247,7 +266,7 @@ def test_the_real_ct_rate_tables(shared, tmp_path):
     assert table.counts["rows"] == 25 and table.counts["not_found"] == 23
     assert first.report.endswith("Impression: Thoracic CT examination within normal limits")
     assert first.split == "train" and first.rescale is None and len(first.labels) == 18
-    assert second.split == "validation" and second.rescale in ((1.0, -1024.0), (1.0, -8192.0))
+    assert second.split == "test" and second.rescale in ((1.0, -1024.0), (1.0, -8192.0))
     assert table.counts["scan_without_report"] == 3038 and table.counts["unknown_files"] == 2
 
 

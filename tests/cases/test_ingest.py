@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import sys
 import time
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +16,8 @@ import small_scans as scans
 from ct_scans import metaimage, nifti, nrrd, slices, to_bytes
 
 from mu2llm import cases, ct, storage
-from mu2llm.cases.ingest import group_table, plan, write_shard
+from mu2llm.cases import node_memory
+from mu2llm.cases.ingest import _bytes, _excluded, _too_large, group_table, plan, write_shard
 from mu2llm.cases.shards import read_summary
 from mu2llm.errors import Failure, UserError
 
@@ -211,36 +214,139 @@ def test_every_format_of_a_scan_gives_the_same_row(tmp_path):
     assert (rejected["case_id"], rejected["reason"]) == ("d", "truncated")
 
 
+def summary_of(source, out, data):
+    """The first shard's cases and its task's summary."""
+    (path, group), *_ = plan(read(source, scans.experiment()), data).items()
+    (summary,) = write_shard(group_table(path, group), str(out), data.spec, ())["summary"].to_pylist()
+    return path, group, json.loads(summary)
+
+
 def test_storage_that_fails_is_a_failure_not_a_rejection(source, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "BACK_OFF_S", 0.0001)
-    out = str(tmp_path / "out")
     data = scans.experiment().data
-    table = read(source, scans.experiment())
-    (path, group), *_ = plan(table, data).items()
-    rows = group_table(path, group)
 
     def refuse(*_, **__):
         raise PermissionError("denied")
 
     monkeypatch.setattr(ct, "read", refuse)
-    (summary,) = write_shard(rows, out, data.spec, ())["summary"].to_pylist()
-    assert "storage failed 5 times: denied" in json.loads(summary)["failed"]
-    assert not list((tmp_path / "out").rglob("*parquet*"))
+    _, group, summary = summary_of(source, tmp_path, data)
+    assert [row["case_id"] for row in summary["failures"]] == [case.id for case in group]
+    assert {row["reason"] for row in summary["failures"]} == {"unreadable"}
+    assert "storage failed 5 times: denied" in summary["failures"][0]["message"]
+    assert not list(tmp_path.rglob("*parquet*"))
     monkeypatch.undo()
-    write_shard(rows, out, data.spec, ())
-    assert read_summary(f"{out}/{path}")["ids"] == [case.id for case in group]
+    path, group, _ = summary_of(source, tmp_path, data)
+    assert read_summary(f"{tmp_path}/{path}")["ids"] == [case.id for case in group]
 
 
-def test_an_error_of_our_own_names_the_case(source, tmp_path, monkeypatch):
-    data = scans.experiment().data
-    (path, group), *_ = plan(read(source, scans.experiment()), data).items()
-
-    def broken(*_):
+def test_an_error_of_our_own_names_the_case_and_has_its_trace(source, tmp_path, monkeypatch):
+    def broken(volume, spec):
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr(ct, "prepare", broken)
-    (summary,) = write_shard(group_table(path, group), str(tmp_path), data.spec, ())["summary"].to_pylist()
-    assert f"case {group[0].id} (" in json.loads(summary)["failed"] and "ZeroDivisionError: oops" in summary
+    _, group, summary = summary_of(source, tmp_path, scans.experiment().data)
+    assert len(summary["failures"]) == len(group)
+    first = summary["failures"][0]
+    assert (first["case_id"], first["reason"]) == (group[0].id, "unexpected")
+    assert first["message"] == "ZeroDivisionError: oops" and "in broken" in first["trace"]
+
+
+def planned(table):
+    """Path of each shard → the ids of its cases."""
+    return {path: [case.id for case in group] for path, group in plan(table, scans.experiment().data).items()}
+
+
+def failing(denied, deadly):
+    """`write_shard` in a cluster whose storage denies the scan of one case, and whose task of one shard dies."""
+
+    def write(group, out, spec, accept, begun):
+        read, pause = ct.read, storage.BACK_OFF_S
+
+        def refuse(source, **options):
+            if group["path"][0].as_py() == deadly:
+                os._exit(1)
+            if denied in str(source):
+                raise PermissionError("denied")
+            return read(source, **options)
+
+        ct.read, storage.BACK_OFF_S = refuse, 0.0001
+        try:
+            return write_shard(group, out, spec, accept, begun)
+        finally:
+            ct.read, storage.BACK_OFF_S = read, pause
+
+    return write
+
+
+def test_scans_that_fail_end_nothing_and_the_ingest_fails_at_its_end(whole, source, tmp_path, monkeypatch):
+    table = read(source, scans.experiment())
+    shards = planned(table)
+    first, *_, last = shards
+    denied, lost = shards[first][0], shards[last]
+    volume = next(case.volume for case in table.cases if case.id == denied)
+    table.facts[volume] = table.facts[volume]._replace(bytes=2**26)  # so that there are two size classes
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["mu2llm.cases.ingest"], "write_shard", failing(denied, last))
+        says = rf"{1 + len(lost)} scans failed \(unexpected {len(lost)}, unreadable 1\), such as case .*data.exclude"
+        with pytest.raises(Failure, match=says):
+            cases.ingest(table, str(tmp_path), scans.experiment())
+    failed = {row["case_id"]: row for row in pq.read_table(tmp_path / "failed.parquet").to_pylist()}
+    assert failed.keys() == {denied, *lost} and failed[denied]["reason"] == "unreadable"
+    assert "denied" in failed[denied]["trace"] and "died 3 times" in failed[lost[0]]["message"]
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.parquet")}
+    assert {f"{path.parent.name}/{path.name}" for path in written} == set(shards) - {first, last}
+    with pytest.raises(UserError, match="no finished shards"):
+        cases.Shards.open(str(tmp_path))
+
+    result = cases.ingest(table, str(tmp_path), scans.experiment(exclude=(denied,)))
+    assert (result["cases"], result["written"], result["rejected"]) == (COUNT - 1, COUNT - 1, {})
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert not (tmp_path / "failed.parquet").exists() and not (tmp_path / "begun").exists()
+    assert json.loads((tmp_path / "manifest.json").read_text())["listed"]["excluded"] == [denied]
+
+
+def test_what_is_excluded_is_a_case_or_a_volume(source, tmp_path):
+    table = read(source, scans.experiment())
+    experiment = scans.experiment(exclude=("case-001", table.cases[2].volume))
+    assert _excluded(table, experiment.data) == {"case-001", "case-002"}
+    before, after = (plan(table, experiment.data, out) for out in ((), ("case-001", "case-002")))
+    assert len(after) == len(before) and 1 <= len(set(after) - set(before)) <= 2
+    with pytest.raises(UserError, match=r"data\.exclude: 'case-9' is neither"):
+        _excluded(table, scans.experiment(exclude=("case-9",)).data)
+
+
+def test_a_task_asks_for_the_memory_of_its_own_scans(source, monkeypatch):
+    """One outlier makes one task ask for much; what no node has room for is rejected with its reason."""
+    table = read(source, scans.experiment())
+    large = table.cases[0]
+    table.facts[large.volume] = table.facts[large.volume]._replace(bytes=2**30)
+    groups = plan(table, scans.experiment().data)
+    node = 64 * 2**30
+    asks = [node_memory.asked(_bytes(table, group), node) for group in groups.values()]
+    assert sorted(asks)[-2:] == [2**29 + 2**27, 2**29 + 2**33] and len(asks) > 2
+    assert node_memory.asked(2**30, 4 * 2**30) == 4 * 2**30 and not _too_large(table, 4 * 2**30)
+    rejected = _too_large(table, 2**31)
+    assert list(rejected) == [large.id] and rejected[large.id].reason == "too_large"
+    assert not _too_large(table, None)
+
+
+def test_the_largest_node_is_one_that_runs_tasks_or_may_be_added(monkeypatch):
+    def node(memory, cpus, alive=True):
+        return {"Alive": alive, "Resources": {"memory": memory, "CPU": cpus}}
+
+    nodes = [node(8.0, 4), node(64.0, 0), node(32.0, 4, False)]
+    monkeypatch.setattr(node_memory.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(node_memory.private_apis, "cluster_limits", lambda: None)
+    assert node_memory.largest_node() == 8
+    group = SimpleNamespace(resources={"CPU": 2, "memory": 16}, max_count=3)
+    limits = SimpleNamespace(
+        node_group_configs=[group, SimpleNamespace(resources={"CPU": 9, "memory": 99}, max_count=0)]
+    )
+    monkeypatch.setattr(node_memory.private_apis, "cluster_limits", lambda: limits)
+    assert node_memory.largest_node() == 16
+    nodes.clear()
+    limits.node_group_configs.clear()
+    assert node_memory.largest_node() is None
 
 
 def test_the_plan_depends_on_the_cases_alone(source):

@@ -12,8 +12,10 @@ import small_scans as scans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mu2llm import cases
+from mu2llm import cases, storage
+from mu2llm.cases import volumes
 from mu2llm.cases.table import CaseTable, assign_splits
+from mu2llm.cases.volumes import SLICE_BYTES, Listing, Volumes
 from mu2llm.errors import UserError
 from mu2llm.records import Case
 
@@ -108,6 +110,64 @@ def test_volumes_may_be_uris_folders_or_elsewhere(tmp_path):
     table = read(tmp_path / "here")
     assert len(table.cases) == 3 and not table.rejections
     assert "unused" in table.listed["scan_without_row"] and "series" not in table.listed["scan_without_row"]
+
+
+def series(root, patients, slices):
+    """Folders of small files as an archive exports them: without suffix, named by UID, or .dcm."""
+    names = ("IM{}", "1.2.840.{}", "{}.dcm")
+    for patient in range(patients):
+        folder = root / f"site-{patient % 2}" / f"patient-{patient}" / "ct"
+        folder.mkdir(parents=True)
+        for number in range(slices):
+            (folder / names[patient % 3].format(number)).write_bytes(bytes(10 + number))
+
+
+def test_of_a_root_of_series_their_folders_are_kept_and_not_their_slices(tmp_path):
+    """7.7 million slices were 3.5 GiB in the driver."""
+    series(tmp_path, 20, 5)
+    (tmp_path / "site-0" / "patient-0" / "ct" / "large").write_bytes(bytes(SLICE_BYTES))
+    found = Volumes.below(str(tmp_path))
+    assert list(found.files) == ["site-0/patient-0/ct/large"] and len(found.folders) == 2 + 20 + 20
+    assert found.facts(f"{tmp_path}/site-1/patient-3").bytes == 10 + 11 + 12 + 13 + 14
+    before = found.facts(f"{tmp_path}/site-1/patient-3/ct").stamp
+    (tmp_path / "site-1" / "patient-3" / "ct" / "IM2").write_bytes(b"another")
+    after = Volumes.below(str(tmp_path))
+    assert after.facts(f"{tmp_path}/site-1/patient-3/ct").stamp != before
+    assert after.folders["site-0/patient-2"] == found.folders["site-0/patient-2"]
+    found.name("site-0/patient-2/ct")
+    found.name("site-1/patient-5/ct/3.dcm")
+    assert len(found.unnamed()) == 6 - 2 and "site-0/patient-8/ct" in found.unnamed()
+
+
+def test_a_slice_that_is_a_scan_by_itself_is_asked_for(tmp_path):
+    series(tmp_path, 3, 2)
+    found = Volumes.below(str(tmp_path))
+    one = f"{tmp_path}/site-0/patient-2/ct/1.dcm"
+    assert not found.missing(one) and found.facts(one).bytes == 11
+    assert found.missing(f"{tmp_path}/site-0/patient-2/ct/9.dcm") and found.missing(f"{tmp_path}/x/1.dcm")
+
+
+def test_tasks_list_what_one_process_does(tmp_path, monkeypatch):
+    series(tmp_path, 9, 3)
+    (tmp_path / "site-0" / "note.txt").write_text("n")
+    alone = Volumes.below(str(tmp_path))
+    monkeypatch.setattr(volumes, "SHARED_FROM", 2)
+    monkeypatch.setattr(volumes, "A_TASK", 1)
+    monkeypatch.setattr(volumes, "TASKS", 3)
+    assert Volumes.below(str(tmp_path)) == alone
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_with_a_cluster_the_driver_lists_no_series(tmp_path, monkeypatch):
+    series(tmp_path, 20, 2)
+    alone = Listing.of(str(tmp_path))
+    monkeypatch.setattr(volumes, "SHARED_FROM", 20)
+    listed = []
+    monkeypatch.setattr(volumes.storage, "files_below", lambda uri: pytest.fail("listed here"))
+    monkeypatch.setattr(
+        volumes.storage, "list_folder", lambda uri, each=storage.list_folder: [listed.append(uri), each(uri)][1]
+    )
+    assert Listing.of(str(tmp_path)) == alone and len(listed) == 3
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,14 @@
 import csv
 
 import pytest
+import saved
 from small_runs import case
 
+from mu2llm import artefacts, config
+from mu2llm.cases.shards import Index, ShardFile, write_index
 from mu2llm.errors import UserError
+from mu2llm.evaluation import splits
+from mu2llm.evaluation.evaluate import request_of
 from mu2llm.evaluation.splits import SELECTIONS, named, select, split_hash
 from mu2llm.records import Case
 
@@ -26,6 +31,20 @@ def test_an_unknown_or_incomplete_split_is_refused():
     with pytest.raises(UserError, match="not CT-RATE's whole validation set; it has 0 studies"):
         select([case(0)], "ct-rate-valid")
     assert named([case(0)], "test") == "test"
+
+
+def test_an_evaluation_takes_a_named_split_of_the_test_cases(tmp_path, monkeypatch):
+    """Only `score` took them: `evaluate --split ct-rate-valid-chest` said that shards have no such split."""
+    experiment = config.load("tiny")
+    ids = ["valid_1_a_1", "valid_109_a_1", "valid_109_a_2", "train_3_a_1"]
+    cases = [Case(id=id, patient=id, volume="", report=f"Report of {id}.", split="test") for id in ids]
+    files = {"test": [ShardFile(path="test/0.parquet", rows=4, bytes=1, sha256="a")]}
+    shards = write_index(str(tmp_path / "shards"), Index.of(experiment.data.spec, files), cases)
+    checkpoint = saved.checkpoint(str(tmp_path / "sft"), experiment)
+    monkeypatch.setitem(splits.KNOWN, artefacts.digest(["1_a"]), "ct-rate-valid-chest")
+    request = request_of({"sft": checkpoint.uri}, shards, "ct-rate-valid-chest", experiment)
+    assert (request.split, [case.id for case in request.cases(shards)]) == ("test", ["valid_1_a_1"])
+    assert request_of({"sft": checkpoint.uri}, shards, "test", experiment).identity != request.identity
 
 
 def test_ct_rates_three(shared):

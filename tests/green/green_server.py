@@ -8,6 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 
+def answered(writer: Any, prompts: list[str]) -> list[Any]:
+    """A writer's answers in the order of the prompts."""
+    found = dict(writer.answers(prompts))
+    return [found[number] for number in range(len(prompts))]
+
+
 class Server(ThreadingHTTPServer):
     """`reply` makes an answer's text of a request; `requests` are those that came."""
 

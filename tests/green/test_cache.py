@@ -77,6 +77,23 @@ def test_what_was_judged_before_a_crash_is_kept(tmp_path, monkeypatch):
     assert rest.asked == [("a", ""), ("ab", "c"), ("a", "bc")]
 
 
+def test_judgements_are_kept_as_they_come(tmp_path, monkeypatch):
+    """128 pairs were waited for together, though all but one of them were done."""
+    monkeypatch.setattr("mu2llm.green.cache._CHUNK", 2)
+
+    class Streaming(Counting):
+        def each(self, pairs):
+            for number in reversed(range(1, len(pairs))):
+                yield number, self.judge([pairs[number]])[0]
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        CachedJudge(Streaming(), str(tmp_path)).judge(PAIRS)
+    rest = Counting()
+    assert CachedJudge(rest, str(tmp_path)).judge(PAIRS) == Counting().judge(PAIRS)
+    assert rest.asked == [("a", "b")]
+
+
 def test_many_at_once(tmp_path):
     pairs = [("r", str(i)) for i in range(40)]
     with ThreadPoolExecutor(4) as pool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from green_server import answered
 
 from mu2llm.errors import Failure, UserError
 from mu2llm.green import load_judge
@@ -98,7 +99,7 @@ def test_a_judge_by_its_configuration(server, monkeypatch):
 
 def test_answers_keep_their_order_and_are_asked_at_once(server):
     server.delay = 0.05
-    answers = writer(server, concurrency=4).write([str(i) for i in range(8)])
+    answers = answered(writer(server, concurrency=4), [str(i) for i in range(8)])
     assert answers == [ANSWER] * 8
     assert 2 <= server.most_busy <= 4
 
@@ -106,42 +107,42 @@ def test_answers_keep_their_order_and_are_asked_at_once(server):
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503])
 def test_what_passes_is_asked_again(server, status):
     server.script = [status, status]
-    assert writer(server).write(["x"]) == [ANSWER]
+    assert answered(writer(server), ["x"]) == [ANSWER]
     assert len(server.requests) == 3
 
 
 def test_an_endpoint_that_asks_for_a_pause_gets_it(server):
     server.script, server.headers = [429], {"Retry-After": "0.3"}
-    writer(server).write(["x"])
+    answered(writer(server), ["x"])
     assert server.times[1] - server.times[0] >= 0.3
 
 
 def test_the_rate_is_kept(server):
-    writer(server, concurrency=4, requests_per_minute=1200).write(["a", "b", "c", "d"])
+    answered(writer(server, concurrency=4, requests_per_minute=1200), ["a", "b", "c", "d"])
     assert server.times[-1] - server.times[0] >= 0.1  # four requests, 50 ms apart, with room for a late first
 
 
 def test_an_endpoint_that_stays_away_is_a_failure(server):
     server.script = [503] * 20
     with pytest.raises(Failure, match="status 503 after 6 attempts"):
-        writer(server).write(["x"])
+        answered(writer(server), ["x"])
     with pytest.raises(Failure, match="ConnectError"):
-        EndpointWriter("m", "http://127.0.0.1:9/v1", 8, first_wait_s=0.001).write(["x"])
+        answered(EndpointWriter("m", "http://127.0.0.1:9/v1", 8, first_wait_s=0.001), ["x"])
 
 
 @pytest.mark.parametrize(("status", "mend"), [(401, "key"), (403, "no right"), (404, "no such model")])
 def test_the_users_mistake_is_said(server, status, mend):
     server.script = [status]
     with pytest.raises(UserError, match=mend):
-        writer(server).write(["x"])
+        answered(writer(server), ["x"])
     assert len(server.requests) == 1
 
 
 def test_a_prompt_that_is_refused_is_unanswered(server):
     server.script = [400]
-    refused, answered = writer(server, concurrency=1).write(["too long", "x"])
+    refused, second = answered(writer(server, concurrency=1), ["too long", "x"])
     assert isinstance(refused, Unanswered) and "400" in refused.why
-    assert answered == ANSWER
+    assert second == ANSWER
 
 
 @pytest.mark.parametrize(
@@ -149,4 +150,4 @@ def test_a_prompt_that_is_refused_is_unanswered(server):
 )
 def test_what_is_no_completion_is_unanswered(server, body):
     server.body = body
-    assert isinstance(writer(server).write(["x"])[0], Unanswered)
+    assert isinstance(answered(writer(server), ["x"])[0], Unanswered)

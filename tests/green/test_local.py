@@ -4,43 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from green_server import answered
+from tiny_judge import save
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mu2llm.errors import UserError
-from mu2llm.green import load_judge
+from mu2llm.green import load_judge, local
 from mu2llm.green.local import LocalWriter
 from mu2llm.green.prompted import Unanswered
 from mu2llm.settings.green import JudgeConfig
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "no", "left", "right", "effusion", "nodule", "in", "the", "lung", ".", ":"]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A random two-layer Llama of 300 positions with a tokenizer of words."""
-    folder = tmp_path_factory.mktemp("tiny-judge")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=300,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        initializer_range=0.5,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save(tmp_path_factory.mktemp("tiny-judge"))
 
 
 PROMPTS = [
@@ -53,19 +30,19 @@ PROMPTS = [
 
 
 def test_batched_answers_are_those_of_one_by_one(folder):
-    batched = LocalWriter(str(folder), batch_size=3, max_new_tokens=12).write(PROMPTS)
+    batched = answered(LocalWriter(str(folder), batch_size=3, max_new_tokens=12), PROMPTS)
     alone = LocalWriter(str(folder), batch_size=1, max_new_tokens=12)
-    assert batched == [alone.write([prompt])[0] for prompt in PROMPTS]
+    assert batched == [answered(alone, [prompt])[0] for prompt in PROMPTS]
     assert len(set(batched)) > 1 and all(isinstance(answer, str) and answer for answer in batched)
 
 
 def test_an_answer_is_only_what_is_new(folder):
-    (answer,) = LocalWriter(str(folder), 1, 5).write(["left nodule in the lung"])
+    (answer,) = answered(LocalWriter(str(folder), 1, 5), ["left nodule in the lung"])
     assert isinstance(answer, str) and len(answer.split()) <= 5
 
 
 def test_a_prompt_without_room_is_unanswered(folder):
-    fits, not_so = LocalWriter(str(folder), 2, 20).write(["no effusion", "no " * 290])
+    fits, not_so = answered(LocalWriter(str(folder), 2, 20), ["no effusion", "no " * 290])
     assert isinstance(fits, str)
     assert isinstance(not_so, Unanswered) and "300" in not_so.why
 
@@ -88,6 +65,21 @@ def test_its_identity_names_the_weights(folder, tmp_path):
     model.save_pretrained(tmp_path)
     PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path)
     assert LocalWriter(str(tmp_path), 1, 4).identity.partition("@")[2] != one.partition("@")[2]
+
+
+def test_no_weights_are_loaded_for_its_identity(folder, monkeypatch):
+    """A driver loaded the whole model to name it."""
+    named = LocalWriter(str(folder), 8, 4).identity
+    monkeypatch.setattr(local.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert local.identity(str(folder), 4) == named
+    with pytest.raises(UserError, match="judge hf:"):
+        local.identity(f"{folder}/gone", 4)
+
+
+def test_a_model_in_several_files_has_an_identity_too(folder, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 and "@" in local.identity(str(tmp_path), 4)
 
 
 def test_a_random_model_gives_invalid_judgements_once(folder, tmp_path):

@@ -1,6 +1,7 @@
 """Judges that ask a language model: prompt, sections, truncation, what cannot be judged."""
 
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -24,10 +25,11 @@ class RulesWriter:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def write(self, prompts: list[str]) -> list[str | Unanswered]:
+    def answers(self, prompts: list[str]) -> Iterator[tuple[int, str | Unanswered]]:
         self.asked += prompts
         pairs = [re.fullmatch(r"R<(.*)>C<(.*)>", prompt, re.DOTALL).groups() for prompt in prompts]
-        return [write_answer(j) if j.valid else Unanswered(j.why) for j in RULES.judge(pairs)]
+        judged = RULES.judge(pairs)
+        yield from reversed([(i, write_answer(j) if j.valid else Unanswered(j.why)) for i, j in enumerate(judged)])
 
 
 def long_report(words: int) -> str:
@@ -109,8 +111,8 @@ def test_what_cannot_be_judged_is_not_asked():
 
 def test_no_answer_is_an_invalid_judgement():
     class Silent(RulesWriter):
-        def write(self, prompts):
-            return [Unanswered("too long") for _ in prompts]
+        def answers(self, prompts):
+            yield from enumerate(Unanswered("too long") for _ in prompts)
 
     judgement = PromptedJudge(Silent(), PROMPT).judge([("Clear lungs.", "Clear lungs.")])[0]
     assert not judgement.valid and judgement.why == "too long"
