@@ -29,6 +29,7 @@ from mu2llm.model import Mu2ForContrastive, load_contrastive
 from mu2llm.model.towers.check import effective_rank
 from mu2llm.progress import Counted
 from mu2llm.records import Case, Estimate
+from mu2llm.settings.stages import FINDINGS
 from mu2llm.weights import TextEncoder
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
@@ -152,7 +153,7 @@ def embed_labels(model: Mu2ForContrastive, encoder: TextEncoder, positives: str)
 def label_texts(label: str, positives: str) -> list[str]:
     """What says that a scan has a label: findings by name, with and without a side, or sentences."""
     names = [entry.name for entry in lexicon().entries if entry.label == label] or [label.lower()]
-    if positives != "finding":
+    if positives not in FINDINGS:
         return [f"There is {name}." for name in names]
     sides = {name: ("", "left ", "right ", "bilateral ") if lexicon().by_name[name].sided else ("",) for name in names}
     return [f"{side}{name}" for name in names for side in sides[name]]

@@ -80,13 +80,17 @@ class StageConfig(Section):
         )
 
 
+FINDINGS = ("finding", "placed_finding")
+"""The positives that the rules read in reports."""
 AUGMENT = "another gain, noise and place in the plane for each scan each time; left stays left"
 
 
 class ContrastiveConfig(StageConfig):
     loss: Literal["infonce", "sigmoid"] = "sigmoid"
-    positives: Literal["report", "section", "sentence", "finding"] = Field(
-        "sentence", description="what of a report is held against the scan; finding: what the rules read in it"
+    positives: Literal["report", "section", "sentence", "finding", "placed_finding"] = Field(
+        "sentence",
+        description="what of a report is held against the scan; finding: what the rules read in it, with its side; "
+        "placed_finding: also with its place, such as the lobe",
     )
     augment: bool = Field(False, description=AUGMENT)
     train_text_encoder: bool = Field(False, description="with the vision side; it is then kept in the checkpoint")

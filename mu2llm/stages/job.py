@@ -14,7 +14,7 @@ from mu2llm.config import Experiment
 from mu2llm.errors import UserError
 from mu2llm.green import rules_identity
 from mu2llm.records import Checkpoint
-from mu2llm.settings.stages import StageConfig, ValidationConfig
+from mu2llm.settings.stages import FINDINGS, StageConfig, ValidationConfig
 
 _NOT_OF_THE_VISION = ("language_model", "face", "tokenizer", "small", "lora", "placeholder_aligned", "max_text_tokens")
 LOSS = "validation/loss"
@@ -129,8 +129,8 @@ class Job(BaseModel):
             inputs["evaluation.question"] = experiment.evaluation.question
             inputs |= {"data.fraction": data.fraction} if data.fraction != 1 else {}
         if (
-            getattr(self.settings, "positives", "") == "finding"
-            or getattr(self.settings, "alignment", 0)
+            getattr(self.settings, "positives", "") in FINDINGS
+            or getattr(self.settings, "alignment", 0) > 0
             or (self.stage == "sft" and experiment.model.tokenizer.prior)
         ):
             inputs["rules"] = rules_identity()  # they read the findings that are trained on
@@ -195,10 +195,10 @@ def check_prior(parent: Checkpoint | None, experiment: Experiment, settings: Any
         raise UserError(f"{wanted} takes its head from a contrastive checkpoint: name one with --init")
     if parent and parent.lineage.stage == "contrastive":
         positives = parent.experiment["contrastive"]["positives"]
-        if positives != "finding":
+        if positives not in FINDINGS:
             raise UserError(
                 f"{wanted}: {parent.uri} was trained on {positives}s, its head tells no findings; train one with "
-                "contrastive.positives=finding, or set model.tokenizer.prior=0"
+                "contrastive.positives=finding or placed_finding, or set model.tokenizer.prior=0"
             )
     if not settings.freeze_vision or getattr(settings, "thaw_vision", None) is not None:
         raise UserError(

@@ -45,6 +45,7 @@ from mu2llm.model import (
 from mu2llm.model.text_pooling import AlignmentHead
 from mu2llm.progress import Logged
 from mu2llm.records import Checkpoint
+from mu2llm.settings.stages import FINDINGS
 from mu2llm.stages import launch, lengths, placement, tower
 from mu2llm.stages.grounding import Gap
 from mu2llm.stages.held_out import HeldOut
@@ -117,7 +118,7 @@ def loop(job: Job, resume: Resume) -> None:
         model.freeze_vision()
     if settings.freeze_language_model:
         model.freeze_language_model()
-    texts = align(model, experiment, reports) if settings.alignment else None
+    texts = align(model, experiment, reports, told_by(job.parent)) if settings.alignment else None
     whole = model
     if experiment.model.lora:
         model = add_lora(model, experiment.model.lora, ["alignment"] if texts else [])
@@ -169,7 +170,7 @@ def check_lengths(job: Job, shards: Shards) -> int:
     else:
         processor = build_processor(experiment.model, experiment.data.spec, texts_of(experiment, reports))
         if job.parent and experiment.model.tokenizer.prior:
-            prior_findings(experiment, shards)
+            prior_findings(job, shards)
     found = longer(job, shards, processor)
     lengths.settle(found, len(ids), processor.max_text_tokens, settings.too_long)
     return len(ids) - len(found) if settings.too_long == "skip" else len(ids)
@@ -211,10 +212,10 @@ def save(model: Any, processor: Mu2Processor, folder: str) -> Any:
     return merged
 
 
-def align(model: Any, experiment: Experiment, reports: list[str]) -> TextBank:
+def align(model: Any, experiment: Experiment, reports: list[str], positives: str = "finding") -> TextBank:
     """Puts the head on the model that holds its visual tokens against findings; the findings' texts."""
     encoder = weights.text_encoder(experiment.model.text_encoder, reports)
-    texts = TextBank(encoder, "finding", reports, experiment.seed)
+    texts = TextBank(encoder, positives, reports, experiment.seed)
     scaled = model.config.tokenizer.output_scale != "none"
     model.alignment = AlignmentHead(model.config.text.hidden_size, texts.width, scaled)
     return texts
@@ -230,13 +231,22 @@ def start(job: Job, reports: list[str]) -> tuple[Any, Mu2Processor]:
     if job.parent:
         load_vision(model, job.parent)
         if experiment.model.tokenizer.prior:
-            add_prior(model, processor, job.parent, prior_findings(experiment, Shards.open(job.data)))
+            add_prior(model, processor, job.parent, prior_findings(job, Shards.open(job.data)))
     return model, processor
 
 
-def prior_findings(experiment: Experiment, shards: Shards) -> list[str]:
+def prior_findings(job: Job, shards: Shards) -> list[str]:
     """Those of the diagnostic prior: the most frequent of all training reports, which contrast was trained on."""
-    return most_frequent([case.report for case in shards.cases("train")], experiment.model.tokenizer.prior)
+    reports = [case.report for case in shards.cases("train")]
+    return most_frequent(reports, job.resolved.model.tokenizer.prior, told_by(job.parent))
+
+
+def told_by(parent: str | None) -> str:
+    """The findings that a contrastive checkpoint tells apart (`contrastive.positives`); of others those with sides."""
+    checkpoint = open_checkpoint(parent) if parent else None
+    contrastive = checkpoint and checkpoint.lineage.stage == "contrastive"
+    positives = str(checkpoint.experiment["contrastive"]["positives"]) if checkpoint and contrastive else "finding"
+    return positives if positives in FINDINGS else "finding"
 
 
 def texts_of(experiment: Experiment, reports: list[str]) -> list[str]:
@@ -288,7 +298,7 @@ def restore(job: Job, folder: str) -> tuple[Any, Mu2Processor]:
     _, reports = training_cases(job, Shards.open(job.data))
     model, processor = start(job, reports)
     if job.resolved.sft.alignment:
-        align(model, job.resolved, reports)
+        align(model, job.resolved, reports, told_by(job.parent))
     return merge_lora(load_lora(model, folder)), processor
 
 

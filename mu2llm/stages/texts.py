@@ -14,16 +14,27 @@ from torch import Tensor
 from mu2llm import weights
 from mu2llm.errors import UserError
 from mu2llm.green import findings, sentences
+from mu2llm.settings.stages import FINDINGS
 
 
-def findings_of(report: str) -> list[str]:
-    """What the rules read in a report, each finding once, with its side."""
-    return list(dict.fromkeys(f"{f.side or ''} {f.name}".strip() for f in findings(report)))
+def findings_of(report: str, positives: str = "finding") -> list[str]:
+    """What the rules read in a report, each finding once, with its side; of placed findings also with their place:
+    right lung nodule, right upper lobe lung nodule."""
+    told: list[str] = []
+    for each in findings(report):
+        told.append(_joined(each.side, each.name))
+        if each.place and positives == "placed_finding":
+            told.append(_joined(each.side, each.place, each.name))
+    return list(dict.fromkeys(told))
 
 
-def most_frequent(reports: Sequence[str], count: int) -> list[str]:
+def _joined(*parts: str | None) -> str:
+    return " ".join(part for part in parts if part)
+
+
+def most_frequent(reports: Sequence[str], count: int, positives: str = "finding") -> list[str]:
     """The findings that most of the reports have, sorted by name; a UserError where there are fewer than `count`."""
-    reported = Counter(finding for report in reports for finding in findings_of(report))
+    reported = Counter(finding for report in reports for finding in findings_of(report, positives))
     if len(reported) < count:
         raise UserError(
             f"model.tokenizer.prior={count}: the training reports have {len(reported)} different findings; set "
@@ -56,8 +67,8 @@ class Positives:
         if self.positives == "section":
             parts = re.split(r"(?i)\b(?=(?:findings|impression)\s*:)", report)
             return [part.strip() for part in parts if part.strip()]
-        if self.positives == "finding":
-            return findings_of(report)
+        if self.positives in FINDINGS:
+            return findings_of(report, self.positives)
         return list(dict.fromkeys(sentences(report)))
 
     def inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from mu2llm.evaluation.text_metrics import TokenEncoder, text_metrics
 from mu2llm.green import Judge, load_judge
 from mu2llm.progress import Steps
 from mu2llm.records import Case, Estimate
+from mu2llm.settings.stages import FINDINGS
 from mu2llm.stages import contrastive
 from mu2llm.stages.job import Watch
 from mu2llm.stages.preferences import prefer
@@ -199,8 +200,8 @@ def plan(
         given = ", ".join(map(str, fractions))
         raise UserError(f"--fractions {given}: give fractions above 0 and up to 1, such as 0.1,0.3,1")
     positives = parent.experiment["contrastive"]["positives"] if init else experiment.contrastive.positives
-    told = positives == "finding" and experiment.sft.freeze_vision
-    findings = {finding for case in shards.cases("train") for finding in findings_of(case.report)} if told else set()
+    reports = [case.report for case in shards.cases("train")] if experiment.sft.freeze_vision else []
+    findings = {each for report in reports if positives in FINDINGS for each in findings_of(report, positives)}
     prior = min(MOST_FINDINGS, len(findings))
     init, out = storage.absolute(init or storage.join(out, "contrastive")), storage.absolute(out)
     return Ablation(experiment, shards.uri, init, out, seeds, tuple(sorted({*fractions, 1.0})), prior)

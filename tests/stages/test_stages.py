@@ -25,7 +25,7 @@ from ray import cloudpickle
 from trl import DPOConfig, DPOTrainer
 
 from mu2llm import cli, config, storage, tracking, weights
-from mu2llm.artefacts import open_checkpoint
+from mu2llm.artefacts import describe, open_checkpoint
 from mu2llm.cases import Shards, Stream
 from mu2llm.engine.features import read_scans
 from mu2llm.engine.loading import load_encoder
@@ -203,6 +203,11 @@ def test_a_diagnostic_prior_comes_from_contrast_and_goes_on_to_dpo(vision, shard
     (model, processor), (seen, _) = load(trained.uri), load_contrastive(vision.uri)
     assert len(model.config.findings) == 3 and processor.queries == model.config.visual_tokens == 7
     assert losses(trained)[-1] < losses(trained)[0]
+    assert sft.told_by(vision.uri) == sft.told_by(trained.uri) == sft.told_by(None) == "finding"
+    placed = vision.model_copy(update={"uri": str(place / "placed")}, deep=True)
+    placed.experiment["contrastive"] |= {"positives": "placed_finding"}
+    describe(placed)
+    assert sft.told_by(placed.uri) == "placed_finding"
     for name, value in seen.head.state_dict().items():
         assert torch.equal(model.model.prior.state_dict()[f"head.{name}"], value)
     preferences.prefer(trained.uri, shards, str(place / "told-pairs"), settings)
