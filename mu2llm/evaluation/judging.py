@@ -42,14 +42,7 @@ class Ahead:
         self._judge = judge
         wanted = list(dict.fromkeys(pairs))
         self._known = dict(zip(wanted, judge.judge(wanted), strict=True)) if wanted else {}
-
-    @property
-    def identity(self) -> str:
-        return self._judge.identity
-
-    @property
-    def measures(self) -> str:
-        return measures(self._judge)
+        self.identity, self.measures = judge.identity, measures(judge)
 
     def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
