@@ -21,7 +21,7 @@ from mu2llm.errors import Failure, UserError
 from mu2llm.records import Checkpoint
 from mu2llm.settings.section import EXECUTION
 
-VERSION = 1
+VERSION = 2
 MEND = "--fresh removes it and starts over, another --out keeps both"
 CLAIM = "identity.json"
 _VISION = ("vision.", "model.vision.")  # names of the vision tower's tensors, alone and in a whole model

@@ -30,6 +30,7 @@ from mu2llm.model.contrastive import Mu2ForContrastive
 from mu2llm.model.initialisation import initialise
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
 from mu2llm.model.processing import PLAIN_TEMPLATE, VOLUME_TOKEN, Mu2Processor
+from mu2llm.model.text_pooling import HEADS
 from mu2llm.model.towers import loading
 from mu2llm.model.vision import VisionEncoder
 from mu2llm.records import Checkpoint, PreprocessSpec
@@ -155,11 +156,14 @@ def build_contrastive(
     A `text_encoder` becomes part of the model and is trained with it.
     """
     set_seed(seed)
+    vision = vision_configuration(model, spec)
     config = Mu2ContrastiveConfig(
-        vision_config=vision_configuration(model, spec),
+        vision_config=vision,
         hidden_size=model.vision.hidden_size,
         chunks=spec.chunks,
         text_width=text_width,
+        num_heads=HEADS,
+        grid=vision.pooled_grid,
         loss=settings.loss,
         spec=spec.model_dump(mode="json"),
         text_config=copy.deepcopy(text_encoder.model.config) if text_encoder else None,
@@ -288,7 +292,7 @@ def load_tokenizer(model: Mu2ForConditionalGeneration, uri: str) -> None:
         tensors = {name.removeprefix("model."): t for name, t in published.read_tensors(_whole(path, uri)).items()}
         theirs = Mu2Config.from_pretrained(path)
     if theirs.findings:
-        model.model.put_prior(theirs.findings, theirs.finding_text_width, theirs.finding_head_width)
+        model.model.put_prior(theirs.findings, theirs.finding_head or {})
     parts = nn.ModuleDict(_reading(model))
     taken = {n: t for n, t in tensors.items() if n.split(".")[0] in parts and not n.startswith(bridge)}
     report = published.differences(parts, taken)
@@ -319,7 +323,7 @@ def add_prior(model: Mu2ForConditionalGeneration, processor: Mu2Processor, uri: 
             f"{uri}: its vision is {trained.config.hidden_size} wide, {model.config.vision.hidden_size} here"
         )
     texts = trained.whiten(encoder.embed(list(findings)))
-    prior = model.model.put_prior(findings, texts.shape[1], trained.config.head_width)
+    prior = model.model.put_prior(findings, trained.config.head)
     prior.head.load_state_dict(trained.head.state_dict())
     prior.texts.copy_(texts)
     processor.queries = model.config.visual_tokens

@@ -155,7 +155,8 @@ class Mu2Config(PreTrainedConfig):
 
     `placeholder_aligned` (mend 5): visual tokens replace the volume placeholders; False puts them at positions
     1…queries whatever stands there, as published. `findings` are the diagnostic prior's, each a further visual token;
-    none, no prior. `finding_text_width` and `finding_head_width` are its head's sizes.
+    none, no prior. `finding_head` is its head's sizes
+    (`Mu2ContrastiveConfig.head`).
     """
 
     model_type = "mu2llm"
@@ -173,12 +174,14 @@ class Mu2Config(PreTrainedConfig):
     max_text_tokens: int = 512
     spec: dict | None = None
     findings: list[str] | tuple[str, ...] = ()
-    finding_text_width: int = 0
-    finding_head_width: int = 0
+    finding_head: dict | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        before = {name: kwargs.pop(f"finding_{name}", 0) for name in ("text_width", "head_width")}
         super().__post_init__(**kwargs)
+        if before["head_width"]:  # as checkpoints had it whose head knew one way of looking
+            self.finding_head = {**before, "hidden_size": self.vision.hidden_size, "chunks": self.vision.chunks}
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
     @property
@@ -207,7 +210,8 @@ class Mu2ContrastiveConfig(PreTrainedConfig):
     """The vision tower under a contrastive head; `hidden_size` is the tower's width.
 
     `encoder_width` is that of the sentence encoder whose embeddings the checkpoint whitens to `text_width`; 0 where
-    texts come as the head reads them.
+    texts come as the head reads them. `head_width` is that of each of the head's `num_heads`, `grid` that of a chunk's
+    tokens along (z, y, x); older checkpoints have one head, which knows no places.
     """
 
     model_type = "mu2llm_contrastive"
@@ -223,9 +227,17 @@ class Mu2ContrastiveConfig(PreTrainedConfig):
     text_width: int = 384
     encoder_width: int = 0
     head_width: int = 128
+    num_heads: int = 1
+    grid: tuple[int, ...] | list[int] = ()
     loss: Literal["infonce", "sigmoid"] = "sigmoid"
     spec: dict | None = None
     initializer_range: float = 0.02
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The sizes of the head, of which another model makes the same."""
+        names = ("hidden_size", "chunks", "text_width", "head_width", "num_heads", "grid")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def vision(self) -> Mu2VisionConfig:

@@ -82,11 +82,10 @@ class Mu2Model(Mu2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def put_prior(self, findings: Sequence[str], text_width: int, head_width: int) -> DiagnosticPrior:
-        """A fresh diagnostic prior of these findings, for a head of these sizes."""
-        config = self.config
-        config.findings, config.finding_text_width, config.finding_head_width = list(findings), text_width, head_width
-        self.prior = prior = DiagnosticPrior(config).apply(initialise)
+    def put_prior(self, findings: Sequence[str], head: dict[str, Any]) -> DiagnosticPrior:
+        """A fresh diagnostic prior of these findings, for a contrastive head of these sizes."""
+        self.config.findings, self.config.finding_head = list(findings), head
+        self.prior = prior = DiagnosticPrior(self.config).apply(initialise)
         return prior
 
     def encode_vision(

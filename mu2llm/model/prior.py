@@ -28,17 +28,10 @@ class DiagnosticPrior(Initialised):
     def __init__(self, config: Mu2Config) -> None:
         super().__init__()
         findings, width = len(config.findings), config.tokenizer.hidden_size
-        vision = config.vision
-        self.head = TextConditionedPooling(
-            Mu2ContrastiveConfig(
-                hidden_size=vision.hidden_size,
-                chunks=vision.chunks,
-                text_width=config.finding_text_width,
-                head_width=config.finding_head_width,
-            )
-        )
+        sizes = Mu2ContrastiveConfig(**config.finding_head or {})
+        self.head = TextConditionedPooling(sizes)
         _fix(self.head)
-        self.register_buffer("texts", torch.zeros(findings, config.finding_text_width))
+        self.register_buffer("texts", torch.zeros(findings, sizes.text_width))
         self.directions = nn.Parameter(torch.zeros(findings, width))
         self.bases = nn.Parameter(torch.zeros(findings, width))
 

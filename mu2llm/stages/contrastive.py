@@ -118,7 +118,7 @@ def collate(rows: dict[str, Any], texts: Positives, scan: str = "voxels") -> dic
 
 FITTED = 256
 """Held-out scans that the temperature is fitted on."""
-SCANS, TEXTS = 16, 512
+SCANS, TEXTS = 16, 128
 """Held-out scans, and texts against them, that are scored at a time."""
 
 

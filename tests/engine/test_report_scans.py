@@ -9,6 +9,7 @@ from mu2llm import model as models
 from mu2llm.ct.phantom.making import make
 from mu2llm.engine.features import scan_features
 from mu2llm.engine.scans import ScanPlace, report_scans
+from mu2llm.model.configuration import Mu2ContrastiveConfig
 from mu2llm.model.familiarity import Familiarity, pooled
 from mu2llm.settings.evaluation import EvaluationConfig
 
@@ -44,7 +45,11 @@ def test_an_older_checkpoint_says_that_it_does_not_know(checkpoints, phantom):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_diagnostic_prior_is_told_as_the_model_has_it(checkpoints, phantom, tmp_path, precision):
     model, processor = models.load(checkpoints["sft"], torch.float32)
-    model.model.put_prior(["left pneumothorax", "renal cyst"], 3, 8)
+    vision = model.config.vision
+    head = Mu2ContrastiveConfig(
+        hidden_size=vision.hidden_size, chunks=vision.chunks, text_width=3, head_width=8, num_heads=2
+    ).head
+    model.model.put_prior(["left pneumothorax", "renal cyst"], head)
     torch.nn.init.normal_(model.model.prior.texts)
     processor.queries = model.config.visual_tokens
     model.save_pretrained(tmp_path / "told")

@@ -30,7 +30,7 @@ REPORTS = [
 ]
 PLAIN = {
     **{"use_cpu": True, "report_to": [], "save_strategy": "no", "remove_unused_columns": False, "disable_tqdm": True},
-    **{"learning_rate": 2e-3, "logging_steps": 1, "seed": 0},
+    **{"learning_rate": 5e-4, "logging_steps": 1, "seed": 0},
 }
 SETTINGS = config.load("tiny", ["model.text_encoder=small", "sft.alignment=0", "sft.freeze_vision=false"])
 QUESTION = SETTINGS.evaluation.question
