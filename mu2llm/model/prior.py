@@ -6,9 +6,10 @@ probabilities, the language model needs far fewer cases. Not in the paper, nor i
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -27,6 +28,7 @@ class DiagnosticPrior(Initialised):
 
     def __init__(self, config: Mu2Config) -> None:
         super().__init__()
+        self.findings = list(config.findings)
         findings, width = len(config.findings), config.tokenizer.hidden_size
         sizes = Mu2ContrastiveConfig(**config.finding_head or {})
         self.head = TextConditionedPooling(sizes)
@@ -41,6 +43,20 @@ class DiagnosticPrior(Initialised):
         init.normal_(self.bases, std=0.1)
 
     @torch.no_grad()
+    def start_from_words(self, embeddings: Tensor, tokenizer: Any) -> None:
+        """From a trained language model's `embeddings` (vocabulary, its width) of the findings' names and of presence
+        and absence: it then reads the tokens from the start, as it does class labels (Lester et al. 2021). Where the
+        μ²Tokenizer is of another width, they stay as they are.
+        """
+        if embeddings.shape[1] != self.bases.shape[1]:
+            return
+        words = [f" {text}" for text in (*self.findings, "present", "absent")]
+        tokens = tokenizer(words, add_special_tokens=False)["input_ids"]
+        means = torch.stack([embeddings[each].mean(0) for each in tokens]).to(self.bases.dtype)
+        self.bases.copy_(_sized(means[:-2]))
+        self.directions.copy_(_sized(means[-2] - means[-1]).expand_as(self.directions))
+
+    @torch.no_grad()
     def probabilities(self, vision_features: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
         """vision_features (B, T, n, vision width), chunk_mask (B, T) → (B, findings), calibrated on held-out scans."""
         if chunk_mask is None:
@@ -53,6 +69,11 @@ class DiagnosticPrior(Initialised):
         """vision_features (B, T, n, vision width), chunk_mask (B, T) → tokens (B, findings, μ²Tokenizer's width)"""
         signed = 2 * self.probabilities(vision_features, chunk_mask).to(self.bases.dtype) - 1
         return signed[..., None] * self.directions + self.bases
+
+
+def _sized(embeddings: Tensor) -> Tensor:
+    """(…, width) at a root mean square of 0.5, half as large as the visual tokens."""
+    return F.rms_norm(embeddings, embeddings.shape[-1:]) / 2
 
 
 def _fix(module: nn.Module) -> None:

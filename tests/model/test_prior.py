@@ -134,3 +134,23 @@ def test_what_a_prior_cannot_be_made_of_is_refused(contrasted):
         made(contrasted, vision={"hidden_size": 32})
     with pytest.raises(UserError, match="no diagnostic prior"):
         experiment(face="reference", tokenizer={"prior": 3})
+
+
+def test_with_a_trained_language_model_tokens_start_as_its_words(contrasted):
+    settings = experiment(text_encoder="small")
+    model, processor = build(settings.model, settings.data.spec, TEXTS * 4)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_(std=3.0)
+    add_prior(model, processor, contrasted, FINDINGS)
+    model.model.prior.start_from_words(model.get_input_embeddings().weight, processor.tokenizer)
+    table, prior = model.get_input_embeddings().weight.detach(), model.model.prior
+    for finding, base in zip(FINDINGS, prior.bases.detach(), strict=True):
+        words = processor.tokenizer(f" {finding}", add_special_tokens=False)["input_ids"]
+        torch.testing.assert_close(torch.cosine_similarity(base, table[words].mean(0), dim=0).item(), 1.0)
+        assert base.pow(2).mean().sqrt() == pytest.approx(0.5, rel=1e-3)
+    present, absent = (
+        table[processor.tokenizer(text, add_special_tokens=False)["input_ids"]].mean(0)
+        for text in (" present", " absent")
+    )
+    for direction in prior.directions.detach():
+        torch.testing.assert_close(torch.cosine_similarity(direction, present - absent, dim=0).item(), 1.0)
