@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mu2llm import storage
-from mu2llm.cases import abdomenatlas3, amos_mm, ct_rate, m3d_cap
+from mu2llm.cases import abdomenatlas3, amos_mm, ct_rate, flare26, idc, lidc, m3d_cap
 from mu2llm.cases.names import is_nothing, name_of, split_of
 from mu2llm.cases.rows import read_csv, read_json_lines, read_parquet, unused
 from mu2llm.cases.table import CaseTable, assign_splits
@@ -35,7 +35,8 @@ def read_manifest(manifest: str, format: str, volumes: str, data: DataConfig, ne
     """
     check_manifest(manifest, format)
     table = CaseTable()
-    manifest, found = storage.absolute(manifest), Volumes.below(storage.absolute(volumes))
+    manifest = manifest if manifest == INSTALLED.get(format) else storage.absolute(manifest)
+    found = Volumes.below(storage.absolute(volumes))
     for case in _distinct(table, FORMATS[format](manifest, found, data, table)):
         if need_report and not case.report.strip():
             table.note("no_report", [case.id])
@@ -57,7 +58,7 @@ def check_manifest(manifest: str, format: str) -> None:
     """A UserError where there is no such format, or nothing at the URI."""
     if format not in FORMATS:
         raise UserError(f"--format {format} is not known; there are {', '.join(FORMATS)}")
-    if not storage.exists(manifest):
+    if manifest != INSTALLED.get(format) and not storage.exists(manifest):
         raise UserError(f"manifest {manifest} is not there")
 
 
@@ -145,4 +146,11 @@ FORMATS: dict[str, Format] = {
     "amos-mm": amos_mm.cases,
     "abdomenatlas3": abdomenatlas3.cases,
     "m3d-cap": m3d_cap.cases,
+    "flare26": flare26.cases,
+    "lidc": lidc.cases,
+    "idc": lambda manifest, found, data, table: _own(
+        list(idc.rows(manifest, found, data, table)), manifest, found, table
+    ),
 }
+INSTALLED = {"lidc": lidc.PACKAGE, "idc": idc.PACKAGE}
+"""Formats whose table is in a package, which stands for a manifest by its name."""
