@@ -114,6 +114,8 @@ def _own_case(row: dict[str, Any], manifest: str, found: Volumes, table: CaseTab
     absent = [name for name in ("id", "volume") if name not in values]
     if absent:
         raise ValueError(f"no {' and no '.join(absent)}")
+    if isinstance(values.get("series"), list):
+        raise ValueError("series: a case is one scan, several series are not put together; give each a row of its own")
     for name in NESTED:
         if isinstance(values.get(name), str):
             values[name] = json.loads(values[name])
