@@ -75,7 +75,7 @@ def report(nodules: list[tuple[Nodule, Side | None]], certain: bool = True) -> s
     a single reader marked (not `certain`)."""
     if not nodules:
         none = "No lung nodule of 3 mm or more."
-        return f"Findings: {none} Impression: No lung nodule." if certain else ""
+        return f"Findings: {none} Impression: {none}" if certain else ""
     findings = [_sentence(nodule, side) for nodule, side in nodules[:DESCRIBED]]
     if rest := nodules[DESCRIBED:]:
         more = f"{len(rest)} further nodules measure" if len(rest) > 1 else "One further nodule measures"

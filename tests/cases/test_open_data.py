@@ -140,7 +140,8 @@ def test_lidc_says_of_nodules_what_its_readers_agree_on(lidc_root):
         ("left", "upper third", 28.3),
         ("right", "lower third", 8.5),
     ]
-    assert by_id["1.2"].report == "Findings: No lung nodule of 3 mm or more. Impression: No lung nodule."
+    none = "No lung nodule of 3 mm or more."
+    assert by_id["1.2"].report == f"Findings: {none} Impression: {none}"
     assert by_id["1.2"].findings == () and first.patient == "LIDC-IDRI-0001"
     assert by_id["1.3"].findings[0].side == "right" and "Solid calcified lung nodule" in by_id["1.3"].report
     assert by_id["1.5"].findings[0].side is None and "in the middle third of the lung." in by_id["1.5"].report
