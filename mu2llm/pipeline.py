@@ -123,7 +123,14 @@ def demo(experiment: Experiment, out: str, scans: list[str], show: Steps) -> dic
         raw = pipeline.place(f"{BUCKET}/scans", identity)
 
         def phantoms() -> dict[str, Any]:
-            phantom.write(raw, settings.cases, experiment.seed, settings.prevalence, pipeline.progress("phantoms"))
+            phantom.write(
+                raw,
+                settings.cases,
+                experiment.seed,
+                settings.prevalence,
+                pipeline.progress("phantoms"),
+                settings.nodules,
+            )
             return {"cases": settings.cases}
 
         pipeline.step("phantoms", identity, phantoms, raw)

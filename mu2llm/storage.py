@@ -1,7 +1,8 @@
 """One way to storage: a URI (local path, file://, s3://, gs://) → a pyarrow filesystem and a path in it.
 
 S3 takes its keys from the environment as every AWS tool does; `AWS_ENDPOINT_URL` names another server
-(MinIO, the embedded one), which is then addressed path-style. Clients are kept by each process.
+(MinIO, the embedded one), which is then addressed path-style; public buckets are read without keys. Clients are kept by
+each process.
 
 Errors, of every function that reads or writes: FileNotFoundError where nothing is under the URI, `UserError` for a
 scheme that is not known, `Failure` where storage cannot be reached or refuses, after `ATTEMPTS` attempts.
@@ -55,7 +56,8 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     if scheme == "file":
         return pafs.LocalFileSystem(), rest
     if scheme == "s3":
-        return object_storage.s3(SDK_ATTEMPTS), rest.rstrip("/")
+        path = rest.rstrip("/")
+        return (object_storage.public if object_storage.is_public(path) else object_storage.s3)(SDK_ATTEMPTS), path
     if scheme in ("gs", "gcs"):
         return _gcs(os.getpid()), rest.rstrip("/")
     raise UserError(f"{uri}: storage {scheme!r} is not known; give a local path, s3:// or gs://")
@@ -95,7 +97,14 @@ def is_remote(uri: str) -> bool:
 def lasting(uri: str) -> str:
     """The URI under which this can be read when the embedded server has stopped: what is to be recorded."""
     root = os.environ.get(EMBEDDED_ROOT)
-    return os.path.join(root, uri.removeprefix("s3://")) if root and uri.startswith("s3://") else uri
+    if not root or not uri.startswith("s3://") or is_public(uri):
+        return uri
+    return os.path.join(root, uri.removeprefix("s3://"))
+
+
+def is_public(uri: str) -> bool:
+    """Whether a URI is of a bucket that is open to all: read without keys, and too large to be listed."""
+    return uri.startswith("s3://") and object_storage.is_public(uri.removeprefix("s3://"))
 
 
 def info(uri: str) -> pafs.FileInfo:

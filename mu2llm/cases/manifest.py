@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mu2llm import storage
-from mu2llm.cases import abdomenatlas3, amos_mm, ct_rate, m3d_cap
+from mu2llm.cases import abdomenatlas3, amos_mm, ct_rate, flare26, idc, lidc, m3d_cap
 from mu2llm.cases.names import is_nothing, name_of, split_of
 from mu2llm.cases.rows import read_csv, read_json_lines, read_parquet, unused
 from mu2llm.cases.table import CaseTable, assign_splits
@@ -35,7 +35,8 @@ def read_manifest(manifest: str, format: str, volumes: str, data: DataConfig, ne
     """
     check_manifest(manifest, format)
     table = CaseTable()
-    manifest, found = storage.absolute(manifest), Volumes.below(storage.absolute(volumes))
+    manifest = manifest if manifest == INSTALLED.get(format) else storage.absolute(manifest)
+    found = Volumes.below(storage.absolute(volumes))
     for case in _distinct(table, FORMATS[format](manifest, found, data, table)):
         if need_report and not case.report.strip():
             table.note("no_report", [case.id])
@@ -57,7 +58,7 @@ def check_manifest(manifest: str, format: str) -> None:
     """A UserError where there is no such format, or nothing at the URI."""
     if format not in FORMATS:
         raise UserError(f"--format {format} is not known; there are {', '.join(FORMATS)}")
-    if not storage.exists(manifest):
+    if manifest != INSTALLED.get(format) and not storage.exists(manifest):
         raise UserError(f"manifest {manifest} is not there")
 
 
@@ -113,6 +114,8 @@ def _own_case(row: dict[str, Any], manifest: str, found: Volumes, table: CaseTab
     absent = [name for name in ("id", "volume") if name not in values]
     if absent:
         raise ValueError(f"no {' and no '.join(absent)}")
+    if isinstance(values.get("series"), list):
+        raise ValueError("series: a case is one scan, several series are not put together; give each a row of its own")
     for name in NESTED:
         if isinstance(values.get(name), str):
             values[name] = json.loads(values[name])
@@ -145,4 +148,11 @@ FORMATS: dict[str, Format] = {
     "amos-mm": amos_mm.cases,
     "abdomenatlas3": abdomenatlas3.cases,
     "m3d-cap": m3d_cap.cases,
+    "flare26": flare26.cases,
+    "lidc": lidc.cases,
+    "idc": lambda manifest, found, data, table: _own(
+        list(idc.rows(manifest, found, data, table)), manifest, found, table
+    ),
 }
+INSTALLED = {"lidc": lidc.PACKAGE, "idc": idc.PACKAGE}
+"""Formats whose table is in a package, which stands for a manifest by its name."""

@@ -241,39 +241,74 @@ def write_index(uri: str, index: Index, cases: list[Case]) -> Shards:
     return Shards(uri, index)
 
 
+Begun = dict[str, list[tuple[ShardFile, list[str]]]]
+"""Files of a table that a run which was stopped had finished, with the ids of their rows, by split."""
+
+
+def begun(uri: str, splits: Iterable[str], parent: Shards) -> Begun:
+    """What lies at a URI of a table derived from shards, split by split, as far as its rows are the parent's in their
+    order: `write_rows` goes on behind it."""
+    found: Begun = {}
+    for split in splits:
+        expected = [case.id for case in parent.cases(split)]
+        found[split], at = [], 0
+        for info in storage.list_files(storage.join(uri, split)):
+            path = f"{split}/{info.base_name}"
+            ids = read_summary(storage.join(uri, path)).get("ids") if path.endswith(".parquet") else None
+            if ids and ids == expected[at : at + len(ids)]:
+                found[split].append((shard_file(uri, path), ids))
+                at += len(ids)
+        if at < len(expected):
+            break
+    return found
+
+
 def write_rows(
     uri: str,
     splits: Iterable[tuple[str, Iterable[dict[str, Any]]]],
     parent: Shards,
     shard_mb: int = 128,
+    kept: Begun | None = None,
     **facts: Any,
 ) -> Shards:
     """Writes a table derived from shards (such as cached vision features) in their layout, and opens it.
 
     `splits` gives one split after the other, with batches of its rows as dicts of columns, with the column `id` of a
-    case of `parent`. `facts` go into the index. What was at the URI before is replaced.
+    case of `parent`; the rows behind those of `kept`, where that is given. `facts` go into the index. What was at the
+    URI before is replaced, but for `kept`, with which nothing is deleted.
     """
     uri = storage.absolute(uri)
-    storage.delete(uri)
-    files: dict[str, list[ShardFile]] = {}
-    cases: list[Case] = []
+    if kept is None:
+        storage.delete(uri)
+    written: Begun = {split: list(files) for split, files in (kept or {}).items()}
+    seen: set[str] = set()
     for split, batches in splits:
-        if split in files:
+        if split in seen:
             raise ValueError(f"{uri}: the rows of split {split} come in two parts")
+        seen.add(split)
+        files = written.setdefault(split, [])
+        for path, ids in _write_files(uri, split, iter(batches), shard_mb * 2**20, len(files)):
+            files.append((shard_file(uri, path), ids))
+    cases: list[Case] = []
+    for split, files in written.items():
         known = {case.id: case for case in parent.cases(split)}
-        files[split] = []
-        for path, ids in _write_files(uri, split, iter(batches), shard_mb * 2**20):
-            files[split].append(shard_file(uri, path))
-            cases.extend(known[name] for name in ids)
-    index = Index.of(parent.spec, files, parent=storage.lasting(parent.uri), parent_checksum=parent.checksum, **facts)
+        cases.extend(known[name] for _, ids in files for name in ids)
+    index = Index.of(
+        parent.spec,
+        {split: [file for file, _ in files] for split, files in written.items()},
+        parent=storage.lasting(parent.uri),
+        parent_checksum=parent.checksum,
+        **facts,
+    )
     return write_index(uri, index, cases)
 
 
-def _write_files(uri: str, split: str, batches: Iterator[dict[str, Any]], size: int) -> Iterator[tuple[str, list[str]]]:
-    """Writes batches to files of about `size` bytes; gives each one's path and the ids of its rows."""
+def _write_files(
+    uri: str, split: str, batches: Iterator[dict[str, Any]], size: int, number: int
+) -> Iterator[tuple[str, list[str]]]:
+    """Writes batches to files of about `size` bytes, numbered from `number`; gives each one's path and ids."""
     run = secrets.token_hex(4)  # readers keep files open by name, so a new table has new names
     batch = next(batches, None)
-    number = 0
     while batch is not None:
         path = f"{split}/{number:05d}-{run}.parquet"
         ids: list[str] = []
@@ -282,7 +317,7 @@ def _write_files(uri: str, split: str, batches: Iterator[dict[str, Any]], size: 
                 writer.write(batch)
                 ids.extend(str(name) for name in batch["id"])
                 batch = next(batches, None)
-            writer.summarise()
+            writer.summarise(ids=ids)
         yield path, ids
         number += 1
 

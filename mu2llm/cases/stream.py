@@ -199,12 +199,12 @@ def dataset(
     return blocks(source, Order(source.count, None), WorkerRows(0, source.count, 1), num_cpus)
 
 
-def splits_dataset(shards: Shards, splits: Sequence[str], columns: list[str]) -> ray.data.Dataset:
-    """All rows of some splits once, one split after the other, as stored."""
+def splits_dataset(shards: Shards, splits: Sequence[str], columns: list[str], start_row: int = 0) -> ray.data.Dataset:
+    """All rows of some splits once, one split after the other, as stored, from a row of them all on."""
     sources = [Source.of(shards, split, columns, None) for split in splits]
     files, counts = ([item for source in sources for item in getattr(source, name)] for name in ("files", "counts"))
     source = replace(sources[0], files=files, counts=counts)
-    return blocks(source, Order(source.count, None), WorkerRows(0, source.count, 1), READING_CPUS)
+    return blocks(source, Order(source.count, None), WorkerRows(start_row, source.count, 1), READING_CPUS)
 
 
 class Stream:

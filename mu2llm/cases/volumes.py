@@ -139,7 +139,10 @@ class Volumes:
 
     @classmethod
     def below(cls, root: str) -> Volumes:
-        """Lists a root; one that is not there has no files."""
+        """Lists a root; one that is not there has no files. Of a public bucket nothing is listed, and nothing missed:
+        manifests name its URIs."""
+        if storage.is_public(root):
+            return cls("", {})
         listing = Listing.of(root)
         found = cls(root, dict(sorted(listing.files.items())), dicom=listing.dicom)
         within = [(path, facts) for path, facts in found.files.items()]

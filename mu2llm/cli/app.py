@@ -56,7 +56,9 @@ Accept = Annotated[
     typer.Option(metavar="CODE", help="Reason codes to let in all the same, such as not_hu; a wrong one names them."),
 ]
 Volumes = Annotated[str, typer.Option(help="Root of the manifest's relative paths.")]
-Format = Annotated[str, typer.Option(help="jsonl, csv, parquet, ct-rate, amos-mm, abdomenatlas3 or m3d-cap")]
+Format = Annotated[
+    str, typer.Option(help="jsonl, csv, parquet, ct-rate, amos-mm, abdomenatlas3, m3d-cap, flare26, lidc or idc")
+]
 Data = Annotated[
     str,
     typer.Option("--data", parser=storage.absolute, metavar="URI", help="URI of the shards that `ingest` wrote."),

@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from mu2llm import config
-from mu2llm.cli.app import Address, CheckpointUri, Data, Json, Out, Preset, Set, app, show, work_on_ray
+from mu2llm.cli.app import Address, Data, Json, Out, Preset, Set, app, checkpoint_place, show, work_on_ray
 from mu2llm.errors import UserError
 from mu2llm.progress import counted
 
@@ -54,16 +54,28 @@ def model_summary(preset: Preset = "paper", set_: Set = [], as_json: Json = Fals
 
 @model_app.command("probe")
 def model_probe(
-    checkpoint: CheckpointUri,
     data: Data,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--checkpoint", parser=checkpoint_place, metavar="URI", help="A checkpoint of any stage, or"),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="published weights of the tower that the data were ingested for.")
+    ] = None,
+    set_: Set = [],  # noqa: B006
     address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Linear probe of a vision encoder: AUROC and F1 of the 18 labels, and the effective rank of its features."""
+    if bool(checkpoint) == bool(weights) or (checkpoint and set_):
+        raise UserError("give a --checkpoint, or the --weights of a tower (and --set to change it)")
+    from mu2llm.cases import Shards
     from mu2llm.evaluation.probe import probe
+    from mu2llm.stages import tower
 
     with work_on_ray(address) as bars:
-        found = probe(checkpoint, data, counted(bars, "encode"))
+        probed = checkpoint or tower.of_weights(Shards.open(data), str(weights), set_)
+        found = probe(probed, data, counted(bars, "encode"))
     show(found.model_dump(), as_json)
 
 

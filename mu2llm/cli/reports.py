@@ -18,6 +18,7 @@ from mu2llm.cli.app import (
     CheckpointUri,
     Data,
     DryRun,
+    Format,
     Fresh,
     Json,
     JudgeName,
@@ -184,6 +185,7 @@ def generate(
     paths: Annotated[list[str] | None, typer.Argument(help="Scans: file, DICOM folder, zip or URI.")] = None,
     manifest: Annotated[str | None, typer.Option(help="A manifest of scans instead of paths.")] = None,
     volumes: Annotated[str, typer.Option(help="Root of the manifest's relative paths.")] = ".",
+    format: Format = "jsonl",
     series: Series = None,
     accept: Accept = [],  # noqa: B006
     set_: Set = [],  # noqa: B006
@@ -197,7 +199,7 @@ def generate(
     experiment = config.override(open_checkpoint(checkpoint).experiment, set_)
     scans, refused = [ScanPlace(path, series) for path in paths or []], []
     if manifest:
-        table = read_manifest(manifest, "jsonl", volumes, experiment.data, need_report=False)
+        table = read_manifest(manifest, format, volumes, experiment.data, need_report=False)
         scans += [ScanPlace(case.volume, case.series, case.rescale) for case in table.cases]
         refused = [{"path": each.uri, "rejected": each.reason, "message": each.message} for each in table.rejections]
     if not scans and not refused:

@@ -35,12 +35,18 @@ from mu2llm.progress import counted
 
 
 @app.command()
-def phantom(out: Out, cases: int = 100, seed: int = 0, as_json: Json = False) -> None:
+def phantom(
+    out: Out,
+    cases: int = 100,
+    seed: int = 0,
+    nodules: Annotated[str, typer.Option(help="balls, or lidc: of LIDC's sizes and shapes.")] = "balls",
+    as_json: Json = False,
+) -> None:
     """Write procedural CT phantoms: volumes and manifest.jsonl."""
     from mu2llm.ct import phantom as phantoms
 
     with progress_bars() as bars:
-        manifest = phantoms.write(out, cases, seed, progress=counted(bars, "phantoms"))
+        manifest = phantoms.write(out, cases, seed, progress=counted(bars, "phantoms"), nodules=nodules)
     show({"manifest": manifest, "cases": cases, "seed": seed}, as_json)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mu2llm import storage
 from mu2llm.artefacts import Identity, open_checkpoint, weights_of
 from mu2llm.cases import Shards, splits_dataset, write_rows
-from mu2llm.cases.shards import read_rows
+from mu2llm.cases.shards import begun, read_rows
 from mu2llm.engine.actors import failures, on_actors, use_cpus
 from mu2llm.engine.loading import load_encoder, numerics
 from mu2llm.errors import Failure, UserError
@@ -26,7 +26,8 @@ BATCH = 16  # scans
 
 
 def encode_scans(checkpoint: str, shards: Shards, settings: InferenceConfig, progress: Counted | None = None) -> Shards:
-    """A table with `features` (T, n, E) float16 in place of voxels, for all splits; made unless it is there.
+    """A table with `features` (T, n, E) float16 in place of voxels, for all splits; made unless it is there, from where
+    a run that was stopped had come to.
 
     It lies at `<shards>/features/<digest of scans and vision weights>`: checkpoints with the same frozen vision, such
     as SFT's and DPO's after one contrastive stage, share it. `progress` is told (scans done, scans in all).
@@ -42,10 +43,12 @@ def encode_scans(checkpoint: str, shards: Shards, settings: InferenceConfig, pro
     if storage.exists(storage.join(uri, "shards.json")):
         return Shards.open(uri)
     splits = [split for split in ("train", "validation", "test") if shards.count(split)]
-    with failures("encoding scans", "run again"):
-        encoded = groupby(_encoded(checkpoint, shards, splits, settings, progress), key=itemgetter(0))
+    kept = begun(uri, splits, shards)
+    done = sum(len(ids) for files in kept.values() for _, ids in files)
+    with failures("encoding scans", "run again to go on"):
+        encoded = groupby(_encoded(checkpoint, shards, splits, settings, done, progress), key=itemgetter(0))
         tables = ((split, (batch for _, batch in batches)) for split, batches in encoded)
-        return write_rows(uri, tables, shards, checkpoint=storage.lasting(checkpoint))
+        return write_rows(uri, tables, shards, kept=kept, checkpoint=storage.lasting(checkpoint))
 
 
 def cached_features(checkpoints: Collection[str], shards: Shards, precision: Precision = "fp32") -> str | None:
@@ -87,13 +90,19 @@ def features_uri(checkpoint: str, shards: Shards, precision: Precision = "fp32")
 
 
 def _encoded(
-    checkpoint: str, shards: Shards, splits: Sequence[str], settings: InferenceConfig, progress: Counted | None
+    checkpoint: str,
+    shards: Shards,
+    splits: Sequence[str],
+    settings: InferenceConfig,
+    done: int,
+    progress: Counted | None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Batches of one split after the other, all through the same actors."""
+    """Batches of one split after the other, all through the same actors, behind the first `done` scans."""
     split_of = {case.id: split for split in splits for case in shards.cases(split)}
-    rows = splits_dataset(shards, splits, COLUMNS)
-    rows = on_actors(rows, VisionActor, (checkpoint, settings), settings, len(split_of))
-    done = 0
+    if done == len(split_of):
+        return
+    rows = splits_dataset(shards, splits, COLUMNS, done)
+    rows = on_actors(rows, VisionActor, (checkpoint, settings), settings, len(split_of) - done)
     for batch in rows.iter_batches(batch_size=BATCH, batch_format="numpy"):
         owners = enumerate(split_of[name] for name in batch["id"])
         for split, group in groupby(owners, key=itemgetter(1)):

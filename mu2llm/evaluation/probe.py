@@ -1,7 +1,8 @@
 """`mu2llm model probe`: what a vision encoder's features tell by themselves, without the language model.
 
 A linear probe reads the 18 CT-RATE labels from the mean over a scan's tokens: fitted on split `train`, its strength and
-thresholds chosen on `validation`, scored on `test`. A contrastive checkpoint also scores the labels by its texts alone.
+thresholds chosen on `validation`, scored on `test`. A contrastive checkpoint also scores the labels by its texts alone;
+a tower by itself has no head that knows them.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def probe(checkpoint: str, data: str, progress: Counted | None = None) -> Probe:
         if not shards.count(split):
             raise UserError(f"{data} has no scans in split {split}: the probe is fitted on train and scored on test")
     encoded = encode_scans(checkpoint, shards, experiment.evaluation, progress)
-    is_contrastive = description.lineage.stage == "contrastive"
+    is_contrastive = description.lineage.stage == "contrastive" and description.training.steps > 0
     model, encoder = load_contrastive(checkpoint) if is_contrastive else (None, None)
     texts = embed_labels(model, encoder, experiment.contrastive.positives) if model and encoder else None
     splits = {split: Scans.read(encoded, shards.cases(split), split, model, texts) for split in SPLITS}

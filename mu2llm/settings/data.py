@@ -15,6 +15,9 @@ class PhantomConfig(Section):
 
     cases: int = Field(800, ge=1)
     prevalence: float = Field(0.2, ge=0.15, le=0.25, description="fraction of the cases that have a finding")
+    nodules: Literal["balls", "lidc"] = Field(
+        "balls", description="lung nodules: balls of 25 to 35 mm, or of LIDC's sizes and shapes (needs the extra lidc)"
+    )
 
 
 class DataConfig(Section):
@@ -27,7 +30,10 @@ class DataConfig(Section):
     )
     exclude: tuple[str, ...] = Field((), description="ids or URIs of cases that ingest goes on without")
     accept: tuple[str, ...] = Field((), description="warning or reason codes that are let in, such as not_hu")
-    reconstructions: Literal["one", "all"] = Field("one", description="CT-RATE: one reconstruction a scan, or all")
+    reconstructions: Literal["one", "all"] = Field(
+        "one", description="CT-RATE: one reconstruction a scan, or all; idc: one series a study, or all"
+    )
+    collections: tuple[str, ...] = Field((), description="idc: collections to take, such as lidc_idri; none: all")
     shard_mb: int = Field(128, ge=1, description="aimed size of a Parquet shard")
     shuffle_rows: int = Field(1, ge=1, description="neighbouring rows that stay together when an epoch is shuffled")
     fraction: float = Field(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 
-from mu2llm import storage
+from mu2llm import config, storage
 from mu2llm.artefacts import Identity, publish
 from mu2llm.cases import Shards
 from mu2llm.config import Experiment
+from mu2llm.errors import UserError
 from mu2llm.model import build_contrastive
 from mu2llm.records import Checkpoint, Lineage
-from mu2llm.stages.job import Job
+from mu2llm.stages.job import Job, new_job
 
 
 def checkpoint(job: Job, shards: Shards) -> str:
@@ -29,6 +31,18 @@ def checkpoint(job: Job, shards: Shards) -> str:
             model.save_pretrained(folder)
             publish(Checkpoint(uri=uri, experiment=job.experiment, lineage=lineage), folder)
     return uri
+
+
+def of_weights(shards: Shards, weights: str, overrides: list[str]) -> str:
+    """The checkpoint of published weights alone, of the tower that shards were ingested for, to be probed.
+
+    `overrides` are `--set`'s. A UserError where the weights are not the tower's, or the shards have no configuration.
+    """
+    known = getattr(shards.index, "experiment", None)
+    if known is None:
+        raise UserError(f"{shards.uri} does not say what it was ingested for: ingest it again, or give --checkpoint")
+    experiment = config.override(copy.deepcopy(known), [f"model.vision.weights={weights}", *overrides])
+    return checkpoint(new_job("contrastive", shards, shards.uri, experiment), shards)
 
 
 def licensed(experiment: Experiment) -> str:

@@ -258,6 +258,14 @@ def test_splits_in_any_case_and_the_usual_words(tmp_path, word, split):
     assert table_of(tmp_path, f"id,volume,report,split\n1,a.nii.gz,R,{word}\n").cases[0].split == split
 
 
+def test_several_series_of_a_case_are_refused_by_name(tmp_path):
+    rows = [{"id": "1", "volume": "a.nii", "report": "R.", "series": ["lung", "bone"]}]
+    scans.write_manifest(tmp_path / "manifest.jsonl", [*rows, {"id": "2", "volume": "a.nii", "report": "R."}])
+    (tmp_path / "a.nii").write_bytes(b"x")
+    table = read(tmp_path)
+    assert table.listed["invalid_row"] == ["1"] and "several series are not put together" in table.rejections[0].message
+
+
 def test_a_split_of_another_name_is_an_invalid_row(tmp_path):
     table = table_of(tmp_path, "id,volume,report,split\n1,a.nii.gz,R,fold 3\n2,b.nii.gz,R,NA\n")
     assert table.listed["invalid_row"] == ["1"] and "split" in table.rejections[0].message

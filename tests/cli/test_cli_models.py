@@ -1,9 +1,13 @@
-"""`mu2llm model summary`, run in this process."""
+"""`mu2llm model summary` and `model probe`, run in this process."""
 
 import json
 import sys
 
+import pytest
+from typer.testing import CliRunner
+
 from mu2llm import cli
+from mu2llm.errors import UserError
 
 
 def test_the_summary_reads_as_a_table_and_as_json(monkeypatch, capsys):
@@ -18,3 +22,9 @@ def test_the_summary_reads_as_a_table_and_as_json(monkeypatch, capsys):
     values = json.loads(told[1])
     assert list(values) == ["steps", "parameters", "flops", "bytes"]
     assert values["parameters"]["all"] == sum(n for part, n in values["parameters"].items() if part != "all")
+
+
+@pytest.mark.parametrize("given", [[], ["--checkpoint", "c", "--weights", "w"], ["--checkpoint", "c", "--set", "a=b"]])
+def test_a_probe_is_of_a_checkpoint_or_of_weights(tmp_path, given):
+    done = CliRunner().invoke(cli.app, ["model", "probe", "--data", str(tmp_path), *given])
+    assert isinstance(done.exception, UserError) and "give a --checkpoint, or the --weights" in str(done.exception)

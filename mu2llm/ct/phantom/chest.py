@@ -70,8 +70,11 @@ def _in_lobe(anatomy: Anatomy, item: Planted, plan: Plan) -> Point:
 
 
 def _nodule(canvas: Canvas, anatomy: Anatomy, pleura: Array, item: Planted, plan: Plan) -> None:
-    """A solid ball in a halo of ground glass."""
+    """A solid ball in a halo of ground glass, or the shape of one that someone had."""
     centre = _in_lobe(anatomy, item, plan)
+    if item.shape:
+        canvas.paint(canvas.cells(centre, item.shape.cells, item.shape.cell_mm3), 40)
+        return
     canvas.paint(canvas.ellipsoid(centre, (item.radius + 15,) * 3, rough=3), -400, pleura)
     canvas.paint(canvas.ellipsoid(centre, (item.radius,) * 3, rough=1), 40)
 

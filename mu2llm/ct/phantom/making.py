@@ -15,7 +15,7 @@ from mu2llm.ct.phantom.anatomy import Anatomy
 from mu2llm.ct.phantom.canvas import Canvas
 from mu2llm.ct.phantom.chest import draw_chest
 from mu2llm.ct.phantom.frame import draw_bones, draw_couch, draw_muscles, draw_trunk
-from mu2llm.ct.phantom.plan import BLOCK, Plan, draw_plan
+from mu2llm.ct.phantom.plan import BLOCK, NODULES, Plan, draw_plan
 from mu2llm.ct.phantom.report import write_report
 from mu2llm.errors import UserError
 from mu2llm.records import Finding, Question
@@ -59,19 +59,22 @@ class Phantom:
         }
 
 
-def make(seed: int, index: int, prevalence: float = 0.2) -> Phantom:
+def make(seed: int, index: int, prevalence: float = 0.2, nodules: str = "balls") -> Phantom:
     """Phantom number `index` of a seed, the same whichever others are made.
 
     Each finding is in the share `prevalence` of every 20 consecutive cases. The last two of the 20 are examinations
-    of one patient. A UserError names a negative seed or index, or a prevalence outside 0…1.
+    of one patient. `nodules` are "balls" that a coarse grid shows, or of the sizes and shapes of LIDC's ("lidc").
+    A UserError names a negative seed or index, a prevalence outside 0…1, or the package that LIDC's need.
     """
     if seed < 0 or index < 0 or not 0 <= prevalence <= 1:
         raise UserError(
             f"phantom: expected seed ≥ 0, index ≥ 0, prevalence in 0…1; given {seed}, {index}, {prevalence}"
         )
+    if nodules not in NODULES:
+        raise UserError(f"phantom: nodules {nodules!r} are not known; there are {', '.join(NODULES)}")
     first = index - 1 if index % BLOCK == BLOCK - 1 else index  # of the patient's examinations
     anatomy = Anatomy.draw(np.random.default_rng([seed, first, 0]))
-    plan = draw_plan(seed, index, prevalence)
+    plan = draw_plan(seed, index, prevalence, nodules)
     hu, affine = draw(anatomy, plan, np.random.default_rng([seed, index, 1]))
     rng = np.random.default_rng([seed, index, 2])
     report, questions = write_report(plan, rng)

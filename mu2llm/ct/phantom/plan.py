@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from mu2llm.ct import lidc
+from mu2llm.ct.lidc import Shape
 from mu2llm.ct.phantom.anatomy import VERTEBRAE
 from mu2llm.records import Finding, Side
 
@@ -28,16 +31,20 @@ LOBES: dict[Side, tuple[str, ...]] = {
     "right": ("upper lobe", "middle lobe", "lower lobe"),
     "left": ("upper lobe", "lower lobe"),
 }
+NODULES = ("balls", "lidc")  # what the lung nodules are
+NODULE = "lung nodule"
 BLOCK = 20  # consecutive cases over which the share of each finding is exact
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A finding as it is drawn: how much of it (0 to 1), and where within the reach of its place (-1 to 1 each way)."""
+    """A finding as it is drawn: how much of it (0 to 1), where within the reach of its place (-1 to 1 each way), and
+    the shape of a nodule that someone had."""
 
     finding: Finding
     extent: float
     spot: tuple[float, float, float]
+    shape: Shape | None = None
 
     @property
     def radius(self) -> float:
@@ -48,7 +55,7 @@ class Planted:
 Plan = Mapping[str, Planted]
 
 
-def draw_plan(seed: int, index: int, prevalence: float) -> Plan:
+def draw_plan(seed: int, index: int, prevalence: float, nodules: str = "balls") -> Plan:
     """The findings of phantom `index` of a seed by name, in the order of `FINDINGS`."""
     plan: dict[str, Planted] = {}
     for number, name in enumerate(FINDINGS):
@@ -58,7 +65,24 @@ def draw_plan(seed: int, index: int, prevalence: float) -> Plan:
             finding = _finding(name, side, plan, rng)
             u, v, w = (float(value) for value in rng.uniform(-1, 1, 3))
             plan[name] = Planted(finding, float(rng.uniform()), (u, v, w))
+            if name == NODULE and nodules == "lidc":
+                plan[name] = _with_shape(plan[name], rng)
     return plan
+
+
+def _with_shape(item: Planted, rng: np.random.Generator) -> Planted:
+    """The same finding, but of the size and shape of one of LIDC's solid nodules."""
+    numbers = _solid()
+    shape = None
+    while shape is None:  # a few outlines hold nothing
+        shape = lidc.shape(lidc.database(), numbers[int(rng.integers(len(numbers)))])
+    finding = item.finding.model_copy(update={"size_mm": float(round(shape.size_mm))})
+    return replace(item, finding=finding, shape=shape)
+
+
+@functools.lru_cache(maxsize=1)
+def _solid() -> list[int]:
+    return lidc.solid(lidc.database())
 
 
 def _side_if_present(rng: np.random.Generator, position: int, prevalence: float) -> Side | None:

@@ -18,7 +18,14 @@ PARALLEL_FROM = 64  # cases from which it pays to start processes
 BATCH = 8  # cases handed to a process at a time
 
 
-def write(out: str, cases: int, seed: int, prevalence: float = 0.2, progress: Counted | None = None) -> str:
+def write(
+    out: str,
+    cases: int,
+    seed: int,
+    prevalence: float = 0.2,
+    progress: Counted | None = None,
+    nodules: str = "balls",
+) -> str:
     """Writes `<out>/volumes/<id>.nii.gz` and, last, `<out>/manifest.jsonl`; gives the manifest's URI.
 
     `progress` is called with (done, all). Many cases are made in new processes (spawn), so a script that calls this
@@ -29,7 +36,7 @@ def write(out: str, cases: int, seed: int, prevalence: float = 0.2, progress: Co
     lines: list[str] = []
     manifest = storage.join(out, "manifest.jsonl")
     try:
-        for written in _written(out, cases, seed, prevalence):
+        for written in _written(out, cases, seed, prevalence, nodules):
             lines += written
             if progress:
                 progress(len(lines), cases)
@@ -39,10 +46,10 @@ def write(out: str, cases: int, seed: int, prevalence: float = 0.2, progress: Co
     return manifest
 
 
-def _written(out: str, cases: int, seed: int, prevalence: float) -> Iterator[list[str]]:
+def _written(out: str, cases: int, seed: int, prevalence: float, nodules: str) -> Iterator[list[str]]:
     """The manifest's lines, batch by batch in order, each once its volumes are in storage."""
     batches = [range(start, min(start + BATCH, cases)) for start in range(0, cases, BATCH)]
-    write_batch = partial(_write_batch, out, seed, prevalence)
+    write_batch = partial(_write_batch, out, seed, prevalence, nodules)
     workers = min(os.cpu_count() or 1, 16)
     if cases < PARALLEL_FROM or workers == 1:
         yield from map(write_batch, batches)
@@ -51,10 +58,10 @@ def _written(out: str, cases: int, seed: int, prevalence: float) -> Iterator[lis
         yield from pool.map(write_batch, batches)
 
 
-def _write_batch(out: str, seed: int, prevalence: float, indexes: range) -> list[str]:
+def _write_batch(out: str, seed: int, prevalence: float, nodules: str, indexes: range) -> list[str]:
     lines = []
     for index in indexes:
-        phantom = make(seed, index, prevalence)
+        phantom = make(seed, index, prevalence, nodules)
         row = phantom.row()
         storage.write_bytes(storage.join(out, row["volume"]), phantom.nifti())
         lines.append(json.dumps(row))
