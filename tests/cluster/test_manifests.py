@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def rendered(overlay: str, *components: str) -> list[dict]:
 
 def _with(overlay: str, components: tuple[str, ...]) -> Path:
     """A copy of the overlay beside it with its commented components turned on."""
-    folder = CLUSTER / "overlays" / f".{overlay}-with-{'-'.join(components)}"
-    shutil.copytree(CLUSTER / "overlays" / overlay, folder)
+    folder = Path(tempfile.mkdtemp(prefix=f".{overlay}-with-", dir=CLUSTER / "overlays"))
+    shutil.copytree(CLUSTER / "overlays" / overlay, folder, dirs_exist_ok=True)
     text = (folder / "kustomization.yaml").read_text()
     for component in components:
         line = f"# - ../../components/{component}"
