@@ -1,11 +1,11 @@
-# make demo: the whole way on embedded defaults · make smollm2: the same with SmolLM2 and LoRA · make test: all tests · make test-quick: without the slow ones · make gpu-check: what a machine with a GPU is to show
+# make demo: the whole way on embedded defaults · make smollm2: the same with SmolLM2 and LoRA · make test: all tests · make test-quick: without the slow ones · make gpu-check: what a machine with a GPU is to show · make image: the image without Docker (TORCH=cuda: the other)
 PYTHON ?= python3
 BIN := .venv/bin
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
 
 VIEWER := mu2llm/serving/viewer
 
-.PHONY: setup demo smollm2 test test-quick gpu-check lint clean viewer viewer-if-npm
+.PHONY: setup demo smollm2 test test-quick gpu-check image lint clean viewer viewer-if-npm
 
 setup: .venv/installed viewer-if-npm
 
@@ -49,6 +49,10 @@ test-quick: setup
 # on a machine with a GPU, with the Python that has its torch: PYTHON=…; no setup, no Ray
 gpu-check:
 	$(PYTHON) tests/gpu/check.py $(ARGS)
+
+# as root on Debian with buildah, crun and mmdebstrap (apt-get install); cluster/README.md has Docker's commands
+image:
+	cluster/image.sh $(or $(TORCH),cpu)
 
 lint: setup
 	$(BIN)/ruff check .

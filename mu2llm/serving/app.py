@@ -6,15 +6,17 @@ settings as its arguments.
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Any
 
 from pydantic import BaseModel, Field
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
-from ray.serve.deployment import deployment_to_schema
 from ray.serve.schema import LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
+from mu2llm.errors import UserError
 from mu2llm.serving.generator import ReportGenerator
 from mu2llm.serving.ingress import Ingress
 from mu2llm.serving.reader import VolumeReader
@@ -40,8 +42,23 @@ class Settings(BaseModel):
 
 
 def build(args: Settings) -> Application:
-    """What a Serve config's import_path names; `args` are the settings."""
-    return application(args)
+    """What a Serve config's import_path names; `args` are the settings, in which $NAME is a variable of the nodes'
+    environment."""
+    return application(Settings.model_validate(expanded(args.model_dump(mode="json"))))
+
+
+def expanded(value: Any) -> Any:
+    """Plain values with each $NAME replaced by that variable of this process. Raises UserError where there is none."""
+    if isinstance(value, dict):
+        return {name: expanded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [expanded(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    text = os.path.expandvars(value)
+    if missing := re.search(r"\$\{?(\w+)", text):
+        raise UserError(f"{value}: the nodes' environment has no {missing[1]}; set it, or write the value itself")
+    return text
 
 
 def application(settings: Settings) -> Application:
@@ -96,7 +113,7 @@ def _deployment(
     )
     return serve.deployment(
         autoscaling_config=scaling,
-        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        ray_actor_options=_resources(replicas),
         max_ongoing_requests=replicas.max_ongoing_requests,
         max_surge_percent=100,  # an old replica serves until the one that replaces it is ready
         max_queued_requests=queue,
@@ -110,8 +127,18 @@ def _deployment(
     )(kind)
 
 
+def _resources(replicas: ReplicasConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus}
+    if replicas.memory_gib:
+        options["memory"] = int(replicas.memory_gib * 2**30)
+    if replicas.labels:
+        options["label_selector"] = replicas.labels
+    return options
+
+
 def serve_config(settings: Settings, port: int = 8000) -> dict[str, Any]:
-    """The Serve config of the same application, checked by Ray's own schema: what cluster/base/serve.yaml holds."""
+    """The Serve config of the same application, checked by Ray's own schema. Its arguments are all it says: what a
+    deployment is given follows from them in `deployments`, so no number stands in it twice."""
     checked = ServeDeploySchema(
         proxy_location="EveryNode",
         http_options={"host": "0.0.0.0", "port": port},
@@ -121,12 +148,7 @@ def serve_config(settings: Settings, port: int = 8000) -> dict[str, Any]:
                 route_prefix="/",
                 import_path=IMPORT_PATH,
                 args=settings.model_dump(mode="json", exclude_defaults=True) | {"loopback": False},
-                deployments=[deployment_to_schema(each) for each in deployments(settings).values()],
             )
         ],
     )
-    told = checked.model_dump(mode="json", exclude_unset=True)
-    for deployment in told["applications"][0]["deployments"]:
-        deployment["logging_config"] = {"enable_access_log": False}
-    ServeDeploySchema.model_validate(told)
-    return told
+    return checked.model_dump(mode="json", exclude_unset=True)

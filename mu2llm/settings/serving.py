@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mu2llm.settings.inference import InferenceConfig, Precision
 from mu2llm.settings.section import Section
+
+READER_GIB = 1
+"""A reader's own memory, beside that of its decoders."""
 
 
 class ReplicasConfig(Section):
@@ -19,6 +22,8 @@ class ReplicasConfig(Section):
     max_ongoing_requests: int = Field(16, ge=1, description="requests that a replica takes at a time")
     cpus: float = Field(0.5, ge=0)
     gpus: float = Field(0, ge=0)
+    memory_gib: float = Field(0, ge=0, description="that Ray sets aside for each; 0: none")
+    labels: dict[str, str] = Field({}, description="of the nodes that they run on; empty: any")
 
 
 class ServingConfig(Section):
@@ -65,6 +70,17 @@ class ServingConfig(Section):
     @classmethod
     def _as_yaml_reads_it(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _readers_hold_what_they_decode(self) -> ServingConfig:
+        reader = self.reader
+        need = self.reading_gib * reader.max_ongoing_requests + READER_GIB
+        if reader.memory_gib and reader.memory_gib < need:
+            raise ValueError(
+                f"serving.reader.memory_gib={reader.memory_gib:g} is less than {need:g}: serving.reading_gib × "
+                f"serving.reader.max_ongoing_requests + {READER_GIB}; ask for as much, or lower one of them"
+            )
+        return self
 
     @property
     def inference(self) -> InferenceConfig:

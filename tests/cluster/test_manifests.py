@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from ray.serve.schema import ServeDeploySchema
 import mu2llm
 from mu2llm import config
 from mu2llm.cluster import capacity, doctor, submission
+from mu2llm.errors import UserError
+from mu2llm.serving import app as serving
+from mu2llm.serving.app import Settings
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -50,8 +54,8 @@ def rendered(overlay: str, *components: str) -> list[dict]:
 
 def _with(overlay: str, components: tuple[str, ...]) -> Path:
     """A copy of the overlay beside it with its commented components turned on."""
-    folder = CLUSTER / "overlays" / f".{overlay}-with-{'-'.join(components)}"
-    shutil.copytree(CLUSTER / "overlays" / overlay, folder)
+    folder = Path(tempfile.mkdtemp(prefix=f".{overlay}-with-", dir=CLUSTER / "overlays"))
+    shutil.copytree(CLUSTER / "overlays" / overlay, folder, dirs_exist_ok=True)
     text = (folder / "kustomization.yaml").read_text()
     for component in components:
         line = f"# - ../../components/{component}"
@@ -92,6 +96,32 @@ def amount(text: str) -> float:
         if str(text).endswith(unit):
             return float(str(text).removesuffix(unit)) * factor
     return float(text)
+
+
+def environment_of(documents: list[dict], pod: dict) -> dict[str, str]:
+    """What a pod's first container has of config maps."""
+    found = {}
+    for source in pod["containers"][0].get("envFrom", []):
+        if "configMapRef" in source:
+            found |= one(documents, "ConfigMap", source["configMapRef"]["name"])["data"]
+    return found
+
+
+def words_of_the_job(entrypoint: str, environment: dict[str, str]) -> list[str]:
+    """What a job's last program is given: KubeRay's submitter pastes the entrypoint into a shell without the settings,
+    `ray job submit` quotes the words again, a shell on a worker with the settings starts them."""
+    asked = ["bash", "-ceu", f"printf '%s\\0' {entrypoint}"]
+    words = subprocess.run(asked, capture_output=True, text=True, check=True, env={}).stdout.split("\0")[:-1]
+    script = shlex.join(words)
+    tell = "mu2llm() { :; }; exec() { printf '%s\\0' \"$@\"; }; export -f mu2llm exec; "
+    started = subprocess.run(
+        ["bash", "-ceu", tell + script.replace("sh -c", "bash -ceu", 1)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**environment, "PATH": "/usr/bin:/bin"},
+    )
+    return started.stdout.split("\0")[:-1]
 
 
 def requests_of(group: dict) -> dict[str, float]:
@@ -221,16 +251,125 @@ def test_references_lead_somewhere(overlay):
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_two_own_the_same_service(overlay):
+    """KubeRay makes NAME-head-svc of a RayCluster, a RayService and a RayJob each, and NAME-serve-svc of a service."""
+    documents = rendered(overlay)
+    owners = {kind: one(documents, kind)["metadata"]["name"] for kind in ("RayCluster", "RayService", "RayJob")}
+    made = [f"{name}-head-svc" for name in owners.values()] + [f"{owners['RayService']}-serve-svc"]
+    made += [each["metadata"]["name"] for each in documents if each["kind"] == "Service"]
+    assert len(set(made)) == len(made)
+    longest = {"RayCluster": 53, "RayService": 47, "RayJob": 47, "RayCronJob": 36}
+    for kind, most in longest.items():
+        assert len(one(documents, kind)["metadata"]["name"]) <= most
+    text = (CLUSTER / "README.md").read_text()
+    assert set(re.findall(r"svc/([\w-]+)", text)) <= set(made)
+    assert f"get secret {owners['RayCluster']} " in text  # the token's, by the cluster's name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_heads_alone_may_ask_the_api_server(overlay):
+    documents = rendered(overlay)
+    (subject,) = one(documents, "RoleBinding")["subjects"]
+    accounts = {each["metadata"]["name"]: each for each in documents if each["kind"] == "ServiceAccount"}
+    assert [name for name, each in accounts.items() if each["automountServiceAccountToken"]] == [subject["name"]]
+    operators = {("pods", verb) for verb in ("get", "list", "watch", "patch")}
+    operators |= {("rayclusters", "get"), ("rayclusters", "patch")}  # what KubeRay itself gives an autoscaler
+    rules = one(documents, "Role")["rules"]
+    assert {(what, verb) for rule in rules for what in rule["resources"] for verb in rule["verbs"]} <= operators
+    for name, spec in cluster_specs(documents).items():
+        assert spec["headGroupSpec"]["template"]["spec"]["serviceAccountName"] == subject["name"]
+        for group in spec["workerGroupSpecs"]:
+            pod = group["template"]["spec"]
+            assert pod["automountServiceAccountToken"] is False, (name, group["groupName"])
+            assert pod["serviceAccountName"] != subject["name"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_readers_have_no_secret_no_identity_and_no_way_out(overlay):
+    documents = rendered(overlay)
+    (group,) = [each for each in service_groups(documents) if each["groupName"] == "readers"]
+    pod = group["template"]["spec"]
+    assert not [each for each in pod["containers"][0]["envFrom"] if "secretRef" in each]
+    account = one(documents, "ServiceAccount", pod["serviceAccountName"])
+    assert "annotations" not in account["metadata"] and account["automountServiceAccountToken"] is False
+    outside = one(documents, "NetworkPolicy", "mu2llm-outside")["spec"]
+    assert outside["podSelector"] == {
+        "matchExpressions": [{"key": "ray.io/group", "operator": "NotIn", "values": [group["groupName"]]}]
+    }
+    for rule in one(documents, "NetworkPolicy", "mu2llm")["spec"]["egress"]:  # of all pods: the namespace, and names
+        assert rule["to"] == [{"podSelector": {}}] or {port["port"] for port in rule["ports"]} == {53}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_operator_and_the_ports_that_pods_have_are_let_in(overlay):
+    documents = rendered(overlay)
+    rules = one(documents, "NetworkPolicy", "mu2llm")["spec"]["ingress"]
+    (operator,) = [rule for rule in rules if "kuberay" in str(rule)]
+    (labels,) = operator["from"][0]["podSelector"]["matchExpressions"]
+    assert labels["key"] == "app.kubernetes.io/name" and labels["operator"] == "In"
+    assert set(labels["values"]) == {"kuberay-operator", "kuberay"}  # of its Helm chart, of its kustomization
+    named = {"dashboard": 8265, "serve": 8000, "metrics": 8080, "gcs-server": 6379, "client": 10001}
+    for spec in cluster_specs(documents).values():
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            for port in group["template"]["spec"]["containers"][0].get("ports", []):
+                assert named[port["name"]] == port["containerPort"]
+    assert {8265, 8000} <= {port["port"] for port in operator["ports"]}
+    for _, _, port in re.findall(r"(svc/)([\w-]+) (\d+)", (CLUSTER / "README.md").read_text()):
+        assert int(port) in named.values()
+    if overlay == "gke":  # the identity comes from the metadata server, which all but readers reach
+        assert "169.254.169.252/32" in str(one(documents, "NetworkPolicy", "mu2llm-outside"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_is_ones_own_stands_in_one_file(overlay):
+    """Each value of settings.yaml is used, and where it is used nothing else is."""
+    own = yaml.safe_load((CLUSTER / "overlays" / overlay / "settings.yaml").read_text())["data"]
+    documents = rendered(overlay)
+    images = {container["image"].rpartition(":")[0] for pod in pods(documents) for container in pod["containers"]}
+    assert images == {own["MU2LLM_REGISTRY"]}
+    assert not re.search(r"(s3|gs)://", (CLUSTER / "base" / "serve.yaml").read_text())
+    if overlay in WITH_GPUS:
+        for name in ("mu2llm", "mu2llm-head"):
+            identity = one(documents, "ServiceAccount", name)["metadata"]["annotations"]
+            assert list(identity.values()) == [own["MU2LLM_IDENTITY"]]
+        most = {group["groupName"]: group["maxReplicas"] for group in service_groups(documents)}
+        assert most["gpu"] == int(own["MU2LLM_SERVICE_GPU_PODS"])
+        assert most["readers"] == int(own["MU2LLM_SERVICE_READER_PODS"])
+        jobs = one(documents, "RayJob")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        assert [group["maxReplicas"] for group in jobs] == [
+            int(own[f"MU2LLM_{kind}_PODS"]) for kind in ("CPU", "SPOT_GPU", "ON_DEMAND_GPU")
+        ]
+
+
+@pytest.mark.parametrize("overlay", WITH_GPUS)
+def test_an_upgrade_in_steps_has_its_gateway_and_its_policy(overlay, shared):
+    plain, documents = rendered(overlay), rendered(overlay, "incremental-upgrade")
+    check_schemas(documents, shared)
+    assert one(plain, "RayService")["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
+    own = one(documents, "ConfigMap", "mu2llm-site")["data"]
+    service = one(documents, "RayService")
+    told = service["spec"]["upgradeStrategy"]["clusterUpgradeOptions"]
+    assert told["gatewayClassName"] == own["MU2LLM_GATEWAY_CLASS"]
+    assert 0 < told["stepSizePercent"] <= told["maxSurgePercent"] <= 100 and told["intervalSeconds"] > 0
+    gateway = one(documents, "NetworkPolicy", "mu2llm-gateway")["spec"]
+    assert gateway["podSelector"]["matchLabels"] == {
+        "gateway.networking.k8s.io/gateway-name": f"{service['metadata']['name']}-gateway"
+    }
+    for name in ("mu2llm-gateway", "mu2llm-gateway-outside"):
+        (rule,) = one(documents, "NetworkPolicy", name)["spec"]["ingress"]
+        assert rule["from"][0]["ipBlock"]["cidr"] == own["MU2LLM_GATEWAY_FROM"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_jobs_start_with_options_that_they_know(overlay):
     documents = rendered(overlay)
     job, cron = one(documents, "RayJob")["spec"], one(documents, "RayCronJob")["spec"]["jobTemplate"]
     experiments = {}
+    worker = one(documents, "RayCluster")["spec"]["workerGroupSpecs"][0]["template"]["spec"]
     for spec in (job, cron):
-        words = shlex.split(spec["entrypoint"])
-        if words[:2] == ["sh", "-c"]:
-            words = shlex.split(words[2])
-        start = words.index("python")
-        name, arguments = words[start + 1].removeprefix(f"{CODE}ray_jobs/").removesuffix(".py"), words[start + 2 :]
+        words = words_of_the_job(spec["entrypoint"], environment_of(documents, worker))
+        assert words[0] == "python" and not [word for word in words if "$" in word or "//" in word.replace("://", "")]
+        name, arguments = words[1].removeprefix(f"{CODE}ray_jobs/").removesuffix(".py"), words[2:]
         given = submission.options(ROOT, name, arguments)
         experiments[name] = config.load(given["preset"], given["set_"])
         have = together(spec["rayClusterSpec"]["workerGroupSpecs"], "maxReplicas")
@@ -259,46 +398,82 @@ def test_a_training_worker_fits_a_pod(overlay):
 # ---- the service
 
 
-def options_of(folder: Path) -> list[str]:
-    """Those of the `mu2llm serve-config` that stands in a kustomization beside what it prints."""
-    lines = [
-        line.strip().removeprefix("#").strip() for line in (folder / "kustomization.yaml").read_text().splitlines()
-    ]
-    start = next(number for number, line in enumerate(lines) if "mu2llm serve-config" in line)
-    end = next(number for number in range(start, len(lines)) if not lines[number].endswith("\\")) + 1
-    return shlex.split(" ".join(line.removesuffix("\\") for line in lines[start:end]))[3:]
-
-
-@pytest.mark.parametrize(
-    ("overlay", "folder"), [("eks", "base"), ("gke", "overlays/gke/nodes"), ("kind", "overlays/kind/nodes")]
-)
-def test_the_service_is_what_the_command_prints(overlay, folder, monkeypatch):
-    """`cluster/serve.sh` writes it anew where the application has changed."""
-    from typer.testing import CliRunner
-
-    from mu2llm import cli
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    made = CliRunner().invoke(cli.app, ["serve-config", *options_of(CLUSTER / folder)])
-    assert made.exit_code == 0, made.output
-    service = one(rendered(overlay), "RayService")["spec"]
+def served(documents: list[dict]) -> tuple[dict, Settings]:
+    """The Serve config as it is applied, and the settings that the application reads of it in a worker's pod."""
+    service = one(documents, "RayService")["spec"]
     told = yaml.safe_load(service["serveConfigV2"])
-    assert told == yaml.safe_load(made.stdout)
     ServeDeploySchema.model_validate(told)
-    check_replicas_fit(told, service["rayClusterConfig"])
+    (application,) = told["applications"]
+    assert application["import_path"] == serving.IMPORT_PATH and "deployments" not in application  # one truth: args
+    with pytest.MonkeyPatch.context() as patch:
+        worker = service["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+        for name, value in environment_of(documents, worker).items():
+            patch.setenv(name, value)
+        return told, Settings.model_validate(serving.expanded(application["args"]))
 
 
-def check_replicas_fit(told: dict, spec: dict) -> None:
-    pods_of = [requests_of(group) for group in spec["workerGroupSpecs"]]
-    wanted = {"CPU": 0.0, "GPU": 0.0}
-    for deployment in told["applications"][0]["deployments"]:
-        each = {kind: deployment["ray_actor_options"][f"num_{kind.lower()}s"] for kind in ("CPU", "GPU")}
-        assert any(all(each[kind] <= pod[kind] for kind in each) for pod in pods_of), deployment["name"]
-        for kind in wanted:
-            wanted[kind] += each[kind] * deployment["autoscaling_config"]["max_replicas"]
-    assert not capacity.lacks(wanted, together(spec["workerGroupSpecs"], "maxReplicas"))
-    ports = {port["containerPort"] for group in spec["workerGroupSpecs"] for port in _ports(group)}
-    assert told["http_options"]["port"] in ports
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_service_fits_its_pods(overlay):
+    """Each replica finds a pod of its labels that holds it, all at their most fit all pods at their most."""
+    documents = rendered(overlay)
+    told, settings = served(documents)
+    bucket = one(documents, "ConfigMap", "mu2llm-site")["data"]["MU2LLM_BUCKET"]
+    assert settings.serving.state == f"{bucket}/serve" and settings.tracking is None and not settings.loopback
+    groups = one(documents, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    wanted = {group["groupName"]: {"CPU": 0.0, "GPU": 0.0, "memory": 0.0} for group in groups}
+    for name, deployment in serving.deployments(settings).items():
+        options = deployment.ray_actor_options
+        (group,) = [each for each in groups if each["labels"].items() >= options["label_selector"].items()]
+        each = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], "memory": options.get("memory", 0)}
+        has = {**requests_of(group), "memory": memory_of(group)}
+        assert all(each[kind] <= has[kind] for kind in each), name
+        scaling = deployment._deployment_config.autoscaling_config
+        assert scaling.min_replicas <= 1 or group["minReplicas"] >= 1
+        for kind in each:
+            wanted[group["groupName"]][kind] += each[kind] * scaling.max_replicas
+    for group in groups:
+        most = {kind: group["maxReplicas"] * amount for kind, amount in requests_of(group).items()}
+        assert not capacity.lacks({kind: wanted[group["groupName"]][kind] for kind in most}, most)
+        assert wanted[group["groupName"]]["memory"] <= group["maxReplicas"] * memory_of(group)
+        assert told["http_options"]["port"] in {port["containerPort"] for port in _ports(group)}
+
+
+def memory_of(group: dict) -> int:
+    """Bytes that Ray gives out of a group's pod: what rayStartParams says, else the limit."""
+    limit = group["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"]
+    return int(group["rayStartParams"].get("memory", amount(limit) * 2**30))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_the_readers_decode_fits_their_pod(overlay):
+    """reading_gib × scans at once × readers of a pod, the objects and Ray itself: no scan ends another's pod."""
+    documents = rendered(overlay)
+    _, settings = served(documents)
+    (group,) = [each for each in service_groups(documents) if each["groupName"] == "readers"]
+    reader = settings.serving.reader
+    assert reader.memory_gib >= settings.serving.reading_gib * reader.max_ongoing_requests + 1
+    in_a_pod = min(memory_of(group) // int(reader.memory_gib * 2**30), requests_of(group)["CPU"] // reader.cpus)
+    assert in_a_pod >= 1
+    objects = int(group["rayStartParams"]["object-store-memory"])
+    limit = amount(group["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"]) * 2**30
+    left = limit - objects - in_a_pod * reader.memory_gib * 2**30
+    assert left >= 0.5 * 2**30  # of Ray's own processes
+    assert memory_of(group) + objects <= limit - 0.5 * 2**30
+
+
+def service_groups(documents: list[dict]) -> list[dict]:
+    return one(documents, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+
+
+def test_readers_that_could_not_hold_what_they_decode_are_refused():
+    with pytest.raises(UserError, match=r"memory_gib=9 is less than 17"):
+        config.load("tiny", ["serving.reader={memory_gib: 9, max_ongoing_requests: 2}"])
+
+
+def test_a_variable_that_the_nodes_lack_is_named(monkeypatch):
+    monkeypatch.delenv("MU2LLM_BUCKET", raising=False)
+    with pytest.raises(UserError, match=r"\$MU2LLM_BUCKET/serve: the nodes' environment has no MU2LLM_BUCKET"):
+        serving.expanded({"serving": {"state": "$MU2LLM_BUCKET/serve", "hosts": ["a"]}})
 
 
 def _ports(group: dict) -> list[dict]:
@@ -334,9 +509,10 @@ def test_launcher_files_pass_rays_schema(cloud):
 # ---- the image
 
 
-def pinned(path: str = "cluster/constraints.txt") -> dict[str, str]:
-    lines = [line for line in (ROOT / path).read_text().splitlines() if line and not line.startswith("#")]
-    return dict(line.split("==") for line in lines)
+def pinned(*paths: str) -> dict[str, str]:
+    """Name → version of the image's packages, or of those in a file of pins."""
+    texts = [(ROOT / path).read_text() for path in paths or ("cluster/requirements.txt", "cluster/torch.txt")]
+    return dict(re.findall(r"^([\w.-]+)==([^\s\\]+)", "\n".join(texts), re.M))
 
 
 def test_the_images_packages_are_those_of_pyproject_and_of_the_tests():
@@ -349,21 +525,27 @@ def test_the_images_packages_are_those_of_pyproject_and_of_the_tests():
         assert requirement.specifier.contains(image[canonicalize_name(requirement.name)], prereleases=True), text
     for name, version in pinned("constraints.txt").items():
         assert image[canonicalize_name(name)] == version
+    assert not [name for name in image if name.startswith(("nvidia", "triton", "cuda"))]  # come with torch alone
+    assert "google-api-python-client" in image  # what `ray up` on Google Cloud imports on the head
+    hashed = re.findall(r"^\S+==\S+ \\\n +--hash=sha256:[0-9a-f]{64}", (CLUSTER / "requirements.txt").read_text(), re.M)
+    assert len(hashed) == len(image) - 1  # all but torch, whose file depends on the index
 
 
 def test_the_dockerfile():
     text = (CLUSTER / "Dockerfile").read_text()
     project = (ROOT / "pyproject.toml").read_text()
-    python = re.search(r"ARG PYTHON=([\d.]+)-", text)[1]
+    python = re.search(r"ARG BASE=\S+:([\d.]+)-\S+@sha256:[0-9a-f]{64}$", text, re.M)[1]
     assert SpecifierSet(re.search(r'requires-python = "(.+)"', project)[1]).contains(python)
-    assert re.findall(r"^FROM .+ AS (\S+)$", text, re.M)[-2:] == ["cpu", "cuda"]
-    assert "USER 1000" in text and "HEALTHCHECK" in text and ":latest" not in text
-    for sources in re.findall(r"^COPY --chown=ray:ray (.+) \S+$", text, re.M):
+    assert re.findall(r"^ARG VERSION=(.+)$", text, re.M) == [mu2llm.__version__]
+    assert text.rstrip().splitlines()[-1] == 'CMD ["mu2llm", "--help"]'
+    assert text.rindex("USER 1000") > text.rindex("RUN ") and "HEALTHCHECK" in text and ":latest" not in text
+    for sources in re.findall(r"^COPY (?!--)(.+) \S+$", text, re.M):
         for source in sources.split():
             assert (ROOT / source).exists(), source
     kept = [line.removeprefix("!").removesuffix("/**") for line in dockerignore() if line.startswith("!")]
     assert all((ROOT / name).exists() for name in kept) and "*" in dockerignore()
     assert not any(name in ("tests", ".git", "cluster") for name in kept)
+    assert "mu2llm/serving/viewer/dist" in dockerignore()  # the image builds its own
     if shutil.which("hadolint"):
         subprocess.run(["hadolint", CLUSTER / "Dockerfile"], check=True)
 

@@ -136,10 +136,11 @@ def test_the_serve_config_is_of_the_same_application(preset):
     told = yaml.safe_load(yaml.safe_dump(serve_config(settings)))
     checked = ServeDeploySchema.model_validate(told)
     (application,) = checked.applications
-    assert {each.name for each in application.deployments} == set(deployments(settings))
+    assert not application.deployments  # what each is given follows from the arguments, and stands nowhere else
     assert application.import_path == "mu2llm.serving.app:build"
     assert Settings.model_validate(application.args) == settings.model_copy(update={"loopback": False})
-    gpus = {each["name"]: each["ray_actor_options"]["num_gpus"] for each in told["applications"][0]["deployments"]}
+    made = deployments(Settings.model_validate(application.args))
+    gpus = {name: each.ray_actor_options["num_gpus"] for name, each in made.items()}
     assert gpus["ReportGenerator"] == experiment.serving.generator.gpus
     assert gpus["Ingress"] == gpus["VolumeReader"] == 0
 
