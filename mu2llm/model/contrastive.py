@@ -131,7 +131,7 @@ class Mu2ForContrastive(Mu2PreTrainedModel):
         `score` lets each text look at its own few tokens.
         """
         features, mask = self._tokens(volumes, chunk_mask, vision_features)
-        values = self.head.scan(features)[:, :, 1]
+        values = self.head.value(self.head.scan(features))
         return (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     def get_text_features(self, text_embeddings: Tensor) -> Tensor:

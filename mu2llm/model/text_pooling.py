@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,22 +56,29 @@ class TextConditionedPooling(Initialised):
             init.zeros_(places)
 
     def scan(self, features: Tensor) -> Tensor:
-        """(B, T, n, E) → keys and values (B, T·n, 2, heads · head width)"""
-        tokens = self.norm(features + self.chunks[: features.shape[1], None]).flatten(1, 2)
-        keys = self.key(tokens)
-        if len(self.places):
-            z, y, x = self.places
-            places = (z[:, None, None] + y[:, None] + x).flatten(0, 2)
-            keys = keys + places[: keys.shape[1]].to(keys.dtype)
-        return torch.stack([keys, self.value(tokens)], dim=2)
+        """(B, T, n, E) → what texts look at (B, T·n, E)"""
+        return cast(Tensor, self.norm(features + self.chunks[: features.shape[1], None]).flatten(1, 2))
 
     def forward(self, texts: Tensor, scans: Tensor, mask: Tensor) -> Tensor:
-        """(M, D), (B, n, 2, heads · head width), (B, n) → logits (M, B), the sum over the heads"""
-        keys, values = self._heads(scans).unbind(2)
-        look = torch.einsum("mhd,bnhd->mbhn", self._heads(self.look(texts)), keys)
-        share = look.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
-        fit = torch.einsum("mhd,bnhd->mbhn", self._heads(self.mean(texts)), values)
-        return (share * fit).sum((-1, -2)) + self.bias
+        """(M, D), (B, T·n, E), (B, T·n) → logits (M, B), the sum over the heads
+
+        Keys and values are never made: a few texts are brought to the tokens' width instead of all tokens to theirs.
+        """
+        look, mean = self._heads(self.look(texts)), self._heads(self.mean(texts))
+        found = self._products(look, self.key, scans)
+        if len(self.places):
+            z, y, x = (torch.einsum("mhd,nhd->mhn", look, self._heads(places)) for places in self.places)
+            places = (z[..., None, None] + y[..., None, :, None] + x[..., None, None, :]).flatten(2)
+            found = found + places[None, ..., : scans.shape[1]].to(found.dtype)
+        share = found.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
+        return (share * self._products(mean, self.value, scans)).sum((-1, -2)).T + self.bias
+
+    def _products(self, texts: Tensor, layer: nn.Linear, scans: Tensor) -> Tensor:
+        """Texts (M, heads, head width) with what the layer makes of tokens (B, n, E), by head: (B, M, heads, n)"""
+        weight, bias = layer.weight.unflatten(0, (self.heads, -1)), self._heads(layer.bias)
+        queries = torch.einsum("mhd,hde->mhe", texts, weight)
+        products = torch.matmul(queries.flatten(0, 1), scans.transpose(1, 2)).unflatten(1, queries.shape[:2])
+        return products + (texts * bias).sum(-1)[..., None].to(products.dtype)
 
     def _heads(self, joined: Tensor) -> Tensor:
         """(…, heads · head width) → (…, heads, head width)"""

@@ -37,25 +37,26 @@ def test_the_score_is_the_sum_of_heads_that_attend_by_themselves(heads):
 
 
 def test_a_key_knows_its_place_along_each_axis_of_the_whole_scan():
-    """Two chunks of 2 × 1 × 3 tokens: the fourth depth is the last of the second chunk."""
+    """Two chunks of 2 × 1 × 3 tokens that are all alike: a text that looks for the fourth depth and the last column
+    finds the very last token, and what it says of it."""
     head = pooling(1, grid=(2, 1, 3))
-    features = torch.zeros(1, 2, 6, 16).double()
-    head.chunks.data.zero_()
+    text, features = torch.randn(1, 12).double(), torch.randn(1, 2, 6, 16).double()
+    look = head.look(text)[0].detach()
     z, y, x = head.places
-    z.data[3], y.data[0], x.data[2] = 1.0, 10.0, 100.0
-    found = head.scan(features)
-    keys = (found[0, :, 0] - head.key.bias)[:, 0].view(4, 1, 3)
-    torch.testing.assert_close(keys[3, 0], torch.tensor([11.0, 11.0, 111.0]).double())
-    torch.testing.assert_close(keys[0, 0], torch.tensor([10.0, 10.0, 110.0]).double())
-    assert (found[:, :, 1] == head.value.bias).all(), "what a text compares is the same wherever it was found"
+    z.data[3], y.data[0], x.data[2] = 100 * look, -7 * look, 100 * look
+    every = torch.ones(1, 12, dtype=torch.bool)
+    value = head.value(head.scan(features))[0, -1]
+    torch.testing.assert_close(head(text, head.scan(features), every)[0, 0], value @ head.mean(text)[0])
 
 
 def test_fewer_chunks_are_the_first():
     head = pooling(2, grid=(2, 1, 3))
     for places in head.places:
         torch.nn.init.normal_(places)
-    features = torch.randn(3, 2, 6, 16).double()
-    torch.testing.assert_close(head.scan(features[:, :1]), head.scan(features)[:, :6])
+    texts, features, mask = torch.randn(4, 12).double(), torch.randn(3, 2, 6, 16).double(), torch.ones(3, 12).bool()
+    mask[:, 6:] = False
+    alone = head(texts, head.scan(features[:, :1]), mask[:, :6])
+    torch.testing.assert_close(alone, head(texts, head.scan(features), mask))
 
 
 def test_an_older_checkpoint_has_one_head_without_places():
