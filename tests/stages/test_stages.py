@@ -159,7 +159,7 @@ def test_a_contrastive_checkpoint_is_a_clip(vision, shards):
     """Its texts' encoder, whitening and temperature are in it: it scores what training scored; and its probe."""
     model, encoder = load_contrastive(vision.uri)
     opened, settings = Shards.open(shards), experiment()
-    texts = TextBank(encoder, "finding", [case.report for case in opened.cases("train")], settings.seed)
+    texts = TextBank(encoder, settings.contrastive.positives, [case.report for case in opened.cases("train")], settings.seed)
     embedded = model.whiten(encoder.embed(texts.distinct))
     torch.testing.assert_close(embedded, texts.inputs(texts.distinct)["text_embeddings"], atol=1e-4, rtol=1e-4)
     assert float(model.head.temperature) == pytest.approx(vision.training.metrics["temperature"])
@@ -203,11 +203,12 @@ def test_a_diagnostic_prior_comes_from_contrast_and_goes_on_to_dpo(vision, shard
     (model, processor), (seen, _) = load(trained.uri), load_contrastive(vision.uri)
     assert len(model.config.findings) == 3 and processor.queries == model.config.visual_tokens == 7
     assert losses(trained)[-1] < losses(trained)[0]
-    assert sft.told_by(vision.uri) == sft.told_by(trained.uri) == sft.told_by(None) == "finding"
-    placed = vision.model_copy(update={"uri": str(place / "placed")}, deep=True)
-    placed.experiment["contrastive"] |= {"positives": "placed_finding"}
-    describe(placed)
-    assert sft.told_by(placed.uri) == "placed_finding"
+    assert sft.told_by(vision.uri) == "placed_finding" == vision.experiment["contrastive"]["positives"]
+    assert sft.told_by(trained.uri) == sft.told_by(None) == "finding"
+    without = vision.model_copy(update={"uri": str(place / "without")}, deep=True)
+    without.experiment["contrastive"] |= {"positives": "finding"}
+    describe(without)
+    assert sft.told_by(without.uri) == "finding"
     for name, value in seen.head.state_dict().items():
         assert torch.equal(model.model.prior.state_dict()[f"head.{name}"], value)
     preferences.prefer(trained.uri, shards, str(place / "told-pairs"), settings)
