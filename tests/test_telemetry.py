@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 import time
 import uuid
 from pathlib import Path
@@ -82,6 +84,13 @@ def test_alerts_are_rules_and_say_what_to_do():
             assert all(rule["expr"].count(a) == rule["expr"].count(b) for a, b in ("()", "[]", "{}"))
             names.append(rule["alert"])
     assert len(set(names)) == len(names)
+
+
+def test_prometheus_itself_takes_the_rules():
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool (Debian's package prometheus) is not here to check the rules")
+    done = subprocess.run(["promtool", "check", "rules", MONITORING / "alerts.yaml"], capture_output=True, text=True)
+    assert done.returncode == 0 and "SUCCESS" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_shard_is_counted_by_result_and_reason(monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,11 @@ REPORT_TOKENS = 256
 TRAINING: tuple[Stage, ...] = ("contrastive", "sft", "dpo")
 STAGES = (*TRAINING, "preferences", "evaluate")
 """Whose memory is counted, by the names of jobs; generate and serve do less than evaluate."""
+BY_JOB = {
+    "online": ("preferences", "dpo"),
+    "pipeline": ("ingest", "contrastive", "sft", "preferences", "dpo", "evaluate"),
+}
+"""Jobs of several stages, one after the other."""
 VARIANTS, REGIONS = 3, 2
 """Texts a case in evaluation: of its own scan, another's and an empty one; and about chest and abdomen."""
 
@@ -45,10 +50,22 @@ GPUS = (
 )
 
 
-def needs(experiment: Experiment, job: str) -> dict[str, float]:
-    """CPUs and GPUs without which a job can never start: the most that any of its stages asks for at once."""
-    by_job = {
-        "ingest": {"CPU": 1.0, "GPU": 0.0},
+@dataclass(frozen=True)
+class Ask:
+    """Processes that a stage must have at once; each is on one node with all of its `resources`."""
+
+    number: int
+    resources: dict[str, float]
+
+    def __str__(self) -> str:
+        each = " and ".join(f"{amount:g} {name}" for name, amount in self.resources.items() if amount)
+        return f"{self.number} × {each}"
+
+
+def asks(experiment: Experiment, job: str) -> dict[str, Ask]:
+    """Stage → what it cannot start without, of each stage of a job."""
+    stages = {
+        "ingest": Ask(1, {"CPU": 1.0, "GPU": 0.0}),
         "contrastive": _workers(experiment.contrastive),
         "sft": _workers(experiment.sft),
         "preferences": _actor(experiment.preferences),
@@ -57,35 +74,32 @@ def needs(experiment: Experiment, job: str) -> dict[str, float]:
         "sweep_tokenizer": _trial(experiment, experiment.sft),
         "sweep_dpo": _trial(experiment, experiment.dpo),
     }
-    most = (by_job["preferences"], by_job["dpo"])
-    by_job["online"] = {name: max(each[name] for each in most) for name in ("CPU", "GPU")}
-    whole = [by_job[stage] for stage in ("ingest", "contrastive", "sft", "preferences", "dpo", "evaluate")]
-    by_job["pipeline"] = {name: max(each[name] for each in whole) for name in ("CPU", "GPU")}
-    if job not in by_job:
-        raise UserError(f"job {job!r} is not known; there are {', '.join(sorted(by_job))}")
-    return by_job[job]
+    if job not in {**stages, **BY_JOB}:
+        raise UserError(f"job {job!r} is not known; there are {', '.join(sorted({**stages, **BY_JOB}))}")
+    return {stage: stages[stage] for stage in BY_JOB.get(job, (job,))}
 
 
-def _workers(settings: StageConfig) -> dict[str, float]:
+def _workers(settings: StageConfig) -> Ask:
     least = settings.workers if isinstance(settings.workers, int) else settings.workers[0]
-    return {"CPU": least * settings.cpus_per_worker, "GPU": least * settings.gpus_per_worker}
+    return Ask(least, {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker})
 
 
-def _actor(settings: InferenceConfig) -> dict[str, float]:
-    return {"CPU": settings.cpus_per_actor, "GPU": settings.gpus_per_actor}
+def _actor(settings: InferenceConfig) -> Ask:
+    return Ask(1, {"CPU": settings.cpus_per_actor, "GPU": settings.gpus_per_actor})
 
 
-def _trial(experiment: Experiment, settings: StageConfig) -> dict[str, float]:
+def _trial(experiment: Experiment, settings: StageConfig) -> Ask:
     workers = max(experiment.sweep.workers_per_trial, 1)  # 0: the trial is its own worker
-    return {"CPU": workers * settings.cpus_per_worker, "GPU": experiment.sweep.gpus_of(settings)}
+    return Ask(workers, {"CPU": settings.cpus_per_worker, "GPU": experiment.sweep.gpus_of(settings) / workers})
 
 
-def lacks(need: Mapping[str, float], have: Mapping[str, float]) -> list[str]:
-    """What of `need` is more than `have`, in words; nothing where it fits."""
+def lacks(asked: Mapping[str, Ask], room: Callable[[Mapping[str, float]], int]) -> list[str]:
+    """What the nodes do not hold, in words, where `room` says how many processes of such resources they do."""
+    held = {stage: room(each.resources) for stage, each in asked.items()}
     return [
-        f"{amount:g} {name} needed, the cluster has {have.get(name, 0):g}"
-        for name, amount in need.items()
-        if amount > have.get(name, 0)
+        f"{stage} asks for {each}, the nodes hold {held[stage]} of these"
+        for stage, each in asked.items()
+        if each.number > held[stage]
     ]
 
 

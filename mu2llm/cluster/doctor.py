@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
 import secrets
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import tomllib
@@ -17,20 +19,30 @@ from typing import Any, Literal
 
 import pyarrow.fs as pafs
 import ray
+import ray.exceptions
 from packaging.requirements import Requirement
 from pydantic import BaseModel
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mu2llm import private_apis, storage, tracking
+from mu2llm import storage, tracking
 from mu2llm.cluster import capacity
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
 from mu2llm.memory import USABLE
+from mu2llm.stages import placement
 
 SKEW_WARN_S, SKEW_FAIL_S = 5, 300
 """Object stores refuse requests signed a quarter of an hour off; logs are hard to read long before."""
 DISK_WARN_GIB, DISK_FAIL_GIB = 20, 2
-NODE_TIMEOUT_S = 60
+NODE_TIMEOUT_S = 180
+"""A node that has just started reads gigabytes of packages from its image for the first time."""
+IMPORTS = {
+    "ingest": "mu2llm.cases.ingest",
+    "evaluate": "mu2llm.evaluation.evaluate",
+    "pipeline": "mu2llm.pipeline",
+    **dict.fromkeys(("sweep_tokenizer", "sweep_dpo"), "mu2llm.sweeps"),
+}
+"""Job → the module with what its nodes run; of a stage, mu2llm.stages.<its name>."""
 SAME_EVERYWHERE = ("ray", "torch", "transformers", "trl", "peft", "monai", "pyarrow", "numpy")
 Status = Literal["ok", "warn", "fail"]
 
@@ -48,25 +60,28 @@ class Node(BaseModel):
     """What a node says of itself."""
 
     name: str
-    python: str
-    versions: dict[str, str | None]
-    skew_s: float
-    disk_gib: float
-    gpus: list[tuple[str, float]]
+    python: str = ""
+    versions: dict[str, str] = {}
+    """Of what was imported, as the packages say themselves."""
+    skew_s: float = 0
+    disk_gib: float = 0
+    gpus: list[tuple[str, float]] = []
     """Name and GiB of memory."""
+    broken: str = ""
+    """Why what the job runs cannot be imported there."""
 
 
 def examine(
     experiment: Experiment, job: str = "pipeline", reads: Sequence[str] = (), writes: Sequence[str] = ()
 ) -> list[Check]:
     """Everything that decides whether a job of this configuration can run on the Ray that is joined."""
-    nodes = list(_nodes())
+    nodes = list(_nodes(job))
     return [
         _packages(),
         _ray(),
         _resources(experiment, job),
         *_gpu_memory(experiment, job, nodes),
-        _same_versions(nodes),
+        _same_code(nodes, look(job)),
         _clocks(nodes),
         _disks(nodes),
         _token(),
@@ -138,36 +153,27 @@ def _store_gib(resources: dict[str, float]) -> float:
     return resources.get("object_store_memory", 0) / 2**30
 
 
-def _most() -> dict[str, float]:
-    """What the cluster has, or can grow to where it scales itself."""
-    most = private_apis.largest_resources()
-    have = ray.cluster_resources()
-    return {name: max(have.get(name, 0), most.get(name, 0)) for name in {*have, *most}}
-
-
 def _resources(experiment: Experiment, job: str) -> Check:
-    need = capacity.needs(experiment, job)
-    lacking = capacity.lacks(need, _most())
+    """By node, as training counts: two nodes of 4 CPUs hold no worker of 8."""
+    asked = capacity.asks(experiment, job)
+    lacking = capacity.lacks(asked, placement.workers_that_fit)
     if lacking:
         return Check(
             name="resources",
             status="fail",
             found=f"preset {experiment.name}, {job}: {'; '.join(lacking)}",
-            mend="ask for fewer workers (--set sft.workers=1, sft.gpus_per_worker=0), raise maxReplicas, or use "
-            "a larger cluster",
+            mend="ask for fewer workers or less for each (--set sft.workers=1, sft.gpus_per_worker=0), raise "
+            "maxReplicas, or use larger nodes",
         )
-    wanted = ", ".join(f"{amount:g} {name}" for name, amount in need.items() if amount)
+    wanted = ", ".join(dict.fromkeys(map(str, asked.values())))
     return Check(name="resources", status="ok", found=f"preset {experiment.name}, {job}: {wanted}")
 
 
 def _gpu_memory(experiment: Experiment, job: str, nodes: Sequence[Node]) -> Iterator[Check]:
     """Whether what each stage keeps fits the smallest GPU that is there."""
-    by_job: dict[str, list[str]] = {
-        **{"pipeline": [*capacity.STAGES], "online": ["preferences", "dpo"]},
-        **{"sweep_tokenizer": ["sft"], "sweep_dpo": ["dpo"]},
-    }
+    by_job = {**capacity.BY_JOB, "sweep_tokenizer": ("sft",), "sweep_dpo": ("dpo",)}
     gpus = sorted((gpu for node in nodes for gpu in node.gpus), key=lambda gpu: gpu[1])
-    for stage in by_job.get(job, [job]):
+    for stage in by_job.get(job, (job,)):
         share = capacity.gpus_each(experiment, stage) if stage in capacity.STAGES else 0
         if not share:
             continue
@@ -182,46 +188,56 @@ def _gpu_memory(experiment: Experiment, job: str, nodes: Sequence[Node]) -> Iter
         )
 
 
-def _nodes() -> Iterator[Node]:
-    """What every living node says of itself, asked at once; then, now that a worker is there, its clock."""
+def _nodes(job: str) -> Iterator[Node]:
+    """What every living node says of itself, asked at once, in one task each."""
     asked = {}
     for node in ray.nodes():
         if node["Alive"]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[_look.options(scheduling_strategy=there).remote()] = (node["NodeManagerAddress"], there)
-    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_TIMEOUT_S)
+            asked[_look.options(scheduling_strategy=there).remote(job)] = node["NodeManagerAddress"]
+    silent, deadline = list(asked), time.monotonic() + NODE_TIMEOUT_S
+    while silent:
+        answered, silent = ray.wait(silent, timeout=max(0, deadline - time.monotonic()))
+        now = time.time()
+        if not answered:
+            break
+        yield _answer(asked[answered[0]], answered[0], now)
     for reference in silent:
         ray.cancel(reference, force=True)
-        yield Node(name=asked[reference][0], python="", versions={}, skew_s=0, disk_gib=0, gpus=[])
-    for reference in answered:
-        name, there = asked[reference]
-        yield Node(name=name, **ray.get(reference), skew_s=_skew(there))
+        yield Node(name=asked[reference])
 
 
-def _skew(there: NodeAffinitySchedulingStrategy) -> float:
-    """Seconds by which a node's clock is off ours, less what the question itself may account for."""
-    before = time.time()
-    clock = ray.get(_clock.options(scheduling_strategy=there).remote())
-    after = time.time()
-    return max(0.0, abs(clock - (before + after) / 2) - (after - before) / 2)
+def _answer(name: str, reference: ray.ObjectRef[dict[str, Any]], now: float) -> Node:
+    """Its clock is read last, so that the answer's way alone, a fraction of a second, counts as skew."""
+    try:
+        told = ray.get(reference)
+    except ray.exceptions.RayError as error:  # it has another mu2llm, or died of the import
+        why = str(error).strip().splitlines()[-1][:200]
+        return Node(name=name, python="?", broken=f"{type(error).__name__}: {why}")
+    return Node(name=name, skew_s=abs(told.pop("clock") - now), **told)
 
 
-def look() -> dict[str, Any]:
-    """A node's versions, free disk and GPUs; imports nothing heavy."""
+def look(job: str) -> dict[str, Any]:
+    """Imports what a node imports to run the job; its versions, free disk and GPUs, and what its clock shows."""
+    broken = ""
+    try:
+        importlib.import_module(IMPORTS.get(job, f"mu2llm.stages.{job}"))
+    except Exception as error:  # a library of the system that is missing is an OSError
+        broken = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    loaded = {name: sys.modules[name] for name in SAME_EVERYWHERE if name in sys.modules}
     return {
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in SAME_EVERYWHERE},
+        # without what says how it was built: torch of the image without CUDA is 2.13.0+cpu
+        "versions": {name: str(module.__version__).partition("+")[0] for name, module in loaded.items()},
         "disk_gib": shutil.disk_usage(tempfile.gettempdir()).free / 2**30,
         "gpus": _gpus(),
+        "broken": broken,
+        "clock": time.time(),
     }
 
 
-_look = ray.remote(num_cpus=0)(look)
-
-
-@ray.remote(num_cpus=0)
-def _clock() -> float:
-    return time.time()
+# a process of its own, which ends: what it imported is hundreds of MiB that nobody counts
+_look = ray.remote(num_cpus=0, max_calls=1)(look)
 
 
 def _gpus() -> list[tuple[str, float]]:
@@ -239,24 +255,28 @@ def _gpus() -> list[tuple[str, float]]:
     return [(name.strip(), float(mib) / 1024) for name, mib in rows] if listed.returncode == 0 else []
 
 
-def _same_versions(nodes: Sequence[Node]) -> Check:
-    ours = look()
-    wrong = []
+def _same_code(nodes: Sequence[Node], ours: dict[str, Any]) -> Check:
+    """Whether every node imports what the job runs, with the driver's versions (`ours`, by `look`)."""
+    wrong = [f"the driver: {ours['broken']}"] if ours["broken"] else []
     for node in nodes:
         if not node.python:
             wrong.append(f"{node.name} did not answer within {NODE_TIMEOUT_S} s")
             continue
+        if node.broken:
+            wrong.append(f"{node.name}: {node.broken}")
+            continue
         if node.python.rpartition(".")[0] != ours["python"].rpartition(".")[0]:
             wrong.append(f"{node.name} has Python {node.python}, the driver {ours['python']}")
         wrong += [
-            f"{node.name} has {name} {version}, the driver {ours['versions'][name]}"
+            f"{node.name} has {name} {version}, the driver {ours['versions'].get(name, 'none')}"
             for name, version in node.versions.items()
-            if version != ours["versions"][name]
+            if version != ours["versions"].get(name)
         ]
     if wrong:
         mend = "all nodes must run one image: set the same one for head and workers and restart those that differ"
         return Check(name="nodes", status="fail", found="; ".join(wrong[:5]), mend=mend)
-    return Check(name="nodes", status="ok", found=f"{len(nodes)} with the same versions")
+    imported = ", ".join(f"{name} {version}" for name, version in ours["versions"].items())
+    return Check(name="nodes", status="ok", found=f"{len(nodes)} import what the job runs, all with {imported}")
 
 
 def _clocks(nodes: Sequence[Node]) -> Check:

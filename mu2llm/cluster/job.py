@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mu2llm import config, tracking
+from mu2llm import config, logs, tracking
 from mu2llm.cluster import doctor
 from mu2llm.cluster.session import session
 from mu2llm.config import Experiment
@@ -62,7 +62,8 @@ class Lines:
         if done < total and now - self.last.get(step, -PROGRESS_EVERY_S) < PROGRESS_EVERY_S:
             return
         self.last[step] = now
-        print(f"[{step}] {done:.0f}/{total:.0f} {numbers_text(numbers)}".rstrip(), flush=True)
+        text = f"[{step}] {done:.0f}/{total:.0f} {numbers_text(numbers)}".rstrip()
+        print(logs.line(text, {**numbers, "stage": step, "done": done, "total": total}), flush=True)
 
     def counting(self, step: str) -> Counted:
         return counted(self, step)
@@ -80,11 +81,13 @@ def started(
     Raises UserError where versions, resources or rights to storage would make it fail later.
     """
     experiment = config.load(preset, overrides)
-    with session():
+    logs.begin()
+    with logs.about(job=job), session():
         checks = [*_client_versions(), *doctor.examine(experiment, job, [uri for uri in reads if uri], writes)]
         for check in checks:
             if check.status == "warn":
-                print(f"warning: {check.name}: {check.found}; {check.mend}", flush=True)
+                text = f"warning: {check.name}: {check.found}; {check.mend}"
+                print(logs.line(text, {"level": "WARNING", "message": text}), flush=True)
         doctor.refuse(checks)
         yield experiment, Lines()
 

@@ -11,7 +11,6 @@ import re
 import shlex
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from mu2llm.cluster.session import TOKEN_FIX
 from mu2llm.config import Experiment
 from mu2llm.errors import Failure, UserError
 from mu2llm.progress import SHOWN, Steps
+from mu2llm.stages import placement
 
 FOLDER = "ray_jobs"
 MOST_NODES = 10_000  # Ray lists no more
@@ -159,10 +159,8 @@ def check_capacity(client: JobSubmissionClient, experiment: Experiment, name: st
     nodes = [node for node in known if node.state == "ALIVE"]
     if not nodes or any(node.labels.get(NODE_GROUP) for node in nodes):
         return  # its nodes come and go by groups
-    have: Counter[str] = Counter()
-    for node in nodes:
-        have.update(node.resources_total)
-    lacking = capacity.lacks(capacity.needs(experiment, name), have)
+    have = [node.resources_total for node in nodes]
+    lacking = capacity.lacks(capacity.asks(experiment, name), lambda need: placement.room(have, need))
     if lacking:
         raise UserError(
             f"{name} with preset {experiment.name} does not fit {address}: {'; '.join(lacking)}; ask for fewer workers "

@@ -16,6 +16,7 @@ from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
+from mu2llm import logs
 from mu2llm.errors import UserError
 from mu2llm.serving.generator import ReportGenerator
 from mu2llm.serving.ingress import Ingress
@@ -122,7 +123,7 @@ def _deployment(
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=serving.drain_seconds,
-        logging_config=LoggingConfig(enable_access_log=False),
+        logging_config=LoggingConfig(enable_access_log=False, encoding="JSON" if logs.as_json() else "TEXT"),
         **options,
     )(kind)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mu2llm import tracking
+from mu2llm import logs, tracking
 from mu2llm.engine.actors import use_cpus
 from mu2llm.errors import Failure, UserError
 from mu2llm.serving.batch import Queued, RunningBatch
@@ -37,6 +37,7 @@ class ReportGenerator:
     """
 
     def __init__(self, settings: dict[str, Any], tracking_store: str | None, alone: bool) -> None:
+        logs.withhold()
         if tracking_store:
             os.environ["MLFLOW_TRACKING_URI"] = tracking_store
         self.settings = ServingConfig.model_validate(settings)

@@ -8,6 +8,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from mu2llm import logs
 from mu2llm.serving import web
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper
@@ -28,6 +29,7 @@ class Ingress:
         loopback: bool,
         token_sha256: str,
     ) -> None:
+        logs.withhold()
         self.token_sha256 = token_sha256
         self.settings, self.loopback = ServingConfig.model_validate(settings), loopback
         self.service = Service(reader, generator, scorer, self.settings)

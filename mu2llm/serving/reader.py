@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from mu2llm import logs
 from mu2llm.memory import machine_memory
 from mu2llm.serving.decoder import Decoder, Reading, Scan
 from mu2llm.serving.refusal import Refusal
@@ -17,6 +18,7 @@ class VolumeReader:
     """As many decoders as it takes requests at a time; those that are not needed are never started."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        logs.withhold()
         serving = ServingConfig.model_validate(settings)
         memory = min(int(serving.reading_gib * 2**30), int(OF_MACHINE * machine_memory()))
         self.decoders = [

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from mu2llm import logs
 from mu2llm.green import Judge, load_judge
 from mu2llm.records import Judgement
 from mu2llm.serving.faults import where
@@ -27,6 +28,7 @@ class GreenScorer:
     """
 
     def __init__(self, judge: dict[str, Any], max_ongoing_requests: int) -> None:
+        logs.withhold()
         self.config, self.max_ongoing_requests = JudgeConfig.model_validate(judge), max_ongoing_requests
         self.judge: Judge | None = None
         self.waiting = 0

@@ -20,7 +20,7 @@ import ray
 import ray.train
 import ray.train.torch
 
-from mu2llm import artefacts, storage, telemetry, tracking
+from mu2llm import artefacts, logs, storage, telemetry, tracking
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.errors import Failure, UserError
 from mu2llm.progress import Counted, Logged, polled
@@ -28,7 +28,7 @@ from mu2llm.records import Checkpoint
 from mu2llm.stages.held_out import HeldOut
 from mu2llm.stages.job import FINISHED_FILE, SCORE, STOPPED_FILE, Job, finished
 from mu2llm.stages.placement import check, resources
-from mu2llm.stages.worker import InProcessWorker, Resume, current_worker, use_gpu, work
+from mu2llm.stages.worker import InProcessWorker, Resume, current_worker, use_gpu, work, work_on_ray
 
 logger = logging.getLogger(__name__)
 LISTEN_S = 0.2  # between two looks of the controller at its workers: until it looks, the next report has to wait
@@ -65,10 +65,11 @@ def run(
     settings = job.settings
     tracked = _track(job)
     job = job.model_copy(update={"run": tracked.key})
-    if settings.workers == 0:
-        _run_here(job, loop, tracked, progress)
-    else:
-        _run_on_workers(job, loop, tracked, progress, held_out if job.validation else None)
+    with logs.about(stage=job.stage, run=tracked.key):
+        if settings.workers == 0:
+            _run_here(job, loop, tracked, progress)
+        else:
+            _run_on_workers(job, loop, tracked, progress, held_out if job.validation else None)
     stopped = storage.join(job.state, STOPPED_FILE)
     if storage.exists(stopped):
         told = storage.read_json(stopped)
@@ -143,7 +144,7 @@ def _run_on_workers(
         followed,
     ):
         trainer = ray.train.torch.TorchTrainer(
-            work,
+            work_on_ray,
             train_loop_config={"job": job.model_dump(), "loop": loop},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=settings.workers,  # type: ignore[arg-type]  # (MIN, MAX): elastic

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from mu2llm import private_apis
 from mu2llm.errors import UserError
 from mu2llm.settings.stages import StageConfig
-from mu2llm.stages.job import Job
+
+if TYPE_CHECKING:
+    from mu2llm.stages.job import Job
 
 
 def check(job: Job) -> None:
@@ -77,7 +80,12 @@ def workers_that_fit(need: Mapping[str, float]) -> int:
 
 def workers_on_nodes(need: Mapping[str, float]) -> int:
     """As many as the nodes hold that are there now."""
-    return sum(_slots(node["Resources"], need) for node in ray.nodes() if node["Alive"])
+    return room((node["Resources"] for node in ray.nodes() if node["Alive"]), need)
+
+
+def room(nodes: Iterable[Mapping[str, Any]], need: Mapping[str, float]) -> int:
+    """How many processes with `need` each such nodes hold, by their resources: one is on one node, whole."""
+    return sum(_slots(node, need) for node in nodes)
 
 
 def _slots(have: Mapping[str, float], each: Mapping[str, float]) -> int:

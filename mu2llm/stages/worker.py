@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel
 from transformers import set_seed
 
-from mu2llm import storage
+from mu2llm import logs, storage
 from mu2llm.cases import Shards, Stream
 from mu2llm.ct import augment_batch
 from mu2llm.errors import UserError
@@ -38,10 +38,17 @@ def work(settings: dict[str, Any]) -> None:
     try:
         if job.settings.gpus_per_worker:
             use_gpu(job)
-        settings["loop"](job, Resume.point())
+        with logs.about(stage=job.stage, run=job.run or ""):
+            settings["loop"](job, Resume.point())
     except UserError as error:
         # not raised on: a retry would end the same way
         storage.write_json(storage.join(job.state, STOPPED_FILE), {"why": str(error), "mistake": True})
+
+
+def work_on_ray(settings: dict[str, Any]) -> None:
+    """The same as a Ray worker's whole task: its lines of log are of the form that the driver's have."""
+    logs.begin()
+    work(settings)
 
 
 def use_gpu(job: Job) -> None:

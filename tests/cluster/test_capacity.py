@@ -10,30 +10,39 @@ from mu2llm.cluster import capacity
 from mu2llm.errors import UserError
 from mu2llm.memory import USABLE
 from mu2llm.model.memory import check_memory
+from mu2llm.stages import placement
 
 README = Path(__file__).parents[2] / "cluster" / "README.md"
 
 
-def test_a_pipeline_needs_the_most_that_a_stage_asks_for():
+def test_a_pipeline_asks_for_what_each_of_its_stages_does():
     paper = config.load("paper")
-    assert capacity.needs(paper, "sft") == {"CPU": 32, "GPU": 4}
-    assert capacity.needs(paper, "pipeline") == {"CPU": 32, "GPU": 4}
-    assert capacity.needs(config.load("tiny"), "pipeline") == {"CPU": 1, "GPU": 0}
+    assert capacity.asks(paper, "sft") == {"sft": capacity.Ask(4, {"CPU": 8, "GPU": 1})}
+    assert set(capacity.asks(paper, "pipeline")) == {"ingest", *capacity.STAGES}
+    assert capacity.asks(paper, "pipeline")["sft"] == capacity.asks(paper, "sft")["sft"]
 
 
 def test_elastic_training_needs_its_least_workers():
     elastic = config.load("paper", ["dpo.workers=[2, 4]"])
-    assert capacity.needs(elastic, "dpo") == {"CPU": 16, "GPU": 2}
+    assert capacity.asks(elastic, "dpo")["dpo"].number == 2
 
 
 def test_what_is_lacking_is_said():
-    assert capacity.lacks({"CPU": 2, "GPU": 1}, {"CPU": 2}) == ["1 GPU needed, the cluster has 0"]
-    assert capacity.lacks({"CPU": 2, "GPU": 0}, {"CPU": 2}) == []
+    """By node: a worker of 8 CPUs is on none of eight nodes of 4."""
+    asked = {"sft": capacity.Ask(2, {"CPU": 8, "GPU": 0})}
+    said = capacity.lacks(asked, lambda need: placement.room([{"CPU": 4}] * 8 + [{"CPU": 8}], need))
+    assert said == ["sft asks for 2 × 8 CPU, the nodes hold 1 of these"]
+    assert capacity.lacks(asked, lambda need: placement.room([{"CPU": 16}], need)) == []
+
+
+def test_the_workers_of_a_trial_share_its_gpus():
+    sweep = config.load("paper", ["sweep.workers_per_trial=2", "sweep.gpus_per_trial=1"])
+    assert capacity.asks(sweep, "sweep_dpo")["sweep_dpo"] == capacity.Ask(2, {"CPU": 8, "GPU": 0.5})
 
 
 def test_an_unknown_job_is_named():
     with pytest.raises(UserError, match="'sfft' is not known"):
-        capacity.needs(config.load("tiny"), "sfft")
+        capacity.asks(config.load("tiny"), "sfft")
 
 
 @pytest.mark.slow

@@ -1,31 +1,75 @@
 """The checks, one by one, on what nodes and storage would say; tests/cluster/test_submission.py asks a real cluster."""
 
 import json
+import time
+from importlib.util import find_spec
 
 import pytest
+import ray
+import ray.exceptions
 
 from mu2llm import config, storage
-from mu2llm.cluster import doctor, job
+from mu2llm.cluster import capacity, doctor, job
 from mu2llm.errors import UserError
+
+OURS = doctor.look("ingest")
 
 
 def node(**other):
-    told = doctor.look()
-    return doctor.Node(**{"name": "10.0.0.7", "skew_s": 0.0, **told, **other})
+    return doctor.Node(**{"name": "10.0.0.7", **OURS, **other})
 
 
 def test_nodes_with_other_versions_are_named():
-    assert doctor._same_versions([node(), node()]).status == "ok"
-    older = {**doctor.look()["versions"], "torch": "2.1.0"}
-    check = doctor._same_versions([node(), node(versions=older), node(python="3.9.1")])
+    assert "ray " in doctor._same_code([node(), node()], OURS).found
+    older = {**OURS["versions"], "torch": "2.1.0"}
+    check = doctor._same_code([node(), node(versions=older), node(python="3.9.1")], OURS)
     assert check.status == "fail"
     assert "10.0.0.7 has torch 2.1.0" in check.found and "has Python 3.9.1" in check.found
     assert "one image" in check.mend
 
 
+def test_torch_built_for_another_device_is_no_other_torch(monkeypatch):
+    """The documented cluster has a head without CUDA and workers with it; every job was refused there."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    ours = doctor.look("ingest")
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    assert ours["versions"]["torch"] == "2.13.0"
+    assert doctor._same_code([node(**doctor.look("ingest"))], ours).status == "ok"
+
+
+def test_what_a_node_cannot_import_is_said(monkeypatch):
+    """A package that is installed and lacks a library of the system had the right version by its name."""
+    monkeypatch.setitem(doctor.IMPORTS, "ingest", "mu2llm.no_such_module")
+    broken = doctor.look("ingest")
+    check = doctor._same_code([node(**broken)], OURS)
+    assert check.status == "fail" and "10.0.0.7: ModuleNotFoundError: No module named" in check.found
+    assert "the driver: ModuleNotFoundError" in doctor._same_code([], broken).found
+
+
+def test_a_node_whose_answer_fails_is_named_with_its_reason(monkeypatch):
+    def fails(_):
+        raise ray.exceptions.WorkerCrashedError
+
+    monkeypatch.setattr(ray, "get", fails)
+    check = doctor._same_code([doctor._answer("10.0.0.8", None, 0.0)], OURS)
+    assert check.status == "fail" and "10.0.0.8: WorkerCrashedError" in check.found
+
+
+def test_a_clock_is_compared_when_its_answer_arrives(monkeypatch):
+    monkeypatch.setattr(ray, "get", lambda _: {**OURS, "clock": time.time() - 40})
+    assert doctor._answer("late", None, time.time()).skew_s == pytest.approx(40, abs=5)
+
+
+def test_every_job_names_a_module_that_is_there():
+    jobs = {*capacity.BY_JOB, *capacity.asks(config.load("tiny"), "pipeline"), "sweep_dpo", "sweep_tokenizer"}
+    for job_ in jobs:
+        assert find_spec(doctor.IMPORTS.get(job_, f"mu2llm.stages.{job_}")), job_
+
+
 def test_a_node_that_does_not_answer_is_named():
-    silent = doctor.Node(name="10.0.0.9", python="", versions={}, skew_s=0, disk_gib=0, gpus=[])
-    assert "10.0.0.9 did not answer" in doctor._same_versions([silent]).found
+    silent = doctor.Node(name="10.0.0.9")
+    assert "10.0.0.9 did not answer" in doctor._same_code([silent], OURS).found
     assert doctor._disks([silent]).status == "warn"
 
 

@@ -23,6 +23,7 @@ from mu2llm.cluster import capacity, doctor, submission
 from mu2llm.errors import UserError
 from mu2llm.serving import app as serving
 from mu2llm.serving.app import Settings
+from mu2llm.stages import placement
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -131,9 +132,13 @@ def requests_of(group: dict) -> dict[str, float]:
     return {"CPU": amount(cpus), "GPU": amount(limits.get("nvidia.com/gpu", 0))}
 
 
-def together(groups: list[dict], count: str) -> dict[str, float]:
-    """CPUs and GPUs of all pods of the groups, as many as `count` says."""
-    return {name: sum(group[count] * requests_of(group)[name] for group in groups) for name in ("CPU", "GPU")}
+def lacks(preset: str, job: str, nodes: list[dict[str, float]]) -> list[str]:
+    return capacity.lacks(capacity.asks(config.load(preset), job), lambda need: placement.room(nodes, need))
+
+
+def each_pod(groups: list[dict], count: str) -> list[dict[str, float]]:
+    """CPUs and GPUs of each pod of the groups, as many as `count` says."""
+    return [requests_of(group) for group in groups for _ in range(group[count])]
 
 
 # ---- schemas
@@ -153,13 +158,7 @@ def test_so_they_do_with_redis_and_queue(overlay, shared):
     job = one(documents, "RayJob")
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "mu2llm"
     assert job["spec"]["suspend"] is True
-    have = {
-        name: sum(
-            group["replicas"] * requests_of(group)[name] for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-        )
-        for name in ("CPU", "GPU")
-    }
-    assert not capacity.lacks(capacity.needs(config.load("paper"), "pipeline"), have)
+    assert not lacks("paper", "pipeline", each_pod(job["spec"]["rayClusterSpec"]["workerGroupSpecs"], "replicas"))
 
 
 def check_schemas(documents: list[dict], shared: Path) -> None:
@@ -364,18 +363,19 @@ def test_an_upgrade_in_steps_has_its_gateway_and_its_policy(overlay, shared):
 def test_jobs_start_with_options_that_they_know(overlay):
     documents = rendered(overlay)
     job, cron = one(documents, "RayJob")["spec"], one(documents, "RayCronJob")["spec"]["jobTemplate"]
-    experiments = {}
+    jobs = set()
     worker = one(documents, "RayCluster")["spec"]["workerGroupSpecs"][0]["template"]["spec"]
     for spec in (job, cron):
         words = words_of_the_job(spec["entrypoint"], environment_of(documents, worker))
         assert words[0] == "python" and not [word for word in words if "$" in word or "//" in word.replace("://", "")]
         name, arguments = words[1].removeprefix(f"{CODE}ray_jobs/").removesuffix(".py"), words[2:]
         given = submission.options(ROOT, name, arguments)
-        experiments[name] = config.load(given["preset"], given["set_"])
-        have = together(spec["rayClusterSpec"]["workerGroupSpecs"], "maxReplicas")
-        have["CPU"] -= spec["entrypointNumCpus"]
-        assert not capacity.lacks(capacity.needs(experiments[name], name), have)
-    assert set(experiments) == {"pipeline", "evaluate"}
+        asked = capacity.asks(config.load(given["preset"], given["set_"]), name)
+        nodes = each_pod(spec["rayClusterSpec"]["workerGroupSpecs"], "maxReplicas")
+        nodes[0]["CPU"] -= spec["entrypointNumCpus"]
+        assert not capacity.lacks(asked, lambda need, nodes=nodes: placement.room(nodes, need))
+        jobs.add(name)
+    assert jobs == {"pipeline", "evaluate"}
 
 
 @pytest.mark.parametrize("overlay", WITH_GPUS)
@@ -433,7 +433,7 @@ def test_the_service_fits_its_pods(overlay):
             wanted[group["groupName"]][kind] += each[kind] * scaling.max_replicas
     for group in groups:
         most = {kind: group["maxReplicas"] * amount for kind, amount in requests_of(group).items()}
-        assert not capacity.lacks({kind: wanted[group["groupName"]][kind] for kind in most}, most)
+        assert all(wanted[group["groupName"]][kind] <= most[kind] for kind in most)
         assert wanted[group["groupName"]]["memory"] <= group["maxReplicas"] * memory_of(group)
         assert told["http_options"]["port"] in {port["containerPort"] for port in _ports(group)}
 
@@ -496,10 +496,9 @@ def test_launcher_files_pass_rays_schema(cloud):
     assert types["head"]["resources"]["CPU"] == 0
     for image in (values["docker"]["image"], types["gpu-spot"]["docker"]["worker_image"]):
         assert f"mu2llm:{mu2llm.__version__}-" in image
-    need = capacity.needs(config.load("paper"), "pipeline")
     for name in ("gpu-spot", "gpu-on-demand"):
         gpu = types[name]
-        assert not capacity.lacks(need, {kind: gpu["max_workers"] * gpu["resources"][kind] for kind in ("CPU", "GPU")})
+        assert not lacks("paper", "pipeline", [gpu["resources"]] * gpu["max_workers"])
     assert types["gpu-spot"]["priority"] > types["gpu-on-demand"]["priority"]
     for commands in (values["head_start_ray_commands"], values["worker_start_ray_commands"]):
         assert "RAY_AUTH_MODE=token" in commands[-1] and "MLFLOW_TRACKING_URI" in commands[-1]

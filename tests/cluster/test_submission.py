@@ -59,7 +59,9 @@ def test_a_cluster_is_as_large_as_the_nodes_that_live(head):
     head.wait_for(1)
     stage = ["sft", "--preset", "tiny", "--data", "s3://bucket/shards", "--out", "s3://bucket/sft"]
     done = mu2llm(head, "submit", *stage, "--set", "sft.workers=64", "--set", "sft.batch_size=64")
-    assert done.returncode == 2 and "64 CPU needed, the cluster has 2" in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 2 and "sft asks for 64 × 1 CPU, the nodes hold 2 of these" in done.stderr, done.stderr[
+        -2000:
+    ]
 
 
 def test_what_only_the_cluster_can_know_ends_the_job_before_its_work(head, scans, tmp_path):

@@ -42,7 +42,7 @@ def test_the_docstrings_lines_are_ready_to_run(name):
             given = submission.options(ROOT, name, _without(words[3 if words[1] == "submit" else 2 :]))
         experiment = load(given["preset"], given["set_"])
         if name != "doctor":
-            assert capacity.needs(experiment, name)["CPU"] > 0
+            assert all(each.resources["CPU"] > 0 for each in capacity.asks(experiment, name).values())
 
 
 def _without(words: list[str]) -> list[str]:
