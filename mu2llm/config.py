@@ -45,13 +45,15 @@ class Experiment(Section):
     @model_validator(mode="before")
     @classmethod
     def _spec_of_the_tower(cls, values: Any) -> Any:
-        """A tower of another name than m3d brings its spec, in which `data.spec` of that name may change sizes."""
+        """A tower of another name than m3d brings its spec, in which `data.spec` of that name may change sizes, and of
+        any name the number of series."""
         vision = _within(values, "model", "vision")
         if vision.get("tower", "m3d") not in (*TOWERS, "own") or vision.get("tower", "m3d") == "m3d":
             return values
         tower = tower_spec(vision["tower"], vision.get("own"), vision.get("sizes"))
         given = _within(values, "data", "spec")
-        spec = merged(tower.preprocess(), given) if given.get("name") == tower.name else tower.preprocess()
+        changed = given if given.get("name") == tower.name else {k: v for k, v in given.items() if k == "series"}
+        spec = merged(tower.preprocess(), changed)
         return {**values, "data": {**values.get("data", {}), "spec": spec}}
 
     @model_validator(mode="after")

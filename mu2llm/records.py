@@ -71,8 +71,15 @@ class Question(Record):
     region: str | None = None
 
 
+class Series(Record):
+    """A further series of an examination: where it is, as `Case` says of the first."""
+
+    volume: str
+    series: str | None = None
+
+
 class Case(Record):
-    """One examination: a scan in storage and what was written about it."""
+    """One examination: a scan in storage, or several series of it, and what was written about it."""
 
     id: str
     patient: str
@@ -90,6 +97,7 @@ class Case(Record):
         description="DICOM series among those at `volume`, by instance UID or description, NAME#2 for the second scan "
         "in it; None: the largest axial",
     )
+    further: tuple[Series, ...] = Field((), description="the examination's series behind the first")
     source: str = ""
 
     arrow_schema = pa.schema(
@@ -104,9 +112,15 @@ class Case(Record):
             _json("labels"),
             _json("rescale"),
             pa.field("series", pa.string()),
+            _json("further"),
             pa.field("source", pa.string()),
         ]
     )
+
+    @property
+    def every_series(self) -> tuple[Series, ...]:
+        """The series of the examination, in the order in which a model gets them."""
+        return (Series(volume=self.volume, series=self.series), *self.further)
 
 
 PLAIN_FITS = ("torchio", "monai", "tiles")
@@ -115,6 +129,8 @@ PLAIN_FITS = ("torchio", "monai", "tiles")
 
 class PreprocessSpec(Record):
     """How a scan in HU becomes the model's input: (chunks T, channels C, slices K, H, W).
+
+    Of several `series` of an examination each is prepared by itself, and their chunks stand one behind the other.
 
     Saved in the shards and in the checkpoint, and enforced by `hash` at inference. Sizes are (z, y, x), or in the order
     of `axes`. Exactly one of `windows` (HU ranges, one channel each) and `percentiles` (the reference's 0.5–99.5
@@ -145,6 +161,9 @@ class PreprocessSpec(Record):
         None, description="chunks along each axis, the last one counting fastest; None: all along the first"
     )
     dtype: Literal["uint8", "float16", "float32"] = "uint8"
+    series: int = Field(
+        1, ge=1, description="series of an examination that are read; where it has fewer, the others' chunks are empty"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -166,11 +185,13 @@ class PreprocessSpec(Record):
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What came later is not written where it says nothing: older specs keep their text and their hash."""
         values: dict[str, Any] = serialise(self)
-        return {key: v for key, v in values.items() if (key, v) not in (("axes", "SAR"), ("tiles", None))}
+        return {
+            key: v for key, v in values.items() if (key, v) not in (("axes", "SAR"), ("tiles", None), ("series", 1))
+        }
 
     @property
     def tiling(self) -> tuple[int, int, int]:
-        """Chunks along each axis of the grid."""
+        """Chunks along each axis of the grid, which is of one series."""
         return self.tiles or (self.chunks, 1, 1)
 
     @property
@@ -179,15 +200,24 @@ class PreprocessSpec(Record):
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """(T, C, K, H, W) of one scan."""
+        """(T, C, K, H, W) of one scan, or of all series of an examination."""
         depth, height, width = (size // by for size, by in zip(self.grid, self.tiling, strict=True))
-        return (self.chunks, self.channels, depth, height, width)
+        return (self.series * self.chunks, self.channels, depth, height, width)
+
+    @property
+    def title(self) -> str:
+        """Name and hash, and how many series it reads where it is not one."""
+        return f"{self.name} ({self.hash}{_of_series(self.series)})"
 
     @property
     def hash(self) -> str:
         """Twelve hex digits over every field but the name."""
         fields = self.model_dump(mode="json", exclude={"name"})
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _of_series(count: int) -> str:
+    return f", {count} series" if count > 1 else ""
 
 
 def _axis(letter: str) -> frozenset[str]:
@@ -381,3 +411,9 @@ class Checkpoint(BaseModel):
     experiment: dict[str, Any]
     lineage: Lineage
     training: Training = Training()
+
+    @property
+    def spec_title(self) -> str:
+        """The hash of the spec that it expects, and how many series that reads where it is not one."""
+        spec = self.experiment.get("data", {}).get("spec", {})
+        return f"{self.lineage.spec_hash}{_of_series(spec.get('series', 1))}"

@@ -12,7 +12,6 @@ what failed is listed in `failed.parquet`, and the ingest fails at its end.
 from __future__ import annotations
 
 import collections
-import functools
 import hashlib
 import json
 import logging
@@ -25,6 +24,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,13 @@ class Unwritten(Exception):
 
 
 def schema(spec: PreprocessSpec) -> pa.Schema:
-    """Columns of a shard: the case, the model's input, facts of the scan."""
+    """Columns of a shard: the case, the model's input, facts of the scan (of several series, of the first)."""
+    of_case = [field for field in Case.arrow_schema if spec.series > 1 or field.name != "further"]
     return pa.schema(
         [
-            *Case.arrow_schema,
+            *of_case,
             tensor_field("voxels", spec.shape, spec.dtype),
-            tensor_field("chunk_mask", (spec.chunks,), "bool"),
+            tensor_field("chunk_mask", (spec.shape[0],), "bool"),
             tensor_field("affine", (4, 4), "float64"),
             tensor_field("spacing_mm", (3,), "float64"),
             pa.field("warnings", pa.string(), metadata={b"encoding": b"json"}),
@@ -139,20 +140,33 @@ def plan(table: CaseTable, data: DataConfig, left_out: Collection[str] = ()) -> 
             group = [case for case in cases[start : start + size] if case.id not in left_out]
             if not group:
                 continue
-            stamps = [table.facts[case.volume].stamp if case.volume in table.facts else None for case in group]
-            digest = artefacts.digest([[case.row() for case in group], stamps, data.spec.hash, sorted(data.accept)])
+            places = [each.volume for case in group for each in case.every_series]
+            stamps = [table.facts[place].stamp if place in table.facts else None for place in places]
+            rows = [_without_empty(case.row()) for case in group]
+            digest = artefacts.digest([rows, stamps, data.spec.hash, sorted(data.accept)])
             groups[f"{split}/{number:05d}-{digest}.parquet"] = group
     return groups
+
+
+def _without_empty(row: dict[str, Any]) -> dict[str, Any]:
+    """A case's row without the column for further series where it has none, as the rows of one series always were."""
+    return {name: value for name, value in row.items() if (name, value) != ("further", "[]")}
 
 
 def _excluded(table: CaseTable, data: DataConfig) -> set[str]:
     """Ids of the cases that `data.exclude` names by id or URI; a UserError where it names something else."""
     wanted = set(data.exclude)
-    named = {name for case in table.cases for name in (case.id, case.volume, storage.lasting(case.volume))}
-    unknown = wanted - named - {name for each in table.rejections for name in (each.case_id, each.uri)}
+    names = {case.id: _names(case) for case in table.cases}
+    unknown = wanted.difference(*names.values(), *({each.case_id, each.uri} for each in table.rejections))
     if unknown:
         raise UserError(f"data.exclude: {min(unknown)!r} is neither a case's id nor the URI of its volume")
-    return {case.id for case in table.cases if wanted & {case.id, case.volume, storage.lasting(case.volume)}}
+    return {id for id, known in names.items() if wanted & known}
+
+
+def _names(case: Case) -> set[str]:
+    """What `data.exclude` may call a case."""
+    places = {each.volume for each in case.every_series}
+    return {case.id, *places, *map(storage.lasting, places)}
 
 
 def _too_large(table: CaseTable, node: int | None) -> dict[str, Rejection]:
@@ -168,8 +182,9 @@ def _too_large(table: CaseTable, node: int | None) -> dict[str, Rejection]:
 
 
 def _bytes(table: CaseTable, cases: list[Case]) -> int:
-    """The bytes of the largest scan of a group; 0 where nothing is known."""
-    return max((table.facts[case.volume].bytes for case in cases if case.volume in table.facts), default=0)
+    """The bytes of the largest examination of a group; 0 where nothing is known."""
+    places = [{each.volume for each in case.every_series} & table.facts.keys() for case in cases]
+    return max((sum(table.facts[place].bytes for place in each) for each in places), default=0)
 
 
 def _shuffled(case: Case) -> bytes:
@@ -214,7 +229,7 @@ def _tasks(
     for path, cases in groups.items():
         by_class[node_memory.asked(_bytes(table, cases), node)].append(group_table(path, cases))
     begun = storage.join(out, BEGUN, secrets.token_hex(4))
-    write = functools.partial(write_shard, out=out, spec=data.spec, accept=data.accept, begun=begun)
+    write = partial(write_shard, out=out, spec=data.spec, accept=data.accept, begun=begun)
     classes = [
         ray.data.from_arrow(tables).map_batches(
             write, batch_size=None, batch_format="pyarrow", num_cpus=1, memory=memory
@@ -310,20 +325,20 @@ def _scans(
     """Each case with its row, its Rejection or what failed; the next scans are fetched meanwhile."""
     with tempfile.TemporaryDirectory(prefix="mu2llm-") as folder, ThreadPoolExecutor(READ_AHEAD) as pool:
         waiting = collections.deque(cases)
-        fetched: collections.deque[Future[Path]] = collections.deque()
+        fetched: collections.deque[Future[list[Path]]] = collections.deque()
         for number, case in enumerate(cases):
             while waiting and len(fetched) <= READ_AHEAD:
-                fetched.append(pool.submit(fetch, waiting.popleft().volume, Path(folder, str(number + len(fetched)))))
+                fetched.append(pool.submit(_fetched, waiting.popleft(), Path(folder, str(number + len(fetched)))))
             yield case, _result(case, fetched.popleft(), spec, accept)
             shutil.rmtree(Path(folder, str(number)), ignore_errors=True)
 
 
 def _result(
-    case: Case, source: Future[Path], spec: PreprocessSpec, accept: tuple[str, ...]
+    case: Case, sources: Future[list[Path]], spec: PreprocessSpec, accept: tuple[str, ...]
 ) -> dict[str, Any] | Rejection | Exception:
     """The row, the Rejection or the error of one case; a UserError, such as an unknown code to accept, is of all."""
     try:
-        return _row(case, source.result(), spec, accept)
+        return _row(case, sources.result(), spec, accept)
     except Rejection as rejection:
         return Rejection(_lasting(case).volume, rejection.reason, rejection.message, case.id)
     except UserError:
@@ -331,6 +346,13 @@ def _result(
     except Exception as error:  # told at the end, with its trace
         logging.getLogger(__name__).exception("case %s", case.id)
         return error
+
+
+def _fetched(case: Case, folder: Path) -> list[Path]:
+    """The series of a case as local paths, each place fetched once; Rejection where one is not there."""
+    places = list(dict.fromkeys(each.volume for each in case.every_series))
+    local = {place: fetch(place, folder / str(number)) for number, place in enumerate(places)}
+    return [local[each.volume] for each in case.every_series]
 
 
 def fetch(uri: str, folder: Path) -> Path:
@@ -345,30 +367,42 @@ def fetch(uri: str, folder: Path) -> Path:
     return local
 
 
-def _row(case: Case, source: Path, spec: PreprocessSpec, accept: tuple[str, ...]) -> dict[str, Any]:
-    """The row of a shard; Rejection where the scan cannot be used."""
-    volume = storage.retried(
-        case.volume, lambda: ct.read(source, series=case.series, rescale=case.rescale, accept=accept)
-    )
-    model_input = ct.prepare(ct.admit(volume, accept), spec)
+def _row(case: Case, sources: list[Path], spec: PreprocessSpec, accept: tuple[str, ...]) -> dict[str, Any]:
+    """The row of a shard; Rejection where one of its series cannot be used."""
+    volumes = [_volume(case, number, source, accept) for number, source in enumerate(sources)]
+    model_input = ct.prepare(volumes, spec)
     return {
         **_lasting(case).row(),
         "voxels": model_input.voxels,
         "chunk_mask": model_input.chunk_mask,
         "affine": model_input.affine,
-        "spacing_mm": volume.spacing_mm,
-        "warnings": json.dumps(volume.warnings),
+        "spacing_mm": volumes[0].spacing_mm,
+        "warnings": json.dumps(ct.warnings(volumes, spec)),
     }
 
 
+def _volume(case: Case, number: int, source: Path, accept: tuple[str, ...]) -> ct.CTVolume:
+    """One series of a case in HU; of several the Rejection says which it is."""
+    place, series = case.every_series[number].volume, case.every_series[number].series
+    try:
+        read = partial(ct.read, source, series=series, rescale=case.rescale, accept=accept)
+        return ct.admit(storage.retried(place, read), accept)
+    except Rejection as rejection:
+        if not case.further:
+            raise
+        which = f"series {number + 1} of {len(case.every_series)} ({storage.lasting(place)})"
+        raise Rejection(rejection.uri, rejection.reason, f"{which}: {rejection.message}") from None
+
+
 def _lasting(case: Case) -> Case:
-    """The case with the URI of its volume as it is to be recorded."""
-    return case.model_copy(update={"volume": storage.lasting(case.volume)})
+    """The case with the URIs of its volumes as they are to be recorded."""
+    further = tuple(each.model_copy(update={"volume": storage.lasting(each.volume)}) for each in case.further)
+    return case.model_copy(update={"volume": storage.lasting(case.volume), "further": further})
 
 
 def _check_target(out: str, spec: PreprocessSpec) -> None:
     if storage.exists(storage.join(out, INDEX)) and Shards.open(out).spec.hash != spec.hash:
-        raise UserError(f"{out} holds shards of another spec than {spec.name} ({spec.hash}); give another --out")
+        raise UserError(f"{out} holds shards of another spec than {spec.title}; give another --out")
 
 
 def _write_rest(out: str, table: CaseTable, rejected: list[Rejection]) -> None:

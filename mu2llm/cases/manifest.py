@@ -1,8 +1,8 @@
 """Manifests → case table: our own (JSON lines, CSV, Parquet) and those of the public data sets.
 
 Our own has one row a case: `id`, `patient` (default: the id), `volume` (relative to `--volumes`, or a URI),
-`report`, and optionally `split`, `questions`, `findings`, `labels`, `rescale`, `series`, `source`. In CSV and Parquet
-the nested ones are JSON text.
+`report`, and optionally `split`, `questions`, `findings`, `labels`, `rescale`, `series`, `source`. `volume` and
+`series` may be lists: the series of one examination. In CSV and Parquet the nested ones are JSON text.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from mu2llm.cases.rows import read_csv, read_json_lines, read_parquet, unused
 from mu2llm.cases.table import CaseTable, assign_splits
 from mu2llm.cases.volumes import Volumes
 from mu2llm.errors import UserError
-from mu2llm.records import Case
+from mu2llm.records import Case, Series
 from mu2llm.settings.data import DataConfig
 
-NESTED = [field.name for field in Case.arrow_schema if field.metadata]
+COLUMNS = [name for name in Case.model_fields if name != "further"]
+NESTED = [field.name for field in Case.arrow_schema if field.metadata and field.name in COLUMNS]
 
 
 def read_manifest(manifest: str, format: str, volumes: str, data: DataConfig, need_report: bool = True) -> CaseTable:
@@ -40,14 +41,14 @@ def read_manifest(manifest: str, format: str, volumes: str, data: DataConfig, ne
     for case in _distinct(table, FORMATS[format](manifest, found, data, table)):
         if need_report and not case.report.strip():
             table.note("no_report", [case.id])
-        elif found.missing(case.volume):
-            table.reject(case.volume, "not_found", "there is nothing under this path or URI", case.id)
+        elif missing := [each.volume for each in case.every_series if found.missing(each.volume)]:
+            table.reject(missing[0], "not_found", "there is nothing under this path or URI", case.id)
         else:
             table.cases.append(case)
     if not table.cases:
         raise UserError(f"manifest {manifest} gives no case to use below {volumes}: {_counted(table)}")
     table.note("scan_without_row", found.unnamed())
-    listed = {case.volume: found.facts(case.volume) for case in table.cases}
+    listed = {each.volume: found.facts(each.volume) for case in table.cases for each in case.every_series}
     table.facts = {uri: facts for uri, facts in listed.items() if facts}
     assign_splits(table, data.split)
     table.counts["cases"] = len(table.cases)
@@ -83,7 +84,9 @@ def _distinct(table: CaseTable, cases: Iterable[Case]) -> Iterator[Case]:
             yield case.model_copy(update={"patient": patient})
 
 
-def _own(rows: list[dict[str, Any]], manifest: str, found: Volumes, table: CaseTable) -> Iterator[Case]:
+def _own(
+    rows: list[dict[str, Any]], manifest: str, found: Volumes, data: DataConfig, table: CaseTable
+) -> Iterator[Case]:
     """Rows of our own manifest → cases."""
     rows = [{_column(name): value for name, value in row.items()} for row in rows]
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -94,10 +97,10 @@ def _own(rows: list[dict[str, Any]], manifest: str, found: Volumes, table: CaseT
             "report and what the documentation lists"
         )
     table.counts["rows"] = len(rows)
-    table.note("unknown_columns", unused(rows, Case.model_fields))
+    table.note("unknown_columns", unused(rows, COLUMNS))
     for number, row in enumerate(rows, 1):
         try:
-            yield _own_case(row, manifest, found, table)
+            yield _own_case(row, manifest, found, data.spec.series, table)
         except ValueError as error:
             name = name_of(row.get("id") or f"row {number}")
             table.reject(str(row.get("volume") or manifest), "invalid_row", f"row {number}: {_why(error)}", name)
@@ -106,16 +109,15 @@ def _own(rows: list[dict[str, Any]], manifest: str, found: Volumes, table: CaseT
 def _column(name: str) -> str:
     """A column's name; ours in any case."""
     plain = name.strip().lower()
-    return plain if plain in Case.model_fields else name
+    return plain if plain in COLUMNS else name
 
 
-def _own_case(row: dict[str, Any], manifest: str, found: Volumes, table: CaseTable) -> Case:
-    values = {name: value for name, value in row.items() if name in Case.model_fields and not is_nothing(value)}
+def _own_case(row: dict[str, Any], manifest: str, found: Volumes, most: int, table: CaseTable) -> Case:
+    """A row's case, of at most so many series; ValueError where it is none."""
+    values = {name: value for name, value in row.items() if name in COLUMNS and value != [] and not is_nothing(value)}
     absent = [name for name in ("id", "volume") if name not in values]
     if absent:
         raise ValueError(f"no {' and no '.join(absent)}")
-    if isinstance(values.get("series"), list):
-        raise ValueError("series: a case is one scan, several series are not put together; give each a row of its own")
     for name in NESTED:
         if isinstance(values.get(name), str):
             values[name] = json.loads(values[name])
@@ -126,10 +128,36 @@ def _own_case(row: dict[str, Any], manifest: str, found: Volumes, table: CaseTab
     if "patient" in row and "patient" not in values:
         table.note("no_patient", [values["id"]])
     values["patient"] = name_of(values.get("patient", values["id"]))
-    values["volume"] = found.name(str(values["volume"]).strip())
-    case = Case.model_validate({"report": "", "source": manifest, **values})
+    first, *further = _series(values.pop("volume"), values.pop("series", None), found, most)
+    case = Case.model_validate({"report": "", "source": manifest, **values, **dict(first), "further": further})
     table.note("name_mended", [f"{name} {values[name]}" for name in mended])
     return case
+
+
+def _series(volume: Any, series: Any, found: Volumes, most: int) -> list[Series]:
+    """What the cells `volume` and `series` name: one scan, several files, or several series at one place."""
+    volumes, names = _listed(volume), _listed(series)
+    if len(volumes) == 1:
+        volumes = volumes * len(names)
+    if len(names) == 1 and names[0] is None:
+        names = names * len(volumes)
+    if len(volumes) != len(names):
+        raise ValueError(f"series: {len(names)} for {len(volumes)} volumes; name one of each, or none")
+    if len(volumes) > most:
+        raise ValueError(
+            f"series: it lists {len(volumes)}, data.spec.series reads {most} of a case; raise it, or list fewer"
+        )
+    pairs = [(found.name(str(place).strip()), name) for place, name in zip(volumes, names, strict=True)]
+    if len(set(pairs)) < len(pairs):
+        raise ValueError("series: it lists one twice")
+    return [Series(volume=place, series=name) for place, name in pairs]
+
+
+def _listed(cell: Any) -> list[Any]:
+    """A cell's list, also as JSON text; one value is a list of it."""
+    if isinstance(cell, str) and cell.lstrip().startswith('["'):
+        cell = json.loads(cell)
+    return (cell or [None]) if isinstance(cell, list) else [cell]
 
 
 def _why(error: ValueError) -> str:
@@ -141,9 +169,9 @@ def _why(error: ValueError) -> str:
 
 Format = Callable[[str, Volumes, DataConfig, CaseTable], Iterator[Case]]
 FORMATS: dict[str, Format] = {
-    "jsonl": lambda manifest, found, _, table: _own(read_json_lines(manifest, table), manifest, found, table),
-    "csv": lambda manifest, found, _, table: _own(list(read_csv(manifest, table)), manifest, found, table),
-    "parquet": lambda manifest, found, _, table: _own(read_parquet(manifest, table), manifest, found, table),
+    "jsonl": lambda manifest, found, data, table: _own(read_json_lines(manifest, table), manifest, found, data, table),
+    "csv": lambda manifest, found, data, table: _own(list(read_csv(manifest, table)), manifest, found, data, table),
+    "parquet": lambda manifest, found, data, table: _own(read_parquet(manifest, table), manifest, found, data, table),
     "ct-rate": ct_rate.cases,
     "amos-mm": amos_mm.cases,
     "abdomenatlas3": abdomenatlas3.cases,
@@ -151,7 +179,7 @@ FORMATS: dict[str, Format] = {
     "flare26": flare26.cases,
     "lidc": lidc.cases,
     "idc": lambda manifest, found, data, table: _own(
-        list(idc.rows(manifest, found, data, table)), manifest, found, table
+        list(idc.rows(manifest, found, data, table)), manifest, found, data, table
     ),
 }
 INSTALLED = {"lidc": lidc.PACKAGE, "idc": idc.PACKAGE}

@@ -200,7 +200,7 @@ def generate(
     scans, refused = [ScanPlace(path, series) for path in paths or []], []
     if manifest:
         table = read_manifest(manifest, format, volumes, experiment.data, need_report=False)
-        scans += [ScanPlace(case.volume, case.series, case.rescale) for case in table.cases]
+        scans += [ScanPlace(case.volume, case.series, case.rescale, case.further) for case in table.cases]
         refused = [{"path": each.uri, "rejected": each.reason, "message": each.message} for each in table.rejections]
     if not scans and not refused:
         raise UserError("no scans: give paths, or --manifest")

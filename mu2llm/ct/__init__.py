@@ -3,7 +3,7 @@
 from mu2llm.ct.augment import augment, augment_batch
 from mu2llm.ct.codes import ACCEPTABLE, REASONS, WARNINGS, Acceptable
 from mu2llm.ct.inspection import describe, inspect, three_planes
-from mu2llm.ct.preprocess import SPECS, ModelInput, input_key, joined, prepare
+from mu2llm.ct.preprocess import SPECS, ModelInput, input_key, joined, prepare, warnings
 from mu2llm.ct.reading import read
 from mu2llm.ct.volume import CTVolume, admit
 from mu2llm.errors import Rejection
@@ -29,4 +29,5 @@ __all__ = [
     "prepare",
     "read",
     "three_planes",
+    "warnings",
 ]

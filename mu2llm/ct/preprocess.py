@@ -6,14 +6,17 @@ One separable resampling from stored voxels to the model's grid; nothing of full
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mu2llm.ct import geometry
+from mu2llm.ct.codes import in_order
 from mu2llm.ct.resample import Plane, linear_weights, resample, smoothed_linear_weights, triangle_weights
 from mu2llm.ct.volume import CTVolume
+from mu2llm.errors import UserError
 from mu2llm.records import PLAIN_FITS, PreprocessSpec
 
 if TYPE_CHECKING:
@@ -55,11 +58,11 @@ SPECS: dict[str, PreprocessSpec] = {
 
 @dataclass(frozen=True)
 class ModelInput:
-    """What the model sees of one scan.
+    """What the model sees of one scan, or of the series of an examination, whose chunks stand one behind the other.
 
     `voxels` (T, C, K, H, W) of the spec's dtype (uint8: 0…255 stands for 0…1), `chunk_mask` (T,) True where a
-    chunk holds any of the scan. `affine` maps the whole grid's (column w, row h, slice k) to mm in RAS+: of chunks
-    along the slices alone k is t·K + k of the chunk; `joined` puts tiles together.
+    chunk holds any of the scan. `affine` maps the whole grid's (column w, row h, slice k) of the first series to mm in
+    RAS+: of chunks along the slices alone k is t·K + k of the chunk; `joined` puts tiles together.
     `spec_hash` is of the spec that it was prepared by.
     """
 
@@ -86,9 +89,33 @@ class Axis:
     weights: sparse.csr_matrix
 
 
-def prepare(volume: CTVolume, spec: PreprocessSpec) -> ModelInput:
-    """A scan → the model's input as `spec` says. Slices, rows and columns run as its `axes` say; with orientation
-    `as_stored` they are the file's third, first and second axis."""
+def prepare(scans: CTVolume | Sequence[CTVolume], spec: PreprocessSpec) -> ModelInput:
+    """A scan, or the series of an examination, → the model's input as `spec` says; a UserError for more series than it
+    reads. Each is prepared as if it were alone; of those that are missing the chunks are empty.
+
+    Slices, rows and columns run as its `axes` say; with orientation `as_stored` they are the file's third, first and
+    second axis."""
+    volumes = [scans] if isinstance(scans, CTVolume) else scans
+    if not 0 < len(volumes) <= spec.series:
+        raise UserError(f"{len(volumes)} series of an examination; spec {spec.title} reads {spec.series}")
+    parts = [_prepared(volume, spec) for volume in volumes]
+    if spec.series == 1:
+        return parts[0]
+    voxels, mask = np.zeros(spec.shape, spec.dtype), np.zeros(spec.shape[0], bool)
+    for number, part in enumerate(parts):
+        own = slice(number * spec.chunks, (number + 1) * spec.chunks)
+        voxels[own], mask[own] = part.voxels, part.chunk_mask
+    return ModelInput(voxels, mask, parts[0].affine, spec.hash)
+
+
+def warnings(volumes: Sequence[CTVolume], spec: PreprocessSpec) -> tuple[str, ...]:
+    """What was set right in the series of an examination, and whether there are fewer than `spec` reads."""
+    codes = {code for volume in volumes for code in volume.warnings}
+    return in_order(codes | {"series_missing"} if len(volumes) < spec.series else codes)
+
+
+def _prepared(volume: CTVolume, spec: PreprocessSpec) -> ModelInput:
+    """One series by itself: voxels (chunks, C, K, H, W)."""
     scan, to_ras = _axes(volume, spec)
     values, floor = _values(scan, spec)
     exact = spec.percentiles is not None or spec.fit in PLAIN_FITS
@@ -102,8 +129,9 @@ def prepare(volume: CTVolume, spec: PreprocessSpec) -> ModelInput:
 
 
 def joined(weights: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
-    """(T, z, y, x) of the chunks → (T, z, y, x) of the whole grid in chunks along the first axis alone."""
-    parts = weights.reshape(*spec.tiling, *weights.shape[1:]).transpose(0, 3, 1, 4, 2, 5)
+    """(T, z, y, x) of the chunks → (chunks, z, y, x) of the first series' whole grid in chunks along the first axis
+    alone."""
+    parts = weights[: spec.chunks].reshape(*spec.tiling, *weights.shape[1:]).transpose(0, 3, 1, 4, 2, 5)
     first, *rest = parts.shape
     return parts.reshape(first, rest[0], rest[1] * rest[2], rest[3] * rest[4])
 
@@ -230,7 +258,8 @@ def _voxels(
     grid: np.ndarray, axes: tuple[Axis, Axis, Axis], spec: PreprocessSpec, around: np.number | None
 ) -> np.ndarray:
     """The resampled scan in its place, windowed into channels, cut into chunks, quantised; HU `around` it, or black."""
-    _, channels, depth, height, width = spec.shape
+    _, channels, *chunk = spec.shape
+    depth, height, width = chunk
     along, down, across = spec.tiling
     voxels = np.zeros((along, down, across, channels, depth, height, width), spec.dtype)
     rows, columns = (slice(axis.offset, axis.offset + axis.count) for axis in axes[1:])
@@ -243,7 +272,7 @@ def _voxels(
             tile, place = divmod(axes[0].offset + index, depth)
             plane[rows, columns] = _windowed(grid[index], channel, spec)
             voxels[tile, :, :, channel, place] = plane.reshape(down, height, across, width).transpose(0, 2, 1, 3)
-    return voxels.reshape(spec.shape)
+    return voxels.reshape(spec.chunks, channels, *chunk)
 
 
 def _windowed(plane: np.ndarray | np.float32, channel: int, spec: PreprocessSpec) -> np.ndarray:

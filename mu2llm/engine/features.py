@@ -33,10 +33,10 @@ def encode_scans(checkpoint: str, shards: Shards, settings: InferenceConfig, pro
     as SFT's and DPO's after one contrastive stage, share it. `progress` is told (scans done, scans in all).
     Raises UserError where the specs differ.
     """
-    expected = open_checkpoint(checkpoint).lineage.spec_hash
-    if expected != shards.spec.hash:
+    expected = open_checkpoint(checkpoint)
+    if expected.lineage.spec_hash != shards.spec.hash:
         raise UserError(
-            f"{checkpoint} expects spec {expected}, {shards.uri} has {shards.spec.name} ({shards.spec.hash}): "
+            f"{checkpoint} expects spec {expected.spec_title}, {shards.uri} has {shards.spec.title}: "
             "ingest the scans with the checkpoint's preset"
         )
     uri = features_uri(checkpoint, shards, settings.used_precision)

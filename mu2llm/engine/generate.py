@@ -87,13 +87,13 @@ def checked(request: Request) -> Shards:
     shards = Shards.open(request.data)
     shards.schema(request.split)
     for uri in request.checkpoints.values():
-        lineage = open_checkpoint(uri).lineage
-        if lineage.stage == "contrastive":
+        checkpoint = open_checkpoint(uri)
+        if checkpoint.lineage.stage == "contrastive":
             raise UserError(f"{uri} is a contrastive checkpoint and writes no reports; train sft from it")
-        if lineage.spec_hash != shards.spec.hash:
+        if checkpoint.lineage.spec_hash != shards.spec.hash:
             raise UserError(
-                f"{uri} expects scans prepared by spec {lineage.spec_hash}, {request.data} has {shards.spec.name} "
-                f"({shards.spec.hash}): ingest the scans with the checkpoint's preset"
+                f"{uri} expects scans prepared by spec {checkpoint.spec_title}, {request.data} has "
+                f"{shards.spec.title}: ingest the scans with the checkpoint's preset"
             )
     return shards
 

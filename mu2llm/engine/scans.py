@@ -14,15 +14,24 @@ from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import Rejection
 from mu2llm.model.familiarity import Familiarity, pooled, unlike
 from mu2llm.progress import Counted
+from mu2llm.records import Series
 from mu2llm.settings.evaluation import EvaluationConfig
 
 
 class ScanPlace(NamedTuple):
-    """Where a scan is: path or URI, and what `ct.read` needs besides to find it there and to put it in HU."""
+    """Where a scan is: path or URI, and what `ct.read` needs besides to find it there and to put it in HU; `further`
+    are the other series of an examination, for one report of them all."""
 
     path: str
     series: str | None = None
     rescale: tuple[float, float] | None = None
+    further: tuple[Series, ...] = ()
+
+    def volumes(self, accept: tuple[str, ...]) -> list[ct.CTVolume]:
+        """The scan in HU, and those behind it; Rejection where one cannot be used."""
+        places = [(self.path, self.series), *((each.volume, each.series) for each in self.further)]
+        read = (ct.read(path, series=series, rescale=self.rescale, accept=accept) for path, series in places)
+        return [ct.admit(volume, accept) for volume in read]
 
 
 def report_scans(
@@ -44,19 +53,23 @@ def report_scans(
     decoder = ContinuousDecoder(model, processor, settings.used_precision)
     decoding = Decoding(settings.max_new_tokens)
     entries = []
-    for number, (path, series, rescale) in enumerate(scans):
+    for number, place in enumerate(scans):
         started = time.monotonic()
-        entry: dict[str, Any] = {"path": path, "spec": {"name": processor.spec.name, "hash": processor.spec.hash}}
+        entry: dict[str, Any] = {"path": place.path, "spec": {"name": processor.spec.name, "hash": processor.spec.hash}}
         try:
-            volume = ct.admit(ct.read(path, series=series, rescale=rescale, accept=accept), accept)
-            prepared = ct.prepare(volume, processor.spec)
+            volumes = place.volumes(accept)
+            prepared = ct.prepare(volumes, processor.spec)
         except Rejection as rejection:
             entry |= {"rejected": rejection.reason, "message": rejection.message}
         else:
             scan = {"voxels": prepared.voxels[None], "chunk_mask": prepared.chunk_mask[None]}
             features, mask = scan_features(model, scan, settings.used_precision)
-            ((text,),) = write(decoder, features, mask, [Prompt(settings.question, path, decoding)])
-            entry |= {"report": text.text, "finished": text.finished, "warnings": list(volume.warnings)}
+            ((text,),) = write(decoder, features, mask, [Prompt(settings.question, place.path, decoding)])
+            entry |= {
+                "report": text.text,
+                "finished": text.finished,
+                "warnings": list(ct.warnings(volumes, processor.spec)),
+            }
             with numerics(model.device, settings.used_precision):
                 likely = model.finding_probabilities(features, mask)
             entry["finding_probabilities"] = likely[0] if likely else None

@@ -20,12 +20,12 @@ from mu2llm.model.initialisation import Initialised
 class RelativeBias1d(Initialised):
     """Relative position bias (RPE), 1-D: P_r(j − i) of each head (METHOD.md §1.2, A_ij; Shaw et al. 2018).
 
-    A table over the offsets in a sequence of at most `max_positions`.
+    A table over the offsets in a sequence of at most `max_positions`. With a `period` positions begin anew behind it.
     """
 
-    def __init__(self, max_positions: int, heads: int) -> None:
+    def __init__(self, max_positions: int, heads: int, period: int | None = None) -> None:
         super().__init__()
-        self.max_positions = max_positions
+        self.max_positions, self.period = max_positions, period
         self.table = nn.Parameter(torch.zeros(2 * max_positions - 1, heads))
 
     def initialise(self) -> None:
@@ -33,12 +33,12 @@ class RelativeBias1d(Initialised):
 
     def forward(self, length: int) -> Tensor:
         """Bias (1, heads, length, length); UserError where `length` is more than the table holds."""
-        if length > self.max_positions:
+        if min(length, self.period or length) > self.max_positions:
             raise UserError(
                 f"relative positions reach over {self.max_positions} tokens, the sequence has {length}: "
                 "raise tokenizer.max_positions"
             )
-        place = torch.arange(length, device=self.table.device)
+        place = sequence(length, self.period, self.table.device)
         offset = place[None, :] - place[:, None] + self.max_positions - 1
         return _per_head(F.embedding(offset, self.table))
 
@@ -70,12 +70,14 @@ class RelativeBias3d(Initialised):
 class Rotary(nn.Module):
     """Rotary position embedding (RoPE, arXiv 2104.09864): pairs of channels rotated by position × frequency.
 
-    With a `grid` it is 3-D: the pairs are divided among (z, y, x).
+    With a `grid` it is 3-D: the pairs are divided among (z, y, x). With a `period` positions begin anew behind it.
     """
 
-    def __init__(self, head_size: int, grid: tuple[int, ...] | None = None, base: float = 10000.0) -> None:
+    def __init__(
+        self, head_size: int, grid: tuple[int, ...] | None = None, base: float = 10000.0, period: int | None = None
+    ) -> None:
         super().__init__()
-        self.head_size, self.grid, self.base = head_size, grid, base
+        self.head_size, self.grid, self.base, self.period = head_size, grid, base, period
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, heads, length, head_size) → the same, rotated."""
@@ -87,7 +89,7 @@ class Rotary(nn.Module):
     def _angles(self, length: int, device: torch.device) -> Tensor:
         pairs = self.head_size // 2
         if self.grid is None:
-            place = torch.arange(length, device=device, dtype=torch.float32)
+            place = sequence(length, self.period, device).float()
             return place[:, None] * self._frequencies(pairs, device)
         place = coordinates(self.grid, device).float()
         shares = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
@@ -96,6 +98,12 @@ class Rotary(nn.Module):
     def _frequencies(self, pairs: int, device: torch.device) -> Tensor:
         step = torch.arange(pairs, device=device, dtype=torch.float32)
         return self.base ** (-step / max(pairs, 1))
+
+
+def sequence(length: int, period: int | None, device: torch.device) -> Tensor:
+    """(length,) integer places, which begin anew behind each `period`."""
+    place = torch.arange(length, device=device)
+    return place if period is None else place % period
 
 
 def coordinates(grid: tuple[int, ...], device: torch.device) -> Tensor:

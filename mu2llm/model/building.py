@@ -115,7 +115,8 @@ def tokenizer_configuration(
     return Mu2TokenizerConfig(
         hidden_size=own,
         language_size=None if own == width else width,
-        chunks=spec.chunks,
+        chunks=vision.chunks,
+        series=spec.series,
         grid=vision.pooled_grid,
         **model.tokenizer.model_dump(exclude={"width", "weights", "prior"}),
     )
@@ -160,7 +161,8 @@ def build_contrastive(
     config = Mu2ContrastiveConfig(
         vision_config=vision,
         hidden_size=model.vision.hidden_size,
-        chunks=spec.chunks,
+        chunks=vision.chunks,
+        series=spec.series,
         text_width=text_width,
         num_heads=HEADS,
         grid=vision.pooled_grid,

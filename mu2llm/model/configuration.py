@@ -96,6 +96,8 @@ class Mu2TokenizerConfig(PreTrainedConfig):
     checkpoints that do not say); `normalise_scores` [False] selection starts, and stays, spread over the scan (9);
     `straight_through` [False] hard top-k lets gradients reach its scores (9); `mask_padding` [False] padded chunks
     and text take no part (10). `max_positions` is the longest sequence of a 1-D relative bias (512 as published).
+    `chunks` are those of all `series` of an examination: each has its own places, from the first on, and beyond one a
+    learned embedding says which it is.
 
     `language_size` is the language model's width where it is not `hidden_size`, as published; linear maps are between
     them then. `output_scale` embedding_rms [none] makes tokens as large as the language model's own embeddings.
@@ -131,6 +133,7 @@ class Mu2TokenizerConfig(PreTrainedConfig):
     batch_first: bool = True
     max_positions: int = 512
     initializer_range: float = 0.02
+    series: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.grid, self.scales = tuple(self.grid), tuple(self.scales)
@@ -141,6 +144,14 @@ class Mu2TokenizerConfig(PreTrainedConfig):
             raise ValueError(f"rotary attention needs an even head size, not {self.hidden_size}/{self.num_heads}")
         if not self.scales or any(scale < 1 for scale in self.scales):
             raise ValueError(f"scales {self.scales}: give at least one, each 1 or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As checkpoints of one series always were."""
+        return _without_one_series(super().to_dict())
+
+    @property
+    def chunks_a_series(self) -> int:
+        return self.chunks // self.series
 
     @property
     def multiscale_tokens(self) -> int:
@@ -211,7 +222,7 @@ class Mu2ContrastiveConfig(PreTrainedConfig):
 
     `encoder_width` is that of the sentence encoder whose embeddings the checkpoint whitens to `text_width`; 0 where
     texts come as the head reads them. `head_width` is that of each of the head's `num_heads`, `grid` that of a chunk's
-    tokens along (z, y, x); older checkpoints have one head, which knows no places.
+    tokens along (z, y, x); older checkpoints have one head, which knows no places. `chunks` are those of all `series`.
     """
 
     model_type = "mu2llm_contrastive"
@@ -232,14 +243,23 @@ class Mu2ContrastiveConfig(PreTrainedConfig):
     loss: Literal["infonce", "sigmoid"] = "sigmoid"
     spec: dict | None = None
     initializer_range: float = 0.02
+    series: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """As checkpoints of one series always were."""
+        return _without_one_series(super().to_dict())
 
     @property
     def head(self) -> dict[str, Any]:
         """The sizes of the head, of which another model makes the same."""
-        names = ("hidden_size", "chunks", "text_width", "head_width", "num_heads", "grid")
-        return {name: getattr(self, name) for name in names}
+        names = ("hidden_size", "chunks", "text_width", "head_width", "num_heads", "grid", "series")
+        return _without_one_series({name: getattr(self, name) for name in names})
 
     @property
     def vision(self) -> Mu2VisionConfig:
         """`vision_config`, which transformers lets be None or plain values, as what it is."""
         return cast(Mu2VisionConfig, self.vision_config)
+
+
+def _without_one_series(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if (key, value) != ("series", 1)}

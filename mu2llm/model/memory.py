@@ -173,7 +173,8 @@ def _contrastive(experiment: Experiment) -> Mu2ForContrastive:
     config = Mu2ContrastiveConfig(
         vision_config=vision_configuration(model, spec),
         hidden_size=model.vision.hidden_size,
-        chunks=spec.chunks,
+        chunks=spec.shape[0],
+        series=spec.series,
         text_width=encoder.hidden_size if encoder else 384,  # at most: other widths change a few MB
         loss=experiment.contrastive.loss,
         spec=spec.model_dump(mode="json"),
@@ -247,13 +248,13 @@ def _features(experiment: Experiment, scans: int) -> Tensor:
     """As the cache of frozen vision gives them."""
     spec = experiment.data.spec
     vision = vision_configuration(experiment.model, spec)
-    return torch.zeros(scans, spec.chunks, vision.tokens, vision.hidden_size, dtype=torch.float16)
+    return torch.zeros(scans, vision.chunks, vision.tokens, vision.hidden_size, dtype=torch.float16)
 
 
 def _contrast(model: Mu2ForContrastive, experiment: Experiment, scans: int, workers: int) -> None:
     """The forward pass: this worker's scans through vision and, with all workers' texts, through the head."""
     spec = experiment.data.spec
-    mask = torch.ones(scans, spec.chunks, dtype=torch.bool)
+    mask = torch.ones(scans, spec.shape[0], dtype=torch.bool)
     if experiment.contrastive.freeze_vision:
         features = _features(experiment, scans).float()
     else:

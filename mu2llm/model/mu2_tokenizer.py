@@ -26,6 +26,7 @@ from mu2llm.model.bridge import LanguageBridge
 from mu2llm.model.configuration import Mu2TokenizerConfig
 from mu2llm.model.initialisation import Initialised
 from mu2llm.model.selection import DifferentiableSelection, MultiScalePooling, Selected, TopKSelection
+from mu2llm.model.series import SeriesEmbedding
 from mu2llm.model.standardise import RunningStandardise
 
 
@@ -46,10 +47,12 @@ class VisualTokens(ModelOutput):
 
 
 class PlaceEmbedding(Initialised):
-    """Absolute position embedding of chunk, z, y and x, learned and added to every token (METHOD.md §2.8, 7)."""
+    """Absolute position embedding of chunk, z, y and x, learned and added to every token (METHOD.md §2.8, 7); the same
+    for the `chunks` of each series of an examination."""
 
-    def __init__(self, chunks: int, grid: tuple[int, ...], width: int) -> None:
+    def __init__(self, chunks: int, grid: tuple[int, ...], width: int, series: int = 1) -> None:
         super().__init__()
+        self.series = series
         self.axes = nn.ParameterList([nn.Parameter(torch.zeros(size, width)) for size in (chunks, *grid)])
 
     def initialise(self) -> None:
@@ -60,7 +63,7 @@ class PlaceEmbedding(Initialised):
         """(B, T, n, E) → the same."""
         chunk, z, y, x_axis = self.axes
         inside = z[:, None, None] + y[None, :, None] + x_axis[None, None]
-        return x + chunk[: x.shape[1], None] + inside.flatten(0, 2)
+        return x + chunk.repeat(self.series, 1)[: x.shape[1], None] + inside.flatten(0, 2)
 
 
 class SpatioTemporalLayer(GradientCheckpointingLayer):
@@ -71,7 +74,7 @@ class SpatioTemporalLayer(GradientCheckpointingLayer):
         width, heads = config.hidden_size, config.num_heads
         self.config = config
         self.spatial = SelfAttention(width, heads, _spatial_position(config))
-        self.temporal = SelfAttention(width, heads, _sequence_position(config, config.chunks))
+        self.temporal = SelfAttention(width, heads, _chunk_position(config))
         if config.residual:
             self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
             self.feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
@@ -138,7 +141,9 @@ class Mu2Tokenizer(Initialised):
         super().__init__()
         self.config = config
         width = config.hidden_size
-        self.places = PlaceEmbedding(config.chunks, tuple(config.grid), width) if config.positions else None
+        self.series = SeriesEmbedding(config.series, config.chunks_a_series, width) if config.series > 1 else None
+        places = (config.chunks_a_series, tuple(config.grid), width, config.series)
+        self.places = PlaceEmbedding(*places) if config.positions else None
         self.layers = nn.ModuleList([SpatioTemporalLayer(config) for _ in range(config.num_layers)])
         self.norm = nn.LayerNorm(width) if config.residual else nn.Identity()
         differentiable = config.selection == "differentiable"
@@ -202,7 +207,8 @@ class Mu2Tokenizer(Initialised):
 
     def significance(self, visual: Tensor, chunk_mask: Tensor | None = None) -> Tensor:
         """Spatio-temporal attention: (B, T, n, E) → the same."""
-        x = visual if self.places is None else self.places(visual)
+        x = visual if self.series is None else self.series(visual)
+        x = x if self.places is None else self.places(x)
         for layer in self.layers:
             x = layer(x, chunk_mask)
         return self.norm(x)
@@ -237,14 +243,20 @@ def _spatial_position(config: Mu2TokenizerConfig) -> nn.Module | None:
             return None
 
 
-def _sequence_position(config: Mu2TokenizerConfig, longest: int) -> nn.Module | None:
+def _chunk_position(config: Mu2TokenizerConfig) -> nn.Module | None:
+    """Positions along the chunks, which each series has from its first on: chunks at one place are at no distance."""
+    period = config.chunks_a_series if config.series > 1 else None
+    return _sequence_position(config, config.chunks_a_series, period)
+
+
+def _sequence_position(config: Mu2TokenizerConfig, longest: int, period: int | None = None) -> nn.Module | None:
     """Positions along the chunks, or along the queries."""
     if config.attention == "relative_1d":
-        return RelativeBias1d(config.max_positions, config.num_heads)
+        return RelativeBias1d(config.max_positions, config.num_heads, period)
     if config.attention == "relative_3d":
-        return RelativeBias1d(longest, config.num_heads)
+        return RelativeBias1d(longest, config.num_heads, period)
     if config.attention.startswith("rotary"):
-        return Rotary(config.hidden_size // config.num_heads)
+        return Rotary(config.hidden_size // config.num_heads, period=period)
     return None
 
 

@@ -60,8 +60,8 @@ class Mu2Processor(ProcessorMixin):
         """Scans → `volumes` (B, T, C, K, H, W) and `chunk_mask` (B, T).
 
         Each scan is a path, URI or bytes, a CTVolume, a ModelInput, or voxels (T, C, K, H, W) that were prepared
-        by this very spec. A Rejection says why a scan cannot be read; `accept` lets in codes, such as not_hu.
-        A ModelInput of another spec is a UserError.
+        by this very spec; or a list of paths, URIs, bytes or CTVolumes, the series of one examination. A Rejection says
+        why a scan cannot be read; `accept` lets in codes, such as not_hu. A ModelInput of another spec is a UserError.
         """
         scans = [_prepare_scan(volume, self.spec, accept) for volume in _as_list(volumes)]
         return {
@@ -227,14 +227,14 @@ class Mu2Processor(ProcessorMixin):
 
 
 def _prepare_scan(volume: Any, spec: PreprocessSpec, accept: Sequence[str]) -> tuple[Tensor, Tensor]:
-    if isinstance(volume, str | Path | bytes):
-        volume = ct.read(volume, accept=accept)
-    if isinstance(volume, ct.CTVolume):
-        volume = ct.prepare(ct.admit(volume, accept), spec)
+    several = volume if isinstance(volume, list | tuple) else [volume]
+    if all(isinstance(each, str | Path | bytes | ct.CTVolume) for each in several):
+        read = (each if isinstance(each, ct.CTVolume) else ct.read(each, accept=accept) for each in several)
+        volume = ct.prepare([ct.admit(each, accept) for each in read], spec)
     if isinstance(volume, ct.ModelInput):
         if volume.spec_hash != spec.hash:
             raise UserError(
-                f"a scan prepared by spec {volume.spec_hash}; the checkpoint expects {spec.name} ({spec.hash}): "
+                f"a scan prepared by spec {volume.spec_hash}; the checkpoint expects {spec.title}: "
                 "prepare it by the processor's own spec"
             )
         return torch.as_tensor(volume.voxels), torch.as_tensor(volume.chunk_mask)

@@ -11,6 +11,7 @@ from transformers import initialization as init
 
 from mu2llm.model.configuration import Mu2ContrastiveConfig
 from mu2llm.model.initialisation import Initialised, initialise
+from mu2llm.model.series import SeriesEmbedding
 
 HEADS = 4
 """Of what is trained from nothing; a checkpoint says how many it has."""
@@ -24,7 +25,8 @@ class TextConditionedPooling(Initialised):
     `grid` (docs/measured.md). The product with the text is taken token by token,
     before the pooling: the same as pooling first, without a pooled vector for every pair of text and scan. Neither
     attention nor product is scaled down by the width: started flat, finding takes long. `temperature` is none of the
-    training's: it is fitted afterwards, so that logits over it are probabilities.
+    training's: it is fitted afterwards, so that logits over it are probabilities. Of several series of an examination
+    each has the same chunks and places; beyond one an embedding says which it is.
     """
 
     temperature: Tensor
@@ -33,13 +35,15 @@ class TextConditionedPooling(Initialised):
         super().__init__()
         self.heads = config.num_heads
         width = config.num_heads * config.head_width
+        chunks, self.count = config.chunks // config.series, config.series
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.chunks = nn.Parameter(torch.zeros(config.chunks, config.hidden_size))
+        self.chunks = nn.Parameter(torch.zeros(chunks, config.hidden_size))
+        self.series = SeriesEmbedding(config.series, chunks, config.hidden_size) if config.series > 1 else None
         self.look = nn.Linear(config.text_width, width)
         self.mean = nn.Linear(config.text_width, width)
         self.key = nn.Linear(config.hidden_size, width)
         self.value = nn.Linear(config.hidden_size, width)
-        axes = [config.chunks * config.grid[0], *config.grid[1:]] if config.grid else []
+        axes = [chunks * config.grid[0], *config.grid[1:]] if config.grid else []
         self.places = nn.ParameterList([torch.zeros(length, width) for length in axes])
         self.bias = nn.Parameter(torch.zeros(()))
         self.register_buffer("temperature", torch.ones(()))
@@ -57,7 +61,8 @@ class TextConditionedPooling(Initialised):
 
     def scan(self, features: Tensor) -> Tensor:
         """(B, T, n, E) → what texts look at (B, T·n, E)"""
-        return cast(Tensor, self.norm(features + self.chunks[: features.shape[1], None]).flatten(1, 2))
+        placed = features + self.chunks.repeat(self.count, 1)[: features.shape[1], None]
+        return cast(Tensor, self.norm(placed if self.series is None else self.series(placed)).flatten(1, 2))
 
     def forward(self, texts: Tensor, scans: Tensor, mask: Tensor) -> Tensor:
         """(M, D), (B, T·n, E), (B, T·n) → logits (M, B), the sum over the heads
@@ -69,6 +74,7 @@ class TextConditionedPooling(Initialised):
         if len(self.places):
             z, y, x = (torch.einsum("mhd,nhd->mhn", look, self._heads(places)) for places in self.places)
             places = (z[..., None, None] + y[..., None, :, None] + x[..., None, None, :]).flatten(2)
+            places = places.repeat(1, 1, self.count)
             found = found + places[None, ..., : scans.shape[1]].to(found.dtype)
         share = found.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
         return (share * self._products(mean, self.value, scans)).sum((-1, -2)).T + self.bias

@@ -79,7 +79,7 @@ def read(reading: Reading, max_slices: int) -> Scan:
     if slices > max_slices:
         raise Rejection("", "too_large", f"{slices} slices; the service takes {max_slices}")
     prepared = ct.prepare(volume, reading.spec)
-    told = ct.describe(volume)
+    told = ct.describe(volume) | {"warnings": list(ct.warnings([volume], reading.spec))}
     facts = {**{name: told[name] for name in ("sha256", "shape", "spacing", "orientation", "warnings")}}
     voxels = np.ascontiguousarray(prepared.voxels)
     return Scan(

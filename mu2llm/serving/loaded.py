@@ -102,7 +102,7 @@ class LoadedModel:
         """A short report of an empty scan; the seconds it took."""
         started = time.monotonic()
         voxels = np.zeros((1, *self.spec.shape), dtype=self.spec.dtype)
-        empty = {"voxels": voxels, "chunk_mask": np.ones((1, self.spec.chunks), dtype=bool)}
+        empty = {"voxels": voxels, "chunk_mask": np.ones((1, self.spec.shape[0]), dtype=bool)}
         prompt = Prompt(self.question(), "warm-up", Decoding(WARM_UP_TOKENS))
         write(self.decoder(), *scan_features(self.model, empty, self.precision), [prompt])
         return time.monotonic() - started

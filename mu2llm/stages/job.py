@@ -151,8 +151,8 @@ def new_job(
     """The job of a stage on the `train` split of shards; a UserError where the inputs do not fit together."""
     if shards.spec.hash != experiment.data.spec.hash:
         raise UserError(
-            f"{shards.uri} has spec {shards.spec.name} ({shards.spec.hash}), preset {experiment.name} expects "
-            f"{experiment.data.spec.name} ({experiment.data.spec.hash}): name the preset that it was ingested with"
+            f"{shards.uri} has spec {shards.spec.title}, preset {experiment.name} expects "
+            f"{experiment.data.spec.title}: name the preset that it was ingested with"
         )
     if not shards.count("train"):
         raise UserError(f"{shards.uri} has no rows in split train; ingest more scans or change data.split")
@@ -220,8 +220,8 @@ def _check_architecture(
 ) -> None:
     if parent.lineage.spec_hash != experiment.data.spec.hash:
         raise UserError(
-            f"{parent.uri} expects spec {parent.lineage.spec_hash}, preset {experiment.name} has "
-            f"{experiment.data.spec.name} ({experiment.data.spec.hash}): start from a checkpoint of the same preset"
+            f"{parent.uri} expects spec {parent.spec_title}, preset {experiment.name} has "
+            f"{experiment.data.spec.title}: start from a checkpoint of the same preset"
         )
     ours, theirs = experiment.model.model_dump(mode="json"), parent.experiment["model"]
     found = [each for part in parts for each in _different(f"model.{part}", theirs[part], ours[part])]

@@ -17,9 +17,11 @@ from ct_scans import metaimage, nifti, nrrd, slices, to_bytes
 
 from mu2llm import cases, ct, storage
 from mu2llm.cases import node_memory
-from mu2llm.cases.ingest import _bytes, _excluded, _too_large, group_table, plan, write_shard
+from mu2llm.cases.ingest import _bytes, _excluded, _too_large, group_table, plan, schema, write_shard
 from mu2llm.cases.shards import read_summary
+from mu2llm.cases.table import CaseTable
 from mu2llm.errors import Failure, UserError
+from mu2llm.records import Case
 
 COUNT = 40
 
@@ -197,6 +199,45 @@ def test_series_that_share_a_folder_are_told_apart(tmp_path):
         assert bytes(np.array(written[id]["voxels"])) == bytes(expected.voxels)
     (rejected,) = read_summary(str(tmp_path / "out" / path))["rejected"]
     assert (rejected["case_id"], rejected["reason"]) == ("c", "no_series")
+
+
+def test_the_chunks_of_a_case_s_series_stand_one_behind_the_other(tmp_path):
+    for number in range(3):
+        scans.save(tmp_path / f"{number}.nii.gz", number)
+    (tmp_path / "broken.nii.gz").write_bytes(b"no scan")
+    places = {"both": ["0.nii.gz", "1.nii.gz"], "turned": ["1.nii.gz", "0.nii.gz"], "one": "2.nii.gz"}
+    rows = [{"id": id, "volume": place, "report": "r"} for id, place in places.items()]
+    rows.append({"id": "half", "volume": ["2.nii.gz", "broken.nii.gz"], "report": "r"})
+    scans.write_manifest(tmp_path / "manifest.jsonl", rows)
+    spec = scans.SPEC.model_copy(update={"series": 2})
+    experiment = scans.experiment(spec=spec, split={"train": 1, "validation": 0, "test": 0})
+    table = read(tmp_path, experiment)
+    ((path, group),) = plan(table, experiment.data).items()
+    write_shard(group_table(path, group), str(tmp_path / "out"), spec, ())
+    written = {row["id"]: row for row in pq.read_table(tmp_path / "out" / path).to_pylist()}
+    alone = [ct.prepare(ct.read(tmp_path / f"{n}.nii.gz"), scans.SPEC).voxels.tobytes() for n in range(3)]
+    voxels = {id: bytes(row["voxels"]) for id, row in written.items()}
+    assert voxels == {
+        "both": alone[0] + alone[1],
+        "turned": alone[1] + alone[0],
+        "one": alone[2] + bytes(len(alone[2])),
+    }
+    masks = {id: list(bytes(row["chunk_mask"])) for id, row in written.items()}
+    assert masks == {"both": [1, 1, 1, 1], "turned": [1, 1, 1, 1], "one": [1, 1, 0, 0]}
+    assert "series_missing" in written["one"]["warnings"] and "series_missing" not in written["both"]["warnings"]
+    assert Case.from_row(written["both"]).every_series == group[[c.id for c in group].index("both")].every_series
+    (rejected,) = read_summary(str(tmp_path / "out" / path))["rejected"]
+    assert rejected["case_id"] == "half" and rejected["message"].startswith("series 2 of 2 (")
+    assert plan(read(tmp_path, experiment), experiment.data).keys() == {path}
+    scans.save(tmp_path / "1.nii.gz", 9)
+    assert plan(read(tmp_path, experiment), experiment.data).keys() != {path}, "a second series was replaced"
+
+
+def test_shards_of_one_series_are_as_before():
+    assert "further" not in schema(scans.SPEC).names
+    assert "further" in schema(scans.SPEC.model_copy(update={"series": 2})).names
+    (path,) = plan(CaseTable(cases=[scans.case(0)]), scans.experiment().data)
+    assert path == "train/00000-4e1c853d5d78.parquet"
 
 
 def test_every_format_of_a_scan_gives_the_same_row(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -258,12 +259,35 @@ def test_splits_in_any_case_and_the_usual_words(tmp_path, word, split):
     assert table_of(tmp_path, f"id,volume,report,split\n1,a.nii.gz,R,{word}\n").cases[0].split == split
 
 
-def test_several_series_of_a_case_are_refused_by_name(tmp_path):
-    rows = [{"id": "1", "volume": "a.nii", "report": "R.", "series": ["lung", "bone"]}]
-    scans.write_manifest(tmp_path / "manifest.jsonl", [*rows, {"id": "2", "volume": "a.nii", "report": "R."}])
-    (tmp_path / "a.nii").write_bytes(b"x")
-    table = read(tmp_path)
-    assert table.listed["invalid_row"] == ["1"] and "several series are not put together" in table.rejections[0].message
+SEVERAL = {  # what a row says: what is read, or why nothing is
+    "files": ({"volume": ["a.nii", "b.nii"]}, [("a.nii", None), ("b.nii", None)]),
+    "json": ({"volume": '["a.nii", "b.nii"]'}, [("a.nii", None), ("b.nii", None)]),
+    "named": ({"volume": "a.nii", "series": ["lung", "bone"]}, [("a.nii", "lung"), ("a.nii", "bone")]),
+    "paired": ({"volume": ["a.nii", "b.nii"], "series": ["1.2", "1.3#2"]}, [("a.nii", "1.2"), ("b.nii", "1.3#2")]),
+    "one": ({"volume": ["b.nii"], "series": "lung"}, [("b.nii", "lung")]),
+    "three": ({"volume": "a.nii", "series": ["1", "2", "3"]}, "lists 3, data.spec.series reads 2 of a case"),
+    "uneven": ({"volume": ["a.nii", "b.nii"], "series": ["1", "2", "3"]}, "3 for 2 volumes"),
+    "twice": ({"volume": ["a.nii", "a.nii"]}, "lists one twice"),
+    "gone": ({"volume": ["a.nii", "c.nii"]}, "nothing under this path"),
+    "none": ({"volume": []}, "no volume"),
+}
+
+
+def test_a_row_may_list_the_series_of_an_examination(tmp_path):
+    rows = [{"id": name, "report": "R.", **row} for name, (row, _) in SEVERAL.items()]
+    scans.write_manifest(tmp_path / "manifest.jsonl", rows)
+    for name in ("a.nii", "b.nii"):
+        (tmp_path / name).write_bytes(b"x")
+    experiment = scans.experiment(spec=scans.SPEC.model_copy(update={"series": 2}))
+    table = cases.read_manifest(str(tmp_path / "manifest.jsonl"), "jsonl", str(tmp_path), experiment.data)
+    found = {case.id: [(Path(each.volume).name, each.series) for each in case.every_series] for case in table.cases}
+    why = {each.case_id: each.message for each in table.rejections}
+    for name, (_, expected) in SEVERAL.items():
+        assert expected in why[name] if isinstance(expected, str) else found[name] == expected
+    assert len(found) + len(why) == len(SEVERAL) and "scan_without_row" not in table.counts
+    with_one = cases.read_manifest(str(tmp_path / "manifest.jsonl"), "jsonl", str(tmp_path), scans.experiment().data)
+    assert [case.id for case in with_one.cases] == ["one"]
+    assert "lists 2, data.spec.series reads 1" in with_one.rejections[0].message
 
 
 def test_a_split_of_another_name_is_an_invalid_row(tmp_path):

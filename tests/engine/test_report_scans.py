@@ -4,13 +4,17 @@ import shutil
 
 import pytest
 import torch
+from small_runs import least, write_checkpoint
 
+from mu2llm import config
 from mu2llm import model as models
 from mu2llm.ct.phantom.making import make
-from mu2llm.engine.features import scan_features
+from mu2llm.engine.features import encode_scans, scan_features
 from mu2llm.engine.scans import ScanPlace, report_scans
+from mu2llm.errors import UserError
 from mu2llm.model.configuration import Mu2ContrastiveConfig
 from mu2llm.model.familiarity import Familiarity, pooled
+from mu2llm.records import Series
 from mu2llm.settings.evaluation import EvaluationConfig
 
 SETTINGS = EvaluationConfig(max_new_tokens=4)
@@ -40,6 +44,24 @@ def test_a_scan_among_noise_is_unlike_it_and_among_its_like_it_is_not(checkpoint
 def test_an_older_checkpoint_says_that_it_does_not_know(checkpoints, phantom):
     (entry,) = report_scans(checkpoints["sft"], [phantom], SETTINGS)
     assert entry["familiarity"] is None and entry["finding_probabilities"] is None and "report" in entry
+
+
+def test_several_series_give_one_report_and_fewer_are_told(checkpoints, shards, phantom, tmp_path):
+    values = least().model_dump(mode="json")
+    values["data"]["spec"]["series"] = 2
+    checkpoint = write_checkpoint(str(tmp_path / "two"), 0, experiment=config.validate(values))
+    other = tmp_path / "other.nii.gz"
+    other.write_bytes(make(1, 1).nifti())
+    both = phantom._replace(further=(Series(volume=str(other)),))
+    broken = phantom._replace(further=(Series(volume=str(tmp_path / "gone.nii.gz")),))
+    told, one, none = report_scans(checkpoint, [both, phantom, broken], SETTINGS)
+    assert "report" in told and "series_missing" not in told["warnings"]
+    assert "report" in one and "series_missing" in one["warnings"]
+    assert none["rejected"] == "not_found"
+    with pytest.raises(UserError, match=r"expects spec \w+, 2 series, .* has least \(\w+\)"):
+        encode_scans(checkpoint, shards, SETTINGS)
+    (entry,) = report_scans(checkpoints["sft"], [phantom], SETTINGS)
+    assert "series_missing" not in entry["warnings"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -136,7 +136,8 @@ def _pictures(results: Results, ids: Sequence[str]) -> tuple[dict[str, list[scan
     table = read_rows(shards.files(split), shards.rows(split), ["id", "voxels", "affine"], rows)
     columns = zip(table["id"], table["voxels"], table["affine"], strict=True)
     windows = [f"{low:g} … {high:g} HU" for low, high in shards.spec.windows or ()]
-    return {str(name): scans.planes(voxels, affine) for name, voxels, affine in columns}, windows[:3]
+    first = shards.spec.chunks  # of several series the first one's
+    return {str(name): scans.planes(voxels[:first], affine) for name, voxels, affine in columns}, windows[:3]
 
 
 def _charts(results: Results) -> dict[str, str]:

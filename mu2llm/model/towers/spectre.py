@@ -31,15 +31,21 @@ class Spectre(nn.Module):
         return self.scans(x[None])[0]
 
     def scans(self, volumes: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, T, 1, K, H, W), (B, T) → (B, T, 1, width): each crop's token and its scan's, one behind the other."""
+        """(B, T, 1, K, H, W), (B, T) → (B, T, 1, width): each crop's token and its scan's, one behind the other. The
+        crops of a series of an examination know that alone."""
+        shape, crops_a_series = volumes.shape[:2], math.prod(self.tiles)
+        volumes = volumes.reshape(-1, crops_a_series, *volumes.shape[2:])
+        mask = None if mask is None else mask.reshape(-1, crops_a_series)
         out = volumes.new_zeros(*volumes.shape[:2], 1, 2 * self.model.feature_combiner.embed_dim)
         for row, crops in enumerate(volumes):
             filled = slice(None) if mask is None else mask[row]
+            if mask is not None and not mask[row].any():
+                continue
             grid = self.tiles if mask is None else _filled(mask[row], self.tiles)
             tokens = self.model([crops[filled]], grid_size=[grid])[0]
             both = torch.cat([tokens[1:], tokens[:1].expand(len(tokens) - 1, -1)], dim=-1)
             out[row, filled, 0] = both.to(out.dtype)
-        return out
+        return out.reshape(*shape, *out.shape[2:])
 
 
 def _filled(mask: Tensor, tiles: tuple[int, ...]) -> tuple[int, ...]:
