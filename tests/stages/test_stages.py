@@ -159,7 +159,8 @@ def test_a_contrastive_checkpoint_is_a_clip(vision, shards):
     """Its texts' encoder, whitening and temperature are in it: it scores what training scored; and its probe."""
     model, encoder = load_contrastive(vision.uri)
     opened, settings = Shards.open(shards), experiment()
-    texts = TextBank(encoder, settings.contrastive.positives, [case.report for case in opened.cases("train")], settings.seed)
+    reports = [case.report for case in opened.cases("train")]
+    texts = TextBank(encoder, settings.contrastive.positives, reports, settings.seed)
     embedded = model.whiten(encoder.embed(texts.distinct))
     torch.testing.assert_close(embedded, texts.inputs(texts.distinct)["text_embeddings"], atol=1e-4, rtol=1e-4)
     assert float(model.head.temperature) == pytest.approx(vision.training.metrics["temperature"])
