@@ -122,6 +122,17 @@ def tokenizer_configuration(
     )
 
 
+def contrastive_configuration(
+    model: ModelConfig, spec: PreprocessSpec, settings: ContrastiveConfig, text_width: int, texts: Any = None
+) -> Mu2ContrastiveConfig:
+    """Of a vision encoder under a contrastive head; `texts` is the configuration of a text encoder that is trained."""
+    vision = vision_configuration(model, spec)
+    sizes: dict[str, Any] = {"hidden_size": vision.hidden_size, "chunks": vision.chunks, "grid": vision.pooled_grid}
+    sizes |= {"series": spec.series, "text_width": text_width, "num_heads": HEADS}
+    plain = spec.model_dump(mode="json")
+    return Mu2ContrastiveConfig(vision_config=vision, text_config=texts, spec=plain, loss=settings.loss, **sizes)
+
+
 def processor_for(
     config: Mu2Config, spec: PreprocessSpec, tokenizer: PreTrainedTokenizerBase, volume_token: str = VOLUME_TOKEN
 ) -> Mu2Processor:
@@ -157,20 +168,8 @@ def build_contrastive(
     A `text_encoder` becomes part of the model and is trained with it.
     """
     set_seed(seed)
-    vision = vision_configuration(model, spec)
-    config = Mu2ContrastiveConfig(
-        vision_config=vision,
-        hidden_size=model.vision.hidden_size,
-        chunks=vision.chunks,
-        series=spec.series,
-        text_width=text_width,
-        num_heads=HEADS,
-        grid=vision.pooled_grid,
-        loss=settings.loss,
-        spec=spec.model_dump(mode="json"),
-        text_config=copy.deepcopy(text_encoder.model.config) if text_encoder else None,
-    )
-    whole = Mu2ForContrastive(config)
+    texts = copy.deepcopy(text_encoder.model.config) if text_encoder else None
+    whole = Mu2ForContrastive(contrastive_configuration(model, spec, settings, text_width, texts))
     if text_encoder:
         whole.text_encoder = text_encoder.model.requires_grad_(True)
         if getattr(whole.text_encoder, "pooler", None) is not None:

@@ -20,8 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mu2llm import weights
 from mu2llm.config import Experiment
 from mu2llm.errors import UserError
-from mu2llm.model.building import add_lora, configuration, vision_configuration
-from mu2llm.model.configuration import Mu2ContrastiveConfig
+from mu2llm.model.building import add_lora, configuration, contrastive_configuration, vision_configuration
 from mu2llm.model.contrastive import Mu2ForContrastive
 from mu2llm.model.head import MOST_LOGITS
 from mu2llm.model.initialisation import rounded_modules
@@ -170,20 +169,12 @@ def check_memory(experiment: Experiment, stage: Stage, device_bytes: int) -> Non
 def _contrastive(experiment: Experiment) -> Mu2ForContrastive:
     spec, model = experiment.data.spec, experiment.model
     encoder = weights.text_encoder_config(model.text_encoder) if experiment.contrastive.train_text_encoder else None
-    config = Mu2ContrastiveConfig(
-        vision_config=vision_configuration(model, spec),
-        hidden_size=model.vision.hidden_size,
-        chunks=spec.shape[0],
-        series=spec.series,
-        text_width=encoder.hidden_size if encoder else 384,  # at most: other widths change a few MB
-        loss=experiment.contrastive.loss,
-        spec=spec.model_dump(mode="json"),
-        text_config=encoder,
-    )
-    model = Mu2ForContrastive(config).train()
+    width = encoder.hidden_size if encoder else 384  # at most: other widths change a few MB
+    config = contrastive_configuration(model, spec, experiment.contrastive, width, encoder)
+    contrastive = Mu2ForContrastive(config).train()
     if experiment.contrastive.freeze_vision:
-        model.vision.freeze()
-    return model
+        contrastive.vision.freeze()
+    return contrastive
 
 
 def _language(experiment: Experiment, stage: str) -> Any:

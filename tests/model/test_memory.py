@@ -9,7 +9,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import BertModel
 
 from mu2llm import config, weights
-from mu2llm.model.memory import GIB, _language, _without_values, _write, inference_memory, training_memory
+from mu2llm.model import build_contrastive
+from mu2llm.model.memory import GIB, _contrastive, _language, _without_values, _write, inference_memory, training_memory
+from mu2llm.model.text_pooling import HEADS
 
 
 def tracked(experiment, stage):
@@ -77,8 +79,10 @@ def test_a_text_encoder_that_is_trained_counts():
         )
         for trained in (False, True)
     )
-    encoder = sum(p.numel() for p in BertModel(weights.text_encoder_config("small"), False).parameters())
-    assert 0.8 * 8 * encoder < with_one.moments - without.moments < 8 * encoder  # the head reads narrower texts
+    of_texts = weights.text_encoder_config("small")
+    encoder = sum(p.numel() for p in BertModel(of_texts).parameters())  # its pooler too, though nothing trains it
+    narrower = 2 * HEADS * 128 * (384 - of_texts.hidden_size)  # the head's two maps of texts, its heads 128 wide
+    assert with_one.moments - without.moments == pytest.approx(8 * (encoder - narrower), rel=1e-3)
     assert with_one.activations > without.activations
 
 
@@ -91,3 +95,11 @@ def test_writing_takes_the_weights_and_what_encoding_so_many_scans_holds():
     assert 0.5 < rounded.weights / few.weights < 0.7  # embeddings, and the head that is tied to them, stay as they are
     assert rounded.activations < 0.8 * few.activations
     assert texts.activations == pytest.approx(400 * 2 * 16 * 8 * 64 * 1280 * 2)  # keys and values of Llama's 16 layers
+
+
+def test_the_contrastive_head_that_is_counted_is_the_one_that_is_trained():
+    settings = config.load("tiny")
+    counted = _contrastive(settings)
+    trained = build_contrastive(settings.model, settings.data.spec, settings.contrastive, 384)
+    sizes = ({name: x.shape for name, x in model.head.named_parameters()} for model in (counted, trained))
+    assert next(sizes) == next(sizes)
