@@ -90,7 +90,8 @@ def test_gpu_memory_against_the_preset():
     """Each stage that trains or writes on GPUs is named, with what it needs, whether there is a GPU or not."""
     paper, least = config.load("paper"), node(gpus=[("A100", 80.0), ("L4", 24.0)])
     checks = {check.name: check for check in doctor._gpu_memory(paper, "pipeline", [least])}
-    assert [check.status for check in checks.values()] == ["ok", "fail", "fail", "ok", "ok"]
+    found = {"contrastive": "ok", "sft": "fail", "preferences": "ok", "dpo": "fail", "evaluate": "ok"}
+    assert {name: check.status for name, check in checks.items()} == {f"gpu memory, {n}": s for n, s in found.items()}
     assert "GiB" in checks["gpu memory, sft"].found and "sft.gradient_checkpointing" in checks["gpu memory, sft"].mend
     assert all(check.status == "ok" for check in doctor._gpu_memory(paper, "sft", [node(gpus=[("H100", 80.0)])]))
     assert [check.status for check in doctor._gpu_memory(paper, "dpo", [node()])] == ["warn"]
