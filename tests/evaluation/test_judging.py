@@ -1,5 +1,6 @@
 """Judging on Ray: the same judgements as in one process, by actors that hold what they declare."""
 
+import gc
 import time
 
 import pytest
@@ -35,12 +36,14 @@ def test_the_model_is_not_loaded_here_and_actors_hold_what_they_declare(ray_clus
 
     monkeypatch.setattr(LocalWriter, "__init__", lambda *_: pytest.fail("loaded by the driver"))
     cpus = ray.cluster_resources()["CPU"]
-    while ray.available_resources().get("CPU", 0) < cpus:  # actors of earlier tests are on their way out
+    until = time.monotonic() + 60
+    while (free := ray.available_resources().get("CPU", 0)) < cpus and time.monotonic() < until:
+        gc.collect()  # actors of earlier tests are on their way out, some of them held by cycles
         time.sleep(0.05)
     writer = judging.ActorWriter(config.name.removeprefix("hf:"), config.model_copy(update={"cpus_per_actor": 3}))
     answers = writer.answers(["no effusion", "left nodule", "in the lung"])
     next(answers)
-    held = cpus - ray.available_resources().get("CPU", 0)
+    held = free - ray.available_resources().get("CPU", 0)
     assert len(list(answers)) == 2
     assert held == 3
 
