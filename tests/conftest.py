@@ -1,14 +1,30 @@
-"""One Ray for all tests; the real material beside the project, where it is there."""
+"""One Ray for all tests of a process; the real material beside the project, where it is there."""
 
+import contextlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for name, value in PATIENCE.items():
+    os.environ.setdefault(name, value)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+WHOLE = ("cluster", "serving")  # folders whose cluster or service is started once, for all their files
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes share the suite by files. Those with slow tests come first, so that both end at the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder in WHOLE else item.path.stem))
 
 
 @pytest.fixture(scope="session")
@@ -40,5 +56,29 @@ def ray_cluster():
     """The one Ray that all tests share. It counts more CPUs than there are, so that small jobs never wait."""
     from mu2llm.cluster import session
 
-    with session(cpus=8):
+    with contextlib.ExitStack() as stack:
+        for left in (2, 1, 0):
+            try:
+                stack.enter_context(session(cpus=8))
+                break
+            except Exception as error:  # Ray gives its node 30 seconds to start, fewer than a loaded machine takes
+                if not left or "timed out during startup" not in str(error):
+                    raise
         yield
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """(exit code, stdout, stderr) of a command line, run in this process."""
+    from mu2llm import cli
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mu2llm", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return command

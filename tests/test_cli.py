@@ -17,7 +17,8 @@ from mu2llm.errors import Failure, Rejection, UserError
 COMMAND = Path(sys.executable).parent / "mu2llm"
 
 
-def run(*arguments, stdin=None):
+def process(*arguments, stdin=None):
+    """The command as a process of its own: what loads torch or joins Ray is run in this one, by `run`."""
     return subprocess.run(
         [COMMAND, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=120, check=False
     )
@@ -31,15 +32,15 @@ def scan(tmp_path_factory):
 
 
 def test_version():
-    assert run("--version").stdout.strip() == mu2llm.__version__
+    assert process("--version").stdout.strip() == mu2llm.__version__
 
 
-def test_inspect_lists_scans_in_the_order_given(scan, tmp_path):
+def test_inspect_lists_scans_in_the_order_given(run, scan, tmp_path):
     broken = tmp_path / "empty.nii.gz"
     broken.write_bytes(b"")
-    done = run("inspect", broken, scan, "--json", "--save-png", tmp_path / "png")
-    first, second = json.loads(done.stdout)
-    assert done.returncode == 0
+    code, out, _ = run("inspect", broken, scan, "--json", "--save-png", tmp_path / "png")
+    first, second = json.loads(out)
+    assert code == 0
     assert (first["status"], second["status"]) == ("rejected", "ok")
     assert first["reason"]
     assert len(second["sha256"]) == 64
@@ -47,28 +48,28 @@ def test_inspect_lists_scans_in_the_order_given(scan, tmp_path):
 
 
 def test_labels_and_parse_read_lines_and_print_a_bare_list():
-    given = run("labels", "--json", stdin='\ufeff{"text": "Bilateral pleural effusion."}\n')
+    given = process("labels", "--json", stdin='\ufeff{"text": "Bilateral pleural effusion."}\n')
     assert json.loads(given.stdout)[0]["Pleural effusion"] == 1
     errors = "\n".join(f"({letter}) Kind: {int(letter == 'a')}." for letter in "abcdef")
     answer = f"[Clinically Significant Errors]:\n{errors}\n\n[Clinically Insignificant Errors]:\n{errors}\n\n"
     answer += "[Matched Findings]:\n1. y."
-    parsed = json.loads(run("green", "parse", "--json", stdin=json.dumps({"text": answer})).stdout)
+    parsed = json.loads(process("green", "parse", "--json", stdin=json.dumps({"text": answer})).stdout)
     assert (parsed[0]["matched"], parsed[0]["score"]) == (1, 0.5)
 
 
-def test_green_score(tmp_path):
+def test_green_score(run, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     rows = [{"reference": "Left pleural effusion.", "candidate": text} for text in ("Left pleural effusion.", "")]
     pairs.write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    scored = json.loads(run("green", "score", "--pairs", pairs, "--judge", "rules", "--json").stdout)
+    scored = json.loads(run("green", "score", "--pairs", pairs, "--judge", "rules", "--json")[1])
     assert [result["score"] for result in scored["results"]] == [1.0, 0.0]
     assert (scored["n_valid"], scored["n_invalid"]) == (2, 0)
 
 
-def test_dry_run_writes_nothing(tmp_path):
-    done = run("demo", "--dry-run", "--out", tmp_path / "out")
-    assert done.returncode == 0
-    assert "writes" in done.stdout
+def test_dry_run_writes_nothing(run, tmp_path):
+    code, out, _ = run("demo", "--dry-run", "--out", tmp_path / "out")
+    assert code == 0
+    assert "writes" in out
     assert not (tmp_path / "out").exists()
 
 
@@ -84,18 +85,20 @@ def test_dry_run_writes_nothing(tmp_path):
         (["ingest", "--manifest", "nowhere.jsonl", "--volumes", ".", "--out", "x"], "nowhere.jsonl"),
     ],
 )
-def test_the_users_mistakes_exit_2_with_one_line(arguments, says, tmp_path, monkeypatch):
+def test_the_users_mistakes_exit_2_with_one_line(ray_cluster, run, arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert says in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stdout == ""
+    code, out, err = run(*arguments)
+    assert code == 2, err
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+    assert out == ""
 
 
-def test_debug_shows_where():
-    done = run("--debug", "config", "show", "--preset", "nothing")
-    assert "Traceback" in done.stderr
+def test_a_mistake_is_the_processs_exit_code_and_debug_shows_where():
+    mistaken = ("config", "show", "--preset", "nothing")
+    done = process(*mistaken)
+    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" in process("--debug", *mistaken).stderr
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 What identifies a step is the real thing: the stages' jobs, the pairs' and the evaluation's identities.
 """
 
+import csv
 import hashlib
 import itertools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import saved
 
-from mu2llm import artefacts, config, pipeline, places, storage, tracking
+from mu2llm import artefacts, config, green, pipeline, places, storage, tracking
+from mu2llm.cases import ingest, read_manifest
+from mu2llm.ct import phantom
 from mu2llm.errors import UserError
 from mu2llm.evaluation.audits import Audit
 from mu2llm.evaluation.results import METRICS, Difference, Header, Results, RunResult
@@ -66,7 +70,7 @@ class Way:
         identity = identify(checkpoint, shards, experiment)
         weights = artefacts.weights_of(artefacts.open_checkpoint(checkpoint)).weights
         pair = PreferencePair(
-            **{"case_id": "train0", "prompt": "?", "chosen": weights, "judge": "rules"},
+            **{"case_id": shards.cases("train")[0].id, "prompt": "?", "chosen": weights, "judge": "rules"},
             **{"rejected": f"{experiment.preferences.margin} worse", "chosen_score": 1, "rejected_score": 0},
         )
         with storage.staged(storage.join(out, "pairs.parquet")) as path:
@@ -299,3 +303,45 @@ def test_what_the_last_run_used_is_not_listed_for_cleaning(way):
     scans = begun.place(storage.join(str(way.out), "scans"), artefacts.Identity.of({"seed": 0}))
     begun.places.finished(begun.started)
     assert scans not in places.Places.open(str(way.out)).unused()
+
+
+def shaped_as_ct_rate(folder):
+    """Phantoms in CT-RATE's folders under its names, with its three tables: 18 training and 6 `valid` patients."""
+    rows = [json.loads(line) for line in Path(phantom.write(str(folder / "raw"), 24, 0)).read_text().splitlines()]
+    tables = {"reports": [], "metadata": [], "labels": []}
+    for number, row in enumerate(rows, 1):
+        part = "train" if number <= 18 else "valid"
+        study = f"{part}_{number}_a"
+        volume = folder / "dataset" / part / f"{part}_{number}" / study / f"{study}_1.nii.gz"
+        volume.parent.mkdir(parents=True)
+        (folder / "raw" / row["volume"]).rename(volume)
+        tables["reports"].append(
+            {"VolumeName": volume.name, "Findings_EN": row["report"], "Impressions_EN": "Not given."}
+        )
+        tables["metadata"].append({"VolumeName": volume.name, "RescaleSlope": 1, "RescaleIntercept": -1024})
+        tables["labels"].append({"VolumeName": volume.name, **green.labels(row["report"])})
+    for name, each in tables.items():
+        with (folder / "dataset" / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, each[0])
+            writer.writeheader()
+            writer.writerows(each)
+    return str(folder / "dataset")
+
+
+@pytest.mark.slow
+def test_a_folder_of_ct_rate_is_ingested_and_evaluated_on_its_valid_cases(ray_cluster, way, tmp_path, monkeypatch):
+    evaluated = []
+
+    def compare(compared, data, out, experiment, split, progress):
+        evaluated.extend(case.id for case in pipeline.Shards.open(data).cases(split))
+        return way.compare(compared, data, out, experiment, split, progress)
+
+    for name, real in {"read_manifest": read_manifest, "ingest": ingest, "compare": compare}.items():
+        monkeypatch.setattr(pipeline, name, real)
+    folder = shaped_as_ct_rate(tmp_path)
+    source = pipeline.Source(folder, folder, "ct-rate")
+    ingested = pipeline.run(config.load("tiny"), str(way.out), source, lambda *_: None)["ingest"]
+    assert ingested["splits"]["test"] == 6 and ingested["splits"]["validation"] > 0 and ingested["rejected"] == {}
+    assert sum(ingested["splits"].values()) == 24
+    assert sorted(evaluated) == [f"valid_{number}_a_1" for number in range(19, 25)]
+    assert way.did == FIRST[1:]

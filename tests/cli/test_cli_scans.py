@@ -1,33 +1,16 @@
 """`mu2llm inspect` and `mu2llm ingest`, run in this process."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import small_scans
 from ct_scans import SERIES, chest, nifti, slices, to_bytes
 
-from mu2llm import cases, cli
+from mu2llm import cases
 
 KEYS = ["path", "status", "reason", "message", "warnings", "shape", "spacing", "orientation", "hu_range", "sha256"]
 KEYS += ["others"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """(exit code, stdout, stderr) of a command line."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mu2llm", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stopped:
-            code = stopped.code
-        return code, *capsys.readouterr()
-
-    return command
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import requests
+from patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 RAY, COMMAND = (Path(sys.executable).parent / name for name in ("ray", "mu2llm"))
@@ -79,7 +80,7 @@ class Hosts:
             "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # a job is started as `python ray_jobs/…`
             "OMP_NUM_THREADS": "1",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+            **PATIENCE,
             # a machine that goes is noticed within seconds
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "1000",
