@@ -15,9 +15,8 @@ import pytest
 import ray
 import small_scans as scans
 from ct_scans import metaimage, nifti, nrrd, slices, to_bytes
-from pydantic import ValidationError
 
-from mu2llm import cases, ct, storage
+from mu2llm import cases, config, ct, storage
 from mu2llm.cases import node_memory
 from mu2llm.cases.ingest import _bytes, _excluded, _too_large, group_table, plan, schema, write_shard
 from mu2llm.cases.shards import read_summary
@@ -263,8 +262,8 @@ def test_the_series_of_a_study_are_one_case_where_they_are_to_be_put_together(tm
         alone = ct.prepare(ct.read(tmp_path / "two", series=name), scans.SPEC).voxels.tobytes()
         assert bytes(written["two"]["voxels"])[number * len(alone) :][: len(alone)] == alone
     assert "series_unusable" in written["listed"]["warnings"] and "series_unusable" not in written["one"]["warnings"]
-    with pytest.raises(ValidationError, match=r"together needs data\.spec\.series of 2 or more, it is 1"):
-        scans.experiment(reconstructions="together")
+    with pytest.raises(UserError, match=r"^configuration: data: data\.reconstructions=together needs .* it is 1$"):
+        config.load("tiny", ["data.reconstructions=together"])
     with pytest.raises(UserError, match="--format lidc has one series a case"):
         cases.read_manifest(str(tmp_path / "manifest.jsonl"), "lidc", str(tmp_path), experiment.data)
 
