@@ -153,6 +153,8 @@ def _one_line(error: ValidationError) -> str:
         near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(first["loc"][:-1]), n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_known_keys(first['loc'][:-1]))}"
         return f"configuration: {where} is not a key{hint}"
+    if first["type"] == "value_error":  # our own, which says what was given
+        return f"configuration: {where or 'experiment'}: {first['ctx']['error']}"
     return f"configuration: {where or 'experiment'}: {first['msg']}, given {first['input']!r:.80}"
 
 

@@ -162,7 +162,7 @@ def _whole(pipeline: Pipeline, source: Source, plain_shards: str, scans: Sequenc
         results = Results.open(evaluation)
         best = _register(pipeline, checkpoints, results)
         settings = pipeline.experiment
-        places = [ScanPlace(path) for path in scans]
+        places = [ScanPlace.given(path) for path in scans]
         reports = report_scans(best["checkpoint"], places, settings.evaluation, settings.data.accept) if scans else []
     page = storage.join(evaluation, PAGE)
     if storage.exists(page):

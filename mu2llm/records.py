@@ -72,10 +72,11 @@ class Question(Record):
 
 
 class Series(Record):
-    """A further series of an examination: where it is, as `Case` says of the first."""
+    """A further series of an examination: where it is, as `Case` says of the first; without `rescale` that one's."""
 
     volume: str
     series: str | None = None
+    rescale: tuple[float, float] | None = None
 
 
 class Case(Record):
@@ -120,7 +121,11 @@ class Case(Record):
     @property
     def every_series(self) -> tuple[Series, ...]:
         """The series of the examination, in the order in which a model gets them."""
-        return (Series(volume=self.volume, series=self.series), *self.further)
+        first = Series(volume=self.volume, series=self.series, rescale=self.rescale)
+        return (
+            first,
+            *(each if each.rescale else each.model_copy(update={"rescale": self.rescale}) for each in self.further),
+        )
 
 
 PLAIN_FITS = ("torchio", "monai", "tiles")

@@ -12,7 +12,7 @@ from mu2llm.cases.rows import compose, number, read_folder, unused
 from mu2llm.cases.table import CaseTable, by_hash
 from mu2llm.cases.volumes import Volumes
 from mu2llm.errors import UserError
-from mu2llm.records import Case, Split
+from mu2llm.records import Case, Series, Split
 from mu2llm.settings.data import DataConfig
 
 NAME = "VolumeName"
@@ -25,19 +25,20 @@ Rows = dict[str, dict[str, str]]
 def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> Iterator[Case]:
     """`manifest` is a folder with the tables, or the table of reports with the others beside it.
 
-    One reconstruction a scan (the first that is there), all with `data.reconstructions=all`. Slope and intercept of
-    the metadata go into `rescale`. Of rows that name one volume the first counts, the others are noted.
+    One reconstruction a scan, the first that is there, or the first ones together, or each a case
+    (`data.reconstructions`). Slope and intercept of the metadata go into `rescale`. Of rows that name one volume the
+    first counts, the others are noted.
 
     CT-RATE's `valid` is what results are published on and nothing is chosen by: the test split. The validation split is
     carved out of `train` by patient, as much of it as `data.split` says.
     """
     reports, metadata, labels = _tables(manifest, table)
-    chosen = list(reports) if data.reconstructions == "all" else _one_each(reports, found, table)
-    splits = _splits([name for name in chosen if found.find(name)] or chosen, data, table)
-    for name in chosen:
+    chosen = [[name] for name in reports] if data.reconstructions == "all" else _of_each(reports, found, data, table)
+    first = [name for name, *_ in chosen]
+    splits = _splits([name for name in first if found.find(name)] or first, data, table)
+    for name, *others in chosen:
         identity = name.removesuffix(".nii.gz")
-        if name not in metadata:
-            table.note("no_rescale", [identity])
+        table.note("no_rescale", [each.removesuffix(".nii.gz") for each in (name, *others) if each not in metadata])
         present = _present(labels.get(name, {}))
         if present is None:
             table.note("no_labels", [identity])
@@ -49,6 +50,7 @@ def cases(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> 
             split=splits.get(_patient(name)),
             labels=present,
             rescale=metadata.get(name),
+            further=tuple(Series(volume=_volume(e, found, table), rescale=metadata.get(e)) for e in others),
             source="CT-RATE",
         )
     table.note("scan_without_report", sorted(set(metadata) - set(reports)))
@@ -117,16 +119,18 @@ def _present(row: dict[str, str]) -> dict[str, int] | None:
     return {name: int(value) for name, value in values.items() if value is not None}
 
 
-def _one_each(reports: Rows, found: Volumes, table: CaseTable) -> list[str]:
-    """Of each scan's reconstructions the first that is there; the first of all where none is."""
+def _of_each(reports: Rows, found: Volumes, data: DataConfig, table: CaseTable) -> list[list[str]]:
+    """Of each scan's reconstructions the first that is there, or the first ones (`data.together`); the first of all
+    where none is."""
     scans: dict[str, list[str]] = defaultdict(list)
     for name in reports:
         scans[name.removesuffix(".nii.gz").rpartition("_")[0]].append(name)
     chosen = []
     for names in scans.values():
         ranked = sorted(names, key=lambda name: (not found.find(name), len(name), name))
-        chosen.append(ranked[0])
-        table.note("other_reconstruction", ranked[1:])
+        there = [name for name in ranked if found.find(name)] or ranked[:1]
+        chosen.append(there[: data.spec.series if data.together else 1])
+        table.note("other_reconstruction", [name for name in ranked if name not in chosen[-1]])
     return chosen
 
 

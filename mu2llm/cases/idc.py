@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mu2llm import storage
+from mu2llm.cases.names import is_nothing
 from mu2llm.cases.rows import read_csv, unused
 from mu2llm.cases.table import CaseTable
 from mu2llm.cases.volumes import Volumes
@@ -33,7 +34,8 @@ RESTRICTED = "NC"  # in a licence's short name
 
 
 def rows(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> Iterator[dict[str, Any]]:
-    """Rows of our own manifest: of each study the CT series with most images, or all (`data.reconstructions`).
+    """Rows of our own manifest: of each study the CT series with most images, those with most together, or each by
+    itself (`data.reconstructions`).
 
     `data.collections` are the collections to take. The source names collection and licence; what may not be used
     commercially is noted.
@@ -44,19 +46,33 @@ def rows(manifest: str, found: Volumes, data: DataConfig, table: CaseTable) -> I
         studies[row["StudyInstanceUID"]].append(row)
     for series in studies.values():
         ranked = sorted(series, key=lambda row: (-int(row.get("instanceCount") or 0), row["SeriesInstanceUID"]))
-        taken = ranked if data.reconstructions == "all" else ranked[:1]
-        table.note("other_reconstruction", [row["SeriesInstanceUID"] for row in ranked[len(taken) :]])
-        for row in taken:
-            licence = row["license_short_name"]
-            if RESTRICTED in licence:
-                table.note("non_commercial", [row["SeriesInstanceUID"]])
-            yield {
-                **{name: row[name] for name in OURS if name in row},
-                "id": row["SeriesInstanceUID"],
-                "patient": row["PatientID"],
-                "volume": place(row, found),
-                "source": f"IDC {row['collection_id']} ({licence})",
-            }
+        if data.together:
+            there = [row for row in ranked[1:] if not found.missing(storage.below(found.root, place(row, found)))]
+            taken = [[ranked[0], *there[: data.spec.series - 1]]]
+        else:
+            taken = [[row] for row in (ranked if data.reconstructions == "all" else ranked[:1])]
+        uids = [row["SeriesInstanceUID"] for rows in taken for row in rows]
+        table.note("other_reconstruction", [uid for uid in (r["SeriesInstanceUID"] for r in ranked) if uid not in uids])
+        for members in taken:
+            yield _row(members, found, table)
+
+
+def _row(members: list[dict[str, Any]], found: Volumes, table: CaseTable) -> dict[str, Any]:
+    """One row of the series of a case; what is ours in it is of the first that says it."""
+    first = members[0]
+    for row in members:
+        if RESTRICTED in row["license_short_name"]:
+            table.note("non_commercial", [row["SeriesInstanceUID"]])
+    ours = {name: [row[name] for row in members if not is_nothing(row.get(name))] for name in OURS}
+    several = {"series": [row.get("series") for row in members]} if len(members) > 1 else {}
+    return {
+        **{name: values[0] for name, values in ours.items() if values},
+        **several,
+        "id": first["SeriesInstanceUID"],
+        "patient": first["PatientID"],
+        "volume": [place(row, found) for row in members],
+        "source": f"IDC {first['collection_id']} ({first['license_short_name']})",
+    }
 
 
 def place(row: dict[str, Any], found: Volumes) -> str:

@@ -34,7 +34,7 @@ import ray
 import ray.data
 
 from mu2llm import artefacts, ct, storage, telemetry
-from mu2llm.cases import node_memory
+from mu2llm.cases import examination, node_memory
 from mu2llm.cases.shards import INDEX, Index, ShardFile, Shards, ShardWriter, read_summary, write_index
 from mu2llm.cases.table import CaseTable
 from mu2llm.cases.tensors import tensor_field
@@ -97,10 +97,11 @@ def schema(spec: PreprocessSpec) -> pa.Schema:
 def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Counted | None = None) -> dict[str, Any]:
     """Writes the shards of a case table below `out`; run again, it goes on and does nothing twice.
 
-    Gives `{cases, written, rejected: {reason: n}, seconds, bytes, splits: {name: n}}`. Over the rejection budget it
-    raises OverBudget after everything is written. Scans that failed (`FAILURE_REASONS`) are a Failure after everything
-    else is written, and in `failed.parquet` with their traces; `data.exclude` goes on without them. Storage that fails
-    is tried again and never makes a scan a rejected one.
+    Gives `{cases, written, rejected: {reason: n}, seconds, bytes, splits: {name: n}}`, and where several series are
+    read of a case `fewer_series`, the cases that have fewer. Over the rejection budget it raises OverBudget after
+    everything is written. Scans that failed (`FAILURE_REASONS`) are a Failure after everything else is written, and in
+    `failed.parquet` with their traces; `data.exclude` goes on without them. Storage that fails is tried again and never
+    makes a scan a rejected one.
     """
     started = time.monotonic()
     out, data = storage.absolute(out), experiment.data
@@ -111,6 +112,8 @@ def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Counted
     groups = plan(table, data, excluded | too_large.keys())
     summaries = _run(groups, out, data, table, progress, node)
     of_files = (Rejection(**row) for summary in summaries for row in summary["rejected"])
+    fewer = [id for summary in summaries for id in summary.get("fewer_series", [])]
+    table.note("fewer_series", fewer)
     rejected = [*table.rejections, *(each for id, each in too_large.items() if id not in excluded), *of_files]
     _write_rest(out, table, rejected)
     shards = _write_index(out, table, experiment, groups, summaries)
@@ -122,6 +125,7 @@ def ingest(table: CaseTable, out: str, experiment: Experiment, progress: Counted
         "seconds": round(time.monotonic() - started, 2),
         "bytes": sum(file.bytes for files in shards.index.splits.values() for file in files),
         "splits": {split: shards.count(split) for split in SPLITS},
+        **({"fewer_series": len(fewer)} if data.spec.series > 1 else {}),
     }
     _check_budget(result, out, data.rejection_budget)
     return result
@@ -143,7 +147,8 @@ def plan(table: CaseTable, data: DataConfig, left_out: Collection[str] = ()) -> 
             places = [each.volume for case in group for each in case.every_series]
             stamps = [table.facts[place].stamp if place in table.facts else None for place in places]
             rows = [_without_empty(case.row()) for case in group]
-            digest = artefacts.digest([rows, stamps, data.spec.hash, sorted(data.accept)])
+            together = ["together"] if data.together else []
+            digest = artefacts.digest([rows, stamps, data.spec.hash, sorted(data.accept), *together])
             groups[f"{split}/{number:05d}-{digest}.parquet"] = group
     return groups
 
@@ -229,7 +234,7 @@ def _tasks(
     for path, cases in groups.items():
         by_class[node_memory.asked(_bytes(table, cases), node)].append(group_table(path, cases))
     begun = storage.join(out, BEGUN, secrets.token_hex(4))
-    write = partial(write_shard, out=out, spec=data.spec, accept=data.accept, begun=begun)
+    write = partial(write_shard, out=out, data=data, begun=begun)
     classes = [
         ray.data.from_arrow(tables).map_batches(
             write, batch_size=None, batch_format="pyarrow", num_cpus=1, memory=memory
@@ -262,9 +267,7 @@ def group_table(path: str, cases: list[Case]) -> pa.Table:
     return Case.table(cases).append_column("path", pa.array([path] * len(cases)))
 
 
-def write_shard(
-    group: pa.Table, out: str, spec: PreprocessSpec, accept: tuple[str, ...], begun: str | None = None
-) -> pa.Table:
+def write_shard(group: pa.Table, out: str, data: DataConfig, begun: str | None = None) -> pa.Table:
     """The task: writes the shard of a group, unless it is there already, and gives its summary, the scans that failed,
     or why nothing can be written. Below `begun` lies how often a run began each shard."""
     path = group["path"][0].as_py()
@@ -274,7 +277,7 @@ def write_shard(
             cases = [Case.from_row(row) for row in group.to_pylist()]
             if begun:
                 _begin(storage.join(begun, path), cases)
-            _write(target, cases, spec, accept)
+            _write(target, cases, data)
         summary = {**read_summary(target), "bytes": storage.info(target).size}
     except Unwritten as error:
         summary = {"failures": error.failures}
@@ -293,22 +296,24 @@ def _begin(marks: str, cases: list[Case]) -> None:
     raise Unwritten([{**each.row(), "trace": ""} for each in rejections])
 
 
-def _write(target: str, cases: list[Case], spec: PreprocessSpec, accept: tuple[str, ...]) -> None:
+def _write(target: str, cases: list[Case], data: DataConfig) -> None:
     rejected: list[dict[str, str]] = []
     failures: list[dict[str, str]] = []
     written: list[str] = []
-    with storage.staged(target) as local, ShardWriter(local, schema(spec)) as writer:
-        for case, result in _scans(cases, spec, accept):
+    fewer: list[str] = []
+    with storage.staged(target) as local, ShardWriter(local, schema(data.spec)) as writer:
+        for case, result in _scans(cases, data):
             if isinstance(result, Rejection):
                 rejected.append(result.row())
             elif isinstance(result, dict):
                 writer.write({name: [value] for name, value in result.items()})
                 written.append(case.id)
+                fewer += [case.id] if "series_missing" in json.loads(result["warnings"]) else []
             else:
                 failures.append(_failure(case, result))
         if failures:
             raise Unwritten(failures)
-        writer.summarise(ids=written, rejected=rejected)
+        writer.summarise(ids=written, rejected=rejected, **({"fewer_series": fewer} if fewer else {}))
 
 
 def _failure(case: Case, error: Exception) -> dict[str, str]:
@@ -319,26 +324,23 @@ def _failure(case: Case, error: Exception) -> dict[str, str]:
     return {**Rejection(_lasting(case).volume, reason, message, case.id).row(), "trace": trace}
 
 
-def _scans(
-    cases: list[Case], spec: PreprocessSpec, accept: tuple[str, ...]
-) -> Iterator[tuple[Case, dict[str, Any] | Rejection | Exception]]:
+def _scans(cases: list[Case], data: DataConfig) -> Iterator[tuple[Case, dict[str, Any] | Rejection | Exception]]:
     """Each case with its row, its Rejection or what failed; the next scans are fetched meanwhile."""
     with tempfile.TemporaryDirectory(prefix="mu2llm-") as folder, ThreadPoolExecutor(READ_AHEAD) as pool:
         waiting = collections.deque(cases)
         fetched: collections.deque[Future[list[Path]]] = collections.deque()
         for number, case in enumerate(cases):
             while waiting and len(fetched) <= READ_AHEAD:
-                fetched.append(pool.submit(_fetched, waiting.popleft(), Path(folder, str(number + len(fetched)))))
-            yield case, _result(case, fetched.popleft(), spec, accept)
+                place = Path(folder, str(number + len(fetched)))
+                fetched.append(pool.submit(examination.fetched, waiting.popleft(), place))
+            yield case, _result(case, fetched.popleft(), data)
             shutil.rmtree(Path(folder, str(number)), ignore_errors=True)
 
 
-def _result(
-    case: Case, sources: Future[list[Path]], spec: PreprocessSpec, accept: tuple[str, ...]
-) -> dict[str, Any] | Rejection | Exception:
+def _result(case: Case, sources: Future[list[Path]], data: DataConfig) -> dict[str, Any] | Rejection | Exception:
     """The row, the Rejection or the error of one case; a UserError, such as an unknown code to accept, is of all."""
     try:
-        return _row(case, sources.result(), spec, accept)
+        return _row(case, sources.result(), data)
     except Rejection as rejection:
         return Rejection(_lasting(case).volume, rejection.reason, rejection.message, case.id)
     except UserError:
@@ -348,28 +350,10 @@ def _result(
         return error
 
 
-def _fetched(case: Case, folder: Path) -> list[Path]:
-    """The series of a case as local paths, each place fetched once; Rejection where one is not there."""
-    places = list(dict.fromkeys(each.volume for each in case.every_series))
-    local = {place: fetch(place, folder / str(number)) for number, place in enumerate(places)}
-    return [local[each.volume] for each in case.every_series]
-
-
-def fetch(uri: str, folder: Path) -> Path:
-    """A scan as a local path: itself if it is local, else copied below `folder`; Rejection where it is not there."""
-    if not storage.is_remote(uri):
-        return Path(storage.resolve(uri)[1])
-    local = folder / uri.rstrip("/").rsplit("/", 1)[-1]
-    try:
-        storage.copy(uri, str(local))
-    except FileNotFoundError:
-        raise Rejection(uri, "not_found", "there is nothing under this path or URI") from None
-    return local
-
-
-def _row(case: Case, sources: list[Path], spec: PreprocessSpec, accept: tuple[str, ...]) -> dict[str, Any]:
+def _row(case: Case, sources: list[Path], data: DataConfig) -> dict[str, Any]:
     """The row of a shard; Rejection where one of its series cannot be used."""
-    volumes = [_volume(case, number, source, accept) for number, source in enumerate(sources)]
+    case, volumes = examination.volumes(case, sources, data)
+    spec = data.spec
     model_input = ct.prepare(volumes, spec)
     return {
         **_lasting(case).row(),
@@ -379,19 +363,6 @@ def _row(case: Case, sources: list[Path], spec: PreprocessSpec, accept: tuple[st
         "spacing_mm": volumes[0].spacing_mm,
         "warnings": json.dumps(ct.warnings(volumes, spec)),
     }
-
-
-def _volume(case: Case, number: int, source: Path, accept: tuple[str, ...]) -> ct.CTVolume:
-    """One series of a case in HU; of several the Rejection says which it is."""
-    place, series = case.every_series[number].volume, case.every_series[number].series
-    try:
-        read = partial(ct.read, source, series=series, rescale=case.rescale, accept=accept)
-        return ct.admit(storage.retried(place, read), accept)
-    except Rejection as rejection:
-        if not case.further:
-            raise
-        which = f"series {number + 1} of {len(case.every_series)} ({storage.lasting(place)})"
-        raise Rejection(rejection.uri, rejection.reason, f"{which}: {rejection.message}") from None
 
 
 def _lasting(case: Case) -> Case:

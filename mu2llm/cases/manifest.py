@@ -35,6 +35,11 @@ def read_manifest(manifest: str, format: str, volumes: str, data: DataConfig, ne
     are left out, unless there is no need for one.
     """
     check_manifest(manifest, format)
+    if data.together and format not in TOGETHER:
+        raise UserError(
+            f"--format {format} has one series a case, there is nothing for data.reconstructions=together to put "
+            f"together (in {', '.join(TOGETHER)} there is): take one"
+        )
     table = CaseTable()
     manifest = manifest if manifest == INSTALLED.get(format) else storage.absolute(manifest)
     found = Volumes.below(storage.absolute(volumes))
@@ -182,5 +187,7 @@ FORMATS: dict[str, Format] = {
         list(idc.rows(manifest, found, data, table)), manifest, found, data, table
     ),
 }
+TOGETHER = ("jsonl", "csv", "parquet", "ct-rate", "idc")
+"""Formats of which the series of a study can be put together."""
 INSTALLED = {"lidc": lidc.PACKAGE, "idc": idc.PACKAGE}
 """Formats whose table is in a package, which stands for a manifest by its name."""

@@ -30,6 +30,7 @@ NOTES: dict[str, str] = {
     "scan_without_report": "scans of the metadata table that the table of reports does not name",
     "several_volumes": "volumes whose name is there more than once; the first was taken",
     "other_reconstruction": "further reconstructions of a scan, left out (data.reconstructions)",
+    "fewer_series": "cases with fewer series than data.spec.series: the others' chunks are empty",
     "other_modality": "series of another modality than CT, left out",
     "non_commercial": "series whose licence forbids commercial use",
     "not_in_index": "series that the index of the Imaging Data Commons does not have, left out",

@@ -24,7 +24,6 @@ from mu2llm.cli.app import (
     JudgeName,
     Out,
     Preset,
-    Series,
     Set,
     app,
     console,
@@ -182,11 +181,16 @@ def leaderboard(
 @app.command()
 def generate(
     checkpoint: CheckpointUri,
-    paths: Annotated[list[str] | None, typer.Argument(help="Scans: file, DICOM folder, zip or URI.")] = None,
+    paths: Annotated[list[str] | None, typer.Argument(help="Examinations: file, DICOM folder, zip or URI.")] = None,
     manifest: Annotated[str | None, typer.Option(help="A manifest of scans instead of paths.")] = None,
     volumes: Annotated[str, typer.Option(help="Root of the manifest's relative paths.")] = ".",
     format: Format = "jsonl",
-    series: Series = None,
+    series: Annotated[
+        list[str],
+        typer.Option(
+            help="DICOM series to read, by instance UID or description; repeatable where the model reads several."
+        ),
+    ] = [],  # noqa: B006
     accept: Accept = [],  # noqa: B006
     set_: Set = [],  # noqa: B006
     as_json: Json = False,
@@ -197,10 +201,10 @@ def generate(
     from mu2llm.model import familiarity
 
     experiment = config.override(open_checkpoint(checkpoint).experiment, set_)
-    scans, refused = [ScanPlace(path, series) for path in paths or []], []
+    scans, refused = [ScanPlace.given(path, series) for path in paths or []], []
     if manifest:
         table = read_manifest(manifest, format, volumes, experiment.data, need_report=False)
-        scans += [ScanPlace(case.volume, case.series, case.rescale, case.further) for case in table.cases]
+        scans += [ScanPlace.of(case, experiment.data.together) for case in table.cases]
         refused = [{"path": each.uri, "rejected": each.reason, "message": each.message} for each in table.rejections]
     if not scans and not refused:
         raise UserError("no scans: give paths, or --manifest")

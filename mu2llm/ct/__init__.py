@@ -4,8 +4,8 @@ from mu2llm.ct.augment import augment, augment_batch
 from mu2llm.ct.codes import ACCEPTABLE, REASONS, WARNINGS, Acceptable
 from mu2llm.ct.inspection import describe, inspect, three_planes
 from mu2llm.ct.preprocess import SPECS, ModelInput, input_key, joined, prepare, warnings
-from mu2llm.ct.reading import read
-from mu2llm.ct.volume import CTVolume, admit
+from mu2llm.ct.reading import read, read_several
+from mu2llm.ct.volume import CTVolume, admit, usable
 from mu2llm.errors import Rejection
 from mu2llm.records import PreprocessSpec
 
@@ -28,6 +28,8 @@ __all__ = [
     "joined",
     "prepare",
     "read",
+    "read_several",
     "three_planes",
+    "usable",
     "warnings",
 ]

@@ -61,6 +61,7 @@ WARNINGS: dict[str, str] = {
     "units_converted": "the header's unit of length is not mm: converted",
     "oblique": "the axes are turned against the body's: kept as scanned, named by the closest ones",
     "not_hu": "the distribution of values cannot be CT in HU (MR, label map, 8-bit export, scaled twice)",
+    "series_unusable": "series of an examination that could not be used were passed over, and the next ones taken",
     "series_missing": "fewer series of the examination than the spec reads (its `series`): the others are empty",
 }
 

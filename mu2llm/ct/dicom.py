@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from mu2llm.ct import dicom_headers, geometry
 from mu2llm.ct.dicom_headers import Slice
 from mu2llm.ct.dicom_pixels import check_decodable, decode
-from mu2llm.ct.dicom_series import choose
+from mu2llm.ct.dicom_series import choose, of_examination
 from mu2llm.ct.dicom_stack import directions, leftovers, order
 from mu2llm.ct.sources import DICOM, Part
-from mu2llm.ct.volume import CTVolume, build
+from mu2llm.ct.volume import CTVolume, admit, build, usable, warned
 from mu2llm.errors import Rejection
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -27,7 +28,38 @@ def read(
     accept: frozenset[str] = frozenset(),
 ) -> CTVolume:
     """Files of a folder, zip or list → the CTVolume of one scan among them; as `mu2llm.ct.read`."""
+    return _read(*dicom_headers.parse(parts, uri), uri, series, rescale, accept)
+
+
+def read_several(
+    parts: list[Part],
+    uri: str,
+    most: int,
+    rescale: tuple[float, float] | None = None,
+    accept: frozenset[str] = frozenset(),
+) -> list[CTVolume]:
+    """The same files → the CTVolumes of at most so many series of one examination; as `mu2llm.ct.read_several`."""
     slices, warnings = dicom_headers.parse(parts, uri)
+
+    def volume(of_series: list[Slice]) -> CTVolume:
+        return admit(_read(of_series, set(warnings), uri, None, rescale, accept), accept)
+
+    members = of_examination(slices, uri)
+    volumes = usable((partial(volume, each) for each in members), most)
+    read = {each.series for each in volumes}
+    names = [{each.series for each in of_series} for of_series in members]
+    left = {each.series for each in slices}.difference(*(each for each in names if each & read))
+    return [warned(volumes[0], "files_set_aside"), *volumes[1:]] if left else volumes
+
+
+def _read(
+    slices: list[Slice],
+    warnings: set[str],
+    uri: str,
+    series: str | None,
+    rescale: tuple[float, float] | None,
+    accept: frozenset[str],
+) -> CTVolume:
     choice = choose(slices, uri, series, accept)
     chosen = choice.slices
     warnings |= choice.warnings

@@ -14,6 +14,7 @@ from mu2llm.errors import Rejection
 
 _AXIAL = 0.7  # cosine between the slices' normal and the body's long axis
 _PARALLEL = 0.9  # cosine between normals that a change of the gantry's tilt leaves
+_STUDY = list(CLUES).index("StudyInstanceUID")
 _PARTS = 5  # of what is said of a scan that is not read
 
 
@@ -58,6 +59,27 @@ def choose(slices: list[Slice], uri: str, series: str | None, accept: frozenset[
         warnings.add("files_set_aside")
     named = found if series is None else [scans(each) for each in _by_series(_images(slices, uri))]
     return Choice(scan.slices, [each for other in kin for each in other.slices], warnings, _others(scan, named))
+
+
+def of_examination(slices: list[Slice], uri: str) -> list[list[Slice]]:
+    """The slices of each series that are read together. First the one that `choose` takes; then, by the same rank, the
+    axial ones of the same study that are no projections and cover at least half of its length. All slices in one where
+    the first is joined of several series.
+
+    Rejection: as `choose`."""
+    best = [_best(scans(each)) for each in _by_series(_images(slices, uri))]
+    first, *others = sorted(best, key=_rank_of_series, reverse=True)
+    if _is_joined(first):
+        return [slices]
+    likes = [
+        scan
+        for scan in others
+        if not (_is_joined(scan) or scan.slices[0].projection)
+        and _is_axial(scan)
+        and scan.slices[0].clues[_STUDY] == first.slices[0].clues[_STUDY]
+        and 2 * _length(scan) >= _length(first)
+    ]
+    return [[each for each in slices if each.series == scan.slices[0].series] for scan in (first, *likes)]
 
 
 def _rank_of_series(scan: Scan) -> tuple[bool, bool, int, str]:
@@ -130,8 +152,7 @@ def _others(scan: Scan, found: list[list[Scan]]) -> dict[str, str]:
     for series in found:
         for number, other in enumerate(series, start=1):
             first = other.slices[0]
-            joined = any(each.series != first.series for each in other.slices)
-            if not joined and {id(each) for each in other.slices} != {id(each) for each in scan.slices}:
+            if not _is_joined(other) and {id(each) for each in other.slices} != {id(each) for each in scan.slices}:
                 name = f"{first.series}#{number}" if len(series) > 1 else first.series
                 others[name] = _told_apart(other, scan)
     return others
@@ -151,6 +172,10 @@ def _told_apart(other: Scan, scan: Scan) -> str:
             values = sorted(theirs - {""})
             parts += [f"{name} {values[0]}" + ("…" if len(values) > 1 else "")] if values else []
     return ", ".join(parts[:_PARTS])
+
+
+def _is_joined(scan: Scan) -> bool:
+    return any(each.series != scan.slices[0].series for each in scan.slices)
 
 
 def _voxels(scan: Scan) -> int:

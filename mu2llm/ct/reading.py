@@ -1,4 +1,4 @@
-"""`read`: any source of one scan → CTVolume, or a Rejection that says why not."""
+"""`read`: any source of one scan → CTVolume, or a Rejection that says why not; `read_several`: of its series."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 
 from mu2llm.ct import dicom, metaimage, nifti, nrrd, raster, sources
 from mu2llm.ct.codes import REASONS, check_accept
-from mu2llm.ct.volume import CTVolume
+from mu2llm.ct.volume import CTVolume, admit
 from mu2llm.errors import Rejection
 
 _HEAD = 1024
@@ -37,16 +37,38 @@ def read(
     Raises Rejection (a code of `REASONS`) for what is wrong with the scan, OSError for storage that cannot be
     reached or refuses, UserError for an unknown scheme or code. What was set right is in `.warnings`.
     """
-    wanted = _Wanted(series, rescale, check_accept(accept))
+    (volume,) = _read(source, _Wanted(series, rescale, check_accept(accept)))
+    return volume
+
+
+def read_several(
+    source: str | Path | bytes | Sequence[bytes],
+    most: int,
+    *,
+    rescale: tuple[float, float] | None = None,
+    accept: Iterable[str] = (),
+) -> list[CTVolume]:
+    """At most so many of the series of an examination that lie in one place, each as `read` gives it and let in by
+    `admit`. The first is the one that `read` takes; then come, from the largest to the smallest, the axial ones of the
+    same study that are no projections and cover at least half of its length.
+
+    Raises as `read` does; of series behind the first what is wrong is no Rejection but the first one's warning
+    `series_unusable`. What is not DICOM is one series.
+    """
+    wanted = _Wanted(None, rescale, check_accept(accept), most)
+    return [admit(volume, wanted.accept) for volume in _read(source, wanted)]
+
+
+def _read(source: str | Path | bytes | Sequence[bytes], wanted: _Wanted) -> list[CTVolume]:
     if isinstance(source, list | tuple) and len(source) != 1:
-        return dicom.read(sources.byte_parts(source, "bytes"), "bytes", *wanted)
+        return wanted.dicom(sources.byte_parts(source, "bytes"), "bytes")
     if isinstance(source, bytes | bytearray | memoryview | list | tuple):
         data = bytes(source[0] if isinstance(source, list | tuple) else source)
         return _read_file(io.BufferedReader(io.BytesIO(data)), len(data), "bytes", wanted, None)
     uri = str(source)
     filesystem, found = sources.info(uri)
     if found.type == pafs.FileType.Directory:
-        return dicom.read(sources.folder_parts(filesystem, found.path, uri), uri, *wanted)
+        return wanted.dicom(sources.folder_parts(filesystem, found.path, uri), uri)
     if found.type != pafs.FileType.File:
         raise Rejection(uri, "unsupported_format", "neither a file nor a folder")
     with sources.open_stream(filesystem, found.path) as stream:
@@ -60,11 +82,18 @@ class _Wanted(NamedTuple):
     series: str | None
     rescale: tuple[float, float] | None
     accept: frozenset[str]
+    most: int = 1
+
+    def dicom(self, parts: list[sources.Part], uri: str) -> list[CTVolume]:
+        """The series among DICOM files, one unless more are wanted."""
+        if self.most == 1:
+            return [dicom.read(parts, uri, self.series, self.rescale, self.accept)]
+        return dicom.read_several(parts, uri, self.most, self.rescale, self.accept)
 
 
 def _read_file(
     stream: io.BufferedReader, size: int, uri: str, wanted: _Wanted, beside: raster.Beside | None
-) -> CTVolume:
+) -> list[CTVolume]:
     """One file of `size` bytes, of whatever kind its first bytes say."""
     head = stream.peek(_HEAD)
     if not head:
@@ -77,18 +106,18 @@ def _read_file(
         with sources.gunzip(stream, uri) as inner:
             within = sources.kind_of(inner.peek(_HEAD)[:_HEAD])
             if within != sources.DICOM:
-                return _read_headed(inner, within, size * sources.GZIP_RATIO, uri, wanted, beside)
+                return [_read_headed(inner, within, size * sources.GZIP_RATIO, uri, wanted, beside)]
             sources.check_suffix(uri.removesuffix(".gz"), sources.DICOM)
             data = sources.gunzipped_dicom(inner, size, uri)
         kind = sources.DICOM
     elif kind in (sources.NIFTI, sources.METAIMAGE, sources.NRRD):
-        return _read_headed(stream, kind, size, uri, wanted, beside)
+        return [_read_headed(stream, kind, size, uri, wanted, beside)]
     else:
         sources.check_sizes(uri, 1, size)
         data = stream.read()
     name = uri.rsplit("/", 1)[-1]
     parts = sources.zip_parts(data, uri) if kind == sources.ZIP else [sources.Part(name, partial(bytes, data))]
-    return dicom.read(parts, uri, *wanted)
+    return wanted.dicom(parts, uri)
 
 
 def _read_headed(

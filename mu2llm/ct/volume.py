@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from nibabel import affines
@@ -96,3 +96,25 @@ def admit(volume: CTVolume, accept: Iterable[str] = ()) -> CTVolume:
             "accept not_hu to use it all the same",
         )
     return volume
+
+
+def usable(reads: Iterable[Callable[[], CTVolume]], most: int) -> list[CTVolume]:
+    """What at most so many of the series of an examination give. A Rejection of the first is raised; of others it is
+    passed over, with the warning `series_unusable` on the first."""
+    volumes: list[CTVolume] = []
+    rejected = False
+    for read in reads:
+        if len(volumes) == most:
+            break
+        try:
+            volumes.append(read())
+        except Rejection:
+            if not volumes:
+                raise
+            rejected = True
+    return [warned(volumes[0], "series_unusable"), *volumes[1:]] if rejected else volumes
+
+
+def warned(volume: CTVolume, code: str) -> CTVolume:
+    """The volume with one warning more."""
+    return replace(volume, warnings=in_order((*volume.warnings, code)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Self
 
 from mu2llm import ct
 from mu2llm.engine.decoder import ContinuousDecoder, Prompt, write
@@ -14,24 +15,43 @@ from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import Rejection
 from mu2llm.model.familiarity import Familiarity, pooled, unlike
 from mu2llm.progress import Counted
-from mu2llm.records import Series
+from mu2llm.records import Case, Series
 from mu2llm.settings.evaluation import EvaluationConfig
 
 
 class ScanPlace(NamedTuple):
     """Where a scan is: path or URI, and what `ct.read` needs besides to find it there and to put it in HU; `further`
-    are the other series of an examination, for one report of them all."""
+    are the other series of an examination, for one report of them all. With `together` those that lie in one place and
+    are not named are found, and of others what cannot be used is passed over."""
 
     path: str
     series: str | None = None
     rescale: tuple[float, float] | None = None
     further: tuple[Series, ...] = ()
+    together: bool = False
 
-    def volumes(self, accept: tuple[str, ...]) -> list[ct.CTVolume]:
-        """The scan in HU, and those behind it; Rejection where one cannot be used."""
-        places = [(self.path, self.series), *((each.volume, each.series) for each in self.further)]
-        read = (ct.read(path, series=series, rescale=self.rescale, accept=accept) for path, series in places)
-        return [ct.admit(volume, accept) for volume in read]
+    @classmethod
+    def given(cls, path: str, series: Sequence[str] = ()) -> Self:
+        """A path as it was given, and the series to read there in this order; of none those that are found."""
+        further = tuple(Series(volume=path, series=name) for name in series[1:])
+        return cls(path, series[0], further=further) if series else cls(path, together=True)
+
+    @classmethod
+    def of(cls, case: Case, together: bool) -> Self:
+        """A case's."""
+        return cls(case.volume, case.series, case.rescale, case.further, together)
+
+    def volumes(self, accept: tuple[str, ...], most: int) -> list[ct.CTVolume]:
+        """The scan in HU, and those behind it, at most so many of one place; Rejection where one cannot be used."""
+        if self.together and self.series is None and not self.further:
+            return ct.read_several(self.path, most, rescale=self.rescale, accept=accept)
+        places = [Series(volume=self.path, series=self.series, rescale=self.rescale), *self.further]
+        reads = [partial(self._read, each, accept) for each in places]
+        return ct.usable(reads, len(reads)) if self.together else [read() for read in reads]
+
+    def _read(self, place: Series, accept: tuple[str, ...]) -> ct.CTVolume:
+        rescale = place.rescale or self.rescale
+        return ct.admit(ct.read(place.volume, series=place.series, rescale=rescale, accept=accept), accept)
 
 
 def report_scans(
@@ -41,8 +61,9 @@ def report_scans(
     accept: tuple[str, ...] = (),
     progress: Counted | None = None,
 ) -> list[dict[str, Any]]:
-    """One entry a scan, in order: `{path, report, seconds, spec, warnings, familiarity, finding_probabilities}` or
-    `{path, rejected, message, spec}`. `familiarity` is `{percentile, unlike}` among the training scans' distances
+    """One entry a scan, in order: `{path, report, seconds, spec, warnings, series, familiarity, finding_probabilities}`
+    or `{path, rejected, message, spec}`. `series` are the UIDs of those that were read, in order ("" of what is not
+    DICOM). `familiarity` is `{percentile, unlike}` among the training scans' distances
     (`Familiarity`), None where the checkpoint keeps none; `finding_probabilities` None without a diagnostic prior.
 
     Scans are prepared by the checkpoint's own spec. One that is no CT by its values (`not_hu`) is rejected
@@ -57,7 +78,7 @@ def report_scans(
         started = time.monotonic()
         entry: dict[str, Any] = {"path": place.path, "spec": {"name": processor.spec.name, "hash": processor.spec.hash}}
         try:
-            volumes = place.volumes(accept)
+            volumes = place.volumes(accept, processor.spec.series)
             prepared = ct.prepare(volumes, processor.spec)
         except Rejection as rejection:
             entry |= {"rejected": rejection.reason, "message": rejection.message}
@@ -69,6 +90,7 @@ def report_scans(
                 "report": text.text,
                 "finished": text.finished,
                 "warnings": list(ct.warnings(volumes, processor.spec)),
+                "series": [volume.series for volume in volumes],
             }
             with numerics(model.device, settings.used_precision):
                 likely = model.finding_probabilities(features, mask)

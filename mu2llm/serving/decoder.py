@@ -37,7 +37,8 @@ _UIDS: list[Any] = ["SOPClassUID", "SOPInstanceUID"]
 
 @dataclass(frozen=True)
 class Reading:
-    """What is to be read: files' bytes or an (allowed) URI; `references` asks for the DICOM instances too."""
+    """What is to be read: files' bytes or an (allowed) URI, as many series as `spec` reads; `references` asks for the
+    DICOM instances too."""
 
     source: list[bytes] | str
     spec: PreprocessSpec
@@ -73,35 +74,36 @@ def read(reading: Reading, max_slices: int) -> Scan:
     """Decodes and prepares. Raises Rejection."""
     started = time.monotonic()
     if isinstance(reading.source, str) and dicomweb.is_one(reading.source):
-        reading = replace(reading, source=dicomweb.fetch(reading.source, max_slices))
-    volume = ct.admit(ct.read(reading.source, accept=reading.accept), reading.accept)
-    slices = max(volume.hu.shape[2], min(volume.hu.shape))
+        reading = replace(reading, source=dicomweb.fetch(reading.source, max_slices, reading.spec.series))
+    volumes = ct.read_several(reading.source, reading.spec.series, accept=reading.accept)
+    slices = max(max(volume.hu.shape[2], min(volume.hu.shape)) for volume in volumes)
     if slices > max_slices:
         raise Rejection("", "too_large", f"{slices} slices; the service takes {max_slices}")
-    prepared = ct.prepare(volume, reading.spec)
-    told = ct.describe(volume) | {"warnings": list(ct.warnings([volume], reading.spec))}
-    facts = {**{name: told[name] for name in ("sha256", "shape", "spacing", "orientation", "warnings")}}
+    prepared = ct.prepare(volumes, reading.spec)
+    told = ct.describe(volumes[0]) | {"warnings": list(ct.warnings(volumes, reading.spec))}
+    facts = {name: told[name] for name in ("sha256", "shape", "spacing", "orientation", "warnings")}
     voxels = np.ascontiguousarray(prepared.voxels)
     return Scan(
-        facts={**facts, "format": volume.format},
+        facts={**facts, "format": volumes[0].format, "series": len(volumes)},
         voxels=voxels,
         chunk_mask=prepared.chunk_mask,
         affine=prepared.affine,
         spec_hash=reading.spec.hash,
         key=ct.input_key(voxels, prepared.chunk_mask),
         seconds=time.monotonic() - started,
-        references=_references(reading, volume) if volume.format == sources.DICOM else None,
+        references=_references(reading, volumes) if volumes[0].format == sources.DICOM else None,
     )
 
 
-def _references(reading: Reading, volume: ct.CTVolume) -> References | None:
-    """The instances of the series that was read (of all that were joined), by their headers, where they are asked
+def _references(reading: Reading, volumes: list[ct.CTVolume]) -> References | None:
+    """The instances of the series that were read (of all that were joined), by their headers, where they are asked
     for."""
     if not reading.references:
         return None
-    joined = "series_joined" in volume.warnings
+    joined = "series_joined" in volumes[0].warnings
+    names = [volume.series for volume in volumes]
     slices, _ = dicom_headers.parse(_parts(reading.source), "")
-    files = {id(each.part): each for each in slices if (joined or each.series == volume.series) and each.rows}
+    files = {id(each.part): each for each in slices if (joined or each.series in names) and each.rows}
     found: list[tuple[str, str, str]] = []
     header = None
     for each in files.values():

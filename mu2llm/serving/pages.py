@@ -23,7 +23,7 @@ _PLAIN = """<!doctype html>
 <style>body{font:16px/1.5 sans-serif;max-width:44em;margin:3em auto;padding:0 1em;background:#111;color:#ddd}
 a{color:#8bf}code{background:#222;padding:.1em .3em}</style></head>
 <body><h1>mu2llm</h1>
-<p>Post a CT scan (NIfTI, .mha, .nrrd, or a zip of one DICOM series); the answer is a draft of its report as JSON.
+<p>Post a CT scan (NIfTI, .mha, .nrrd, or a zip of DICOM files); the answer is a draft of its report as JSON.
 Research use only; not a medical device.</p>
 <p><code>curl -H "Authorization: Bearer KEY" -F scan=@scan.nii.gz ADDRESS/v1/reports</code></p>
 <p>KEY is an API key, or the token in the address that <code>mu2llm serve</code> printed.</p>

@@ -46,7 +46,7 @@ class ReportRequest(ReportOptions):
 
     uri: Uri | None = None
     study: Uri | None = Field(
-        None, description="DICOMweb URI of a study, or of one series of it: its largest CT series is read"
+        None, description="DICOMweb URI of a study, whose largest CT series are read, or of one series of it"
     )
 
     @model_validator(mode="after")
@@ -57,7 +57,8 @@ class ReportRequest(ReportOptions):
 
 
 class ScanFacts(BaseModel):
-    """A scan as it was read. `shape` and `spacing` (mm) are along x, y, z in RAS+ axes; `orientation` is the file's."""
+    """A scan as it was read. `shape` and `spacing` (mm) are along x, y, z in RAS+ axes; `orientation` is the file's; of
+    several series they are the first one's."""
 
     sha256: str
     shape: tuple[int, int, int]
@@ -65,6 +66,7 @@ class ScanFacts(BaseModel):
     orientation: str
     warnings: tuple[str, ...]
     format: str
+    series: int = Field(1, description="how many series of the examination the report is about")
 
 
 class FindingOut(BaseModel):

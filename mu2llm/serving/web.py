@@ -55,7 +55,7 @@ _BEARER = HTTPBearer(auto_error=False, scheme_name="API key", description="mu2ll
 _SCAN = {
     "type": "string",
     "format": "binary",
-    "description": "NIfTI (.nii, .nii.gz), .mha, .nrrd or a zip of one DICOM series; or repeated, the series' files",
+    "description": "NIfTI (.nii, .nii.gz), .mha, .nrrd or a zip of DICOM files; or repeated, the DICOM files",
 }
 
 

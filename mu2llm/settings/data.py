@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mu2llm.records import PreprocessSpec
 from mu2llm.settings.section import Execution, Section
@@ -30,8 +30,10 @@ class DataConfig(Section):
     )
     exclude: tuple[str, ...] = Field((), description="ids or URIs of cases that ingest goes on without")
     accept: tuple[str, ...] = Field((), description="warning or reason codes that are let in, such as not_hu")
-    reconstructions: Literal["one", "all"] = Field(
-        "one", description="CT-RATE: one reconstruction a scan, or all; idc: one series a study, or all"
+    reconstructions: Literal["one", "all", "together"] = Field(
+        "one",
+        description="series of a study, reconstructions of a scan: one of them, each a case of its own, or "
+        "`spec.series` of them together as one case",
     )
     collections: tuple[str, ...] = Field((), description="idc: collections to take, such as lidc_idri; none: all")
     shard_mb: int = Field(128, ge=1, description="aimed size of a Parquet shard")
@@ -40,3 +42,14 @@ class DataConfig(Section):
         1, gt=0, le=1, description="fraction of the training patients, drawn by the seed, that sft and prefer see"
     )
     phantom: PhantomConfig = PhantomConfig()
+
+    @property
+    def together(self) -> bool:
+        """Whether the series of a study are one case without a manifest that lists them."""
+        return self.reconstructions == "together"
+
+    @model_validator(mode="after")
+    def _several(self) -> Self:
+        if self.together and self.spec.series == 1:
+            raise ValueError("data.reconstructions=together needs data.spec.series of 2 or more, it is 1")
+        return self

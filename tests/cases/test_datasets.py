@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import small_scans as scans
@@ -117,6 +118,21 @@ def test_ct_rate_cells_that_are_no_numbers_are_counted_and_cost_no_scan(ct_rate)
     assert [c.rescale for c in table.cases] == [(1.0, -8192.0), None, None, None]
     assert set(names) <= set(table.listed["no_rescale"])
     assert [c.labels for c in table.cases[:2]] == [None, {"Medical material": 1, "Emphysema": 0}]
+
+
+def test_ct_rate_has_a_scan_s_reconstructions_together(ct_rate):
+    """Those that are there, each with its own slope and intercept, as one case named by the first."""
+    touch(ct_rate / "train" / "train_1_a_1.nii.gz")
+    spec = DATA.spec.model_copy(update={"series": 2})
+    data = DATA.model_copy(update={"reconstructions": "together", "spec": spec})
+    table = cases.read_manifest(str(ct_rate), "ct-rate", str(ct_rate), data)
+    first, *others = table.cases
+    found = [(Path(each.volume).name, each.rescale) for each in first.every_series]
+    assert first.id == "train_1_a_1"
+    assert found == [("train_1_a_1.nii.gz", (1.0, -1024.0)), ("train_1_a_2.nii.gz", (1.0, -8192.0))]
+    assert len(others) == 3 and not any(case.further for case in others)
+    assert "other_reconstruction" not in table.counts
+    assert not any("train_1_" in name for name in table.listed["scan_without_row"])
 
 
 def test_ct_rate_has_all_reconstructions_on_request(ct_rate):

@@ -37,7 +37,7 @@ def write_all(groups, out):
     """Every shard in this process; the rows of all of them."""
     rows = {}
     for path, group in groups.items():
-        (text,) = write_shard(group_table(path, group), out, scans.SPEC, ())["summary"].to_pylist()
+        (text,) = write_shard(group_table(path, group), out, scans.experiment().data)["summary"].to_pylist()
         summary = json.loads(text)
         assert not {"failed", "failures"} & summary.keys() and summary["rejected"] == []
         rows[path] = read_rows([f"{out}/{path}"], [summary["rows"]], ["id", "voxels"], np.arange(summary["rows"]))
@@ -68,7 +68,7 @@ def test_a_storage_that_only_fails_ends_in_a_failure_and_a_rerun_goes_on(bucket,
     monkeypatch.setattr(storage, "SDK_ATTEMPTS", 1)
     monkeypatch.setattr(storage, "ATTEMPTS", 2)
     with faulty(os.environ["AWS_ENDPOINT_URL"], 1.0):
-        (text,) = write_shard(group_table(path, group), f"{bucket}/out", scans.SPEC, ())["summary"].to_pylist()
+        (text,) = write_shard(group_table(path, group), f"{bucket}/out", scans.experiment().data)["summary"].to_pylist()
     # with no request answered nothing can be written either: that is no scan's failure
     assert "storage failed 2 times" in json.loads(text)["failed"]
     assert storage.list_files(f"{bucket}/out") == []

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -15,7 +16,7 @@ import ray
 import small_scans as scans
 from ct_scans import metaimage, nifti, nrrd, slices, to_bytes
 
-from mu2llm import cases, ct, storage
+from mu2llm import cases, config, ct, storage
 from mu2llm.cases import node_memory
 from mu2llm.cases.ingest import _bytes, _excluded, _too_large, group_table, plan, schema, write_shard
 from mu2llm.cases.shards import read_summary
@@ -190,7 +191,7 @@ def test_series_that_share_a_folder_are_told_apart(tmp_path):
     scans.write_manifest(tmp_path / "manifest.jsonl", rows)
     experiment = scans.experiment(split={"train": 1, "validation": 0, "test": 0})
     ((path, group),) = plan(read(tmp_path, experiment), experiment.data).items()
-    write_shard(group_table(path, group), str(tmp_path / "out"), experiment.data.spec, ())
+    write_shard(group_table(path, group), str(tmp_path / "out"), experiment.data)
     written = {row["id"]: row for row in pq.read_table(tmp_path / "out" / path).to_pylist()}
     assert set(written) == {"a", "b", "d"}
     for id, seed in {"a": 0, "b": 1, "d": 2}.items():
@@ -213,7 +214,7 @@ def test_the_chunks_of_a_case_s_series_stand_one_behind_the_other(tmp_path):
     experiment = scans.experiment(spec=spec, split={"train": 1, "validation": 0, "test": 0})
     table = read(tmp_path, experiment)
     ((path, group),) = plan(table, experiment.data).items()
-    write_shard(group_table(path, group), str(tmp_path / "out"), spec, ())
+    write_shard(group_table(path, group), str(tmp_path / "out"), experiment.data)
     written = {row["id"]: row for row in pq.read_table(tmp_path / "out" / path).to_pylist()}
     alone = [ct.prepare(ct.read(tmp_path / f"{n}.nii.gz"), scans.SPEC).voxels.tobytes() for n in range(3)]
     voxels = {id: bytes(row["voxels"]) for id, row in written.items()}
@@ -233,6 +234,40 @@ def test_the_chunks_of_a_case_s_series_stand_one_behind_the_other(tmp_path):
     assert plan(read(tmp_path, experiment), experiment.data).keys() != {path}, "a second series was replaced"
 
 
+def test_the_series_of_a_study_are_one_case_where_they_are_to_be_put_together(tmp_path):
+    for place, names in {"two": ("1.1", "1.2"), "one": ("1.3",)}.items():
+        (tmp_path / place).mkdir()
+        for number, name in enumerate(names):
+            for index, each in enumerate(slices(scans.body(number)[..., number:], SeriesInstanceUID=name)):
+                (tmp_path / place / f"{name}-{index}.dcm").write_bytes(to_bytes(each))
+    scans.save(tmp_path / "0.nii.gz", 0)
+    (tmp_path / "broken.nii.gz").write_bytes(b"no scan")
+    rows = [{"id": id, "volume": id, "report": "r"} for id in ("two", "one")]
+    rows += [{"id": "named", "volume": "two", "series": "1.2", "report": "r"}]
+    rows += [{"id": "listed", "volume": ["0.nii.gz", "broken.nii.gz"], "report": "r"}]
+    scans.write_manifest(tmp_path / "manifest.jsonl", rows)
+    spec = scans.SPEC.model_copy(update={"series": 2})
+    split = {"train": 1, "validation": 0, "test": 0}
+    experiment = scans.experiment(spec=spec, split=split, reconstructions="together")
+    ((path, group),) = plan(read(tmp_path, experiment), experiment.data).items()
+    assert path not in plan(read(tmp_path, experiment), scans.experiment(spec=spec, split=split).data)
+    write_shard(group_table(path, group), str(tmp_path / "out"), experiment.data)
+    written = {row["id"]: row for row in pq.read_table(tmp_path / "out" / path).to_pylist()}
+    summary = read_summary(str(tmp_path / "out" / path))
+    assert set(written) == {"two", "one", "named", "listed"} and summary["rejected"] == []
+    assert set(summary["fewer_series"]) == {"one", "named", "listed"}
+    case = Case.from_row(written["two"])
+    assert [(Path(each.volume).name, each.series) for each in case.every_series] == [("two", "1.1"), ("two", "1.2")]
+    for number, name in enumerate(("1.1", "1.2")):
+        alone = ct.prepare(ct.read(tmp_path / "two", series=name), scans.SPEC).voxels.tobytes()
+        assert bytes(written["two"]["voxels"])[number * len(alone) :][: len(alone)] == alone
+    assert "series_unusable" in written["listed"]["warnings"] and "series_unusable" not in written["one"]["warnings"]
+    with pytest.raises(UserError, match=r"^configuration: data: data\.reconstructions=together needs .* it is 1$"):
+        config.load("tiny", ["data.reconstructions=together"])
+    with pytest.raises(UserError, match="--format lidc has one series a case"):
+        cases.read_manifest(str(tmp_path / "manifest.jsonl"), "lidc", str(tmp_path), experiment.data)
+
+
 def test_shards_of_one_series_are_as_before():
     assert "further" not in schema(scans.SPEC).names
     assert "further" in schema(scans.SPEC.model_copy(update={"series": 2})).names
@@ -248,7 +283,7 @@ def test_every_format_of_a_scan_gives_the_same_row(tmp_path):
     scans.write_manifest(tmp_path / "manifest.jsonl", [{"id": n[0], "volume": n, "report": "r"} for n in files])
     experiment = scans.experiment(split={"train": 1, "validation": 0, "test": 0})
     ((path, group),) = plan(read(tmp_path, experiment), experiment.data).items()
-    write_shard(group_table(path, group), str(tmp_path / "out"), experiment.data.spec, ())
+    write_shard(group_table(path, group), str(tmp_path / "out"), experiment.data)
     written = {row["id"]: row["voxels"] for row in pq.read_table(tmp_path / "out" / path).to_pylist()}
     assert set(written) == {"a", "b", "c"} and written["a"] == written["b"] == written["c"]
     (rejected,) = read_summary(str(tmp_path / "out" / path))["rejected"]
@@ -258,7 +293,7 @@ def test_every_format_of_a_scan_gives_the_same_row(tmp_path):
 def summary_of(source, out, data):
     """The first shard's cases and its task's summary."""
     (path, group), *_ = plan(read(source, scans.experiment()), data).items()
-    (summary,) = write_shard(group_table(path, group), str(out), data.spec, ())["summary"].to_pylist()
+    (summary,) = write_shard(group_table(path, group), str(out), data)["summary"].to_pylist()
     return path, group, json.loads(summary)
 
 
@@ -300,7 +335,7 @@ def planned(table):
 def failing(denied, deadly):
     """`write_shard` in a cluster whose storage denies the scan of one case, and whose task of one shard dies."""
 
-    def write(group, out, spec, accept, begun):
+    def write(group, out, data, begun):
         read, pause = ct.read, storage.BACK_OFF_S
 
         def refuse(source, **options):
@@ -312,7 +347,7 @@ def failing(denied, deadly):
 
         ct.read, storage.BACK_OFF_S = refuse, 0.0001
         try:
-            return write_shard(group, out, spec, accept, begun)
+            return write_shard(group, out, data, begun)
         finally:
             ct.read, storage.BACK_OFF_S = read, pause
 

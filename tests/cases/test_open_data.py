@@ -14,7 +14,7 @@ from open_data import UUIDS, idc_row, write_index, write_lidc
 
 from mu2llm import cases, ct, green, storage
 from mu2llm.cases import idc, lidc
-from mu2llm.cases.ingest import fetch
+from mu2llm.cases.examination import fetch
 from mu2llm.ct import lidc as annotations
 from mu2llm.errors import UserError
 
@@ -57,7 +57,9 @@ def test_rows_of_the_commons_are_read_without_keys(bucket, tmp_path, monkeypatch
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # another server for what is one's own
     rows = [
         idc_row(0, "series-0", report="Clear lungs."),
-        idc_row(0, "series-0-scout", report="Clear lungs.", instanceCount=2),
+        idc_row(
+            *(0, "series-0-scout"), report="Clear lungs.", instanceCount=2, series_aws_url="s3://idc-open-data/scout/*"
+        ),
         idc_row(0, "series-0-mask", Modality="SEG", report=None),
         idc_row(1, "series-1", license_short_name="CC BY-NC 4.0", report="Nodule."),
         idc_row(2, "series-2", collection_id="nlst", report="Nodule."),
@@ -70,6 +72,11 @@ def test_rows_of_the_commons_are_read_without_keys(bucket, tmp_path, monkeypatch
     assert first.source == "IDC lidc_idri (CC BY 3.0)" and second.source == "IDC lidc_idri (CC BY-NC 4.0)"
     assert table.listed["non_commercial"] == ["series-1"] and table.counts["other_modality"] == 1
     assert table.listed["other_reconstruction"] == ["series-0-scout"]
+    spec = data.spec.model_copy(update={"series": 2})
+    both = data.model_copy(update={"reconstructions": "together", "spec": spec})
+    joined = cases.read_manifest(str(tmp_path / "rows.parquet"), "idc", "s3://idc-open-data", both)
+    assert [case.id for case in joined.cases] == ["series-0", "series-1"]
+    assert [len(case.every_series) for case in joined.cases] == [2, 1] and "other_reconstruction" not in joined.counts
     every = data.model_copy(update={"reconstructions": "all"})
     assert len(cases.read_manifest(str(tmp_path / "rows.parquet"), "idc", "s3://idc-open-data", every).cases) == 3
     volume = ct.read(fetch(first.volume, tmp_path / "fetched"))
@@ -88,6 +95,15 @@ def test_rows_of_the_commons_by_a_copy_of_ones_own(tmp_path):
     table = cases.read_manifest(str(tmp_path / "rows.parquet"), "idc", str(root), DATA)
     assert [case.volume for case in table.cases] == [f"{root}/{UUIDS[0]}", f"{root}/p/CT_series-1"]
     assert table.listed["not_found"] == ["gone"] and table.listed["no_report"] == ["silent"]
+    rows += [idc_row(1, "series-1-soft", instanceCount=3, crdc_series_uuid="gone"), idc_row(1, "series-1-thin")]
+    (root / "series-1-thin").symlink_to(root / "p" / "CT_series-1")
+    write_index(tmp_path / "more.parquet", rows)
+    spec = DATA.spec.model_copy(update={"series": 3})
+    data = DATA.model_copy(update={"reconstructions": "together", "spec": spec})
+    table = cases.read_manifest(str(tmp_path / "more.parquet"), "idc", str(root), data)
+    _, of_two = table.cases
+    assert [each.volume for each in of_two.every_series] == [f"{root}/p/CT_series-1", f"{root}/series-1-thin"]
+    assert of_two.report == "B." and table.listed["other_reconstruction"] == ["series-1-soft"]
     unknown = DATA.model_copy(update={"collections": ("nlst",)})
     with pytest.raises(UserError, match=r"data\.collections: 'nlst' is no collection"):
         cases.read_manifest(str(tmp_path / "rows.parquet"), "idc", str(root), unknown)

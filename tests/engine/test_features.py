@@ -1,12 +1,19 @@
 """Features that are made once and shared."""
 
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
 import torch
 from small_models import make
 
 from mu2llm import artefacts, storage
 from mu2llm.cases import Shards
+from mu2llm.engine import features as encoding
 from mu2llm.engine.actors import actor_pool
-from mu2llm.engine.features import cached_features, features_uri
+from mu2llm.engine.features import VisionActor, cached_features, features_uri
+from mu2llm.errors import Failure
+from mu2llm.settings.inference import InferenceConfig
 
 
 def saved(uri, *changes, **given):
@@ -56,3 +63,21 @@ def test_as_many_actors_as_are_asked_for_or_fit_but_no_more_than_there_is_work()
     assert (actor_pool(4, 2).min_size, actor_pool(4, 2).max_size) == (2, 2)
     assert (actor_pool(1, 9).min_size, actor_pool(1, 9).max_size) == (1, 1)
     assert (actor_pool(None, 9).min_size, actor_pool(None, 9).max_size) == (1, 9)
+
+
+@pytest.mark.parametrize(("value", "told"), [(7e4, r"of b .* reach 7e\+04, more than float16"), (np.nan, "reach nan")])
+def test_features_that_cannot_be_kept_end_the_encoding_by_name(value, told, monkeypatch):
+    """A number that is none was kept: it is larger than nothing."""
+
+    def encode(scans, mask):
+        return torch.full((len(scans), 2, 3, 4), 1.0).index_fill(3, torch.tensor([2]), float(scans.max()))
+
+    encoder = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, encode_vision=encode)
+    monkeypatch.setattr(encoding, "load_encoder", lambda *_: encoder)
+    actor = VisionActor("checkpoint", InferenceConfig())
+    batch = {name: np.array(["b", "c"]) for name in ("id", "report", "questions")}
+    batch |= {"voxels": np.ones((2, 1), np.float32), "chunk_mask": np.ones((2, 2), bool)}
+    given = actor(batch)["features"]
+    assert given.dtype == np.float16 and (given == 1).all()
+    with pytest.raises(Failure, match=told):
+        actor({**batch, "voxels": np.full((2, 1), value, np.float32)})

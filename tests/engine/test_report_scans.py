@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from ct_scans import chest, slices, to_bytes
 from small_runs import least, write_checkpoint
 
 from mu2llm import config
@@ -14,7 +15,7 @@ from mu2llm.engine.scans import ScanPlace, report_scans
 from mu2llm.errors import UserError
 from mu2llm.model.configuration import Mu2ContrastiveConfig
 from mu2llm.model.familiarity import Familiarity, pooled
-from mu2llm.records import Series
+from mu2llm.records import Case, Series
 from mu2llm.settings.evaluation import EvaluationConfig
 
 SETTINGS = EvaluationConfig(max_new_tokens=4)
@@ -62,6 +63,32 @@ def test_several_series_give_one_report_and_fewer_are_told(checkpoints, shards, 
         encode_scans(checkpoint, shards, SETTINGS)
     (entry,) = report_scans(checkpoints["sft"], [phantom], SETTINGS)
     assert "series_missing" not in entry["warnings"]
+
+
+def test_the_series_of_a_study_are_found_or_named(checkpoints, tmp_path):
+    spec = {**least().data.spec.model_dump(mode="json"), "series": 2}
+    values = least().model_dump(mode="json")
+    values["data"]["spec"] = spec
+    checkpoint = write_checkpoint(str(tmp_path / "two"), 0, experiment=config.validate(values))
+    study = tmp_path / "study"
+    study.mkdir()
+    for name, depth in {"1.1": 16, "1.2": 14, "1.3": 12}.items():
+        for number, each in enumerate(slices(chest((24, 20, depth)), SeriesInstanceUID=name)):
+            (study / f"{name}-{number}.dcm").write_bytes(to_bytes(each))
+    asked = [(), ("1.3", "1.1"), ("1.2",), ("1.1", "1.9")]
+    found, named, one, wrong = report_scans(checkpoint, [ScanPlace.given(str(study), each) for each in asked], SETTINGS)
+    assert found["series"] == ["1.1", "1.2"] and found["warnings"] == ["files_set_aside"]
+    assert named["series"] == ["1.3", "1.1"] and "series_missing" not in named["warnings"]
+    assert one["series"] == ["1.2"] and "series_missing" in one["warnings"]
+    assert wrong["rejected"] == "no_series"
+    with pytest.raises(UserError, match="3 series of an examination"):
+        report_scans(checkpoint, [ScanPlace.given(str(study), ("1.1", "1.2", "1.3"))], SETTINGS)
+    (alone,) = report_scans(checkpoints["sft"], [ScanPlace.given(str(study))], SETTINGS)
+    assert alone["series"] == ["1.1"]
+    row = Case(id="1", patient="1", volume=str(study), report="")
+    for together, series in ((True, ["1.1", "1.2"]), (False, ["1.1"])):
+        (entry,) = report_scans(checkpoint, [ScanPlace.of(row, together)], SETTINGS)
+        assert entry["series"] == series
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import httpx
@@ -13,8 +14,11 @@ import pytest
 from small_service import PATIENT_ID, STUDY, free_port, wait_for
 from test_parts import WRITTEN, Handle, known
 
+from mu2llm import config
+from mu2llm.errors import Rejection
 from mu2llm.serving import dicomweb, web
-from mu2llm.serving.decoder import Decoder
+from mu2llm.serving.decoder import Decoder, read
+from mu2llm.serving.decoder import Reading as Asked
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper
 from mu2llm.serving.problems import Problem
@@ -131,6 +135,28 @@ def test_a_series_is_named_and_fhir_says_whose_it_is(orthanc, archive, ask, dico
     assert told["contained"][1]["identifier"][0]["value"] == f"urn:oid:{STUDY}"
     answer = ask(body).json()
     assert answer["scan"]["format"] == "DICOM" and PATIENT_ID not in json.dumps(answer)
+
+
+def test_a_study_gives_as_many_series_as_the_model_takes(orthanc, archive, dicom):
+    """The largest alone was read, and the others went without a word but the warning."""
+    study, counts = f"{STUDY}.2", {}
+    for name, most in {"1": len(dicom), "2": len(dicom) - 2, "3": 2}.items():
+        images = [pydicom.dcmread(io.BytesIO(data)) for data in dicom[:most]]
+        for number, image in enumerate(images):
+            image.StudyInstanceUID, image.SeriesInstanceUID = study, f"{study}.{name}"
+            image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"{study}.{name}.{number}"
+        archive.store_instances(images)
+        counts[f"{study}.{name}"] = most
+    uri = f"{orthanc}/dicom-web/studies/{study}"
+    for series in (1, 2, 3, 4):
+        files = dicomweb.fetch(uri, len(dicom), series)
+        found = Counter(pydicom.dcmread(io.BytesIO(data)).SeriesInstanceUID for data in files)
+        assert found == dict(list(counts.items())[:series])
+    of_two = config.load("tiny", ["data.spec.series=2"]).data.spec
+    scan = read(Asked(uri, of_two, references=True), 200)
+    assert scan.facts["series"] == 2 and len(scan.references.instances) == 2 * len(dicom) - 2
+    with pytest.raises(Rejection, match=f"more than {len(dicom) - 1} images"):
+        dicomweb.fetch(uri, len(dicom) - 1, 2)
 
 
 def test_studies_that_are_not_there(orthanc, archive, ask):

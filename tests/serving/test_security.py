@@ -11,6 +11,7 @@ import threading
 import zipfile
 
 import httpx
+import numpy as np
 import pydicom
 import pytest
 from ct_scans import to_bytes
@@ -374,6 +375,27 @@ def test_the_instances_of_whatever_can_be_read(spec, dicom):
     reading = Reading([to_bytes(each) for each in own], spec, ("series_per_slice",), references=True)
     joined = decoder.read(reading, 200).references
     assert len({series for series, *_ in joined.instances}) == len(dicom)
+
+
+def test_a_study_is_read_with_as_many_series_as_the_model_takes(spec, dicom):
+    """The report was about one of them, whatever the model takes."""
+    soft = [pydicom.dcmread(io.BytesIO(data)) for data in dicom[:-1]]
+    for number, dataset in enumerate(soft):
+        dataset.SeriesInstanceUID, dataset.SOPInstanceUID = "1.8", f"1.8.{number}"
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    sent = [*(to_bytes(each) for each in soft), *dicom]
+    one = decoder.read(Reading(sent, spec, references=True), 200)
+    assert one.facts["series"] == 1 and len(one.references.instances) == len(dicom)
+    of_two = spec.model_copy(update={"series": 2})
+    both = decoder.read(Reading(sent, of_two, references=True), 200)
+    assert both.facts["series"] == 2 and both.facts["sha256"] == one.facts["sha256"]
+    assert len(both.references.instances) == len(sent) and both.facts["warnings"] == []
+    np.testing.assert_array_equal(both.voxels[: len(one.voxels)], one.voxels)
+    assert both.chunk_mask.all() and both.voxels[len(one.voxels) :].any()
+    zipped = archive(**{f"{n}.dcm": data for n, data in enumerate(sent)})
+    assert decoder.read(Reading([zipped], of_two), 200).key == both.key
+    alone = decoder.read(Reading(dicom, of_two), 200)
+    assert alone.facts["series"] == 1 and "series_missing" in alone.facts["warnings"]
 
 
 @pytest.mark.parametrize("packed", [True, False])

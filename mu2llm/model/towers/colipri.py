@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mu2llm.errors import UserError
 from mu2llm.settings.towers import TowerSpec
 
 _TEMPERATURE = 10000.0
@@ -112,11 +113,12 @@ class Colipri(nn.Module):
         sizes = spec.sizes
         width, heads, projection = sizes["width"], sizes["heads"], sizes["projection"]
         if width % heads or width // heads % 6:
-            raise ValueError(
-                f"tower colipri turns three axes: {width} numbers in {heads} heads must be a multiple of 6"
+            raise UserError(
+                f"tower colipri turns three axes: each of {heads} heads must have a multiple of 6 of {width} numbers; "
+                "set model.vision.sizes.heads"
             )
         if any(size % sizes["patch"] for size in chunk):
-            raise ValueError(f"tower colipri: patches of {sizes['patch']} do not divide a chunk of {chunk}")
+            raise UserError(f"tower colipri: patches of {sizes['patch']} do not divide a chunk of {chunk}")
         self.scale = spec.scale
         self.backbone = Primus(width, sizes["depth"], heads, sizes["patch"])
         self.projector = nn.Conv3d(width, projection, kernel_size=1) if projection else None
