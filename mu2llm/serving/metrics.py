@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import httpx
 import ray
@@ -27,7 +28,8 @@ class Metrics:
     """The numbers of one ingress replica, which sees every step of its requests."""
 
     def __init__(self) -> None:
-        self.requests = Counter("mu2llm_requests", "answers by path and status", ("path", "status"))
+        path_status: Any = ("path", "status")  # Ray's own signature says that there is one
+        self.requests = Counter("mu2llm_requests", "answers by path and status", path_status)
         self.rejections = Counter("mu2llm_rejections", "scans refused, by reason code", ("reason",))
         self.busy = Gauge("mu2llm_reports_in_progress", "report requests taken on and not answered yet")
         self.waiting = Gauge("mu2llm_generator_queue", "requests that wait for room in a generator")
