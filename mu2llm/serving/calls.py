@@ -9,10 +9,10 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from prometheus_client import Counter
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.metrics import Counter
 
 from mu2llm.serving.problems import Problem
 
@@ -49,7 +49,7 @@ class Calls:
 
     async def again(self, attempt: int) -> None:
         """Before a call is done again whose replica, or a process of it, died."""
-        self.retries.labels(self.name).inc()
+        self.retries.inc(1, {"called": self.name})
         logger.warning("a process of the %s died; attempt %d", self.name, attempt + 2)
         await back_off(attempt)
 

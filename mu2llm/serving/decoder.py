@@ -1,6 +1,7 @@
-"""The process that opens what clients send: its memory is limited, and it can be killed.
+"""The process that opens what clients send: its memory is limited, it can be killed, and it is sealed.
 
-A `Decoder` holds one such process, so that a bomb or a decoder that hangs or crashes costs one request and no more.
+A `Decoder` holds one such process, so that a bomb or a decoder that hangs or crashes costs one request and no more; and
+one without a seal that brings what a URI names onto the disk first.
 """
 
 from __future__ import annotations
@@ -8,17 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import logging
-import multiprocessing
-import os
-import resource
+import tempfile
 import threading
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,16 +24,19 @@ from mu2llm import ct, storage
 from mu2llm.ct import dicom_headers, sources
 from mu2llm.errors import Rejection
 from mu2llm.records import PreprocessSpec
-from mu2llm.serving import dicomweb
-from mu2llm.serving.refusal import Refusal
+from mu2llm.serving import fetcher
+from mu2llm.serving.child import Child
+from mu2llm.serving.fetcher import Fetch
+from mu2llm.serving.refusal import Refusal, attempted
 
+DECODES, FETCHES = "mu2llm.serving.decoder:answer", "mu2llm.serving.fetcher:answer"
 _UIDS: list[Any] = ["SOPClassUID", "SOPInstanceUID"]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is to be read: files' bytes or an (allowed) URI, as many series as `spec` reads; `references` asks for the
-    DICOM instances too."""
+    """What is to be read: files' bytes or an (allowed) URI or path, as many series as `spec` reads; `references` asks
+    for the DICOM instances too."""
 
     source: list[bytes] | str
     spec: PreprocessSpec
@@ -73,8 +71,6 @@ class Scan:
 def read(reading: Reading, max_slices: int) -> Scan:
     """Decodes and prepares. Raises Rejection."""
     started = time.monotonic()
-    if isinstance(reading.source, str) and dicomweb.is_one(reading.source):
-        reading = replace(reading, source=dicomweb.fetch(reading.source, max_slices, reading.spec.series))
     volumes = ct.read_several(reading.source, reading.spec.series, accept=reading.accept)
     slices = max(max(volume.hu.shape[2], min(volume.hu.shape)) for volume in volumes)
     if slices > max_slices:
@@ -133,17 +129,20 @@ def _parts(source: list[bytes] | str) -> list[sources.Part]:
 
 
 class Decoder:
-    """One child process, started when it is first needed and anew after it was killed."""
+    """Two child processes for one scan at a time, each started when it is first needed and anew after it was killed.
+
+    What fetches has this process' environment and network, and decodes nothing; what decodes is sealed.
+    """
 
     def __init__(self, seconds: float, memory: int, max_slices: int) -> None:
         self.seconds, self.memory, self.max_slices = seconds, memory, max_slices
         self._thread = ThreadPoolExecutor(1, "decoder")  # its own: nothing else waits while it reads
-        self._child: tuple[multiprocessing.process.BaseProcess, Connection] | None = None
+        self._children: dict[str, Child] = {}
 
     @property
     def warm(self) -> bool:
-        """Whether its process is there."""
-        return self._child is not None
+        """Whether the process that decodes is there."""
+        return DECODES in self._children
 
     async def read(self, reading: Reading) -> Scan | Refusal:
         """The scan, or why there is none; within the time limit, whatever the file. Nothing is read any more for one
@@ -154,82 +153,54 @@ class Decoder:
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
             gone.set()
-            if self._child is not None:
-                self._child[0].kill()
+            for child in list(self._children.values()):
+                child.kill()
             await asyncio.wait([answer])
             raise
 
     def start(self) -> None:
         """Lets the process start and import meanwhile, so that the first scan need not wait for it."""
-        self._thread.submit(self._running)
+        self._thread.submit(self._running, DECODES)
 
     def _read(self, reading: Reading, gone: threading.Event) -> Scan | Refusal:
-        _, connection = self._running()
+        deadline = time.monotonic() + self.seconds
+
+        def ask(child: Child, request: Any) -> Any:
+            if gone.is_set():  # before the process was there to be killed
+                raise EOFError
+            return child.ask((request, self.max_slices), deadline - time.monotonic())
+
         try:
-            if not gone.is_set():  # set before the process was there to be killed
-                connection.send(reading)
-                if not connection.poll(self.seconds):
-                    self._end()
-                    return Refusal("slow")
-                answer: Scan | Refusal = connection.recv()
+            with contextlib.ExitStack() as held:
+                if isinstance(reading.source, str) and fetcher.is_remote(reading.source):
+                    folder = held.enter_context(tempfile.TemporaryDirectory(prefix="mu2llm-"))
+                    fetched = ask(self._running(FETCHES), Fetch(reading.source, folder, reading.spec.series))
+                    if isinstance(fetched, Refusal):
+                        return fetched
+                    reading = replace(reading, source=fetched)
+                answer: Scan | Refusal = ask(self._running(DECODES), reading)
                 return answer
+        except TimeoutError:
+            self._end()
+            return Refusal("slow")
         except (EOFError, OSError):
             self._end()
-        return Refusal("crashed")
+            return Refusal("crashed")
 
-    def _running(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
-        if self._child is None or not self._child[0].is_alive():
-            context = multiprocessing.get_context("spawn")
-            ours, theirs = context.Pipe()
-            child = context.Process(target=_serve, args=(theirs, self.memory, self.max_slices), daemon=True)
-            child.start()
-            theirs.close()
-            self._child = child, ours
-        return self._child
+    def _running(self, answers: str) -> Child:
+        if answers not in self._children or not self._children[answers].alive:
+            self._children[answers] = Child(answers, self.memory, sealed=answers == DECODES)
+        return self._children[answers]
 
     def _end(self) -> None:
-        if self._child is not None:
-            child, connection = self._child
-            self._child = None
-            connection.close()
-            child.kill()
-            child.join()
+        while self._children:
+            self._children.popitem()[1].end()
 
     def close(self) -> None:
         self._end()
         self._thread.shutdown(wait=False)
 
 
-def _serve(connection: Connection, memory: int, max_slices: int) -> None:
-    """The child: one reading after the other, until the parent is gone."""
-    # libraries name in their warnings what they read: nothing of a patient may reach a log
-    logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    with contextlib.suppress(OSError):  # where memory runs out all the same, this is what the kernel ends
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(EOFError):
-        while True:
-            connection.send(_answer(connection.recv(), max_slices))
-
-
-def _end_with_parent() -> None:
-    """However long a scan would still take."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def _answer(reading: Reading, max_slices: int) -> Scan | Refusal:
-    try:
-        return read(reading, max_slices)
-    except Rejection as rejection:
-        return Refusal(rejection.reason, rejection.message)
-    except MemoryError:
-        return Refusal("too_large")
-    except OSError:
-        return Refusal("storage")
-    except Exception as error:
-        return Refusal("unreadable", type(error).__name__)
+def answer(asked: tuple[Reading, int]) -> Scan | Refusal:
+    """In the child: the scan, or why there is none."""
+    return attempted(lambda: read(*asked))

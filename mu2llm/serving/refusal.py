@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
+
+from mu2llm.errors import Rejection
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -16,3 +22,17 @@ class Refusal:
 
     reason: str
     message: str = ""
+
+
+def attempted(action: Callable[[], T]) -> T | Refusal:
+    """What it gives, or what is wrong with the scan or its storage. Of an unexpected error its kind alone is told."""
+    try:
+        return action()
+    except Rejection as rejection:
+        return Refusal(rejection.reason, rejection.message)
+    except MemoryError:
+        return Refusal("too_large")
+    except OSError:
+        return Refusal("storage")
+    except Exception as error:
+        return Refusal("unreadable", type(error).__name__)

@@ -24,7 +24,7 @@ from mu2llm.serving.calls import ATTEMPTS, LOST, Calls, back_off, limit
 from mu2llm.serving.decoder import Reading, References, Scan
 from mu2llm.serving.exchange import ReportRequest, Status, Written
 from mu2llm.serving.guard import MAX_TEXTS
-from mu2llm.serving.metrics import Metrics
+from mu2llm.serving.metrics import Metrics, counted
 from mu2llm.serving.problems import Problem, internal, not_ready, rejected
 from mu2llm.serving.quarantine import CarefulReader
 from mu2llm.serving.refusal import Refusal
@@ -134,7 +134,7 @@ class Service:
             except Exception as error:  # whatever it is: a generator that does not answer is not ready
                 logger.info("the generator did not tell its status: %s", type(error).__name__)
                 self._learn(Status(False, "the model is being loaded"))
-            self.metrics.ready.set(self.status.ready)
+            self.metrics.ready.set(int(self.status.ready))
             self.metrics.waiting.set(self.status.waiting)
             await asyncio.sleep(LOOK_S)
 
@@ -211,7 +211,7 @@ class Service:
         reading = Reading(work.upload.source, self._spec, work.options.accept, work.references)
         result = await self.reader.read(reading, work.deadline)
         if isinstance(result, Refusal):
-            self.metrics.rejections.labels(result.reason).inc()
+            self.metrics.rejections.inc(1, {"reason": result.reason})
             raise _refused(result, self.settings)
         assert isinstance(result, Scan)
         if work.dicom_only and result.references is None:
@@ -290,11 +290,11 @@ class Service:
     def _count(self, report: Report, written: Written) -> None:
         metrics, ended = self.metrics, time.monotonic()
         for step, seconds in report.seconds.items():
-            metrics.seconds.labels(step).observe(seconds)
+            metrics.seconds.observe(seconds, {"step": step})
         metrics.batch.observe(written.batch)
-        metrics.tokens.inc(written.tokens)
+        counted(metrics.tokens, written.tokens)
         metrics.rate.observe(written.tokens / max(written.seconds["write"], 1e-6))
-        metrics.cached.inc(written.cached)
+        counted(metrics.cached, int(written.cached))
         self._pace = 0.8 * self._pace + 0.2 * min(ended - self._last_finished, 60.0)
         self._last_finished = self._seen = ended
 
@@ -321,7 +321,7 @@ class Service:
         scores = [judgement.score for judgement in judgements if judgement.score is not None]
         for score in scores:
             self.metrics.green.observe(score)
-        self.metrics.invalid.inc(len(judgements) - len(scores))
+        counted(self.metrics.invalid, len(judgements) - len(scores))
         return GreenAnswer(
             results=[GreenResult.of(judgement) for judgement in judgements],
             mean=sum(scores) / len(scores) if scores else None,

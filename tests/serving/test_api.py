@@ -8,6 +8,7 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from prometheus_client.parser import text_string_to_metric_families
 from small_service import PATIENT, PATIENT_ID, wait_for
 from small_writer import FIRST
 from test_reports import post, zipped
@@ -116,15 +117,26 @@ def test_metrics_count_what_happened(client, phantom, dicom):
     post(client, phantom)
     post(client, dicom[0])
     client.post("/v1/green", json={"pairs": [{"reference": REFERENCE, "candidate": FIRST}]})
-    text = client.get("/metrics").text
-    for line in (
-        'mu2llm_rejections_total{reason="single_slice"}',
-        'mu2llm_requests_total{path="/v1/reports",status="200"}',
-        *(f'mu2llm_step_seconds_count{{step="{step}"}}' for step in ("read", "queue", "encode", "write")),
-        *("mu2llm_batch_size_sum", "mu2llm_tokens_total", "mu2llm_green_score_count", "mu2llm_generator_queue"),
-        *("mu2llm_reports_in_progress", "mu2llm_tokens_per_second_count", "mu2llm_ready 1.0"),
-    ):
-        assert line in text, line
+    wanted = {
+        *(("rejections_total", "single_slice"), ("requests_total", "/v1/reports")),
+        *(("step_seconds_count", step) for step in ("read", "queue", "encode", "write")),
+        *((f"{name}_count", None) for name in ("batch_size", "green_score", "tokens_per_second")),
+        *((name, None) for name in ("tokens_total", "generator_queue", "reports_in_progress", "ready")),
+    }
+    seen = {}
+
+    def told():
+        for family in text_string_to_metric_families(client.get("/metrics").text):
+            for each in family.samples:
+                of = next((each.labels[name] for name in ("reason", "path", "step") if name in each.labels), None)
+                seen[each.name.removeprefix("ray_mu2llm_"), of] = each
+        return wanted <= set(seen)
+
+    wait_for(told, "what Ray's exporter had not yet")
+    assert seen["ready", None].value == 1
+    for each in wanted:
+        labels = seen[each].labels
+        assert labels["deployment"] == "Ingress" and labels["application"] == "mu2llm" and labels["replica"]
 
 
 @pytest.mark.slow

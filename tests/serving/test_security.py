@@ -7,19 +7,25 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import zipfile
 
 import httpx
 import numpy as np
+import psutil
 import pydicom
 import pytest
 from ct_scans import to_bytes
-from small_service import PATIENT, PATIENT_ID
+from small_service import GUARD_S, PATIENT, PATIENT_ID, wait_for
 
+from mu2llm import ct
 from mu2llm.errors import Rejection, UserError
-from mu2llm.serving import chat, decoder, keys
+from mu2llm.serving import chat, decoder, fetcher, keys
+from mu2llm.serving.child import KEPT, Child
 from mu2llm.serving.decoder import Decoder, Reading, Scan
+from mu2llm.serving.fetcher import Fetch
 from mu2llm.serving.guard import Guard, Uploads, is_loopback
 from mu2llm.serving.keys import Doorkeeper, hash_of, list_keys, make_key, revoke_key
 from mu2llm.serving.problems import Problem, rejected
@@ -315,7 +321,7 @@ def test_the_decoder_is_killed_when_it_takes_too_long_and_comes_back(spec, phant
     assert read(made, spec, phantom) == Refusal("slow")
     made.seconds = 60
     assert isinstance(read(made, spec, phantom), Scan)
-    made._child[0].kill()
+    made._children[decoder.DECODES].kill()
     assert read(made, spec, phantom) in (Refusal("crashed"),) or isinstance(read(made, spec, phantom), Scan)
     assert isinstance(read(made, spec, phantom), Scan)
     made.close()
@@ -330,14 +336,14 @@ def test_who_leaves_holds_up_nobody(spec, phantom):
         warm = reader.decoders[-1]
         reading = Reading([phantom], spec)
         assert isinstance(await reader.read(reading), Scan)
-        child = warm._child[0]
-        os.kill(child.pid, signal.SIGSTOP)  # as if the scan were large
+        child = warm._children[decoder.DECODES]
+        os.kill(child.process.pid, signal.SIGSTOP)  # as if the scan were large
         leaves = asyncio.create_task(reader.read(reading))
         await asyncio.sleep(0.1)
         leaves.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaves
-        assert not child.is_alive() and not warm.warm and reader.decoders[0] is warm
+        assert not child.alive and not warm.warm and reader.decoders[0] is warm
         scan = await reader.read(reading)
         for each in reader.decoders:
             each.close()
@@ -351,7 +357,58 @@ def test_memory_that_runs_out_costs_one_scan(monkeypatch, spec):
         raise MemoryError
 
     monkeypatch.setattr(decoder, "read", hungry)
-    assert decoder._answer(Reading([b""], spec), 10) == Refusal("too_large")
+    assert decoder.answer((Reading([b""], spec), 10)) == Refusal("too_large")
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_what_decodes_has_no_network_and_no_secret(monkeypatch, sealed):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow")
+    made = Child("probe:look", 2**30, sealed)
+    environment, sockets = made.ask(None, GUARD_S)
+    made.end()
+    assert ("AWS_SECRET_ACCESS_KEY" in environment) == (not sealed) == bool(sockets)
+    assert not sealed or environment <= {*KEPT, "PYTHONPATH"}
+
+
+def test_a_child_ends_with_its_parent():
+    """Also where it is killed, in the middle of a scan."""
+    parent = (
+        "import os, sys; from mu2llm.serving.child import Child\n"
+        f"made = Child('probe:look', 2**30, True); made.ask(None, {GUARD_S})\n"
+        "print(made.process.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", parent],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: not psutil.pid_exists(int(done.stdout)))
+
+
+@pytest.mark.slow
+def test_what_is_fetched_is_what_lies_there(dicom, tmp_path, phantom):
+    """A folder with folders in it, a header with its voxels beside it, a file under its own name."""
+    (tmp_path / "series" / "sub").mkdir(parents=True)
+    for number, data in enumerate(dicom):
+        (tmp_path / "series" / ("sub" if number % 2 else "") / f"{number}.dcm").write_bytes(data)
+    (tmp_path / "scan.nii.gz").write_bytes(phantom)
+    hu = np.zeros((8, 8, 8), np.int16)
+    lines = "ObjectType = Image\nNDims = 3\nDimSize = 8 8 8\nElementSpacing = 1 1 1\nElementType = MET_SHORT\n"
+    (tmp_path / "scan.mhd").write_text(f"{lines}ElementDataFile = voxels.raw\n")
+    (tmp_path / "voxels.raw").write_bytes(hu.tobytes())
+    for name in ("series", "scan.nii.gz", "scan.mhd"):
+        folder = tmp_path / f"of {name}"
+        folder.mkdir()
+        fetched = fetcher.fetch(Fetch(f"file://{tmp_path}/{name}", str(folder)), 10)
+        accept = ("unknown_orientation",)
+        here, there = (ct.read(place, accept=accept) for place in (fetched, tmp_path / name))
+        assert str(folder) in fetched and np.array_equal(here.hu, there.hu)
+    (tmp_path / "scan.mhd").write_text(f"{lines}ElementDataFile = ../secret\n")
+    refused = fetcher.answer((Fetch(f"file://{tmp_path}/scan.mhd", str(tmp_path / "of series")), 10))
+    assert refused.reason == "unsafe_archive"
+    assert fetcher.answer((Fetch(f"file://{tmp_path}/none", str(tmp_path)), 10)).reason == "not_found"
 
 
 @pytest.mark.slow
