@@ -1,11 +1,11 @@
-# make demo: the whole way on embedded defaults · make smollm2: the same with SmolLM2 and LoRA · make test: all tests · make test-quick: without the slow ones · make gpu-check: what a machine with a GPU is to show · make image: the image without Docker (TORCH=cuda: the other)
+# make demo: the whole way on embedded defaults · make smollm2: the same with SmolLM2 and LoRA · make test: all tests · make test-quick: without the slow ones · make gpu-check: what a machine with a GPU is to show · make image: the image without Docker (TORCH=cuda: the other) · make image-check: it, run as the manifests do (root, crun)
 PYTHON ?= python3
 BIN := .venv/bin
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
 
 VIEWER := mu2llm/serving/viewer
 
-.PHONY: setup demo smollm2 test test-quick gpu-check image lint clean viewer viewer-if-npm
+.PHONY: setup demo smollm2 test test-quick gpu-check image image-check lint clean viewer viewer-if-npm
 
 setup: .venv/installed viewer-if-npm
 
@@ -53,6 +53,9 @@ gpu-check:
 # as root on Debian with buildah, crun and mmdebstrap (apt-get install); cluster/README.md has Docker's commands
 image:
 	cluster/image.sh $(or $(TORCH),cpu)
+
+image-check: setup
+	MU2LLM_IMAGE=localhost/mu2llm:$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-cpu $(BIN)/python -m pytest tests/cluster/test_image.py
 
 lint: setup
 	$(BIN)/ruff check .

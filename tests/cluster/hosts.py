@@ -49,12 +49,19 @@ class Node:
                 "metrics-export",
             )
         ]
-        command = [str(RAY), "start", "--block", "--disable-usage-stats", *arguments, *common]
-        command += ["--temp-dir", str(self.folder)]
+        words = ["start", "--block", "--disable-usage-stats", *arguments, *common]
         with self.log.open("wb") as stream:
             self.process = subprocess.Popen(
-                command, env=environment, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True
+                self._command(words, environment),
+                env=environment,
+                stdout=stream,
+                stderr=stream,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
+
+    def _command(self, words: list[str], environment: dict[str, str]) -> list[str]:
+        return [str(RAY), *words, "--temp-dir", str(self.folder)]
 
     def kill(self) -> None:
         """At once, as when a machine goes: the node and every worker on it."""
@@ -114,9 +121,11 @@ class Hosts:
         return self._start([f"--address={self.gcs}"], cpus)
 
     def _start(self, arguments: list[str], cpus: int) -> Node:
-        node = Node(arguments, cpus, self.environment)
-        self.nodes.append(node)
-        return node
+        self.nodes.append(self._node(arguments, cpus))
+        return self.nodes[-1]
+
+    def _node(self, arguments: list[str], cpus: int) -> Node:
+        return Node(arguments, cpus, self.environment)
 
     def _wait_until_up(self) -> None:
         deadline = time.monotonic() + GUARD_S
