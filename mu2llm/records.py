@@ -335,7 +335,8 @@ class Correction(Record):
 
     One JSON line in storage. Its scan is known by `scan_sha256`, as `CTVolume.sha256`, by `input_key`, what the model
     saw of it (`mu2llm.ct.input_key`, by the spec `spec_hash`), and by `volume`, the URI from which it was read or
-    under which the service kept it; None where it was uploaded and not kept.
+    under which the service kept it; None where it was uploaded and not kept. `accepted` says that it was accepted as
+    it is: both texts are the same. That and the `principal` who said so decide no pair, so they are no columns.
     """
 
     id: str
@@ -349,6 +350,8 @@ class Correction(Record):
     spec_hash: str = ""
     input_key: str = ""
     time: str = Field(description="ISO 8601, UTC")
+    principal: str = Field("", description="who made it, as the service's audit log names them")
+    accepted: bool = False
 
     arrow_schema = pa.schema(
         [

@@ -136,3 +136,19 @@ def key_revoke(
 
     revoke_key(state, identity)
     show({"revoked": identity}, as_json)
+
+
+@app.command()
+def audit(
+    state: State = STATE,
+    day: Annotated[str, typer.Option(help="One day only, such as 2026-11-28 (UTC).")] = "",
+    as_json: Json = False,
+) -> None:
+    """Who did what at the service: its audit log, in the order of time."""
+    from mu2llm.serving.audit import entries
+
+    found = [entry.model_dump() for entry in entries(state, day)]
+    if as_json:
+        show(found, as_json)
+    for entry in [] if as_json else found:
+        print(*(value or "-" for name, value in entry.items() if name != "id"))

@@ -16,7 +16,7 @@ from mu2llm.serving.faults import where
 from mu2llm.serving.problems import Problem, internal
 
 logger = logging.getLogger("ray.serve")
-TEXTS = ("/v1/green", "/v1/corrections")  # whose bodies hold nothing but texts
+TEXTS = ("/v1/green", "/v1/corrections", "/v1/decisions")  # whose bodies hold nothing but texts
 MAX_TEXTS = 8 * 2**20
 GRACE_S = 10.0  # for which a body may come as slowly as it likes
 LOOPBACK = ("localhost", "127.0.0.1", "::1")

@@ -59,14 +59,15 @@ class Jobs:
             finally:
                 self._arriving -= 1
 
-    async def add(self, upload: Upload, options: ReportOptions) -> Job:
-        """Stores it; it is begun when there is room."""
+    async def add(self, upload: Upload, options: ReportOptions, principal: str = "") -> Job:
+        """Stores it, in the name of who asks; it is begun when there is room."""
         if upload.uri is not None:
             self.service.allowed(upload.uri)
         time = now().isoformat(timespec="milliseconds")
         job = Job(id=uuid.uuid4().hex, status="queued", created=time, updated=time)
         stored = StoredJob(
             job=job,
+            principal=principal,
             options=options.model_copy(update={"stream": False}),
             uri=upload.uri,
             files=len(upload.files),
@@ -123,7 +124,8 @@ class Jobs:
                 raise Problem(500, "internal", f"it was begun {MAX_ATTEMPTS} times and never came to an end")
             files = tuple(await asyncio.to_thread(self.store.upload, stored))
             seconds = self.service.settings.job_seconds
-            work = self.service.begin(Upload(files, stored.uri), stored.options, seconds=seconds)
+            upload = Upload(files, stored.uri)
+            work = self.service.begin(upload, stored.options, seconds=seconds, principal=stored.principal)
             return {"status": "done", "report": (await self.service.report(work)).report}
         except Problem as problem:
             told = problem

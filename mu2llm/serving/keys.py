@@ -11,6 +11,7 @@ import hmac
 import logging
 import secrets
 import time
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -28,6 +29,7 @@ FILE = "keys.json"
 REFRESH_S = 5.0  # until a new or revoked key is noticed
 WAIT_S = 2.0  # of a request, for keys that are being read
 TOKEN = "token"  # whose requests have the token that `mu2llm serve` prints; a key's id is hexadecimal
+MAX_SUBJECT = 200  # characters
 KEPT_S = 600.0  # for which the last keys hold while none can be read
 
 
@@ -85,6 +87,20 @@ def _write(state: str, keys: tuple[Key, ...]) -> None:
 
 def hash_of(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def principal(key: str, subjects: Sequence[str], trusted: Collection[str]) -> str:
+    """Who asks: the key's id, or `KEY/SUBJECT` where the key is one of the `trusted` proxies', which say for whom they
+    ask; `subjects` are the values of their header. Raises 403 where another key does so, 400 for no or a bad subject
+    of a proxy."""
+    if key not in trusted:
+        if subjects:
+            raise Problem(403, "subject", "this key may not ask in the name of others; see serving.trusted_proxies")
+        return key
+    name = subjects[0].strip() if len(subjects) == 1 else ""
+    if not name or len(name) > MAX_SUBJECT or not name.isprintable():
+        raise Problem(400, "subject", f"a trusted proxy names one subject, of at most {MAX_SUBJECT} letters")
+    return f"{key}/{name}"
 
 
 class Doorkeeper:

@@ -233,7 +233,35 @@ class CorrectionOut(BaseModel):
     """`mu2llm prefer --corrections` reads what is stored."""
 
     id: str
-    pair: bool = Field(description="False where nothing was changed: then there is nothing to prefer")
+    pair: bool = Field(description="False where nothing was changed: /v1/decisions accepts a report as it is")
+
+
+# ---- drafts
+
+DraftState = Literal["generated", "edited", "accepted", "rejected"]
+
+
+class DecisionIn(Body):
+    """What a draft is worth, said once: as it was last edited, or as it was generated."""
+
+    id: Annotated[str, Field(max_length=64)]
+    decision: Literal["accepted", "rejected"]
+
+
+class Draft(BaseModel):
+    """A report and what became of it. `made_by` and `changed_by` are principals: a key's id, `token`, `KEY/SUBJECT`
+    behind a trusted proxy, empty where no key is needed."""
+
+    id: str
+    state: DraftState
+    report: str = Field(description="as it was generated")
+    edited: str | None = Field(description="as it was last corrected")
+    question: str
+    scan_sha256: str
+    made: str
+    made_by: str
+    changed: str | None
+    changed_by: str
 
 
 # ---- the rest

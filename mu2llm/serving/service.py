@@ -1,10 +1,9 @@
-"""What the service does, without HTTP: read, write, judge, correct; admission, retries, time limits."""
+"""What the service does, without HTTP: read, write, judge; admission, retries, time limits."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import time
 import uuid
@@ -17,11 +16,12 @@ from ray.serve.handle import DeploymentHandle
 from mu2llm.errors import Failure, Rejection
 from mu2llm.green import findings
 from mu2llm.model.familiarity import unlike
-from mu2llm.records import Correction, Judgement, PreprocessSpec
+from mu2llm.records import Judgement, PreprocessSpec
 from mu2llm.serving import dicomweb
 from mu2llm.serving.admission import ANYBODY, Bodies, Body
 from mu2llm.serving.calls import ATTEMPTS, LOST, Calls, back_off, limit
 from mu2llm.serving.decoder import Reading, References, Scan
+from mu2llm.serving.drafts import Drafts
 from mu2llm.serving.exchange import ReportRequest, Status, Written
 from mu2llm.serving.guard import MAX_TEXTS
 from mu2llm.serving.metrics import Metrics, counted
@@ -29,8 +29,6 @@ from mu2llm.serving.problems import Problem, internal, not_ready, rejected
 from mu2llm.serving.quarantine import CarefulReader
 from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.schemas import (
-    CorrectionIn,
-    CorrectionOut,
     FamiliarityOut,
     FindingOut,
     GreenAnswer,
@@ -44,7 +42,7 @@ from mu2llm.serving.schemas import (
     ScanFacts,
     SpecFacts,
 )
-from mu2llm.serving.store import Store, StoredReport, now
+from mu2llm.serving.store import Store
 from mu2llm.serving.uris import allowed
 from mu2llm.settings.serving import ServingConfig
 
@@ -90,6 +88,7 @@ class Work:
     references: bool
     deadline: float
     dicom_only: bool = False
+    principal: str = ""
     started: float = field(default_factory=time.monotonic)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -103,6 +102,7 @@ class Service:
         self.settings = settings
         self.store = Store(settings.state, settings.keep_scans, settings.keep_reports_days)
         self.metrics = Metrics()
+        self.drafts = Drafts(self.store, self.metrics)
         retries = self.metrics.retries
         self.reader = CarefulReader(Calls("reader", reader, retries), self.store)
         self.generator, self.scorer = Calls("generator", generator, retries), Calls("scorer", scorer, retries)
@@ -180,13 +180,14 @@ class Service:
         references: bool = False,
         dicom_only: bool = False,
         seconds: float | None = None,
+        principal: str = "",
     ) -> Work:
         """A Problem where the URI is not allowed. `references` asks which DICOM instances the scan is made of,
-        `dicom_only` refuses one that has none. `seconds` instead of `serving.request_seconds`."""
+        `dicom_only` refuses one that has none. `seconds` instead of `serving.request_seconds`; `principal` asks."""
         if upload.uri is not None:
             upload = Upload(uri=self.allowed(upload.uri))
         deadline = time.monotonic() + (seconds or self.settings.request_seconds)
-        return Work(upload, options, references, deadline, dicom_only)
+        return Work(upload, options, references, deadline, dicom_only, principal)
 
     def allowed(self, uri: str) -> str:
         """The URI, if a client may name it; else a Problem."""
@@ -280,7 +281,9 @@ class Service:
         files = list(work.upload.files)
         try:
             volume = work.upload.uri or (await asyncio.to_thread(self.store.keep_scan, files) if files else None)
-            await asyncio.to_thread(self.store.save_report, report, volume, written.checkpoint, scan.key)
+            await asyncio.to_thread(
+                self.store.save_report, report, volume, written.checkpoint, scan.key, work.principal
+            )
         except (Failure, OSError) as error:  # the report is worth more than its record: it can be corrected by its text
             self.metrics.unsaved.inc()
             logger.error("a report was given but could not be saved: %s", type(error).__name__)
@@ -298,7 +301,7 @@ class Service:
         self._pace = 0.8 * self._pace + 0.2 * min(ended - self._last_finished, 60.0)
         self._last_finished = self._seen = ended
 
-    # ---- GREEN and corrections
+    # ---- GREEN
 
     async def green(self, pairs: list[PairIn]) -> GreenAnswer:
         if len(pairs) > self.settings.max_pairs:
@@ -328,51 +331,6 @@ class Service:
             n_valid=len(scores),
             n_invalid=len(judgements) - len(scores),
             n_failed=sum(judgement.failed for judgement in judgements),
-        )
-
-    async def correct(self, given: CorrectionIn) -> CorrectionOut:
-        """Stores an edited report as a preference over the generated one; 404, 409 or 422 where they don't belong."""
-        stored = await self._corrected(given)
-        identity = hashlib.sha256(f"{stored.id}\n{stored.scan_sha256}\n{given.edited}".encode()).hexdigest()[:32]
-        if given.edited.split() == stored.text.split():
-            return CorrectionOut(id=identity, pair=False)
-        correction = Correction(
-            id=identity,
-            report_id=stored.id,
-            scan_sha256=stored.scan_sha256,
-            volume=stored.volume,
-            question=stored.question,
-            chosen=given.edited,
-            rejected=stored.text,
-            checkpoint=stored.checkpoint,
-            spec_hash=stored.spec_hash,
-            input_key=stored.input_key,
-            time=now().isoformat(timespec="seconds"),
-        )
-        await asyncio.to_thread(self.store.save_correction, correction)
-        self.metrics.corrections.inc()
-        return CorrectionOut(id=identity, pair=True)
-
-    async def _corrected(self, given: CorrectionIn) -> StoredReport:
-        """What was generated: by its id, or as it was sent."""
-        if given.id:
-            stored = await asyncio.to_thread(self.store.report, given.id)
-            if given.generated and given.generated.split() != stored.text.split():
-                raise Problem(409, "other_report", "the generated text is not that of this id; send one of the two")
-            if given.scan_sha256 and given.scan_sha256 != stored.scan_sha256:
-                raise Problem(409, "other_scan", "this report is of another scan; leave scan_sha256 out")
-            return stored
-        if not (given.generated and given.scan_sha256):
-            raise Problem(422, "invalid", "give the report's id, or generated and scan_sha256")
-        return StoredReport(
-            id="",
-            text=given.generated,
-            question=given.question or self.status.question,
-            scan_sha256=given.scan_sha256,
-            volume=None,
-            checkpoint="",
-            spec_hash="",
-            made=now(),
         )
 
 

@@ -1,4 +1,5 @@
-"""What outlives a request, as small files under `serving.state`: reports, corrections, jobs with their uploads."""
+"""What outlives a request, as small files under `serving.state`: drafts, corrections, jobs with their uploads, the
+audit log."""
 
 from __future__ import annotations
 
@@ -11,15 +12,17 @@ from pydantic import BaseModel
 from mu2llm import storage
 from mu2llm.ct import sources
 from mu2llm.records import Correction
+from mu2llm.serving import audit
+from mu2llm.serving.audit import Entry
 from mu2llm.serving.problems import Problem
-from mu2llm.serving.schemas import Job, Report, ReportOptions
+from mu2llm.serving.schemas import DraftState, Job, Report, ReportOptions
 
 ORPHANED = timedelta(hours=1)  # since the last file of an upload without a job was stored
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
 class StoredReport(BaseModel):
-    """What a correction needs to know of a report."""
+    """A draft: what was generated, by whom, and what became of it. Older ones have no more than what was generated."""
 
     id: str
     text: str
@@ -30,12 +33,28 @@ class StoredReport(BaseModel):
     spec_hash: str
     input_key: str = ""
     made: datetime
+    made_by: str = ""
+    state: DraftState = "generated"
+    edited: str | None = None
+    changed: datetime | None = None
+    changed_by: str = ""
+
+    @property
+    def decided(self) -> bool:
+        return self.state in ("accepted", "rejected")
+
+    @property
+    def current(self) -> str:
+        """Its text as it is now."""
+        return self.text if self.edited is None else self.edited
 
 
 class StoredJob(BaseModel):
-    """A job, what it is to do, and who is at it. `files` is the number of uploaded files, kept until it is done."""
+    """A job, what it is to do, and who is at it. `files` is the number of uploaded files, kept until it is done;
+    `principal` asked for it."""
 
     job: Job
+    principal: str = ""
     options: ReportOptions
     uri: str | None = None
     files: int = 0
@@ -55,7 +74,19 @@ class Store:
 
     # ---- reports and corrections
 
-    def save_report(self, report: Report, volume: str | None, checkpoint: str, input_key: str) -> None:
+    def save_report(
+        self, report: Report, volume: str | None, checkpoint: str, input_key: str, principal: str = ""
+    ) -> None:
+        """The draft, behind its entry in the audit log."""
+        entry = Entry(
+            principal=principal,
+            action="generated",
+            about=report.id,
+            checkpoint=checkpoint,
+            scan_sha256=report.scan.sha256,
+            text_sha256=audit.sha256_of(report.report),
+        )
+        self.add_entry(entry)
         stored = StoredReport(
             id=report.id,
             text=report.report,
@@ -66,8 +97,12 @@ class Store:
             spec_hash=report.spec.hash,
             input_key=input_key,
             made=now(),
+            made_by=principal,
         )
-        self._write(self._at("reports", report.id), stored)
+        self.replace_report(stored)
+
+    def replace_report(self, stored: StoredReport) -> None:
+        self._write(self._at("reports", stored.id), stored)
 
     def report(self, identity: str) -> StoredReport:
         """A 404 where there is none."""
@@ -76,6 +111,9 @@ class Store:
     def save_correction(self, correction: Correction) -> None:
         uri = storage.join(self.state, "corrections", f"{correction.id}.jsonl")
         storage.write_bytes(uri, (correction.model_dump_json() + "\n").encode())
+
+    def add_entry(self, entry: Entry) -> None:
+        audit.append(self.state, entry)
 
     def keep_scan(self, files: list[bytes]) -> str | None:
         """The URI under which an upload is kept, where that was chosen (`serving.keep_scans`)."""
@@ -132,9 +170,11 @@ class Store:
     # ---- jobs
 
     def add_job(self, stored: StoredJob, files: list[bytes]) -> None:
-        """The upload and the job before its mark among the open ones: what is listed there is whole."""
+        """The upload, the entry in the audit log and the job before its mark among the open ones: what is listed there
+        is whole."""
         for number, data in enumerate(files):
             storage.write_bytes(self._upload(stored.job.id, number), data)
+        self.add_entry(Entry(principal=stored.principal, action="job", about=stored.job.id))
         self.save_job(stored)
         storage.write_bytes(storage.join(self.state, "open", stored.job.id), b"")
 

@@ -26,11 +26,13 @@ from mu2llm.serving.admission import Body
 from mu2llm.serving.faults import where
 from mu2llm.serving.guard import BODY, LOOPBACK, Guard, Uploads
 from mu2llm.serving.jobs import Jobs
-from mu2llm.serving.keys import Doorkeeper, Scope
+from mu2llm.serving.keys import Doorkeeper, Scope, principal
 from mu2llm.serving.problems import MEDIA, Problem, ProblemDetail, internal, storage_failed
 from mu2llm.serving.schemas import (
     CorrectionIn,
     CorrectionOut,
+    DecisionIn,
+    Draft,
     GreenAnswer,
     GreenRequest,
     Health,
@@ -49,7 +51,7 @@ logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 MAX_FILES = 5000  # of one upload: the files of a DICOM series
 MAX_FIELDS = 50
-KEY = "mu2llm.key"  # in the scope: whose request it is
+PRINCIPAL = "mu2llm.principal"  # in the scope: whose request it is
 _BEARER = HTTPBearer(auto_error=False, scheme_name="API key", description="mu2llm key make")
 
 _SCAN = {
@@ -108,7 +110,7 @@ def application(service: Service, jobs: Jobs, doorkeeper: Doorkeeper, loopback: 
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.doorkeeper = doorkeeper
+    app.state.doorkeeper, app.state.settings = doorkeeper, service.settings
     app.include_router(_reports(service, jobs))
     app.include_router(_rest(service))
     app.include_router(_operations(service))
@@ -132,7 +134,11 @@ def needs(scope: Scope) -> Any:
     async def check(
         request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)] = None
     ) -> None:
-        request.scope[KEY] = await request.app.state.doorkeeper.check(given.credentials if given else None, scope)
+        state = request.app.state
+        key = await state.doorkeeper.check(given.credentials if given else None, scope)
+        header = state.settings.subject_header
+        subjects = request.headers.getlist(header) if header else []
+        request.scope[PRINCIPAL] = principal(key, subjects, state.settings.trusted_proxies)
 
     return Depends(check)
 
@@ -158,7 +164,12 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
             body.arrived(upload.size)
             streamed = options.stream or kind == formats.EVENTS
             whose = not streamed and kind in (formats.DICOM, formats.FHIR)
-            work = service.begin(upload, options, references=whose, dicom_only=whose and kind == formats.DICOM)
+            work = service.begin(
+                *(upload, options),
+                references=whose,
+                dicom_only=whose and kind == formats.DICOM,
+                principal=_principal(request),
+            )
             if streamed:
                 async with streams.read(service, work) as reading:
                     return Stream(streams.events(streams.parts(service, work, reading)), held.pop_all())
@@ -168,15 +179,15 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
     @router.post("/jobs", status_code=202, response_model=Job, openapi_extra=_SCAN_BODY, responses=_problems(*_ALWAYS))
     async def make_job(request: Request, response: Response) -> Job:
         """The same in the background: for large scans and slow models. It survives a restart of the service."""
-        async with jobs.admitted(_length(request), _key(request)) as body:
+        async with jobs.admitted(_length(request), _principal(request)) as body:
             request.scope[BODY] = body
             upload, options = await _asked(request)
             body.arrived(upload.size)
-            job = await jobs.add(upload, options)
+            job = await jobs.add(upload, options, _principal(request))
         response.headers["Location"] = f"/v1/jobs/{job.id}"
         return job
 
-    @router.get("/jobs/{job_id}", responses=_problems(401, 403, 404, 422, 503))
+    @router.get("/jobs/{job_id}", responses=_problems(400, 401, 403, 404, 422, 503))
     async def get_job(job_id: str) -> Job:
         """Where a job stands, and its report when it is done."""
         return await jobs.get(job_id)
@@ -193,7 +204,7 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
             body = held.enter_context(_counted(request, service.admitted))
             asked, upload = await _json(request, chat.parse)
             body.arrived(upload.size)
-            work = service.begin(upload, asked.options())
+            work = service.begin(upload, asked.options(), principal=_principal(request))
             if asked.stream:
                 model = service.status.model.get("id", "")
                 async with streams.read(service, work) as reading:
@@ -210,7 +221,7 @@ def _counted(
     request: Request, holding: Callable[[int, str], contextlib.AbstractContextManager[Body]]
 ) -> Iterator[Body]:
     """Lets the request in, or not, before its body is read; then what comes of it is counted."""
-    with holding(_length(request), _key(request)) as body:
+    with holding(_length(request), _principal(request)) as body:
         request.scope[BODY] = body
         yield body
 
@@ -220,8 +231,8 @@ def _length(request: Request) -> int:
     return 1 if "transfer-encoding" in request.headers else int(request.headers.get("content-length", "0"))
 
 
-def _key(request: Request) -> str:
-    return str(request.scope[KEY])
+def _principal(request: Request) -> str:
+    return str(request.scope[PRINCIPAL])
 
 
 async def _asked(request: Request) -> tuple[Upload, ReportOptions]:
@@ -295,15 +306,38 @@ def _rest(service: Service) -> APIRouter:
         """A radiologist's version of a generated report: kept as a preference pair for `mu2llm prefer`."""
         with _counted(request, service.texts.holding):
             given = await _json(request, CorrectionIn.model_validate_json)
-        return await service.correct(given)
+        return await service.drafts.correct(given, service.status.question, _principal(request))
 
-    @router.get("/models", tags=["models"], dependencies=[needs("read")], responses=_problems(401, 403, 503))
+    @router.post(
+        "/decisions",
+        tags=["corrections"],
+        dependencies=[needs("correct")],
+        openapi_extra=_body(DecisionIn),
+        responses=_problems(*_ALWAYS, 404, 409),
+    )
+    async def decide(request: Request) -> Draft:
+        """Accepts or rejects a draft, as it was generated or last corrected; what is decided stays so."""
+        with _counted(request, service.texts.holding):
+            given = await _json(request, DecisionIn.model_validate_json)
+        return await service.drafts.decide(given, _principal(request))
+
+    @router.get(
+        "/drafts/{report_id}",
+        tags=["corrections"],
+        dependencies=[needs("read")],
+        responses=_problems(400, 401, 403, 404, 422, 503),
+    )
+    async def draft(report_id: str) -> Draft:
+        """A report by its id, and what became of it."""
+        return await service.drafts.get(report_id)
+
+    @router.get("/models", tags=["models"], dependencies=[needs("read")], responses=_problems(400, 401, 403, 503))
     async def models() -> ModelsAnswer:
         """The checkpoint that writes now, in OpenAI's form."""
         facts = service.status.model
         return ModelsAnswer(data=[{"object": "model", "owned_by": "mu2llm", "created": 0, **facts}] if facts else [])
 
-    @router.get("/samples", tags=["samples"], dependencies=[needs("read")], responses=_problems(401, 403, 503))
+    @router.get("/samples", tags=["samples"], dependencies=[needs("read")], responses=_problems(400, 401, 403, 503))
     def sample_list() -> list[Sample]:
         """Scans to try: procedural phantoms."""
         return samples.samples()
@@ -313,7 +347,7 @@ def _rest(service: Service) -> APIRouter:
         tags=["samples"],
         dependencies=[needs("read")],
         response_class=Response,
-        responses={200: {"content": {"application/gzip": {}}}, **_problems(401, 403, 404, 422, 503)},
+        responses={200: {"content": {"application/gzip": {}}}, **_problems(400, 401, 403, 404, 422, 503)},
     )
     def sample(sample_id: str) -> Response:
         """One of them, as .nii.gz."""
@@ -348,7 +382,7 @@ def _operations(service: Service) -> APIRouter:
         "/metrics",
         dependencies=[needs("read")],
         response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}, **_problems(401, 403, 503)},
+        responses={200: {"content": {"text/plain": {}}}, **_problems(400, 401, 403, 503)},
     )
     async def prometheus() -> Response:
         """For Prometheus: the numbers of all replicas, some ten seconds old at most."""
@@ -400,7 +434,7 @@ def _add_shared_schemas(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         schema = described()
-        models = (ProblemDetail, ReportRequest, chat.ChatRequest, GreenRequest, CorrectionIn)
+        models = (ProblemDetail, ReportRequest, chat.ChatRequest, GreenRequest, CorrectionIn, DecisionIn)
         _, made = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
         schema["components"]["schemas"] |= made["$defs"]
         return schema

@@ -27,7 +27,8 @@ class ReplicasConfig(Section):
 
 
 class ServingConfig(Section):
-    """The HTTP service. `state` keeps API keys, reports, jobs and corrections; uploads are deleted after use."""
+    """The HTTP service. `state` keeps API keys, drafts, jobs, corrections and the audit log; uploads are deleted after
+    use."""
 
     state: str = Field("mu2llm-serve", description="URI of what must survive a restart")
     keep_scans: str | None = Field(None, description="URI under which uploaded scans are kept; None keeps none")
@@ -37,6 +38,10 @@ class ServingConfig(Section):
     )
     public_origins: tuple[str, ...] = Field(
         (), description="what a browser calls it behind a reverse proxy, such as https://reports.example"
+    )
+    subject_header: str = Field("", description="in which a proxy says who asks, such as X-Forwarded-User; empty: none")
+    trusted_proxies: tuple[str, ...] = Field(
+        (), description="ids of the API keys whose subject_header is believed; other keys that send it are refused"
     )
     hosts: tuple[str, ...] = Field((), description="further Host names that are answered on loopback")
     allowed_uris: tuple[str, ...] = Field(
@@ -70,6 +75,12 @@ class ServingConfig(Section):
     @classmethod
     def _as_yaml_reads_it(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _a_trusted_proxy_says_who_asks(self) -> ServingConfig:
+        if self.trusted_proxies and not self.subject_header:
+            raise ValueError("serving.trusted_proxies needs serving.subject_header: where they say who asks")
+        return self
 
     @model_validator(mode="after")
     def _readers_hold_what_they_decode(self) -> ServingConfig:

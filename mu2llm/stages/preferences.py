@@ -211,7 +211,9 @@ def correction_pairs(
     for correction in corrections:
         case_id = case_of.get(correction.id)
         chosen, rejected = (" ".join(text.split()) for text in (correction.chosen, correction.rejected))
-        if case_id is None:
+        if correction.accepted:
+            unused["report_accepted_as_it_is"] += 1
+        elif case_id is None:
             unused["correction_of_a_scan_not_in_the_split"] += 1
         elif chosen == rejected or not chosen or not rejected:
             unused["correction_without_a_change"] += 1

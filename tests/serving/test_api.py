@@ -212,6 +212,7 @@ def test_keys_open_what_their_scopes_say(tmp_path):
     for path, body, wrong in (
         ("/v1/green", {"pairs": []}, "read"),
         ("/v1/corrections", {"edited": "x"}, "read"),
+        ("/v1/decisions", {"id": "x", "decision": "accepted"}, "read"),
         ("/v1/reports", {"uri": "s3://b/x"}, "score"),
         ("/v1/jobs", {"uri": "s3://b/x"}, "score"),
         ("/v1/chat/completions", {"messages": []}, "correct"),
@@ -247,7 +248,7 @@ def test_the_http_options_of_a_running_serve_are_known(service):
     assert private_apis.running_http_options().port == int(service.rpartition(":")[2])
 
 
-ROUTES = ("/v1/reports", "/v1/jobs", "/v1/chat/completions", "/v1/green", "/v1/corrections")
+ROUTES = ("/v1/reports", "/v1/jobs", "/v1/chat/completions", "/v1/green", "/v1/corrections", "/v1/decisions")
 
 
 def small(tmp_path, **values):

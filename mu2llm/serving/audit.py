@@ -1,0 +1,50 @@
+"""Who did what: the service's audit log, one small file an entry under `serving.state`, which it only ever adds to."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mu2llm import storage
+
+Action = Literal["job", "generated", "edited", "accepted", "rejected"]
+FOLDER = "audit"
+
+
+class Entry(BaseModel):
+    """One write, without any content. `principal` is who asked: a key's id, `token`, `KEY/SUBJECT` where a trusted
+    proxy named the subject, empty where no key is needed."""
+
+    model_config = ConfigDict(frozen=True)
+    id: str = Field(default_factory=lambda: uuid.uuid4().hex)
+    time: str = Field(
+        default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"), description="ISO 8601, UTC"
+    )
+    principal: str
+    action: Action
+    about: str = Field(description="id of the draft or job; empty for a correction of a text that was sent")
+    checkpoint: str = ""
+    scan_sha256: str = ""
+    text_sha256: str = Field("", description="of the draft's text as it is behind the action")
+
+
+def sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def append(state: str, entry: Entry) -> None:
+    """Adds it; no name is ever used twice. Raises Failure or OSError where storage refuses."""
+    name = f"{entry.time.replace(':', '')}-{entry.id}.json"
+    storage.write_bytes(storage.join(state, FOLDER, entry.time[:10], name), entry.model_dump_json().encode())
+
+
+def entries(state: str, day: str = "") -> list[Entry]:
+    """All, or those of one day (2026-11-28, UTC), in the order of their times."""
+    folder = storage.join(state, FOLDER)
+    names = sorted("/".join(info.path.split("/")[-2:]) for info in storage.list_files(folder))
+    read = (storage.read_bytes(storage.join(folder, name)) for name in names if name.startswith(day))
+    return [Entry.model_validate_json(data) for data in read]
