@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mu2llm import storage
 
-Action = Literal["job", "generated", "edited", "accepted", "rejected"]
+Action = Literal["scan", "scan_deleted", "job", "generated", "edited", "accepted", "rejected"]
 FOLDER = "audit"
 
 
@@ -26,7 +26,7 @@ class Entry(BaseModel):
     )
     principal: str
     action: Action
-    about: str = Field(description="id of the draft or job; empty for a correction of a text that was sent")
+    about: str = Field(description="id of the draft, job or scan; empty for a correction of a text that was sent")
     checkpoint: str = ""
     scan_sha256: str = ""
     text_sha256: str = Field("", description="of the draft's text as it is behind the action")

@@ -33,6 +33,8 @@ class Loose(BaseModel):
 
 
 class Url(Loose):
+    """A data URL, an allowed URI, or `scan:` and the id of a scan that was sent before."""
+
     url: str
 
 

@@ -42,18 +42,27 @@ class ReportOptions(Body):
 
 
 class ReportRequest(ReportOptions):
-    """The JSON form: the scan by its URI, which must lie in an allowed place, or by its study in an archive."""
+    """The JSON form: the scan by its URI in an allowed place, by its study in an archive, or by its id."""
 
     uri: Uri | None = None
     study: Uri | None = Field(
         None, description="DICOMweb URI of a study, whose largest CT series are read, or of one series of it"
     )
+    scan: Annotated[str, Field(max_length=64)] | None = Field(None, description="id of a scan sent to /v1/scans")
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
-        if (self.uri is None) == (self.study is None):
-            raise PydanticCustomError("one_scan", "give uri or study, one of the two")
+        if sum(each is not None for each in (self.uri, self.study, self.scan)) != 1:
+            raise PydanticCustomError("one_scan", "give uri, study or scan, one of the three")
         return self
+
+
+class SentScan(BaseModel):
+    """A scan that is kept for a while: `scan` of a report or job names its `id`, chat names it as `scan:ID`."""
+
+    id: str
+    size: int = Field(description="bytes")
+    expires: str = Field(description="ISO 8601, UTC")
 
 
 class ScanFacts(BaseModel):

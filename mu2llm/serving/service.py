@@ -28,6 +28,7 @@ from mu2llm.serving.metrics import Metrics, counted
 from mu2llm.serving.problems import Problem, internal, not_ready, rejected
 from mu2llm.serving.quarantine import CarefulReader
 from mu2llm.serving.refusal import Refusal
+from mu2llm.serving.scans import Scans
 from mu2llm.serving.schemas import (
     FamiliarityOut,
     FindingOut,
@@ -101,6 +102,7 @@ class Service:
     ) -> None:
         self.settings = settings
         self.store = Store(settings.state, settings.keep_scans, settings.keep_reports_days)
+        self.scans = Scans(settings.state, settings.scan_minutes, settings.max_scans)
         self.metrics = Metrics()
         self.drafts = Drafts(self.store, self.metrics)
         retries = self.metrics.retries
@@ -149,10 +151,11 @@ class Service:
         while True:
             try:
                 await asyncio.to_thread(self.store.forget_old)
+                await asyncio.to_thread(self.scans.forget_old)
                 await self.reader.learn()
             except (Failure, OSError) as error:
                 logger.warning("what is old was not deleted, which is tried again: %s", type(error).__name__)
-            await asyncio.sleep(3600)
+            await asyncio.sleep(min(3600.0, 15 * self.settings.scan_minutes))  # a quarter of a scan's time
 
     @contextlib.contextmanager
     def admitted(self, size: int = 0, key: str = ANYBODY) -> Iterator[Body]:

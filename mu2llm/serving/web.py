@@ -5,24 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Annotated, Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 import mu2llm
 from mu2llm.errors import Failure
 from mu2llm.serving import chat, formats, metrics, pages, samples, streams
-from mu2llm.serving.admission import Body
+from mu2llm.serving.bodies import PRINCIPAL, asked_of, counted, files_of, json_of, length_of, named, principal_of
 from mu2llm.serving.faults import where
 from mu2llm.serving.guard import BODY, LOOPBACK, Guard, Uploads
 from mu2llm.serving.jobs import Jobs
@@ -43,15 +42,12 @@ from mu2llm.serving.schemas import (
     ReportOptions,
     ReportRequest,
     Sample,
+    SentScan,
 )
-from mu2llm.serving.service import Service, Upload
+from mu2llm.serving.service import Service
 from mu2llm.serving.streams import Stream
 
 logger = logging.getLogger("ray.serve")
-T = TypeVar("T")
-MAX_FILES = 5000  # of one upload: the files of a DICOM series
-MAX_FIELDS = 50
-PRINCIPAL = "mu2llm.principal"  # in the scope: whose request it is
 _BEARER = HTTPBearer(auto_error=False, scheme_name="API key", description="mu2llm key make")
 
 _SCAN = {
@@ -68,7 +64,6 @@ def _field(told: dict[str, Any]) -> dict[str, Any]:
 
 
 _OPTIONS = {name: _field(told) for name, told in ReportOptions.model_json_schema()["properties"].items()}
-_LISTS = {name for name, told in _OPTIONS.items() if told["type"] == "array"}
 _FORM = {"type": "object", "required": ["scan"], "properties": {"scan": _SCAN, **_OPTIONS}}
 _REF = "#/components/schemas/{model}"
 
@@ -79,6 +74,7 @@ def _body(model: type[BaseModel], **others: Any) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
+_SCAN_ALONE = {"type": "object", "required": ["scan"], "properties": {"scan": _SCAN}, "additionalProperties": False}
 _SCAN_BODY = _body(ReportRequest, **{"multipart/form-data": {"schema": _FORM}})
 
 
@@ -112,6 +108,7 @@ def application(service: Service, jobs: Jobs, doorkeeper: Doorkeeper, loopback: 
     )
     app.state.doorkeeper, app.state.settings = doorkeeper, service.settings
     app.include_router(_reports(service, jobs))
+    app.include_router(_scans(service))
     app.include_router(_rest(service))
     app.include_router(_operations(service))
     pages.add(app)
@@ -159,8 +156,8 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
         """A draft report of a scan: as JSON, text, FHIR DiagnosticReport or DICOM SR by the Accept header."""
         kind = formats.choose(request.headers.get("accept", "*/*"))
         with contextlib.ExitStack() as held:
-            body = held.enter_context(_counted(request, service.admitted))
-            upload, options = await _asked(request)
+            body = held.enter_context(counted(request, service.admitted))
+            upload, options = await asked_of(request, service.scans)
             body.arrived(upload.size)
             streamed = options.stream or kind == formats.EVENTS
             whose = not streamed and kind in (formats.DICOM, formats.FHIR)
@@ -168,7 +165,7 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
                 *(upload, options),
                 references=whose,
                 dicom_only=whose and kind == formats.DICOM,
-                principal=_principal(request),
+                principal=principal_of(request),
             )
             if streamed:
                 async with streams.read(service, work) as reading:
@@ -176,14 +173,16 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
             made = await service.report(work)
         return await asyncio.to_thread(formats.respond, kind, made)
 
-    @router.post("/jobs", status_code=202, response_model=Job, openapi_extra=_SCAN_BODY, responses=_problems(*_ALWAYS))
+    @router.post(
+        "/jobs", status_code=202, response_model=Job, openapi_extra=_SCAN_BODY, responses=_problems(*_ALWAYS, 404)
+    )
     async def make_job(request: Request, response: Response) -> Job:
         """The same in the background: for large scans and slow models. It survives a restart of the service."""
-        async with jobs.admitted(_length(request), _principal(request)) as body:
+        async with jobs.admitted(length_of(request), principal_of(request)) as body:
             request.scope[BODY] = body
-            upload, options = await _asked(request)
+            upload, options = await asked_of(request, service.scans)
             body.arrived(upload.size)
-            job = await jobs.add(upload, options, _principal(request))
+            job = await jobs.add(upload, options, principal_of(request))
         response.headers["Location"] = f"/v1/jobs/{job.id}"
         return job
 
@@ -199,12 +198,13 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
         responses=_REPORT_PROBLEMS,
     )
     async def chat_completions(request: Request) -> Response:
-        """OpenAI-compatible: the scan as image_url (a data URL, or an s3 URL in an allowed place)."""
+        """OpenAI-compatible: the scan as image_url (a data URL, scan:ID, or an s3 URL in an allowed place)."""
         with contextlib.ExitStack() as held:
-            body = held.enter_context(_counted(request, service.admitted))
-            asked, upload = await _json(request, chat.parse)
+            body = held.enter_context(counted(request, service.admitted))
+            asked, upload = await json_of(request, chat.parse)
+            upload = await named(request, service.scans, upload.uri) if upload.uri else upload
             body.arrived(upload.size)
-            work = service.begin(upload, asked.options(), principal=_principal(request))
+            work = service.begin(upload, asked.options(), principal=principal_of(request))
             if asked.stream:
                 model = service.status.model.get("id", "")
                 async with streams.read(service, work) as reading:
@@ -216,63 +216,27 @@ def _reports(service: Service, jobs: Jobs) -> APIRouter:
     return router
 
 
-@contextlib.contextmanager
-def _counted(
-    request: Request, holding: Callable[[int, str], contextlib.AbstractContextManager[Body]]
-) -> Iterator[Body]:
-    """Lets the request in, or not, before its body is read; then what comes of it is counted."""
-    with holding(_length(request), _principal(request)) as body:
-        request.scope[BODY] = body
-        yield body
+def _scans(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/v1/scans", tags=["reports"], dependencies=[needs("read")])
+    form = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _SCAN_ALONE}}}}
 
+    @router.post("", status_code=201, openapi_extra=form, responses=_problems(*_ALWAYS))
+    async def keep_scan(request: Request, response: Response) -> SentScan:
+        """Keeps a scan for `serving.scan_minutes`, unread: reports, jobs and chat name it, who sent it alone."""
+        with counted(request, service.bodies.holding) as body:
+            await asyncio.to_thread(service.scans.check_room)
+            files = await files_of(request)
+            body.arrived(sum(len(data) for data in files))
+            kept = await asyncio.to_thread(service.scans.add, list(files), principal_of(request))
+        response.headers["Location"] = f"/v1/scans/{kept.id}"
+        return SentScan(id=kept.id, size=kept.size, expires=kept.expires.isoformat(timespec="seconds"))
 
-def _length(request: Request) -> int:
-    """Of the body, as it is announced; of one in pieces (chunked) one byte, since that is not known."""
-    return 1 if "transfer-encoding" in request.headers else int(request.headers.get("content-length", "0"))
+    @router.delete("/{scan_id}", status_code=204, responses=_problems(400, 401, 403, 404, 422, 503))
+    async def delete_scan(scan_id: str, request: Request) -> None:
+        """Deletes it before its time."""
+        await asyncio.to_thread(service.scans.delete, scan_id, principal_of(request))
 
-
-def _principal(request: Request) -> str:
-    return str(request.scope[PRINCIPAL])
-
-
-async def _asked(request: Request) -> tuple[Upload, ReportOptions]:
-    """The scan and what is asked about it, from a form or from JSON."""
-    if _media(request) == "multipart/form-data":
-        return await _from_form(request)
-    asked = await _json(request, ReportRequest.model_validate_json, "multipart/form-data with the field scan, or JSON")
-    return Upload(uri=asked.uri or asked.study), ReportOptions(**asked.model_dump(exclude={"uri", "study"}))
-
-
-def _media(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-async def _json(request: Request, parse: Callable[[bytearray], T], wanted: str = "JSON") -> T:
-    """What `parse` makes of the body, beside the event loop: bodies may be large."""
-    if _media(request) != "application/json":
-        raise Problem(415, "unsupported_media", f"send {wanted}, and say so by Content-Type")
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-    try:
-        return await asyncio.to_thread(parse, body)
-    except ValidationError as error:
-        raise RequestValidationError(error.errors(include_input=False)) from None
-
-
-async def _from_form(request: Request) -> tuple[Upload, ReportOptions]:
-    async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
-        files = [value for value in form.getlist("scan") if isinstance(value, UploadFile)]
-        if not files:
-            raise Problem(422, "no_scan", "the form has no file in the field scan")
-        names = {name for name, _ in form.multi_items()} - {"scan"}
-        fields: dict[str, Any] = {name: form[name] for name in names}
-        fields |= {name: form.getlist(name) for name in names & _LISTS}
-        try:
-            options = ReportOptions.model_validate(fields)
-        except ValidationError as error:
-            raise RequestValidationError(error.errors(include_input=False)) from None
-        return Upload(files=tuple([await file.read() for file in files])), options
+    return router
 
 
 # ---- the rest of version 1
@@ -290,8 +254,8 @@ def _rest(service: Service) -> APIRouter:
     )
     async def green(request: Request) -> GreenAnswer:
         """GREEN of candidate reports against references."""
-        with _counted(request, service.texts.holding):
-            asked = await _json(request, GreenRequest.model_validate_json)
+        with counted(request, service.texts.holding):
+            asked = await json_of(request, GreenRequest.model_validate_json)
         return await service.green(asked.pairs)
 
     @router.post(
@@ -304,9 +268,9 @@ def _rest(service: Service) -> APIRouter:
     )
     async def correct(request: Request) -> CorrectionOut:
         """A radiologist's version of a generated report: kept as a preference pair for `mu2llm prefer`."""
-        with _counted(request, service.texts.holding):
-            given = await _json(request, CorrectionIn.model_validate_json)
-        return await service.drafts.correct(given, service.status.question, _principal(request))
+        with counted(request, service.texts.holding):
+            given = await json_of(request, CorrectionIn.model_validate_json)
+        return await service.drafts.correct(given, service.status.question, principal_of(request))
 
     @router.post(
         "/decisions",
@@ -317,9 +281,9 @@ def _rest(service: Service) -> APIRouter:
     )
     async def decide(request: Request) -> Draft:
         """Accepts or rejects a draft, as it was generated or last corrected; what is decided stays so."""
-        with _counted(request, service.texts.holding):
-            given = await _json(request, DecisionIn.model_validate_json)
-        return await service.drafts.decide(given, _principal(request))
+        with counted(request, service.texts.holding):
+            given = await json_of(request, DecisionIn.model_validate_json)
+        return await service.drafts.decide(given, principal_of(request))
 
     @router.get(
         "/drafts/{report_id}",

@@ -28,7 +28,7 @@ class ReplicasConfig(Section):
 
 class ServingConfig(Section):
     """The HTTP service. `state` keeps API keys, drafts, jobs, corrections and the audit log; uploads are deleted after
-    use."""
+    use, those of /v1/scans after `scan_minutes`."""
 
     state: str = Field("mu2llm-serve", description="URI of what must survive a restart")
     keep_scans: str | None = Field(None, description="URI under which uploaded scans are kept; None keeps none")
@@ -62,6 +62,8 @@ class ServingConfig(Section):
     max_queued_requests: int = Field(64, ge=1, description="report requests taken on at once; above: 429")
     precision: Precision | Literal["auto"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPUs")
     cached_scans: int = Field(64, ge=0, description="scans whose encoding a generator remembers")
+    scan_minutes: float = Field(60, gt=0, description="for which a scan sent to /v1/scans can be named by its id")
+    max_scans: int = Field(64, ge=1, description="of these at a time; above: 429")
     jobs_at_once: int = Field(2, ge=1)
     job_seconds: float = Field(3600, gt=0, description="for one job")
     registry_seconds: float = Field(10, gt=0, description="how often a registry:// model is looked up")

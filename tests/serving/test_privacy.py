@@ -15,6 +15,7 @@ from mu2llm.serving.generator import ReportGenerator
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper
 from mu2llm.serving.scorer import GreenScorer
+from mu2llm.serving.service import Upload
 from mu2llm.settings.serving import ServingConfig
 
 MARK = "Zweistein"
@@ -97,6 +98,9 @@ REQUESTS = [
     ("POST", "/v1/decisions", {"json": {"id": MARK, "decision": "accepted"}}),
     ("POST", "/v1/decisions", {"json": {"id": "0" * 32, "decision": MARK}}),
     ("GET", f"/v1/drafts/{MARK}", {}),
+    ("POST", "/v1/scans", {**scan(), "data": {MARK: MARK}}),
+    ("POST", "/v1/reports", {"json": {"scan": MARK, "question": MARK}}),
+    ("DELETE", f"/v1/scans/{MARK}", {}),
     ("GET", f"/v1/jobs/{MARK}", {}),
     ("GET", f"/v1/samples/{MARK}", {}),
     ("GET", f"/v1/{MARK}?{MARK}={MARK}", {"headers": {"cookie": MARK, "referer": MARK}}),
@@ -146,7 +150,7 @@ def test_a_job_that_breaks_tells_nothing(tmp_path, capfd, caplog, labels):
     async def go():
         service = known(tmp_path, Breaks())
         jobs = Jobs(service)
-        added = await jobs.add(web.Upload((b"x",)), web.ReportOptions(question=MARK))
+        added = await jobs.add(Upload((b"x",)), web.ReportOptions(question=MARK))
         await jobs._begin()
         while jobs._running:
             await asyncio.sleep(0.01)
@@ -186,7 +190,7 @@ def test_a_report_that_is_given_is_logged_by_nobody(tmp_path, capfd, caplog, lab
     async def go():
         service = known(tmp_path / "none", Handle(WRITTEN))
         (tmp_path / "none").write_text("no folder")
-        return await service.report(service.begin(web.Upload((b"x",)), web.ReportOptions(question=MARK)))
+        return await service.report(service.begin(Upload((b"x",)), web.ReportOptions(question=MARK)))
 
     made = asyncio.run(go())
     assert made.report.report == WRITTEN.text and "could not be saved" in caplog.text

@@ -11,6 +11,7 @@ from mu2llm.serving import streams, web
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper
 from mu2llm.serving.refusal import Refusal
+from mu2llm.serving.service import Upload
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,7 @@ def test_who_leaves_while_the_scan_is_read_is_read_for_no_further(tmp_path):
 
     async def go():
         service = known(tmp_path, None, reader)
-        work = service.begin(web.Upload((b"x",)), web.ReportOptions())
+        work = service.begin(Upload((b"x",)), web.ReportOptions())
         async with streams.read(service, work) as reading:
             told = streams.alive(streams.events(streams.parts(service, work, reading)))
         assert await anext(told) == streams.BEAT
