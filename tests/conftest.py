@@ -67,6 +67,17 @@ def ray_cluster():
         yield
 
 
+@pytest.fixture(scope="module")
+def actors_here():
+    """The engine's actors are objects of this process; each one of Ray's is a process that loads torch first."""
+    import in_process
+    import ray.data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray.data.Dataset, "map_batches", in_process.map_batches)
+        yield
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """(exit code, stdout, stderr) of a command line, run in this process."""

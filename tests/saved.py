@@ -1,4 +1,4 @@
-"""Checkpoints and shards of a few bytes, for tests that read neither weights nor voxels."""
+"""Checkpoints and shards of a few bytes, for tests that read neither weights nor voxels; models that nobody trained."""
 
 import tempfile
 from pathlib import Path
@@ -26,6 +26,17 @@ def checkpoint(uri, experiment=None, value=0.0, vision=0.0, **lineage):
     with tempfile.TemporaryDirectory() as folder:
         weights(folder, value, vision)
         return publish(Checkpoint(uri=str(uri), experiment=values, lineage=Lineage(**described)), folder)
+
+
+def untrained(uri, experiment, stage, *parts):
+    """A model, and its processor if it has one, as a stage's finished checkpoint; its URI."""
+    lineage = Lineage(stage=stage, spec_hash=experiment.data.spec.hash, identity=f"{stage}-0")
+    checkpoint = Checkpoint(uri=uri, experiment=experiment.model_dump(mode="json"), lineage=lineage)
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            part.save_pretrained(folder)
+        publish(checkpoint, folder)
+    return uri
 
 
 def shards(uri, experiment, cases=8, scans="a"):

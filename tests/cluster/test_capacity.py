@@ -15,6 +15,22 @@ from mu2llm.stages import placement
 README = Path(__file__).parents[2] / "cluster" / "README.md"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def counted_once():
+    """A preset's memory is the same for all tests here; counting builds its models."""
+    count, found = capacity.memory, {}
+
+    def memory(experiment):
+        key = experiment.model_dump_json()
+        if key not in found:
+            found[key] = count(experiment)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capacity, "memory", memory)
+        yield
+
+
 def test_a_pipeline_asks_for_what_each_of_its_stages_does():
     paper = config.load("paper")
     assert capacity.asks(paper, "sft") == {"sft": capacity.Ask(4, {"CPU": 8, "GPU": 1})}

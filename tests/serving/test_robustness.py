@@ -191,20 +191,15 @@ def promote(settings, monkeypatch):
     return lambda uri: tracking.register(open_checkpoint(uri), alias="champion")
 
 
-def test_another_model_takes_over_without_a_pause(service, phantom, change, second):
+def test_another_model_and_what_is_promoted_take_over_without_a_pause(
+    service, phantom, change, promote, checkpoint, second
+):
+    promote(second)
     with reports(service, phantom) as load:
-        change(checkpoint=second)
-        load.wait_for(4, told=SECOND)
-    assert set(load.answers) == {(200, FIRST), (200, SECOND)} and not load.broken
-
-
-def test_what_is_promoted_takes_over(service, phantom, change, promote, checkpoint, second):
-    promote(checkpoint)
-    with reports(service, phantom, clients=2) as load:
         change(checkpoint="registry://mu2llm@champion")
-        load.wait_for(2, told=FIRST)
-        promote(second)
-        load.wait_for(2, told=SECOND)
+        load.wait_for(4, told=SECOND)
+        promote(checkpoint)
+        load.wait_for(4, told=FIRST)
     assert set(load.answers) == {(200, FIRST), (200, SECOND)} and not load.broken
 
 

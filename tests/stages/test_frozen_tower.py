@@ -19,7 +19,7 @@ from mu2llm.model import build_contrastive, load
 from mu2llm.stages import contrastive, sft, tower
 from mu2llm.stages.job import new_job
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("actors_here")]
 
 TOWER = [
     "model.vision.tower=colipri",

@@ -39,7 +39,7 @@ from mu2llm.stages import contrastive, dpo, launch, online, preferences, sft
 from mu2llm.stages.job import new_job
 from mu2llm.stages.texts import TextBank
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("actors_here")]
 
 
 def experiment(*overrides):
@@ -742,7 +742,7 @@ def test_texts_that_are_too_long_are_left_out_or_cut(setting, shards, vision, pl
     processor = build_processor(base.model, base.data.spec, sft.texts_of(base, reports))
     lengths = sorted(processor.text_tokens(base.evaluation.question, report) for report in reports)
     longest = lengths[len(lengths) * 3 // 4]
-    settings = experiment(
+    settings = here(
         *(f"model.max_text_tokens={longest}", f"sft.too_long={setting}", "sft.report_share=1", "sft.max_steps=2")
     )
     job = new_job("sft", Shards.open(shards), str(place / setting), settings, parent=vision.uri)

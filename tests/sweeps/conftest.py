@@ -1,17 +1,16 @@
 """Shards, a contrastive and an SFT checkpoint, and judged pairs of the least size: nothing here was trained."""
 
-import tempfile
-
 import numpy as np
 import pytest
+import saved
 import yaml
 
-from mu2llm import artefacts, config, storage
+from mu2llm import config, storage
 from mu2llm.cases.ingest import schema
 from mu2llm.cases.shards import Index, ShardWriter, shard_file, write_index
 from mu2llm.green import load_judge
 from mu2llm.model import build, build_contrastive
-from mu2llm.records import Candidate, Case, Checkpoint, Finding, Lineage, PreferencePair
+from mu2llm.records import Candidate, Case, Finding, PreferencePair
 from mu2llm.stages import preferences
 from mu2llm.stages.pairs import make_pairs
 from mu2llm.stages.rewards import rewarded
@@ -92,24 +91,14 @@ def case(i: int, split: str) -> Case:
 def vision(tmp_path_factory, least):
     given = least()
     model = build_contrastive(given.model, given.data.spec, given.contrastive, 32, seed=0)
-    return publish(str(tmp_path_factory.mktemp("vision")), given, "contrastive", model)
+    return saved.untrained(str(tmp_path_factory.mktemp("vision")), given, "contrastive", model)
 
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory, least):
     given = least()
     model, processor = build(given.model, given.data.spec, [case(i, "train").report for i in range(6)], 0)
-    return publish(str(tmp_path_factory.mktemp("sft")), given, "sft", model, processor)
-
-
-def publish(uri, given, stage, *parts):
-    lineage = Lineage(stage=stage, spec_hash=given.data.spec.hash, identity=f"{stage}-0")
-    checkpoint = Checkpoint(uri=uri, experiment=given.model_dump(mode="json"), lineage=lineage)
-    with tempfile.TemporaryDirectory() as folder:
-        for part in parts:
-            part.save_pretrained(folder)
-        artefacts.publish(checkpoint, folder)
-    return uri
+    return saved.untrained(str(tmp_path_factory.mktemp("sft")), given, "sft", model, processor)
 
 
 @pytest.fixture(scope="session")
