@@ -150,5 +150,6 @@ def audit(
     found = [entry.model_dump() for entry in entries(state, day)]
     if as_json:
         show(found, as_json)
-    for entry in [] if as_json else found:
+        return
+    for entry in found:
         print(*(value or "-" for name, value in entry.items() if name != "id"))

@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 import saved
-from hosts import COMMAND, ingest, user
+from hosts import COMMAND, RAY, ingest, user
+from tiny_judge import save
 
 from mu2llm import config
 from mu2llm.model import build_contrastive
@@ -31,6 +32,24 @@ def test_relative_places_are_those_of_the_folder_where_the_command_runs(head, in
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["steps"] == 2
     assert (tmp_path / "s" / "model.safetensors").is_file()
+    judged_by_actors(head, tmp_path)
+
+
+def judged_by_actors(head, folder):
+    """A judge of a language model is held by actors with resources of their own, not by the driver."""
+    prompt = folder / "prompt.txt"
+    prompt.write_text("{reference} : {candidate}")
+    judge = ("--judge", f"hf:{save(folder / 'judge')}", "--set", f"judge.prompt={prompt}", "--set", "judge.actors=1")
+    few = ("--set", "judge.max_new_tokens=4", "--set", "evaluation.max_cases=2", "--set", "evaluation.regions=false")
+    few += ("--set", "evaluation.text_encoder=none", "--set", "evaluation.paraphrases=2")
+    asked = ("evaluate", "--preset", "tiny", "--checkpoint", "s", "--data", "shards", "--out", "e")
+    done = joined(head, folder, *asked, *judge, *few)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["judge"].startswith("hf:judge@")
+    listed = [RAY, "list", "actors", "--address", head.address, "--detail", "--format", "json", "--limit", "1000"]
+    found = subprocess.run(listed, env=user(head), capture_output=True, text=True, check=True).stdout
+    actors = [each for each in json.loads(found) if "LocalModel" in json.dumps([each["name"], each["repr_name"]])]
+    assert actors and all(each["required_resources"] == {"CPU": 1.0} for each in actors), found[:3000]
 
 
 @pytest.mark.parametrize(
