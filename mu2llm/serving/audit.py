@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import uuid
 from datetime import UTC, datetime
 from typing import Literal
@@ -10,9 +11,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mu2llm import storage
+from mu2llm.errors import UserError
 
 Action = Literal["scan", "scan_deleted", "job", "generated", "edited", "accepted", "rejected"]
 FOLDER = "audit"
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 class Entry(BaseModel):
@@ -43,8 +46,13 @@ def append(state: str, entry: Entry) -> None:
 
 
 def entries(state: str, day: str = "") -> list[Entry]:
-    """All, or those of one day (2026-11-28, UTC), in the order of their times."""
+    """All, or those of one day (2026-11-28, UTC), in the order of their times. A UserError where that is no day, or
+    nothing was ever written."""
+    if day and not _DAY.fullmatch(day):
+        raise UserError(f"--day {day} is no day such as 2026-11-28")
     folder = storage.join(state, FOLDER)
     names = sorted("/".join(info.path.split("/")[-2:]) for info in storage.list_files(folder))
+    if not names:
+        raise UserError(f"{state} has no audit log; give the service's place (serving.state) with --state")
     read = (storage.read_bytes(storage.join(folder, name)) for name in names if name.startswith(day))
     return [Entry.model_validate_json(data) for data in read]

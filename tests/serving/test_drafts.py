@@ -11,7 +11,7 @@ from test_parts import MODEL, SCAN, WRITTEN, Handle, known
 from typer.testing import CliRunner
 
 from mu2llm.cli import app as cli
-from mu2llm.errors import Failure
+from mu2llm.errors import Failure, UserError
 from mu2llm.serving import audit, web
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper, make_key
@@ -84,6 +84,13 @@ def test_the_audit_log_is_read_by_a_command(tmp_path):
     line = CliRunner().invoke(cli, ["audit", "--state", str(tmp_path), "--day", entry.time[:10]]).stdout
     assert line.split() == [entry.time, client.key, "generated", draft, "s3://b/c", "0" * 64, audit.sha256_of(TEXT)]
     assert CliRunner().invoke(cli, ["audit", "--state", str(tmp_path), "--day", "2001-01-01"]).stdout == ""
+
+
+@pytest.mark.parametrize(("given", "says"), [([], "has no audit log"), (["--day", "28.11."], "is no day")])
+def test_a_place_without_a_log_and_a_day_that_is_none_are_refused(tmp_path, given, says):
+    """A mistyped place looked like one where nobody had done anything."""
+    told = CliRunner().invoke(cli, ["audit", "--state", str(tmp_path), *given])
+    assert isinstance(told.exception, UserError) and says in str(told.exception)
 
 
 def test_a_draft_accepted_as_it_is_is_kept_beside_the_corrections(tmp_path):
