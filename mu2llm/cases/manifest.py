@@ -134,7 +134,8 @@ def _own_case(row: dict[str, Any], manifest: str, found: Volumes, most: int, tab
         table.note("no_patient", [values["id"]])
     values["patient"] = name_of(values.get("patient", values["id"]))
     first, *further = _series(values.pop("volume"), values.pop("series", None), found, most)
-    case = Case.model_validate({"report": "", "source": manifest, **values, **dict(first), "further": further})
+    where = {"volume": first.volume, "series": first.series, "further": further}
+    case = Case.model_validate({"report": "", "source": manifest, **values, **where})
     table.note("name_mended", [f"{name} {values[name]}" for name in mended])
     return case
 

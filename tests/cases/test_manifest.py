@@ -45,6 +45,14 @@ def test_the_three_forms_give_the_same_cases(tmp_path):
     assert first[1].findings[0].side == "left" and first[1].questions[0].answer == "nodule 1"
 
 
+def test_a_rows_slope_and_intercept_stay_also_where_it_names_a_series(tmp_path):
+    scans.write(tmp_path, 1)
+    row = {"id": "a", "volume": "volumes/case-000.nii.gz", "report": "Clear.", "rescale": [1, -8192], "series": "1.2#2"}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(row))
+    (case,) = read(tmp_path).cases
+    assert case.rescale == (1, -8192) and case.series == "1.2#2"
+
+
 def test_everything_wrong_is_counted_and_listed(tmp_path):
     rows = scans.write(tmp_path, 10)
     (tmp_path / rows[3]["volume"]).unlink()

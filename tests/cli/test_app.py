@@ -94,7 +94,8 @@ def test_generate_reads_what_is_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(scans, "report_scans", lambda _, places, *rest: seen.extend(places) or [])
     words = ["generate", "--checkpoint", "c", "study", "--series", "thin#2", "--manifest", f"{tmp_path}/m.jsonl"]
     assert CliRunner().invoke(app, [*words, "--volumes", str(tmp_path), "--json"]).exit_code == 0
-    assert seen == [("study", "thin#2", None, ()), (f"{tmp_path}/a.nii.gz", "1.2#2", (1, -8192), ())]
+    named = scans.ScanPlace(f"{tmp_path}/a.nii.gz", "1.2#2", (1, -8192))
+    assert seen == [scans.ScanPlace("study", "thin#2"), named]
 
 
 @pytest.mark.parametrize(
