@@ -29,6 +29,7 @@ from mu2llm.model.configuration import Mu2Config, Mu2ContrastiveConfig, Mu2Token
 from mu2llm.model.contrastive import Mu2ForContrastive
 from mu2llm.model.initialisation import initialise
 from mu2llm.model.modeling import Mu2ForConditionalGeneration
+from mu2llm.model.prior import name_ids
 from mu2llm.model.processing import PLAIN_TEMPLATE, VOLUME_TOKEN, Mu2Processor
 from mu2llm.model.text_pooling import HEADS
 from mu2llm.model.towers import loading
@@ -63,7 +64,7 @@ def build(
     if model.vision.weights:
         load_vision(whole, model.vision.weights)
     if model.tokenizer.weights:
-        load_tokenizer(whole, model.tokenizer.weights)
+        load_tokenizer(whole, tokenizer, model.tokenizer.weights)
     return whole, processor_for(config, spec, tokenizer)
 
 
@@ -118,7 +119,7 @@ def tokenizer_configuration(
         chunks=vision.chunks,
         series=spec.series,
         grid=vision.pooled_grid,
-        **model.tokenizer.model_dump(exclude={"width", "weights", "prior"}),
+        **model.tokenizer.model_dump(exclude={"width", "weights", "prior", "prior_names"}),
     )
 
 
@@ -282,7 +283,7 @@ def _is_ours(path: Path) -> bool:
     return config.is_file() and str(json.loads(config.read_text()).get("model_type")).startswith("mu2llm")
 
 
-def load_tokenizer(model: Mu2ForConditionalGeneration, uri: str) -> None:
+def load_tokenizer(model: Mu2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, uri: str) -> None:
     """Vision, projector, μ²Tokenizer and prior from a checkpoint that writes reports, whatever its language model was.
 
     What is between the μ²Tokenizer and a language model, the maps and the scale, is not taken: it stays fresh. What is
@@ -293,7 +294,8 @@ def load_tokenizer(model: Mu2ForConditionalGeneration, uri: str) -> None:
         tensors = {name.removeprefix("model."): t for name, t in published.read_tensors(_whole(path, uri)).items()}
         theirs = Mu2Config.from_pretrained(path)
     if theirs.findings:
-        model.model.put_prior(theirs.findings, theirs.finding_head or {})
+        ids = name_ids(theirs.findings, tokenizer)  # in this language model's words
+        model.model.put_prior(theirs.findings, theirs.finding_head or {}, theirs.finding_names, ids)
     parts = nn.ModuleDict(_reading(model))
     taken = {n: t for n, t in tensors.items() if n.split(".")[0] in parts and not n.startswith(bridge)}
     report = published.differences(parts, taken)
@@ -311,7 +313,9 @@ def load_tokenizer(model: Mu2ForConditionalGeneration, uri: str) -> None:
     )
 
 
-def add_prior(model: Mu2ForConditionalGeneration, processor: Mu2Processor, uri: str, findings: Sequence[str]) -> None:
+def add_prior(
+    model: Mu2ForConditionalGeneration, processor: Mu2Processor, uri: str, findings: Sequence[str], names: int = 0
+) -> None:
     """Puts a diagnostic prior of these findings on a model, with the head of the contrastive checkpoint at the URI.
 
     Raises UserError where that is of another stage or vision, or kept nothing to embed texts by.
@@ -320,11 +324,10 @@ def add_prior(model: Mu2ForConditionalGeneration, processor: Mu2Processor, uri: 
     if encoder is None:
         raise UserError(f"{uri} is of before texts' whitening was kept with it: train contrast again for a prior")
     if trained.config.hidden_size != model.config.vision.hidden_size:
-        raise UserError(
-            f"{uri}: its vision is {trained.config.hidden_size} wide, {model.config.vision.hidden_size} here"
-        )
+        wide = model.config.vision.hidden_size
+        raise UserError(f"{uri}: its vision is {trained.config.hidden_size} wide, {wide} here")
     texts = trained.whiten(encoder.embed(list(findings)))
-    prior = model.model.put_prior(findings, trained.config.head)
+    prior = model.model.put_prior(findings, trained.config.head, names, name_ids(findings, processor.tokenizer))
     prior.head.load_state_dict(trained.head.state_dict())
     prior.texts.copy_(texts)
     processor.queries = model.config.visual_tokens

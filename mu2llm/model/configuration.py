@@ -166,8 +166,8 @@ class Mu2Config(PreTrainedConfig):
 
     `placeholder_aligned` (mend 5): visual tokens replace the volume placeholders; False puts them at positions
     1…queries whatever stands there, as published. `findings` are the diagnostic prior's, each a further visual token;
-    none, no prior. `finding_head` is its head's sizes
-    (`Mu2ContrastiveConfig.head`).
+    none, no prior. `finding_head` is its head's sizes (`Mu2ContrastiveConfig.head`). With `finding_names` it is told in
+    so many word tokens: the ids of each finding's name, `finding_ids`, and of what stands where no name does.
     """
 
     model_type = "mu2llm"
@@ -186,6 +186,8 @@ class Mu2Config(PreTrainedConfig):
     spec: dict | None = None
     findings: list[str] | tuple[str, ...] = ()
     finding_head: dict | None = None
+    finding_names: int = 0
+    finding_ids: list[list[int]] | tuple[list[int], ...] = ()
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -197,8 +199,9 @@ class Mu2Config(PreTrainedConfig):
 
     @property
     def visual_tokens(self) -> int:
-        """What the language model gets of a scan: the μ²Tokenizer's queries, and a token for each finding."""
-        return self.tokenizer.queries + len(self.findings)
+        """What the language model gets of a scan: the μ²Tokenizer's queries, and a token for each finding or the words
+        of those that are likely."""
+        return self.tokenizer.queries + (self.finding_names or len(self.findings))
 
     @property
     def vision(self) -> Mu2VisionConfig:

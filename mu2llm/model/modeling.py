@@ -82,9 +82,13 @@ class Mu2Model(Mu2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def put_prior(self, findings: Sequence[str], head: dict[str, Any]) -> DiagnosticPrior:
-        """A fresh diagnostic prior of these findings, for a contrastive head of these sizes."""
+    def put_prior(
+        self, findings: Sequence[str], head: dict[str, Any], names: int = 0, ids: Sequence[list[int]] = ()
+    ) -> DiagnosticPrior:
+        """A fresh diagnostic prior of these findings, for a contrastive head of these sizes; told in so many word
+        tokens of `ids`, as `name_ids` gives them, where `names` is not 0."""
         self.config.findings, self.config.finding_head = list(findings), head
+        self.config.finding_names, self.config.finding_ids = names, list(ids) if names else []
         self.prior = prior = DiagnosticPrior(self.config).apply(initialise)
         return prior
 
@@ -131,11 +135,17 @@ class Mu2Model(Mu2PreTrainedModel):
         visual = cast(VisualTokens, self.mu2_tokenizer(features, text, chunk_mask, question_mask, return_selection))
         if self.prior is not None:
             tokens = cast(Tensor, visual.tokens)
-            findings = self.mu2_tokenizer.to_language(self.prior(vision_features, chunk_of_scan)).to(tokens.dtype)
+            findings = self._findings(self.prior, vision_features, chunk_of_scan).to(tokens.dtype)
             visual.tokens = torch.cat([tokens, _serve(findings, rows, "questions")], dim=1)
         if visual.selection is not None:
             visual.selection = spread_to_patches(visual.selection, self.config.vision)
         return visual
+
+    def _findings(self, prior: DiagnosticPrior, vision_features: Tensor, chunk_mask: Tensor | None) -> Tensor:
+        """What a prior tells of scans (B, …), as the language model takes it: (B, its tokens, hidden)"""
+        if prior.length:
+            return cast(Tensor, self.get_input_embeddings()(prior.names(vision_features, chunk_mask)))
+        return self.mu2_tokenizer.to_language(prior(vision_features, chunk_mask))
 
     @can_return_tuple
     def forward(

@@ -74,6 +74,12 @@ class TokenizerConfig(Section):
         description="diagnostic prior: the so many most frequent findings of the training reports, each with its "
         "probability, by the contrastive stage's head, as one more visual token",
     )
+    prior_names: int = Field(
+        0,
+        ge=0,
+        description="tell the prior by the names of what is likely, in so many word tokens of the language model, "
+        "instead of a learned token a finding: what is trained on words reads it at once",
+    )
     top_k: int = 1024
     scales: tuple[int, ...] = (1, 2, 4)
     attention: Literal["absolute", "relative_1d", "relative_3d", "rotary_1d", "rotary_3d"] = "relative_3d"
@@ -106,7 +112,13 @@ class TokenizerConfig(Section):
     @property
     def visual_tokens(self) -> int:
         """What the language model gets of a scan."""
-        return self.queries + self.prior
+        return self.queries + (self.prior_names or self.prior)
+
+    @model_validator(mode="after")
+    def _names_what_it_tells(self) -> Self:
+        if self.prior_names and not self.prior:
+            raise ValueError("prior_names is how a diagnostic prior is told: set tokenizer.prior, of how many findings")
+        return self
 
 
 class SmallLanguageModel(Section):

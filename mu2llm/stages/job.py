@@ -25,7 +25,7 @@ FINISHED_FILE = "finished.json"  # in the state: the checkpoint's description, u
 
 _OF_OLDER_CHECKPOINTS: dict[str, dict[str, Any]] = {
     "model.vision": {"tower": "m3d", "own": None, "sizes": {}},
-    "model.tokenizer": {"gate": "mean", "width": None, "output_scale": "none", "prior": 0},
+    "model.tokenizer": {"gate": "mean", "width": None, "output_scale": "none", "prior": 0, "prior_names": 0},
 }
 """What settings were before they could be set: checkpoints without them have these."""
 

@@ -231,9 +231,8 @@ def start(job: Job, reports: list[str]) -> tuple[Any, Mu2Processor]:
     if job.parent:
         load_vision(model, job.parent)
         if experiment.model.tokenizer.prior:
-            add_prior(model, processor, job.parent, prior_findings(job, Shards.open(job.data)))
-            if experiment.model.language_model != "small":
-                model.model.prior.start_from_words(model.get_input_embeddings().weight, processor.tokenizer)
+            findings = prior_findings(job, Shards.open(job.data))
+            add_prior(model, processor, job.parent, findings, experiment.model.tokenizer.prior_names)
     return model, processor
 
 

@@ -136,21 +136,67 @@ def test_what_a_prior_cannot_be_made_of_is_refused(contrasted):
         experiment(face="reference", tokenizer={"prior": 3})
 
 
-def test_with_a_trained_language_model_tokens_start_as_its_words(contrasted):
-    settings = experiment(text_encoder="small")
-    model, processor = build(settings.model, settings.data.spec, TEXTS * 4)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.normal_(std=3.0)
-    add_prior(model, processor, contrasted, FINDINGS)
-    model.model.prior.start_from_words(model.get_input_embeddings().weight, processor.tokenizer)
-    table, prior = model.get_input_embeddings().weight.detach(), model.model.prior
-    for finding, base in zip(FINDINGS, prior.bases.detach(), strict=True):
-        words = processor.tokenizer(f" {finding}", add_special_tokens=False)["input_ids"]
-        torch.testing.assert_close(torch.cosine_similarity(base, table[words].mean(0), dim=0).item(), 1.0)
-        assert base.pow(2).mean().sqrt() == pytest.approx(0.5, rel=1e-3)
-    present, absent = (
-        table[processor.tokenizer(text, add_special_tokens=False)["input_ids"]].mean(0)
-        for text in (" present", " absent")
-    )
-    for direction in prior.directions.detach():
-        torch.testing.assert_close(torch.cosine_similarity(direction, present - absent, dim=0).item(), 1.0)
+def named(contrasted, names, **model):
+    settings = experiment(text_encoder="small", tokenizer={"prior": 3, "prior_names": names}, **model)
+    whole, processor = build(settings.model, settings.data.spec, TEXTS * 4)
+    scatter(whole)
+    add_prior(whole, processor, contrasted, FINDINGS, names)
+    return whole.eval(), processor
+
+
+def told(model, processor, probabilities, monkeypatch):
+    """What the words say where the head gives these probabilities."""
+    monkeypatch.setattr(model.model.prior, "probabilities", lambda *_: torch.tensor(probabilities))
+    return [processor.tokenizer.decode(ids) for ids in model.model.prior.names(None)]
+
+
+def test_likely_findings_are_told_by_name_the_likeliest_first(contrasted, monkeypatch):
+    model, processor = named(contrasted, 40)
+    effusion, lesion, nodule = (f" {name}," for name in FINDINGS)
+    first, second, third = told(model, processor, [[0.6, 0.4, 0.9], [0.2, 0.5, 0.1], [0.8, 0.7, 0.51]], monkeypatch)
+    assert first.rstrip("\n") == nodule + effusion and set(second) == {"\n"}
+    assert third.rstrip("\n") == effusion + lesion + nodule
+
+
+def test_names_that_find_no_room_are_left_out_whole(contrasted, monkeypatch):
+    _, processor = named(contrasted, 40)
+    sizes = [
+        len(ids)
+        for ids in processor.tokenizer([f" {each}," for each in FINDINGS], add_special_tokens=False)["input_ids"]
+    ]
+    model, processor = named(contrasted, sizes[2] + sizes[1] - 1)
+    (text,) = told(model, processor, [[0.1, 0.8, 0.9]], monkeypatch)
+    assert text.rstrip("\n") == f" {FINDINGS[2]},"
+
+
+def test_names_are_the_language_models_words_behind_the_queries(contrasted, tmp_path):
+    model, processor = named(contrasted, 12)
+    inputs = batch(processor)
+    assert processor.queries == model.config.visual_tokens == 4 + 12
+    outputs = model(**inputs)
+    mask = inputs["chunk_mask"]
+    ids = model.model.prior.names(model.encode_vision(inputs["volumes"], mask), mask)
+    torch.testing.assert_close(outputs.visual_tokens[:, 4:], model.get_input_embeddings()(ids))
+    assert not list(model.model.prior.parameters())
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, _ = load(str(tmp_path))
+    torch.testing.assert_close(again(**inputs).logits, outputs.logits)
+    torch.testing.assert_close(merge_lora(add_lora(model, LoraSettings(r=2)))(**inputs).logits, outputs.logits)
+
+
+def test_another_language_model_is_told_in_its_own_words(contrasted, tmp_path):
+    model, processor = named(contrasted, 12)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    other = {"width": 32, "weights": str(tmp_path), "prior": 3, "prior_names": 12}
+    settings = experiment(tokenizer=other, small={"hidden_size": 48, "vocabulary": 280})
+    taken, reader = build(settings.model, settings.data.spec, TEXTS * 4)
+    assert taken.config.finding_ids != model.config.finding_ids
+    assert reader.tokenizer.decode(taken.config.finding_ids[0]) == f" {FINDINGS[0]},"
+    assert taken(**batch(reader)).visual_tokens.shape == (2, 16, 48)
+
+
+def test_names_without_a_prior_are_refused():
+    with pytest.raises(UserError, match=r"set tokenizer\.prior"):
+        experiment(tokenizer={"prior_names": 8})
