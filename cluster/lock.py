@@ -20,7 +20,8 @@ HEAD = "# every package of the image but torch; cluster/lock.py writes this file
 def lock() -> tuple[str, str]:
     """requirements.txt and torch.txt."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
-    found = pins(*project["dependencies"], *project["optional-dependencies"]["demo"])
+    extras = project["optional-dependencies"]
+    found = pins(*project["dependencies"], *extras["demo"], *extras["traces"])
     found |= {name: importlib.metadata.version(name) for name in ALSO}
     torch = f"torch=={found.pop('torch')}\n"
     wanted = [f"{name}=={version}" for name, version in sorted(found.items())] + list(GCP)

@@ -33,8 +33,12 @@ class Lines(logging.Formatter):
         return f"{time} {level} {record.name} {f'[{of}] ' if of else ''}{told}"
 
 
-def begin() -> None:
-    """Lines of this process that no other handler takes, which Python shows bare on stderr, are of this form now."""
+def begin(**names: str) -> None:
+    """Lines of this process that no other handler takes, which Python shows bare on stderr, are of this form now.
+
+    `names` are what the process is for from now on: a Ray worker has one task or actor at a time.
+    """
+    _names.update(names)
     assert logging.lastResort is not None
     logging.lastResort.setFormatter(Lines())
 
@@ -56,12 +60,17 @@ def line(text: str, values: Mapping[str, object]) -> str:
     return json.dumps({**_names, **values}, default=str) if as_json() else text
 
 
+def made_up(request: str) -> bool:
+    """Whether a request's id is one that Ray Serve makes up, not a text that a client chose."""
+    return bool(_MADE_UP.fullmatch(request))
+
+
 class _Withheld(logging.Filter):
     """Takes from a record what a client may have written itself: the path, and a request id that is no UUID."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.__dict__.pop("route", None)
-        if not _MADE_UP.fullmatch(str(record.__dict__.get("request_id", ""))):
+        if not made_up(str(record.__dict__.get("request_id", ""))):
             record.__dict__.pop("request_id", None)
         return True
 

@@ -18,11 +18,12 @@ UUID = "0b6b5f0e-9f5d-4e56-8d52-3d1f0a2b4c5d"
 
 
 @pytest.fixture
-def say():
+def say(monkeypatch):
     """Says a line as a process does where no handler takes it: pytest's would."""
     last = logging.lastResort
     assert last is not None
     before = last.formatter
+    monkeypatch.setattr(logs, "_names", {})
     logs.begin()
     yield lambda level, text, *arguments, exc_info=None: last.handle(
         logging.LogRecord("mu2llm.bare", level, __file__, 1, text, arguments, exc_info)
@@ -38,6 +39,14 @@ def test_a_line_names_its_stage_and_its_run(say, capsys, monkeypatch):
     first, second = capsys.readouterr().err.splitlines()
     assert first.endswith("WARNING mu2llm.bare [job=pipeline stage=sft run=4f2c] 12 of 60")
     assert second.endswith("WARNING mu2llm.bare after")
+
+
+def test_a_process_of_ray_data_names_what_it_is_for(say, capsys, monkeypatch):
+    monkeypatch.delenv(logs.MODE, raising=False)
+    logs.begin(stage="ingest")
+    logs.begin(stage="generate", checkpoints="runs/sft")  # a worker takes one task after another
+    say(logging.WARNING, "slow")
+    assert "[stage=generate checkpoints=runs/sft] slow" in capsys.readouterr().err
 
 
 def test_a_line_is_json_where_it_is_asked_for(say, capsys, monkeypatch):

@@ -33,7 +33,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from mu2llm import artefacts, ct, storage, telemetry
+from mu2llm import artefacts, ct, logs, storage, telemetry
 from mu2llm.cases import examination, node_memory
 from mu2llm.cases.shards import INDEX, Index, ShardFile, Shards, ShardWriter, read_summary, write_index
 from mu2llm.cases.table import CaseTable
@@ -297,6 +297,7 @@ def _begin(marks: str, cases: list[Case]) -> None:
 
 
 def _write(target: str, cases: list[Case], data: DataConfig) -> None:
+    logs.begin(stage="ingest")
     rejected: list[dict[str, str]] = []
     failures: list[dict[str, str]] = []
     written: list[str] = []

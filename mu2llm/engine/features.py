@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mu2llm import storage
+from mu2llm import logs, storage
 from mu2llm.artefacts import Identity, open_checkpoint, weights_of
 from mu2llm.cases import Shards, splits_dataset, write_rows
 from mu2llm.cases.shards import begun, read_rows
@@ -117,6 +117,7 @@ class VisionActor:
     """Holds the encoder in a Ray Data actor."""
 
     def __init__(self, checkpoint: str, settings: InferenceConfig) -> None:
+        logs.begin(stage="encode")
         use_cpus(settings)
         self.precision = settings.used_precision
         self.encoder = load_encoder(checkpoint, self.precision, settings.used_device)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from mu2llm import logs
 from mu2llm.artefacts import open_checkpoint, weights_of
 from mu2llm.engine.actors import use_cpus
 from mu2llm.engine.decoder import ContinuousDecoder, Prompt, Text, write
@@ -35,6 +36,7 @@ class Writer:
 
     def __init__(self, request: Request, patients: dict[str, str]) -> None:
         settings = request.inference
+        logs.begin(stage="generate", checkpoints=",".join(request.checkpoints.values()))
         use_cpus(settings)
         self.request, self.patients, self.precision = request, patients, settings.used_precision
         self.decoders: dict[str, ContinuousDecoder] = {}

@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from mu2llm import green, private_apis
+from mu2llm import green, logs, private_apis
 from mu2llm.engine.actors import actor_pool, failures
 from mu2llm.green import Judge, measures
 from mu2llm.green.judge import Pair
@@ -93,6 +93,7 @@ class LocalModel:
 
         from mu2llm.green.local import LocalWriter
 
+        logs.begin(stage="judge")
         torch.set_num_threads(max(1, int(config.cpus_per_actor)))
         self._writer = LocalWriter(name, config.batch_size, config.max_new_tokens)
 

@@ -22,6 +22,7 @@ from mu2llm.serving.generator import ReportGenerator
 from mu2llm.serving.ingress import Ingress
 from mu2llm.serving.reader import VolumeReader
 from mu2llm.serving.scorer import GreenScorer
+from mu2llm.serving.traces import tracing
 from mu2llm.settings.green import JudgeConfig
 from mu2llm.settings.serving import ReplicasConfig, ServingConfig
 
@@ -123,9 +124,14 @@ def _deployment(
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=serving.drain_seconds,
-        logging_config=LoggingConfig(enable_access_log=False, encoding="JSON" if logs.as_json() else "TEXT"),
+        logging_config=log_lines(),
         **options,
     )(kind)
+
+
+def log_lines() -> LoggingConfig:
+    """No line a request, where the proxy would write the id that a client sent (issue 22); JSON where asked for."""
+    return LoggingConfig(enable_access_log=False, encoding="JSON" if logs.as_json() else "TEXT")
 
 
 def _resources(replicas: ReplicasConfig) -> dict[str, Any]:
@@ -143,6 +149,8 @@ def serve_config(settings: Settings, port: int = 8000) -> dict[str, Any]:
     checked = ServeDeploySchema(
         proxy_location="EveryNode",
         http_options={"host": "0.0.0.0", "port": port},
+        logging_config=log_lines(),
+        tracing_config=tracing(settings.serving.traces) if settings.serving.traces else None,
         applications=[
             ServeApplicationSchema(
                 name=NAME,

@@ -14,19 +14,22 @@ from ray.serve.schema import ApplicationStatus
 
 from mu2llm import private_apis
 from mu2llm.errors import Failure, UserError
-from mu2llm.serving.app import NAME, Settings, application
+from mu2llm.serving.app import NAME, Settings, application, log_lines
 from mu2llm.serving.keys import list_keys
+from mu2llm.serving.traces import sender, tracing
 
 LOOK_S = 1.0
 
 
 def check(settings: Settings, host: str, port: int) -> None:
-    """Raises UserError where the port is taken, or where keys are needed and there are none."""
+    """Raises UserError where the port is taken, keys are needed and there are none, or traces have nowhere to go."""
     if settings.serving.authentication == "on" and not list_keys(settings.serving.state):
         raise UserError(
             f"serving.authentication is on, and there are no API keys under {settings.serving.state}: make one by "
             "`mu2llm key make`"
         )
+    if settings.serving.traces:
+        sender()
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -40,7 +43,8 @@ def running(settings: Settings, host: str, port: int) -> Iterator[str]:
     """The service's address, as long as the block lasts; what it has begun is finished before it ends."""
     options = HTTPOptions(host=host, port=port, keep_alive_timeout_s=120)
     _check_running(options)
-    serve.start(http_options=options)
+    tracing_config = tracing(settings.serving.traces)
+    serve.start(http_options=options, logging_config=log_lines(), tracing_config=tracing_config)
     deploy(settings)
     try:
         yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"

@@ -56,6 +56,9 @@ class ServingConfig(Section):
     max_slices: int = Field(2500, ge=2)
     reading_seconds: float = Field(120, gt=0, description="for decoding and preparing one scan")
     reading_gib: float = Field(8, gt=0, description="memory that decoding one scan may take")
+    traces: float = Field(
+        0, ge=0, le=1, description="fraction of the requests of which spans go to OTEL_EXPORTER_OTLP_ENDPOINT"
+    )
     request_seconds: float = Field(300, gt=0, description="for one whole report; longer ones are jobs")
     max_pairs: int = Field(256, ge=1, description="pairs of one /v1/green request")
     max_batch_size: int = Field(8, ge=1, description="scans and questions that are written at a time")

@@ -9,8 +9,9 @@ tower of the field: its features are computed once. SFT can start from a tower b
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from mu2llm.model import Mu2ForContrastive, build_contrastive, save_text_encoder
 from mu2llm.model.contrastive import fit_temperature
 from mu2llm.progress import Logged
 from mu2llm.records import Checkpoint
+from mu2llm.settings.stages import FINDINGS
 from mu2llm.stages import launch, placement, tower
 from mu2llm.stages.job import Job, finished, new_job
 from mu2llm.stages.launch import scan_by_scan
@@ -34,6 +36,7 @@ from mu2llm.stages.texts import Positives, TextBank, TextTokens
 from mu2llm.stages.trainer import arguments, train
 from mu2llm.stages.worker import Batches, Resume
 
+logger = logging.getLogger(__name__)
 COLUMNS = ["id", "report", "chunk_mask"]
 
 
@@ -94,8 +97,10 @@ def loop(job: Job, resume: Resume) -> None:
         trainer.batches = batches
 
         def finish(model: Mu2ForContrastive, target: str) -> dict[str, float]:
-            has, logits = held_out(model.eval(), shards, texts)
+            distinct, has, logits = held_out(model.eval(), shards, texts)
             if logits.numel():
+                if settings.positives in FINDINGS and settings.loss == "sigmoid":
+                    warn_of_untold(job.out, distinct, has, logits)
                 model.head.temperature.fill_(fit_temperature(logits, has, settings.loss))
             model.save_pretrained(target)
             save_text_encoder(encoder, target, settings.train_text_encoder, experiment.model.text_encoder)
@@ -118,18 +123,40 @@ def collate(rows: dict[str, Any], texts: Positives, scan: str = "voxels") -> dic
 
 FITTED = 256
 """Held-out scans that the temperature is fitted on."""
+ENOUGH = 5
+"""Held-out scans with a finding, for its F1 to say something."""
 SCANS, TEXTS = 16, 128
 """Held-out scans, and texts against them, that are scored at a time."""
 
 
-def held_out(model: Mu2ForContrastive, shards: Shards, texts: Positives) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the first `FITTED` scans of split `validation`: which of their distinct texts each has, and the logits of each
-    text with each scan, both (M, n)."""
+def held_out(
+    model: Mu2ForContrastive, shards: Shards, texts: Positives
+) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Of the first `FITTED` scans of split `validation`: their M distinct texts, which of them each scan has, and the
+    logits of each text with each scan, both (M, n)."""
     parts = [set(texts.split(case.report)) for case in shards.cases("validation")[:FITTED]]
     distinct = sorted(set().union(*parts))
     has = torch.tensor([[text in part for part in parts] for text in distinct], dtype=torch.bool)
     columns = [logits for _, logits in scored(model, shards, texts, distinct, len(parts))]
-    return has.view(len(distinct), len(parts)), torch.cat(columns, dim=1) if columns else torch.zeros(0, 0)
+    logits = torch.cat(columns, dim=1) if columns else torch.zeros(0, 0)
+    return distinct, has.view(len(distinct), len(parts)), logits
+
+
+def warn_of_untold(out: str, findings: Sequence[str], has: torch.Tensor, logits: torch.Tensor) -> None:
+    """Findings are learned all or nothing: names those that at least `ENOUGH` scans have and the head does not tell.
+
+    has, logits (M, n); a scan is told to have what has a logit above 0, and F1 below one half is not telling.
+    """
+    told, enough = logits > 0, has.sum(1) >= ENOUGH
+    f1 = 2 * (told & has).sum(1) / (told.sum(1) + has.sum(1)).clamp(min=1)
+    missed = torch.nonzero(enough & (f1 < 0.5))[:, 0].tolist()
+    if missed:
+        named = ", ".join(f"{findings[i]} (F1 {f1[i]:.2f}, {int(has[i].sum())} scans)" for i in missed)
+        logger.warning(
+            "%s: of the %d findings that at least %d of %d held-out scans have, it does not tell %s; reports will lack "
+            "what it does not tell: more contrastive.epochs or more cases may help",
+            *(out, int(enough.sum()), ENOUGH, has.shape[1], named),
+        )
 
 
 @torch.no_grad()

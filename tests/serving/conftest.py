@@ -5,7 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -14,6 +17,7 @@ from small_service import GUARD_S, PATIENT, PATIENT_ID, STUDY, free_port, url_of
 from small_writer import FIRST, write_checkpoint
 
 from mu2llm import config
+from mu2llm.serving.traces import ENDPOINT
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +47,7 @@ def overrides(places):
         "serving.reading_seconds=60",
         "serving.registry_seconds=1",
         "serving.authentication=off",
+        "serving.traces=1",
         "serving.drain_seconds=10",
     ]
 
@@ -56,8 +61,37 @@ def settings(checkpoint, places, overrides):
     return Settings(checkpoint=checkpoint, tracking=tracking, loopback=True, serving=given.serving, judge=given.judge)
 
 
+class Collector(BaseHTTPRequestHandler):
+    """An OpenTelemetry collector, as far as it takes spans."""
+
+    spans: ClassVar[list[Any]] = []
+
+    def do_POST(self):
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+        sent = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
+        self.spans.extend(s for r in sent.resource_spans for scope in r.scope_spans for s in scope.spans)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+COLLECTOR = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+os.environ[ENDPOINT] = f"http://127.0.0.1:{COLLECTOR.server_port}"  # before Ray starts: its processes need it
+
+
 @pytest.fixture(scope="session")
-def service(ray_cluster, settings, overrides):
+def spans():
+    """Those that the service leaves, as they come."""
+    Thread(target=COLLECTOR.serve_forever, daemon=True).start()
+    yield Collector.spans
+    COLLECTOR.shutdown()
+
+
+@pytest.fixture(scope="session")
+def service(ray_cluster, settings, overrides, spans):
     """The address of the running, ready service: one `mu2llm serve` for all tests, ended as an operator ends it."""
     port, address = free_port(), ray.get_runtime_context().gcs_address
     command = [Path(sys.executable).parent / "mu2llm", "serve", "--checkpoint", settings.checkpoint]

@@ -137,6 +137,22 @@ def test_recall_tells_who_knows_from_who_guesses(shards, monkeypatch, offset, fi
     assert found["recall_at_5"] == pytest.approx(chance[5] if first is None else 1.0)
 
 
+def test_findings_that_the_head_does_not_tell_are_named(caplog):
+    has = torch.zeros(4, 20, dtype=torch.bool)
+    has[0, :8] = has[1, 5:11] = has[2, :5] = has[3, :4] = True  # the last: too few to say anything
+    logits = torch.where(has, 2.0, -2.0)
+    logits[1], logits[3] = -2.0, -2.0
+    logits[2, 2:5], logits[2, 9] = -2.0, 2.0
+    names = ["right pleural effusion", "right renal cyst", "gallstones", "emphysema"]
+    contrastive.warn_of_untold("c", names, has, logits)
+    (line,) = caplog.messages
+    assert "of the 3 findings that at least 5 of 20" in line
+    assert "does not tell right renal cyst (F1 0.00, 6 scans); " in line  # one half is enough for gallstones
+    caplog.clear()
+    contrastive.warn_of_untold("c", names, has, torch.where(has, 2.0, -2.0))
+    assert not caplog.messages
+
+
 def test_a_checkpoint_is_safe_before_its_recall_is_measured(vision, shards, place, monkeypatch):
     """What fails or is killed in the measuring is published by the next attempt, without training again."""
     out = str(place / "unmeasured")
