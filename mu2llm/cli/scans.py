@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from mu2llm import config, storage
@@ -29,6 +28,7 @@ from mu2llm.cli.app import (
     dry_run,
     progress_bars,
     show,
+    stdout,
     work_on_ray,
 )
 from mu2llm.progress import counted
@@ -69,7 +69,7 @@ def inspect(
         print(json.dumps(items))
         return
     for item in items:
-        Console().print(*_description(item), sep="\n  ", highlight=False, soft_wrap=True)
+        stdout.print(*_description(item), sep="\n  ", highlight=False, soft_wrap=True)
 
 
 def _description(item: dict[str, Any]) -> Iterator[str]:

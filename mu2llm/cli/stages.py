@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mu2llm import config
 from mu2llm.cli.app import (
@@ -24,6 +23,7 @@ from mu2llm.cli.app import (
     dry_run,
     load_with_judge,
     show,
+    stdout,
     work_on_ray,
 )
 from mu2llm.progress import counted, logged
@@ -155,4 +155,4 @@ def online(
     if as_json:
         show(result.model_dump(), as_json)
     else:
-        Console().print(online.table(result))
+        stdout.print(online.table(result))

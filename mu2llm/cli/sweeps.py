@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from mu2llm import config
-from mu2llm.cli.app import Address, Data, DryRun, Json, Out, Preset, Set, app, dry_run, show, work_on_ray
+from mu2llm.cli.app import Address, Data, DryRun, Json, Out, Preset, Set, app, dry_run, show, stdout, work_on_ray
 from mu2llm.cli.stages import Init
 from mu2llm.errors import UserError
 
@@ -87,13 +86,12 @@ def _print(planned: Any, found: dict[str, Any]) -> None:
     from mu2llm.sweeps.sweep import trials_of
 
     sweep = planned.base.sweep
-    console = Console()
-    console.print(
+    stdout.print(
         results.terminal(results.ranked(trials_of(planned.out, sweep.storage), sweep.objective), sweep.objective)
     )
     if found["final"]:
-        console.print(found["final"]["said"], markup=False)
-    console.print(f"{found['page']}\n{found['command']}", soft_wrap=True, highlight=False, markup=False)
+        stdout.print(found["final"]["said"], markup=False)
+    stdout.print(f"{found['page']}\n{found['command']}", soft_wrap=True, highlight=False, markup=False)
 
 
 _sweep_command(
@@ -139,8 +137,8 @@ def ablation(
         show(found, as_json)
         return
     cells = [experiments.Cell.model_validate(cell) for cell in found["cells"]]
-    Console().print(experiments.terminal(cells, found))
-    Console().print(f"{found['note']}\n{found['page']}", highlight=False, markup=False)
+    stdout.print(experiments.terminal(cells, found))
+    stdout.print(f"{found['note']}\n{found['page']}", highlight=False, markup=False)
 
 
 def _fractions(text: str) -> list[float]:

@@ -8,12 +8,11 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import TypeAdapter
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mu2llm import tracking
-from mu2llm.cli.app import Json, app, console, show
+from mu2llm.cli.app import Json, app, console, show, stdout
 from mu2llm.errors import Failure, UserError
 
 runs_app = typer.Typer(
@@ -68,7 +67,7 @@ def runs_list(
             escape(run.checkpoint or ""),
             style=style,
         )
-    Console().print(table)
+    stdout.print(table)
 
 
 @runs_app.command("show")
@@ -91,7 +90,7 @@ def runs_show(
         {**head, "seconds": _number(found.seconds), **({"part of": found.parent} if found.parent else {}), **own}, False
     )
     for title, values in (("metrics", found.metrics), ("configuration", found.parameters)):
-        Console().print(f"\n[bold]{title}[/]")
+        stdout.print(f"\n[bold]{title}[/]")
         show(dict(sorted(values.items())), False)
 
 
@@ -105,7 +104,7 @@ def _show_history(run: tracking.Run, metric: str, as_json: bool) -> None:
     table = Table("step", metric, box=None)
     for step, value in values:
         table.add_row(str(step), _number(value))
-    Console().print(table)
+    stdout.print(table)
 
 
 @runs_app.command("compare")
@@ -127,7 +126,7 @@ def runs_compare(names: Annotated[list[str], typer.Argument(metavar="RUN RUN…"
     table.add_section()
     for name, texts in different.items():
         table.add_row(name, *(escape(text) if text is not None else "–" for text in texts))
-    Console().print(table)
+    stdout.print(table)
 
 
 @runs_app.command("lineage")
@@ -140,7 +139,7 @@ def runs_lineage(run: RunName, as_json: Json = False) -> None:
     named = {uri: alias for alias, uri in tracking.aliases().items()}
     for number, step in enumerate(chain):
         alias = f" [green]{named[step.checkpoint]}[/]" if step.checkpoint in named else ""
-        Console().print(
+        stdout.print(
             f"{'from ' if number else ''}[bold]{step.stage}[/]{alias} {escape(step.checkpoint or '')}", soft_wrap=True
         )
         facts = step.model_dump(exclude={"stage", "checkpoint", "parent"}, exclude_none=True)

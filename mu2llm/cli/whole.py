@@ -7,7 +7,6 @@ import time
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mu2llm import config
 from mu2llm.cli.app import (
@@ -26,6 +25,7 @@ from mu2llm.cli.app import (
     dry_run,
     progress_bars,
     result_alone_on_stdout,
+    stdout,
     told,
     work_on_ray,
 )
@@ -60,7 +60,7 @@ def demo(
         print(json.dumps(summary, default=str))
         return
     console.print(f"{time.monotonic() - started:.0f} s; {out}/summary.json, {out}/report.html")
-    Console().print(table(summary))
+    stdout.print(table(summary))
     for entry in summary["scans"]:
         told(entry["path"], entry["message"] if entry.get("report") is None else entry["report"])
 
@@ -93,4 +93,4 @@ def pipeline(
         print(json.dumps(summary, default=str))
         return
     console.print(f"{out}/summary.json, {out}/report.html")
-    Console().print(table(summary))
+    stdout.print(table(summary))

@@ -83,7 +83,7 @@ Seeds = dict[int, dict[str, Statistic]]
 
 
 class Cell(BaseModel):
-    """A variant on a fraction of the training patients: metrics over its seeds, and minus those of the baseline."""
+    """A variant on a fraction of the training patients: metrics over its seeds, and minus the baseline there."""
 
     variant: str
     fraction: float
@@ -253,14 +253,15 @@ def measure(
         scores["bert_score"] = similar[str((name, fraction, seed))]
         groups.setdefault((name, fraction), {})[seed] = scores
     order = [*VARIANTS, DPO, PRIOR]
-    baseline = groups.get(("baseline", 1.0), {})
     return [
         Cell(
             variant=name,
             fraction=fraction,
             seeds=sorted(seeds),
             metrics={m: bootstrap.over_seeds([each[m] for each in seeds.values()]) for m in METRICS},
-            minus_baseline={m: _difference(seeds, baseline, m, bootstrap) for m in METRICS},
+            minus_baseline={
+                m: _difference(seeds, groups.get(("baseline", fraction), {}), m, bootstrap) for m in METRICS
+            },
             published=PUBLISHED.get(name, {}) if fraction == 1 else {},
             missing=[why for key, why in missing.items() if key[:2] == (name, fraction)],
         )
@@ -312,9 +313,18 @@ def write_page(out: str, cells: Sequence[Cell], found: dict[str, Any]) -> None:
 
 def terminal(cells: Sequence[Cell], found: dict[str, Any]) -> Table:
     """The table for a terminal."""
-    shown = Table("", "patients", "seeds", *(TITLES[name] for name in METRICS), "GREEN − baseline", "paper: GREEN")
+    shown = Table(
+        "",
+        "patients",
+        "seeds",
+        *(TITLES[name] for name in METRICS),
+        "F1 − baseline",
+        "GREEN − baseline",
+        "paper: GREEN",
+    )
     for each in cells:
-        values = [cell(each.metrics[name]) for name in METRICS] + [cell(each.minus_baseline["green"], signed=True)]
+        values = [cell(each.metrics[name]) for name in METRICS]
+        values += [cell(each.minus_baseline[name], signed=True) for name in ("finding_f1", "green")]
         paper = each.published.get("green")
         shown.add_row(each.variant, f"{each.fraction:.0%}", str(len(each.seeds)), *values, f"{paper}" if paper else "–")
     shown.caption = (

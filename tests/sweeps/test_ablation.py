@@ -78,6 +78,16 @@ def test_a_gain_is_over_the_seeds_that_both_have(cases, measured):
     assert cells["+DTS", 1.0].minus_baseline["green"] is None
 
 
+def test_a_gain_on_a_part_of_the_patients_is_over_the_baseline_on_the_same_part(cases, measured):
+    """It was over the baseline on all of them, which says nothing of the paper's few-shot claim."""
+    found = {("baseline", 1.0, 0): right(cases, 4), ("baseline", 0.1, 0): right(cases, 1)}
+    cells = measured(found | {("all", 0.1, 0): right(cases, 2), ("all", 0.3, 0): right(cases, 2)})
+    few, none = cells["all", 0.1], cells["all", 0.3]
+    gain = few.metrics["green"].value - cells["baseline", 0.1].metrics["green"].value
+    assert few.minus_baseline["green"].value == pytest.approx(gain) and gain > 0
+    assert none.minus_baseline["green"] is None
+
+
 def test_a_single_seed_has_its_interval_over_patients(cases, measured):
     green = measured({("all", 1.0, 0): right(cases, 2)})["all", 1.0].metrics["green"]
     assert green.n == len(cases) and green.low < green.value < green.high
