@@ -3,7 +3,7 @@
 from mu2llm.cases.ingest import OverBudget, ingest
 from mu2llm.cases.manifest import FORMATS, read_manifest
 from mu2llm.cases.shards import Shards, write_rows
-from mu2llm.cases.stream import Stream, dataset, splits_dataset
+from mu2llm.cases.stream import Stream, dataset
 from mu2llm.cases.table import NOTES, CaseTable
 
 __all__ = [
@@ -16,6 +16,5 @@ __all__ = [
     "dataset",
     "ingest",
     "read_manifest",
-    "splits_dataset",
     "write_rows",
 ]
