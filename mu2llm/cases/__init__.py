@@ -2,7 +2,7 @@
 
 from mu2llm.cases.ingest import OverBudget, ingest
 from mu2llm.cases.manifest import FORMATS, read_manifest
-from mu2llm.cases.shards import Shards, write_rows
+from mu2llm.cases.shards import Shards
 from mu2llm.cases.stream import Stream, dataset
 from mu2llm.cases.table import NOTES, CaseTable
 
@@ -16,5 +16,4 @@ __all__ = [
     "dataset",
     "ingest",
     "read_manifest",
-    "write_rows",
 ]

@@ -11,8 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
-import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -263,75 +262,31 @@ def read_summary(uri: str) -> dict[str, Any]:
 def write_index(uri: str, index: Index, cases: list[Case]) -> Shards:
     """Writes what makes the files below a URI into finished shards; the index last."""
     storage.write_table(storage.join(uri, CASES), Case.table(cases))
+    return _write_json(uri, index)
+
+
+def _write_json(uri: str, index: Index) -> Shards:
     storage.write_json(storage.join(uri, INDEX), index.model_dump(mode="json"))
     return Shards(uri, index)
 
 
 def write_derived(uri: str, files: dict[str, list[ShardFile]], parent: Shards, **facts: Any) -> Shards:
-    """Makes files that hold all rows of some shards, in their order, into a finished table derived from them."""
+    """Makes files that hold all rows of some shards, split by split and in their order, into a finished table (such as
+    cached vision features), and opens it. `facts` go into the index."""
     storage.copy(storage.join(parent.uri, CASES), storage.join(uri, CASES))
-    index = _derived(parent, files, facts)
-    storage.write_json(storage.join(uri, INDEX), index.model_dump(mode="json"))
-    return Shards(uri, index)
-
-
-def _derived(parent: Shards, files: dict[str, list[ShardFile]], facts: dict[str, Any]) -> Index:
     origin = {"parent": storage.lasting(parent.uri), "parent_checksum": parent.checksum}
-    return Index.of(parent.spec, files, **origin, **facts)
+    return _write_json(uri, Index.of(parent.spec, files, **origin, **facts))
 
 
-def write_rows(
-    uri: str,
-    splits: Iterable[tuple[str, Iterable[dict[str, Any]]]],
-    parent: Shards,
-    shard_mb: int = 128,
-    **facts: Any,
-) -> Shards:
-    """Writes a table derived from shards in their layout, and opens it.
-
-    `splits` gives one split after the other, with batches of its rows as dicts of columns, with the column `id` of a
-    case of `parent`. `facts` go into the index. What was at the URI before is replaced.
-    """
-    uri = storage.absolute(uri)
-    storage.delete(uri)
-    files: dict[str, list[ShardFile]] = {}
-    cases: list[Case] = []
-    for split, batches in splits:
-        if split in files:
-            raise ValueError(f"{uri}: the rows of split {split} come in two parts")
-        files[split] = []
-        known = {case.id: case for case in parent.cases(split)}
-        for file, ids in _write_files(uri, split, iter(batches), shard_mb * 2**20):
-            files[split].append(file)
-            cases.extend(known[name] for name in ids)
-    return write_index(uri, _derived(parent, files, facts), cases)
-
-
-def _write_files(
-    uri: str, split: str, batches: Iterator[dict[str, Any]], size: int
-) -> Iterator[tuple[ShardFile, list[str]]]:
-    """Writes batches to files of about `size` bytes; gives each one with its ids."""
-    run = secrets.token_hex(4)  # readers keep files open by name, so a new table has new names
-    for number in itertools.count():
-        first = next(batches, None)
-        if first is None:
-            return
-        yield write_file(uri, f"{split}/{number:05d}-{run}.parquet", itertools.chain([first], batches), size)
-
-
-def write_file(
-    uri: str, path: str, batches: Iterator[dict[str, Any]], size: int | None = None
-) -> tuple[ShardFile, list[str]]:
-    """Writes batches, at least one, to one file below a URI until it has `size` bytes; gives it with its ids."""
+def write_file(uri: str, path: str, batches: Iterator[dict[str, Any]]) -> ShardFile:
+    """Writes batches (dicts of columns, with the column `id` of a case), at least one, to a file below a URI."""
     first, ids = next(batches), list[str]()
     with storage.staged(storage.join(uri, path)) as local, ShardWriter(local, tensors.schema_of(first)) as writer:
         for batch in itertools.chain([first], batches):
             writer.write(batch)
             ids.extend(str(name) for name in batch["id"])
-            if size and writer.bytes >= size:
-                break
         writer.summarise(ids=ids)
-    return shard_file(uri, path), ids
+    return shard_file(uri, path)
 
 
 def shard_file(uri: str, path: str) -> ShardFile:

@@ -168,7 +168,7 @@ class VisionActor:
         for split, first, end in zip(*(batch[name] for name in Part._fields), strict=True):
             part = Part(str(split), int(first), int(end))
             path = f"{part.split}/{part.name}{self.run}.parquet"
-            file, _ = write_file(self.uri, path, map(self.encode, self._read(part)))
+            file = write_file(self.uri, path, map(self.encode, self._read(part)))
             files.append(file.model_dump_json())
         return {**batch, "file": np.array(files, dtype=object)}
 

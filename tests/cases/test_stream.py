@@ -77,17 +77,15 @@ def shards(ray_cluster, tmp_path_factory):
     features = rng.normal(size=(COUNT, 3, 5)).astype(np.float16)
     items = [scans.case(number) for number in range(COUNT)]
     parent = scans.finished(str(folder / "parent"), items)
-    batches = (
+    batches = [
         {
-            "id": [c.id for c in items[a : a + 2]],
-            "report": [c.report for c in items[a : a + 2]],
-            "x": features[a : a + 2],
+            "id": [c.id for c in items[a : a + 6]],
+            "report": [c.report for c in items[a : a + 6]],
+            "x": features[a : a + 6],
         }
-        for a in range(0, COUNT, 2)
-    )
-    made = cases.write_rows(str(folder / "features"), [("train", batches)], parent, shard_mb=1)
-    with pytest.raises(ValueError, match="train come in two parts"):
-        cases.write_rows(str(folder / "torn"), [("train", []), ("train", [])], parent)
+        for a in range(0, COUNT, 6)
+    ]
+    made = scans.derived(str(folder / "features"), parent, batches)
     made.truth = features
     return made
 

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mu2llm import cases
 from mu2llm.cases import shards, tensors
 from mu2llm.cases.shards import read_rows
 
@@ -53,10 +52,12 @@ def test_rows_of_object_storage_are_fetched_at_once(tmp_path, monkeypatch):
     """They came one after the other, over one connection each."""
     items = [scans.case(number) for number in range(12)]
     row = np.arange(2**16, dtype=np.float32)
-    batches = ({"id": [items[n].id], "x": row[None] + n} for n in range(12))
-    made = cases.write_rows(
-        str(tmp_path / "x"), [("train", batches)], scans.finished(str(tmp_path / "p"), items), shard_mb=1
-    )
+
+    def batch(numbers):
+        return {"id": [items[n].id for n in numbers], "x": np.stack([row + np.float32(n) for n in numbers])}
+
+    batches = [batch(range(a, a + 4)) for a in (0, 4, 8)]
+    made = scans.derived(str(tmp_path / "x"), scans.finished(str(tmp_path / "parent"), items), batches)
     wanted, waiting = np.array([0, 11, 5, 6, 0, 3]), threading.Barrier(6)
 
     def read_groups(*what):
