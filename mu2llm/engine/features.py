@@ -1,7 +1,7 @@
 """Each scan through a frozen vision encoder once: the features lie beside the shards and are read ever after.
 
-The actors that hold the encoder read the scans and write the features themselves, a file at a time: CT-RATE's are 160
-GB at the paper's size, which one driver would take an hour to pass on. A file that is there is done.
+The actors that hold the encoder read the scans and write the features themselves, a file at a time: those of CT-RATE
+are 160 GB at the paper's size, too much to pass through one driver. A file that is there is done.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from mu2llm.settings.inference import InferenceConfig, Precision
 COLUMNS = ["id", "report", "questions", "voxels", "chunk_mask"]
 FILE_SCANS = 64  # of one file of features; what of it is encoded is lost where an actor dies
 READ_AHEAD = 2  # batches that an actor reads while it encodes one
+PART = ("split", "first", "end")
 
 
 class Part(NamedTuple):
@@ -140,7 +141,7 @@ def _encoded(
     """The files of the parts as the actors finish them."""
     if not parts:
         return
-    rows = ray.data.from_items([each._asdict() for each in parts], override_num_blocks=len(parts))
+    rows = ray.data.from_items([dict(zip(PART, each, strict=True)) for each in parts], override_num_blocks=len(parts))
     rows.context.raise_original_map_exception = True
     encoded = rows.map_batches(
         VisionActor,
@@ -149,7 +150,7 @@ def _encoded(
         **resources(settings, len(parts)),
     )
     for batch in encoded.iter_batches(batch_size=None, batch_format="numpy"):
-        for split, first, end, file in zip(*(batch[name] for name in (*Part._fields, "file")), strict=True):
+        for split, first, end, file in zip(*(batch[name] for name in (*PART, "file")), strict=True):
             yield Part(str(split), int(first), int(end)), ShardFile.model_validate_json(file)
 
 
@@ -165,7 +166,7 @@ class VisionActor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         files = []
-        for split, first, end in zip(*(batch[name] for name in Part._fields), strict=True):
+        for split, first, end in zip(*(batch[name] for name in PART), strict=True):
             part = Part(str(split), int(first), int(end))
             path = f"{part.split}/{part.name}{self.run}.parquet"
             file = write_file(self.uri, path, map(self.encode, self._read(part)))

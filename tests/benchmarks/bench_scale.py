@@ -59,7 +59,8 @@ class Stub(Writer):
         predictions: list[Prediction] = []
         for task in self._tasks(batch):
             name = batch["id"][task.case]
-            drawn = [" ".join(ct_rate_shaped.report(f"{name} {task.variant} {i}")) for i in range(self.request.decoding.samples)]
+            keys = [f"{name} {task.variant} {sample}" for sample in range(self.request.decoding.samples)]
+            drawn = [" ".join(ct_rate_shaped.report(key)) for key in keys]
             predictions += self._predictions("sft", task, [Text(each, 200, True) for each in drawn], batch)
         table = Prediction.table(predictions)
         return table.append_column("first", pa.array([int(batch["first"][0])] * len(table), pa.int64()))
