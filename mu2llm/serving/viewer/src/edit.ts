@@ -15,6 +15,7 @@ export class EditPane {
   onProblem: (error: unknown) => void = () => {};
   /** The text is another, by whatever hand, or is saved. */
   onChange: () => void = () => {};
+  onRevert: () => void = () => {};
 
   constructor() {
     this.draft.addEventListener("input", () => this.update());
@@ -25,8 +26,6 @@ export class EditPane {
       this.draft.focus();
     });
   }
-
-  onRevert: () => void = () => {};
 
   get text(): string {
     return this.draft.value;

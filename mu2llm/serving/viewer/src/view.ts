@@ -51,7 +51,6 @@ export interface Region {
   deviation: number;
   low: number;
   high: number;
-  voxels: number;
   mm2: number;
 }
 
@@ -333,7 +332,6 @@ function regionOf(values: number[], mm2: number): Region {
     deviation: Math.sqrt(squares / Math.max(1, values.length - 1)),
     low: values.reduce((a, b) => Math.min(a, b)),
     high: values.reduce((a, b) => Math.max(a, b)),
-    voxels: values.length,
     mm2: mm2 * values.length,
   };
 }
