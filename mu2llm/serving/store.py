@@ -15,7 +15,7 @@ from mu2llm.records import Correction
 from mu2llm.serving import audit
 from mu2llm.serving.audit import Entry
 from mu2llm.serving.problems import Problem
-from mu2llm.serving.schemas import DraftState, Job, Report, ReportOptions
+from mu2llm.serving.schemas import DraftState, Job, ModelFacts, Report, ReportOptions, ScanFacts
 
 ORPHANED = timedelta(hours=1)  # since the last file of an upload without a job was stored
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -38,6 +38,8 @@ class StoredReport(BaseModel):
     edited: str | None = None
     changed: datetime | None = None
     changed_by: str = ""
+    model: ModelFacts | None = None
+    scan: ScanFacts | None = None
 
     @property
     def decided(self) -> bool:
@@ -98,6 +100,8 @@ class Store:
             input_key=input_key,
             made=now(),
             made_by=principal,
+            model=report.model,
+            scan=report.scan,
         )
         self.replace_report(stored)
 

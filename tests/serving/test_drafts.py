@@ -58,6 +58,8 @@ def test_every_step_of_a_draft_has_a_principal_and_an_entry_without_content(tmp_
     first = client("GET", f"/v1/drafts/{draft}", **by("anna")).json()
     assert (first["state"], first["report"], first["made_by"]) == ("generated", TEXT, f"{client.key}/reader")
     assert first["edited"] is first["changed"] is None
+    assert [each["name"] for each in first["findings"]] == ["lung nodule"]
+    assert first["model"] == MODEL and first["scan"]["sha256"] == first["scan_sha256"] == "0" * 64
     edit = client("POST", "/v1/corrections", json={"id": draft, "edited": EDITED}, **by("anna"))
     assert edit.status_code == 201 and edit.json()["pair"]
     assert client("GET", f"/v1/drafts/{draft}", **by("anna")).json()["state"] == "edited"
@@ -101,6 +103,16 @@ def test_a_draft_accepted_as_it_is_is_kept_beside_the_corrections(tmp_path):
     assert kept.accepted and kept.chosen == kept.rejected == TEXT and kept.principal == client.key
     pairs, unused = correction_pairs([kept], {kept.id: "case"})
     assert not pairs and unused == {"report_accepted_as_it_is": 1}
+
+
+def test_a_correction_can_be_taken_back(tmp_path):
+    """What was accepted then was the correction, not the text that the reader saw."""
+    client = Client(tmp_path)
+    draft = client.report()
+    answers = [client("POST", "/v1/corrections", json={"id": draft, "edited": text}).json() for text in (EDITED, TEXT)]
+    assert [each["pair"] for each in answers] == [True, False]
+    assert client("POST", "/v1/decisions", json={"id": draft, "decision": "accepted"}).json()["edited"] == TEXT
+    assert audit.entries(str(tmp_path))[-1].text_sha256 == audit.sha256_of(TEXT)
 
 
 @pytest.mark.parametrize(("first", "other"), [("accepted", "rejected"), ("rejected", "accepted")])
@@ -179,7 +191,7 @@ def test_a_report_of_before_there_were_states_is_a_draft(tmp_path):
     client = Client(tmp_path)
     draft = client.report()
     file = tmp_path / "reports" / f"{draft}.json"
-    new = ("made_by", "state", "edited", "changed", "changed_by")
+    new = ("made_by", "state", "edited", "changed", "changed_by", "model", "scan")
     file.write_text(
         json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name not in new})
     )
