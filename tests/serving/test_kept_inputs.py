@@ -1,4 +1,5 @@
-"""From the service to DPO: a correction of a scan that no shard has becomes a pair about what the model saw of it."""
+"""From the service to DPO, without Ray: a correction of a scan that no shard has becomes a pair about what the model
+saw of it."""
 
 import asyncio
 import json
@@ -16,9 +17,11 @@ from test_drafts import EDITED, TEXT, Client
 from mu2llm import config, storage
 from mu2llm.cases import Shards, Stream, write_rows
 from mu2llm.cases.shards import Index, Joined, write_index
+from mu2llm.cases.stream import ReadBlocks
 from mu2llm.ct import phantom
 from mu2llm.engine import kept_inputs
 from mu2llm.errors import UserError
+from mu2llm.green import load_judge
 from mu2llm.records import Case
 from mu2llm.serving import audit, decoder
 from mu2llm.serving.store import Store
@@ -158,10 +161,37 @@ def test_consent_that_is_withdrawn_takes_all_along(tmp_path, held):
     assert not list((tmp_path / "corrections").rglob("*.*"))
 
 
-@pytest.mark.slow
-def test_a_corrected_scan_outside_the_shards_reaches_dpo(
-    ray_cluster, actors_here, tmp_path, shards, checkpoint, empty_store, monkeypatch
-):
+class Rows:
+    """What Ray Data gives of shards, read by the same tasks, in this process."""
+
+    def __init__(self, batches):
+        self.batches = batches  # of how many rows (None: all) → them
+
+    @classmethod
+    def of(cls, source, order, own, _):
+        def batches(size):
+            (rows,) = ReadBlocks(source, order, own, len(own))({"first": np.array(0), "end": np.array(1)})
+            for start in range(0, len(own), size or len(own)):
+                yield {name: values[start : start + (size or len(own))] for name, values in rows.items()}
+
+        return cls(batches)
+
+    def map_batches(self, call, batch_size=None, fn_constructor_args=(), **_):
+        act = call(*fn_constructor_args) if isinstance(call, type) else call
+        return Rows(lambda _: (act(batch) for batch in self.batches(batch_size)))
+
+    def iter_batches(self, batch_size=None, **_):
+        return self.batches(batch_size)
+
+    def iter_rows(self):
+        for batch in self.batches(None):
+            yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
+
+
+def test_a_corrected_scan_outside_the_shards_reaches_dpo(tmp_path, shards, checkpoint, empty_store, monkeypatch):
+    monkeypatch.setattr("mu2llm.cases.stream.blocks", Rows.of)
+    monkeypatch.setattr("mu2llm.stages.placement.workers_that_fit", lambda need: 1)
+    judge = load_judge(experiment().judge)
     shutil.copy(empty_store, tmp_path / "tracking.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
     state, out = tmp_path / "state", str(tmp_path / "pairs")
@@ -172,7 +202,7 @@ def test_a_corrected_scan_outside_the_shards_reaches_dpo(
     corrected(state, scan(9, small(windows=[[-160, 240]]).data.spec))
     damaged = state / "corrections" / "inputs" / f"{corrected(state, scan(7))}.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-9])
-    made = prefer(checkpoint, shards, out, experiment(), corrections=place)
+    made = prefer(checkpoint, shards, out, experiment(), judge, corrections=place)
     case_id = f"corrected-{seen.key}"
     pairs = read_pairs(out)
     assert sorted((pair.case_id, pair.chosen, pair.rejected) for pair in pairs) == [
@@ -202,8 +232,8 @@ def test_a_corrected_scan_outside_the_shards_reaches_dpo(
     for draft in (new, again):
         Store(str(state), None, 30).delete_report(draft, "")
     with pytest.raises(UserError, match="corrections"):
-        prefer(checkpoint, shards, out, experiment(), corrections=place)
-    after = prefer(checkpoint, shards, out, experiment(), corrections=place, fresh=True)
+        prefer(checkpoint, shards, out, experiment(), judge, corrections=place)
+    after = prefer(checkpoint, shards, out, experiment(), judge, corrections=place, fresh=True)
     assert after.corrected == "" and not storage.exists(storage.join(out, CORRECTED))
     assert [pair.case_id for pair in read_pairs(out)] == ["case-train"]
     assert Preferences.open(out) == after
