@@ -151,6 +151,29 @@ class Shards:
         return open_file(files[0]).schema_arrow
 
 
+class Joined(Shards):
+    """Shards with the rows of a further table of the same spec behind theirs, split by split. The index, and so the
+    checksum, is that of the first."""
+
+    def __init__(self, first: Shards, further: Shards) -> None:
+        if first.spec.hash != further.spec.hash:
+            raise UserError(f"{first.uri} has spec {first.spec.title}, {further.uri} {further.spec.title}")
+        super().__init__(first.uri, first.index)
+        self.parts = (first, further)
+
+    def count(self, split: str) -> int:
+        return sum(part.count(split) for part in self.parts)
+
+    def files(self, split: str) -> list[str]:
+        return [file for part in self.parts for file in part.files(split)]
+
+    def rows(self, split: str) -> list[int]:
+        return [rows for part in self.parts for rows in part.rows(split)]
+
+    def _cases(self, split: str) -> pa.Table:
+        return pa.concat_tables([part._cases(split) for part in self.parts])
+
+
 @functools.lru_cache(maxsize=256)
 def open_file(uri: str) -> pq.ParquetFile:
     """An opened file and its footer, kept by each process: the files of shards never change under their name."""
@@ -301,6 +324,17 @@ def write_rows(
         **facts,
     )
     return write_index(uri, index, cases)
+
+
+def write_scans(
+    uri: str, split: str, rows: Iterable[dict[str, Any]], cases: list[Case], spec: PreprocessSpec, shard_mb: int = 128
+) -> Shards:
+    """Writes scans that no manifest named, in one split, in place of what was at the URI; `rows` are batches of columns
+    with `id`, in the order of `cases`."""
+    uri = storage.absolute(uri)
+    storage.delete(uri)
+    files = [shard_file(uri, path) for path, _ in _write_files(uri, split, iter(rows), shard_mb * 2**20, 0)]
+    return write_index(uri, Index.of(spec, {split: files}), cases)
 
 
 def _write_files(

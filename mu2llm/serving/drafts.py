@@ -49,6 +49,7 @@ class Drafts:
                 kept = _correction(stored, given.edited, identity, principal)
                 await asyncio.to_thread(self.store.save_correction, kept)
             if stored.id:
+                await asyncio.to_thread(self.store.keep_input, stored.id)
                 await self._save(stored, "edited", principal, edited=given.edited)
         counted(self.metrics.corrections, int(pair))
         return CorrectionOut(id=identity, pair=pair)
@@ -66,7 +67,14 @@ class Drafts:
             if given.decision == "accepted" and stored.state == "generated":
                 kept = _correction(stored, stored.text, _identity(stored, stored.text), principal, accepted=True)
                 await asyncio.to_thread(self.store.save_correction, kept)
-            return _told(await self._save(stored, given.decision, principal))
+            saved = await self._save(stored, given.decision, principal)
+            await asyncio.to_thread(self.store.let_input_go, stored.id)
+            return _told(saved)
+
+    async def delete(self, identity: str, principal: str) -> None:
+        """Deletes a draft with its corrections and the input that was kept of its scan; a 404 where there is none."""
+        async with self._alone(identity):
+            await asyncio.to_thread(self.store.delete_report, identity, principal)
 
     @contextlib.asynccontextmanager
     async def _alone(self, identity: str) -> AsyncIterator[None]:

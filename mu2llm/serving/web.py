@@ -307,6 +307,17 @@ def _rest(service: Service) -> APIRouter:
         """A report by its id, and what became of it."""
         return await service.drafts.get(report_id)
 
+    @router.delete(
+        "/drafts/{report_id}",
+        tags=["corrections"],
+        status_code=204,
+        dependencies=[needs("correct")],
+        responses=_problems(400, 401, 403, 404, 422, 503),
+    )
+    async def delete_draft(report_id: str, request: Request) -> None:
+        """Deletes a report with its corrections and the input that was kept of its scan: consent is withdrawn."""
+        await service.drafts.delete(report_id, principal_of(request))
+
     @router.get("/models", tags=["models"], dependencies=[needs("read")], responses=_problems(400, 401, 403, 503))
     async def models() -> ModelsAnswer:
         """The checkpoint that writes now, in OpenAI's form."""

@@ -16,8 +16,7 @@ from mu2llm.serving import audit, web
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper, make_key
 from mu2llm.settings.serving import ServingConfig
-from mu2llm.stages.corrections import read_corrections
-from mu2llm.stages.preferences import correction_pairs
+from mu2llm.stages.corrections import correction_pairs, read_corrections
 
 TEXT, EDITED = WRITTEN.text, "No nodule."
 HEADER = "X-Forwarded-User"
@@ -26,12 +25,13 @@ HEADER = "X-Forwarded-User"
 class Client:
     """Of a service without Ray, with one key of every scope; each request is one run of the event loop."""
 
-    def __init__(self, state, **settings):
+    def __init__(self, state, scan=SCAN, **settings):
         key = make_key(str(state), "ward", ("read", "score", "correct"))
         self.key, self.headers = key.split("_")[1], {"authorization": f"Bearer {key}"}
         settings = {"trusted_proxies": (self.key,), **settings} if "subject_header" in settings else settings
-        written = dataclasses.replace(WRITTEN, checkpoint="s3://b/c", model=MODEL)
-        self.service = known(state, Handle(written), Handle(SCAN), ServingConfig(state=str(state), **settings))
+        spec = {"name": "least", "hash": scan.spec_hash}
+        written = dataclasses.replace(WRITTEN, checkpoint="s3://b/c", model=MODEL, spec=spec)
+        self.service = known(state, Handle(written), Handle(scan), ServingConfig(state=str(state), **settings))
         self.jobs = Jobs(self.service)
         door = Doorkeeper(str(state), needed=True)
         self.app = web.application(self.service, self.jobs, door, loopback=False)
