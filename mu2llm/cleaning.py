@@ -111,7 +111,7 @@ def _referred(tree: _Tree, earlier: set[str]) -> set[str]:
             referred.add(_same(lineage.data))
             if storage.exists(storage.join(lineage.data, Preferences.FILE)):
                 preferences = Preferences.open(lineage.data)
-                referred.add(_same(preferences.shards))
+                referred |= {_same(uri) for uri in (preferences.shards, preferences.corrected) if uri}
                 open_.append(preferences.checkpoint)
     return referred
 

@@ -335,8 +335,9 @@ class Correction(Record):
 
     One JSON line in storage. Its scan is known by `scan_sha256`, as `CTVolume.sha256`, by `input_key`, what the model
     saw of it (`mu2llm.ct.input_key`, by the spec `spec_hash`), and by `volume`, the URI from which it was read or
-    under which the service kept it; None where it was uploaded and not kept. `accepted` says that it was accepted as
-    it is: both texts are the same. That and the `principal` who said so decide no pair, so they are no columns.
+    under which the service kept it; None where it was uploaded and not kept. What the model saw may lie beside it, as
+    `inputs/<report_id>.parquet` (`serving.keep_inputs`). `accepted` says that it was accepted as it is: both texts are
+    the same. That and the `principal` who said so decide no pair, so they are no columns.
     """
 
     id: str

@@ -34,11 +34,11 @@ def checkpoint(folder, stage="sft", data=None, parent=None, value=0.0):
     return saved.checkpoint(folder, value=value, stage=stage, data=data and str(data), parent=parent and str(parent))
 
 
-def pairs(folder, made_on, made_by="c"):
+def pairs(folder, made_on, made_by="c", **more):
     values = {
         **{"shards": str(made_on), "data_checksum": "", "spec_hash": "s", "split": "train", "checkpoint": str(made_by)},
         **{"judge": "rules", "identity": "i", "cases": 1, "candidates": 2, "pairs": 1, "cases_with_pairs": 1},
-        **{"dropped": {}, "green_best": 1.0, "green_worst": 0.0},
+        **{"dropped": {}, "green_best": 1.0, "green_worst": 0.0, **more},
     }
     write(folder / Preferences.FILE, json.dumps(values))
 
@@ -55,6 +55,15 @@ def test_what_checkpoints_came_from_stays(root):
     checkpoint(root / "sft", data=root / "used")
     checkpoint(root / "dpo", "dpo", data=root / "pairs", parent=root / "sft")
     assert found(root) == {("shards", "unused"), ("preferences", "other-pairs")}
+
+
+def test_corrected_scans_stay_as_long_as_their_pairs(root):
+    shards(root / "shards")
+    shards(root / "pairs" / "corrected")
+    pairs(root / "pairs", root / "shards", corrected=str(root / "pairs" / "corrected"))
+    assert found(root) == {("shards", "shards"), ("preferences", "pairs")}
+    checkpoint(root / "dpo", "dpo", data=root / "pairs")
+    assert found(root) == set()
 
 
 def test_what_a_registered_checkpoint_elsewhere_came_from_stays(root, tmp_path):

@@ -11,7 +11,8 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -159,6 +160,29 @@ class Shards:
         return open_file(files[0]).schema_arrow
 
 
+class Joined(Shards):
+    """Shards with the rows of a further table of the same spec behind theirs, split by split. The index, and so the
+    checksum, is that of the first."""
+
+    def __init__(self, first: Shards, further: Shards) -> None:
+        if first.spec.hash != further.spec.hash:
+            raise UserError(f"{first.uri} has spec {first.spec.title}, {further.uri} {further.spec.title}")
+        super().__init__(first.uri, first.index)
+        self.parts = (first, further)
+
+    def count(self, split: str) -> int:
+        return sum(part.count(split) for part in self.parts)
+
+    def files(self, split: str) -> list[str]:
+        return [file for part in self.parts for file in part.files(split)]
+
+    def rows(self, split: str) -> list[int]:
+        return [rows for part in self.parts for rows in part.rows(split)]
+
+    def _cases(self, split: str) -> pa.Table:
+        return pa.concat_tables([part._cases(split) for part in self.parts])
+
+
 def open_file(uri: str) -> pq.ParquetFile:
     """An opened file and its footer, kept by each process: the files of shards never change under their name."""
     return (_open_remote if storage.is_remote(uri) else _open_local)(uri)
@@ -287,6 +311,24 @@ def write_file(uri: str, path: str, batches: Iterator[dict[str, Any]]) -> ShardF
             ids.extend(str(name) for name in batch["id"])
         writer.summarise(ids=ids)
     return shard_file(uri, path)
+
+
+CORRECTED = 16
+"""Scans that no manifest named in a file: a file is written whole, and one scan may have 50 MB."""
+
+
+def write_scans(
+    uri: str, split: str, rows: Iterable[dict[str, Any]], cases: list[Case], spec: PreprocessSpec
+) -> Shards:
+    """Writes scans that no manifest named, in one split, in place of what was at the URI; `rows` are batches of columns
+    with `id`, in the order of `cases`."""
+    uri, run = storage.absolute(uri), secrets.token_hex(4)  # readers keep files open by name: a new table has new names
+    storage.delete(uri)
+    batches, files = iter(rows), list[ShardFile]()
+    for first in batches:
+        together = itertools.chain([first], itertools.islice(batches, CORRECTED - 1))
+        files.append(write_file(uri, f"{split}/{len(files):05d}-{run}.parquet", together))
+    return write_index(uri, Index.of(spec, {split: files}), cases)
 
 
 def shard_file(uri: str, path: str) -> ShardFile:

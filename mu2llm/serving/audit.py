@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mu2llm import storage
 from mu2llm.errors import UserError
 
-Action = Literal["scan", "scan_deleted", "job", "generated", "edited", "accepted", "rejected"]
+Action = Literal["scan", "scan_deleted", "job", "generated", "edited", "accepted", "rejected", "deleted"]
 FOLDER = "audit"
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import tempfile
 import threading
@@ -80,7 +81,12 @@ def read(reading: Reading, max_slices: int) -> Scan:
     facts = {name: told[name] for name in ("sha256", "shape", "spacing", "orientation", "warnings")}
     voxels = np.ascontiguousarray(prepared.voxels)
     return Scan(
-        facts={**facts, "format": volumes[0].format, "series": len(volumes)},
+        facts={
+            **facts,
+            "format": volumes[0].format,
+            "series": len(volumes),
+            "series_uid_sha256": _digest_of_series(volumes[0]),
+        },
         voxels=voxels,
         chunk_mask=prepared.chunk_mask,
         affine=prepared.affine,
@@ -89,6 +95,12 @@ def read(reading: Reading, max_slices: int) -> Scan:
         seconds=time.monotonic() - started,
         references=_references(reading, volumes) if volumes[0].format == sources.DICOM else None,
     )
+
+
+def _digest_of_series(volume: ct.CTVolume) -> str | None:
+    """Who has the files finds the series by it, nobody else does; None where there is no UID, or one a slice."""
+    joined = "series_joined" in volume.warnings
+    return hashlib.sha256(volume.series.encode()).hexdigest() if volume.series and not joined else None
 
 
 def _references(reading: Reading, volumes: list[ct.CTVolume]) -> References | None:

@@ -11,12 +11,13 @@ import hashlib
 from collections.abc import AsyncIterator
 from weakref import WeakValueDictionary
 
+from mu2llm.green import findings
 from mu2llm.records import Correction
 from mu2llm.serving import audit
 from mu2llm.serving.audit import sha256_of
-from mu2llm.serving.metrics import Metrics
+from mu2llm.serving.metrics import Metrics, counted
 from mu2llm.serving.problems import Problem
-from mu2llm.serving.schemas import CorrectionIn, CorrectionOut, DecisionIn, Draft
+from mu2llm.serving.schemas import CorrectionIn, CorrectionOut, DecisionIn, Draft, FindingOut
 from mu2llm.serving.store import Store, StoredReport, now
 
 
@@ -38,16 +39,20 @@ class Drafts:
         async with self._alone(given.id or ""):
             stored = await self._corrected(given, question)
             identity = _identity(stored, given.edited)
-            if given.edited.split() == stored.text.split():
+            pair = given.edited.split() != stored.text.split()
+            if not pair and stored.edited is None:
                 return CorrectionOut(id=identity, pair=False)
             if stored.decided:
                 raise _decided(stored)
             await self._step(stored, "edited", given.edited, principal)
-            await asyncio.to_thread(self.store.save_correction, _correction(stored, given.edited, identity, principal))
+            if pair:
+                kept = _correction(stored, given.edited, identity, principal)
+                await asyncio.to_thread(self.store.save_correction, kept)
             if stored.id:
+                await asyncio.to_thread(self.store.keep_input, stored.id)
                 await self._save(stored, "edited", principal, edited=given.edited)
-        self.metrics.corrections.inc()
-        return CorrectionOut(id=identity, pair=True)
+        counted(self.metrics.corrections, int(pair))
+        return CorrectionOut(id=identity, pair=pair)
 
     async def decide(self, given: DecisionIn, principal: str) -> Draft:
         """Accepts or rejects a draft, once: 409 where the other was decided. One that is accepted as it was generated
@@ -62,7 +67,14 @@ class Drafts:
             if given.decision == "accepted" and stored.state == "generated":
                 kept = _correction(stored, stored.text, _identity(stored, stored.text), principal, accepted=True)
                 await asyncio.to_thread(self.store.save_correction, kept)
-            return _told(await self._save(stored, given.decision, principal))
+            saved = await self._save(stored, given.decision, principal)
+            await asyncio.to_thread(self.store.let_input_go, stored.id)
+            return _told(saved)
+
+    async def delete(self, identity: str, principal: str) -> None:
+        """Deletes a draft with its corrections and the input that was kept of its scan; a 404 where there is none."""
+        async with self._alone(identity):
+            await asyncio.to_thread(self.store.delete_report, identity, principal)
 
     @contextlib.asynccontextmanager
     async def _alone(self, identity: str) -> AsyncIterator[None]:
@@ -148,4 +160,7 @@ def _told(stored: StoredReport) -> Draft:
         made_by=stored.made_by,
         changed=stored.changed and stored.changed.isoformat(timespec="milliseconds"),
         changed_by=stored.changed_by,
+        findings=[FindingOut(**finding.model_dump()) for finding in findings(stored.text)],
+        model=stored.model,
+        scan=stored.scan,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import uuid
+import zipfile
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from pydantic import BaseModel
@@ -95,6 +98,17 @@ class Scans:
 
     def _file(self, identity: str, number: int) -> str:
         return storage.join(self.folder, identity, f"{number:05d}")
+
+
+def packed(files: Sequence[bytes]) -> bytes:
+    """The file that was sent, or a zip of several."""
+    if len(files) == 1:
+        return files[0]
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for number, data in enumerate(files):
+            archive.writestr(f"{number:05d}", data)
+    return made.getvalue()
 
 
 def _gone() -> Problem:

@@ -76,6 +76,9 @@ class ScanFacts(BaseModel):
     warnings: tuple[str, ...]
     format: str
     series: int = Field(1, description="how many series of the examination the report is about")
+    series_uid_sha256: str | None = Field(
+        None, description="SHA-256 of the SeriesInstanceUID that was read; null where it is no DICOM"
+    )
 
 
 class FindingOut(BaseModel):
@@ -271,6 +274,9 @@ class Draft(BaseModel):
     made_by: str
     changed: str | None
     changed_by: str
+    findings: list[FindingOut] = Field(description="that the rules read in the report as it was generated")
+    model: ModelFacts | None = Field(description="null of drafts of before this was kept, as is `scan`")
+    scan: ScanFacts | None
 
 
 # ---- the rest

@@ -101,7 +101,7 @@ class Service:
         self, reader: DeploymentHandle, generator: DeploymentHandle, scorer: DeploymentHandle, settings: ServingConfig
     ) -> None:
         self.settings = settings
-        self.store = Store(settings.state, settings.keep_scans, settings.keep_reports_days)
+        self.store = Store(settings.state, settings.keep_scans, settings.keep_reports_days, settings.keep_inputs)
         self.scans = Scans(settings.state, settings.scan_minutes, settings.max_scans)
         self.metrics = Metrics()
         self.drafts = Drafts(self.store, self.metrics)
@@ -119,6 +119,12 @@ class Service:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
+        if self.settings.keep_inputs:
+            logger.warning(
+                "serving.keep_inputs: what the model sees of a scan is kept under %s/corrections where its report is "
+                "corrected, which needs the patient's consent; DELETE /v1/drafts/ID takes it back",
+                self.settings.state,
+            )
         self._tasks = [asyncio.create_task(self._look()), asyncio.create_task(self._forget())]
 
     async def stop(self) -> None:
@@ -287,6 +293,7 @@ class Service:
             await asyncio.to_thread(
                 self.store.save_report, report, volume, written.checkpoint, scan.key, work.principal
             )
+            await asyncio.to_thread(self.store.hold_input, report.id, scan)
         except (Failure, OSError) as error:  # the report is worth more than its record: it can be corrected by its text
             self.metrics.unsaved.inc()
             logger.error("a report was given but could not be saved: %s", type(error).__name__)

@@ -1,5 +1,5 @@
-"""What outlives a request, as small files under `serving.state`: drafts, corrections, jobs with their uploads, the
-audit log."""
+"""What outlives a request, as files under `serving.state`: drafts, corrections with the inputs that are kept for them,
+jobs with their uploads, the audit log."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from pydantic import BaseModel
 
 from mu2llm import storage
 from mu2llm.ct import sources
+from mu2llm.engine import kept_inputs
+from mu2llm.engine.kept_inputs import KeptInput
 from mu2llm.records import Correction
 from mu2llm.serving import audit
 from mu2llm.serving.audit import Entry
+from mu2llm.serving.decoder import Scan
 from mu2llm.serving.problems import Problem
-from mu2llm.serving.schemas import DraftState, Job, Report, ReportOptions
+from mu2llm.serving.schemas import DraftState, Job, ModelFacts, Report, ReportOptions, ScanFacts
 
 ORPHANED = timedelta(hours=1)  # since the last file of an upload without a job was stored
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -38,6 +41,8 @@ class StoredReport(BaseModel):
     edited: str | None = None
     changed: datetime | None = None
     changed_by: str = ""
+    model: ModelFacts | None = None
+    scan: ScanFacts | None = None
 
     @property
     def decided(self) -> bool:
@@ -69,8 +74,9 @@ def now() -> datetime:
 class Store:
     """Every method does storage and may take its time: call it from a thread."""
 
-    def __init__(self, state: str, keep_scans: str | None, keep_days: float) -> None:
+    def __init__(self, state: str, keep_scans: str | None, keep_days: float, keep_inputs: bool = False) -> None:
         self.state, self.keep_scans, self.keep = state, keep_scans, timedelta(days=keep_days)
+        self.keep_inputs, self.corrections = keep_inputs, storage.join(state, "corrections")
 
     # ---- reports and corrections
 
@@ -98,6 +104,8 @@ class Store:
             input_key=input_key,
             made=now(),
             made_by=principal,
+            model=report.model,
+            scan=report.scan,
         )
         self.replace_report(stored)
 
@@ -108,9 +116,57 @@ class Store:
         """A 404 where there is none."""
         return StoredReport.model_validate(self._read("reports", identity))
 
+    def delete_report(self, identity: str, principal: str) -> None:
+        """The draft, its corrections and what was kept of its scan's input, behind the entry; a 404 where there is
+        nothing of it. The draft goes last: what broke off is deleted when asked again."""
+        if not _ID.fullmatch(identity):
+            raise _nothing("reports")
+        held, kept = self._held(identity), kept_inputs.place(self.corrections, identity)
+        uris = [held, kept, *self._corrections_of(identity), self._at("reports", identity)]
+        there = [uri for uri in uris if storage.exists(uri)]
+        if not there:
+            raise _nothing("reports")
+        self.add_entry(Entry(principal=principal, action="deleted", about=identity))
+        for uri in there:
+            storage.delete(uri)
+
     def save_correction(self, correction: Correction) -> None:
-        uri = storage.join(self.state, "corrections", f"{correction.id}.jsonl")
+        """Under a name by which it is found by its draft, where it is of one."""
+        name = f"{correction.report_id}-{correction.id}" if correction.report_id else correction.id
+        uri = storage.join(self.corrections, f"{name}.jsonl")
         storage.write_bytes(uri, (correction.model_dump_json() + "\n").encode())
+
+    def _corrections_of(self, report_id: str) -> list[str]:
+        """Their URIs. Older ones, and those of texts that were sent, have no draft's id in their name and are read."""
+        found = []
+        for info in storage.list_files(self.corrections, recursive=False):
+            uri, name = storage.join(self.corrections, info.base_name), info.base_name.removesuffix(".jsonl")
+            of = name.partition("-")[0]
+            if _ID.fullmatch(name):
+                of = Correction.model_validate_json(storage.read_bytes(uri)).report_id
+            found += [uri] if of == report_id else []
+        return found
+
+    # ---- inputs of scans, by consent (`serving.keep_inputs`)
+
+    def hold_input(self, report_id: str, scan: Scan) -> None:
+        """What the model saw, until its draft is decided or too old to be corrected."""
+        if self.keep_inputs:
+            kept_inputs.write(self._held(report_id), KeptInput(scan.voxels, scan.chunk_mask, scan.spec_hash))
+
+    def keep_input(self, report_id: str) -> None:
+        """Beside the correction of the draft, which is stored: nothing is kept for longer without one."""
+        if self.keep_inputs and storage.exists(self._held(report_id)):
+            storage.copy(self._held(report_id), kept_inputs.place(self.corrections, report_id))
+            self.let_input_go(report_id)
+
+    def let_input_go(self, report_id: str) -> None:
+        storage.delete(self._held(report_id))
+
+    def _held(self, report_id: str) -> str:
+        return storage.join(self.state, "inputs", f"{report_id}.parquet")
+
+    # ---- the audit log, kept scans
 
     def add_entry(self, entry: Entry) -> None:
         audit.append(self.state, entry)
@@ -144,11 +200,12 @@ class Store:
     # ---- what is old
 
     def forget_old(self) -> int:
-        """Deletes what is older than `serving.keep_reports_days` of reports, finished jobs and digests of what is kept
-        out, and uploads of no job; how many."""
+        """Deletes what is older than `serving.keep_reports_days` of reports and their inputs, finished jobs and digests
+        of what is kept out, and uploads of no job; how many."""
         unfinished = set(self.open_ids())
         gone = [orphan for orphan in self._orphans() if orphan.rsplit("/", 1)[-1] not in unfinished]
-        for kind, kept_as in (("reports", "json"), ("jobs", "json"), ("quarantine", "")):
+        kinds = {"reports": "json", "inputs": "parquet", "jobs": "json", "quarantine": ""}
+        for kind, kept_as in kinds.items():
             folder = storage.join(self.state, kind)
             for info in storage.list_files(folder, recursive=False):
                 identity, _, suffix = info.base_name.partition(".")
@@ -211,9 +268,13 @@ class Store:
     def _read(self, kind: str, identity: str) -> object:
         uri = self._at(kind, identity)
         if not _ID.fullmatch(identity) or not storage.exists(uri):
-            raise Problem(404, "not_found", f"there is nothing under this id in {kind}")
+            raise _nothing(kind)
         return storage.read_json(uri)
 
     @staticmethod
     def _write(uri: str, value: BaseModel) -> None:
         storage.write_bytes(uri, value.model_dump_json().encode())
+
+
+def _nothing(kind: str) -> Problem:
+    return Problem(404, "not_found", f"there is nothing under this id in {kind}")

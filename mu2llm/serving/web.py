@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 import mu2llm
 from mu2llm.errors import Failure
-from mu2llm.serving import chat, formats, metrics, pages, samples, streams
+from mu2llm.serving import chat, formats, metrics, pages, samples, scans, streams
 from mu2llm.serving.bodies import PRINCIPAL, asked_of, counted, files_of, json_of, length_of, named, principal_of
 from mu2llm.serving.faults import where
 from mu2llm.serving.guard import BODY, LOOPBACK, Guard, Uploads
@@ -231,6 +231,18 @@ def _scans(service: Service) -> APIRouter:
         response.headers["Location"] = f"/v1/scans/{kept.id}"
         return SentScan(id=kept.id, size=kept.size, expires=kept.expires.isoformat(timespec="seconds"))
 
+    @router.get(
+        "/{scan_id}",
+        response_class=Response,
+        responses={200: {"content": {"application/octet-stream": {}}}, **_problems(400, 401, 403, 404, 422, 429, 503)},
+    )
+    async def get_scan(scan_id: str, request: Request) -> Response:
+        """The scan as it was sent, for who sent it alone: the file, or a zip of several."""
+        with counted(request, service.bodies.holding):
+            sent = await named(request, service.scans, f"{scans.URI}{scan_id}")
+            packed = await asyncio.to_thread(scans.packed, sent.files)
+        return Response(packed, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
+
     @router.delete("/{scan_id}", status_code=204, responses=_problems(400, 401, 403, 404, 422, 503))
     async def delete_scan(scan_id: str, request: Request) -> None:
         """Deletes it before its time."""
@@ -294,6 +306,17 @@ def _rest(service: Service) -> APIRouter:
     async def draft(report_id: str) -> Draft:
         """A report by its id, and what became of it."""
         return await service.drafts.get(report_id)
+
+    @router.delete(
+        "/drafts/{report_id}",
+        tags=["corrections"],
+        status_code=204,
+        dependencies=[needs("correct")],
+        responses=_problems(400, 401, 403, 404, 422, 503),
+    )
+    async def delete_draft(report_id: str, request: Request) -> None:
+        """Deletes a report with its corrections and the input that was kept of its scan: consent is withdrawn."""
+        await service.drafts.delete(report_id, principal_of(request))
 
     @router.get("/models", tags=["models"], dependencies=[needs("read")], responses=_problems(400, 401, 403, 503))
     async def models() -> ModelsAnswer:

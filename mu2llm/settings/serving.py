@@ -32,6 +32,11 @@ class ServingConfig(Section):
 
     state: str = Field("mu2llm-serve", description="URI of what must survive a restart")
     keep_scans: str | None = Field(None, description="URI under which uploaded scans are kept; None keeps none")
+    keep_inputs: bool = Field(
+        False,
+        description="keep what the model saw of a scan with the corrections of its report, so that they become "
+        "preference pairs: by the patients' consent",
+    )
     keep_reports_days: float = Field(30, gt=0, description="for how long a report can be corrected by its id")
     authentication: Literal["auto", "on", "off"] = Field(
         "auto", description="API keys; auto: and the token that `mu2llm serve` prints"

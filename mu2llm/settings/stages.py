@@ -17,6 +17,9 @@ class LearningRates(Section):
     fresh: float | None = Field(
         None, gt=0, description="what starts from nothing: projector, tokenizer, its maps, and a stage's heads"
     )
+    places: float | None = Field(
+        None, gt=0, description="where along each axis a text of the contrastive head looks; None: as fresh"
+    )
     lora: float | None = Field(None, gt=0, description="adapters of the language model")
     language_model: float | None = Field(None, gt=0, description="the language model itself, or the text encoder")
     vision: float | None = Field(None, gt=0, description="the vision encoder")

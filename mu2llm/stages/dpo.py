@@ -20,6 +20,7 @@ from trl import DPOConfig as TrlDpoConfig
 from mu2llm import storage
 from mu2llm.artefacts import Identity, open_checkpoint
 from mu2llm.cases import Shards, dataset
+from mu2llm.cases.shards import Joined
 from mu2llm.config import Experiment
 from mu2llm.engine import loading
 from mu2llm.engine.actors import failures, on_actors, use_cpus
@@ -73,7 +74,7 @@ def run(
     assert job.parent
     check_lengths(pairs, load_processor(job.parent))
     placement.check(job)
-    return launch.run(prepared(job, Shards.open(job.shards), pairs, progress), loop, progress)
+    return launch.run(prepared(job, pairs, progress), loop, progress)
 
 
 def job_of(data: str, out: str, experiment: Experiment, init: str | None = None, **more: Any) -> Job:
@@ -81,21 +82,33 @@ def job_of(data: str, out: str, experiment: Experiment, init: str | None = None,
     data = storage.absolute(data)
     preferences, pairs = Preferences.open(data), read_pairs(data)
     init = init or preferences.checkpoint
-    shards = Shards.open(preferences.shards)
+    shards = preferences.scans()
     check(preferences, shards, pairs, init)
     more |= {"data": data, "data_checksum": content(pairs, shards), "rows": len(pairs)}
-    more |= {"judge": preferences.judge, "split": preferences.split}
+    more |= {"judge": preferences.judge, "split": preferences.split, "corrected": preferences.corrected}
     return new_job("dpo", shards, out, experiment, init, **more).model_copy(update={"shards": shards.uri})
 
 
-def prepared(job: Job, shards: Shards, pairs: list[PreferencePair], progress: Logged | None = None) -> Job:
+def prepared(job: Job, pairs: list[PreferencePair], progress: Logged | None = None) -> Job:
     """The job with what is computed once for all jobs on these pairs from this parent: features, log-probabilities."""
-    settings = job.resolved.dpo
-    assert job.parent
-    if settings.freeze_vision:
-        features = encode_scans(job.parent, shards, settings.inference(), scan_by_scan(progress))
-        job = job.model_copy(update={"features": features.uri})
+    if job.resolved.dpo.freeze_vision:
+        encoded = {"features": _encoded(job, job.shards, progress)}
+        encoded |= {"corrected": _encoded(job, job.corrected, progress)} if job.corrected else {}
+        job = job.model_copy(update=encoded)
     return job.model_copy(update={"reference": reference_logps(job, pairs)})
+
+
+def _encoded(job: Job, shards: str, progress: Logged | None) -> str:
+    """URI of the features of shards through the parent's vision."""
+    assert job.parent
+    return encode_scans(job.parent, Shards.open(shards), job.resolved.dpo.inference(), scan_by_scan(progress)).uri
+
+
+def scans_of(job: Job) -> tuple[Shards, str]:
+    """What the pairs are about, and the column of it that is read."""
+    shards = Shards.open(job.features or job.shards)
+    scans = Joined(shards, Shards.open(job.corrected)) if job.corrected else shards
+    return scans, "features" if job.features else "voxels"
 
 
 def check(preferences: Preferences, shards: Shards, pairs: list[PreferencePair], init: str) -> None:
@@ -138,7 +151,7 @@ def loop(job: Job, resume: Resume) -> None:
     """One worker: the policy, the stream of pairs with their scans, the training, the merged checkpoint."""
     experiment, settings = job.resolved, job.resolved.dpo
     assert job.parent and job.reference
-    shards, scan = Shards.open(job.features or job.shards), "features" if job.features else "voxels"
+    shards, scan = scans_of(job)
     model: Any
     model, processor = load(job.parent, torch.float32)
     prepare(model, settings)
@@ -160,7 +173,8 @@ def loop(job: Job, resume: Resume) -> None:
         )
         trainer.batches, trainer.prompt_hash = batches, processor.prompt_hash
         if job.watch:
-            trainer.add_callback(Validation(job, trainer, processor, shards))
+            held_out = Shards.open(job.features or job.shards)  # without what was corrected
+            trainer.add_callback(Validation(job, trainer, processor, held_out))
 
         def finish(trained: Any, target: str) -> dict[str, float]:
             merged = merge_lora(trained)
@@ -208,7 +222,7 @@ def reference_logps(job: Job, pairs: list[PreferencePair]) -> str:
     uri, keys = storage.join(job.data, "reference", f"{Identity.of(inputs).digest}.parquet"), [p.key for p in pairs]
     if storage.exists(uri) and storage.read_table(uri).column("pair").to_pylist() == keys:
         return uri
-    shards, scan = Shards.open(job.features or job.shards), "features" if job.features else "voxels"
+    shards, scan = scans_of(job)
     rows = dataset(shards, job.split, ["id", "chunk_mask", scan], ids=[pair.case_id for pair in pairs])
     inference = settings.inference(PAIRS)
     logps = on_actors(rows, ReferenceActor, (job, pairs, scan, inference), inference, len(pairs))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-GROUPS = ("fresh", "lora", "language_model", "vision")
+GROUPS = ("fresh", "places", "lora", "language_model", "vision")
 """The names of `settings.stages.LearningRates`."""
 
 
@@ -20,12 +20,16 @@ def group_of(name: str) -> str:
         return "lora"
     if "vision" in parts:
         return "vision"
+    if "places" in parts:
+        return "places"
     return "language_model" if {"language_model", "lm_head", "text_encoder"} & set(parts) else "fresh"
 
 
 def split(optimiser: Optimizer, named: Iterable[tuple[str, nn.Parameter]], rates: Mapping[str, float]) -> None:
     """Parts the optimiser's groups, before its first step, so that each has the rate of what is in it."""
     of = {id(parameter): group_of(name) for name, parameter in named}
+    if "fresh" in rates:
+        rates = {"places": rates["fresh"], **rates}
     parted = []
     for given in optimiser.param_groups:
         for group in GROUPS:

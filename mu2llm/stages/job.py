@@ -77,6 +77,7 @@ class Job(BaseModel):
     git_commit: str | None = None
     run: str = Field("", description="key of the stage's run in the tracking store")
     shards: str = Field("", description="dpo: URI of the shards that the pairs in `data` were made on")
+    corrected: str = Field("", description="dpo: URI of corrected scans that are not among them, or of their features")
     split: str = "train"
     reference: str | None = Field(None, description="dpo: URI of the reference's log-probabilities")
     features: str | None = Field(None, description="URI of the cached vision features that are read in place of voxels")

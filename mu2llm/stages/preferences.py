@@ -2,7 +2,8 @@
 
 Everything is kept under `out`: `candidates`, `judgements` and `pairs` as Parquet, and `preferences.json`, which
 names the shards, spec and split they came from and is written last. Sampling resumes by cases, and what
-a language model has judged is not asked again. Radiologists' corrections are pairs too, without a judge.
+a language model has judged is not asked again. Radiologists' corrections are pairs too, without a judge; scans of
+theirs that the shards do not have lie in `corrected`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pydantic import BaseModel
 
 from mu2llm import artefacts, green, storage
 from mu2llm.artefacts import Identity, open_checkpoint
-from mu2llm.cases import Shards, dataset
+from mu2llm.cases import Shards
+from mu2llm.cases.shards import Joined
 from mu2llm.config import Experiment
-from mu2llm.ct import input_key
 from mu2llm.engine.features import cached_features
 from mu2llm.engine.generate import checked, generate
 from mu2llm.engine.predictions import Request
@@ -29,24 +30,27 @@ from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation import judging
 from mu2llm.green import Judge
 from mu2llm.progress import Counted
-from mu2llm.records import Candidate, Case, Correction, Judgement, PreferencePair
+from mu2llm.records import Candidate, Case, Judgement, PreferencePair
 from mu2llm.settings.reward import reward_terms
-from mu2llm.stages.corrections import read_corrections
+from mu2llm.stages.corrections import correct, digest, find_inputs, read_corrections
 from mu2llm.stages.corruption import corrupt
 from mu2llm.stages.pairs import make_pairs, screen
 from mu2llm.stages.rewards import Judged, rewarded
 
 SAMPLING = "sampling"
-MADE = ("pairs.parquet", "candidates.parquet", "judgements.parquet", "reference", SAMPLING)
+CORRECTED = "corrected"
+MADE = ("pairs.parquet", "candidates.parquet", "judgements.parquet", "reference", SAMPLING, CORRECTED)
 """What lies beside the description: not the cache of judgements, which names what it holds by content."""
 
 
 class Preferences(BaseModel):
-    """What `prefer` wrote, and all that `dpo` needs to know. `dropped` counts candidates and pairs by reason."""
+    """What `prefer` wrote, and all that `dpo` needs to know. `dropped` counts candidates and pairs by reason;
+    `corrected` is the URI of scans that pairs are about and the shards do not have, empty where there are none."""
 
     FILE: ClassVar[str] = "preferences.json"
 
     shards: str
+    corrected: str = ""
     data_checksum: str
     spec_hash: str
     split: str
@@ -70,6 +74,11 @@ class Preferences(BaseModel):
             raise UserError(f"{uri} holds no preference pairs: it has no {cls.FILE}; give what `mu2llm prefer` wrote")
         return cls.model_validate(storage.read_json(path))
 
+    def scans(self) -> Shards:
+        """All that pairs may be about: the shards, and the corrected scans behind them."""
+        shards = Shards.open(self.shards)
+        return Joined(shards, Shards.open(self.corrected)) if self.corrected else shards
+
 
 def prefer(
     checkpoint: str,
@@ -81,26 +90,28 @@ def prefer(
     corrections: str | None = None,
     fresh: bool = False,
 ) -> Preferences:
-    """Samples, judges and pairs; `corrections` (a URI of JSON lines) of the split's scans are added as they are.
+    """Samples, judges and pairs; `corrections` (a URI of JSON lines) of the split's scans, and of those whose input was
+    kept beside them, are added as they are.
 
     Run again it goes on, or gives what is done; `fresh` removes what it wrote at `out` before and starts over. Raises
-    UserError where checkpoint and shards do not fit, no correction is of one of the split's scans or other pairs lie at
-    `out`; Failure without any pair.
+    UserError where checkpoint and shards do not fit, no correction makes a pair or other pairs lie at `out`; Failure
+    without any pair.
     """
     shards = Shards.open(data)
     kept_under = experiment.judge.cache or storage.join(out, "judging")
     judged_by = {"judge": judge.identity} if judge else green.decides(experiment.judge)
-    corrected = read_corrections(corrections) if corrections else []
+    given = read_corrections(corrections) if corrections else []
+    inputs = find_inputs(corrections, given) if corrections else {}
     settings = experiment.preferences
-    identity = identify(checkpoint, shards, experiment, judged_by, corrected)
+    identity = identify(checkpoint, shards, experiment, judged_by, digest(given, inputs) if given else "")
     if not fresh and storage.exists(storage.join(out, Preferences.FILE)):
         there = Preferences.open(out)
         identity.check(out, "preference pairs", there.identity, there.inputs)
         return there
     judge = judge or judging.load_judge(experiment.judge.model_copy(update={"cache": kept_under}))
-    human, unused = correction_pairs(corrected, case_of_scan(corrected, shards, settings.split))
-    if corrected and not human:
-        raise UserError(f"{corrections}: none of {len(corrected)} corrections makes a pair: {_listed(unused)}")
+    human = correct(given, inputs, shards, settings.split)
+    if given and not human.pairs:
+        raise UserError(f"{corrections}: none of {len(given)} corrections makes a pair: {_listed(human.unused)}")
     request = _request(checkpoint, shards, experiment)
     checked(request)
     if fresh:
@@ -124,10 +135,11 @@ def prefer(
         made, why = make_pairs(experiment.evaluation.question, of_case, settings)
         pairs += made
         dropped += why
-    pairs += human
-    dropped += unused
+    pairs += human.pairs
+    dropped += human.unused
     result = Preferences(
         shards=storage.lasting(data),
+        corrected=human.write(storage.join(out, CORRECTED), settings.split, shards.spec),
         data_checksum=shards.checksum,
         spec_hash=shards.spec.hash,
         split=settings.split,
@@ -155,9 +167,10 @@ def identify(
     shards: Shards,
     experiment: Experiment,
     judge: Mapping[str, Any] | None = None,
-    corrected: Sequence[Correction] = (),
+    corrections: str = "",
 ) -> Identity:
-    """What decides the pairs; `judge` is what decides the verdicts on candidates, if not the experiment's."""
+    """What decides the pairs; `judge` is what decides the verdicts on candidates, if not the experiment's;
+    `corrections` the digest of those that are given."""
     fraction = experiment.data.fraction
     inputs = {
         **artefacts.decides("preferences", experiment.preferences, leave_out=("precision",)),
@@ -167,7 +180,7 @@ def identify(
         "seed": experiment.seed,
         "evaluation.question": experiment.evaluation.question,
         **({} if fraction == 1 else {"data.fraction": fraction}),
-        **({"corrections": artefacts.digest([each.row() for each in corrected])} if corrected else {}),
+        **({"corrections": corrections} if corrections else {}),
         "data": shards.checksum,
         "checkpoint": artefacts.weights_of(open_checkpoint(checkpoint)).weights,
     }
@@ -175,62 +188,9 @@ def identify(
 
 
 def content(pairs: Sequence[PreferencePair], shards: Shards) -> str:
-    """Digest of pairs and of the scans that they are about: what of them decides a training."""
+    """Digest of pairs and of the scans that they are about: what of them decides a training. A corrected scan's case is
+    named by its content."""
     return artefacts.digest([shards.checksum, *(pair.key for pair in pairs)])
-
-
-def case_of_scan(corrections: Sequence[Correction], shards: Shards, split: str) -> dict[str, str]:
-    """Correction → case of the split: by the scan's URI, else (an upload, a copy) by what the model saw of it."""
-    by_volume = {storage.absolute(case.volume): case.id for case in shards.cases(split)}
-    volumes = {each.id: storage.absolute(each.volume) for each in corrections if each.volume}
-    found = {id: by_volume[volume] for id, volume in volumes.items() if volume in by_volume}
-    left = [each for each in corrections if each.id not in found and each.spec_hash == shards.spec.hash]
-    if any(each.input_key for each in left):
-        by_key = input_keys(shards, split)
-        found |= {each.id: by_key[each.input_key] for each in left if each.input_key in by_key}
-    return found
-
-
-def input_keys(shards: Shards, split: str) -> dict[str, str]:
-    """What the model sees of each scan of a split, by its key → the case. Reads all voxels, on Ray Data."""
-
-    def keys(batch: dict[str, Any]) -> dict[str, Any]:
-        scans = zip(batch["voxels"], batch["chunk_mask"], strict=True)
-        return {"id": batch["id"], "key": [input_key(*scan) for scan in scans]}
-
-    rows = dataset(shards, split, ["id", "voxels", "chunk_mask"]).map_batches(keys, batch_size=8)
-    return {row["key"]: row["id"] for row in rows.iter_rows()}
-
-
-def correction_pairs(
-    corrections: Sequence[Correction], case_of: Mapping[str, str]
-) -> tuple[list[PreferencePair], Counter[str]]:
-    """What was corrected in reports of the cases' scans, the edited report preferred, and why others are no pairs."""
-    pairs: list[PreferencePair] = []
-    unused: Counter[str] = Counter()
-    for correction in corrections:
-        case_id = case_of.get(correction.id)
-        chosen, rejected = (" ".join(text.split()) for text in (correction.chosen, correction.rejected))
-        if correction.accepted:
-            unused["report_accepted_as_it_is"] += 1
-        elif case_id is None:
-            unused["correction_of_a_scan_not_in_the_split"] += 1
-        elif chosen == rejected or not chosen or not rejected:
-            unused["correction_without_a_change"] += 1
-        else:
-            pairs.append(
-                PreferencePair(
-                    case_id=case_id,
-                    prompt=correction.question,
-                    chosen=correction.chosen,
-                    rejected=correction.rejected,
-                    chosen_score=None,
-                    rejected_score=None,
-                    judge="human",
-                    origin="human",
-                )
-            )
-    return pairs, unused
 
 
 def _listed(reasons: Counter[str]) -> str:

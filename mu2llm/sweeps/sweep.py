@@ -72,7 +72,7 @@ def plan(kind: Kind, data: str, init: str | None, out: str, experiment: Experime
     check_inputs(shards, parent, experiment, {"validation", *([settings.final_split] if settings.final_seeds else [])})
     space = Space.load(kind, experiment)
     if preferences:
-        dpo.check(preferences, shards, read_pairs(data), init)
+        dpo.check(preferences, preferences.scans(), read_pairs(data), init)
         pairs.check(data, space.domains)
     return Plan(
         kind=kind,
@@ -126,7 +126,7 @@ def prepare_features(experiment: Experiment, shards: str, init: str) -> None:
 def prepare_reference(experiment: Experiment, data: str, init: str, out: str) -> None:
     """Features and reference log-probabilities, for all trials that train DPO on these pairs from this checkpoint."""
     job = dpo.job_of(data, out, experiment, init)
-    dpo.prepared(job, Shards.open(job.shards), read_pairs(job.data))
+    dpo.prepared(job, read_pairs(job.data))
 
 
 def plan_text(plan: Plan) -> str:

@@ -16,8 +16,7 @@ from mu2llm.serving import audit, web
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper, make_key
 from mu2llm.settings.serving import ServingConfig
-from mu2llm.stages.corrections import read_corrections
-from mu2llm.stages.preferences import correction_pairs
+from mu2llm.stages.corrections import correction_pairs, read_corrections
 
 TEXT, EDITED = WRITTEN.text, "No nodule."
 HEADER = "X-Forwarded-User"
@@ -26,12 +25,13 @@ HEADER = "X-Forwarded-User"
 class Client:
     """Of a service without Ray, with one key of every scope; each request is one run of the event loop."""
 
-    def __init__(self, state, **settings):
+    def __init__(self, state, scan=SCAN, **settings):
         key = make_key(str(state), "ward", ("read", "score", "correct"))
         self.key, self.headers = key.split("_")[1], {"authorization": f"Bearer {key}"}
         settings = {"trusted_proxies": (self.key,), **settings} if "subject_header" in settings else settings
-        written = dataclasses.replace(WRITTEN, checkpoint="s3://b/c", model=MODEL)
-        self.service = known(state, Handle(written), Handle(SCAN), ServingConfig(state=str(state), **settings))
+        spec = {"name": "least", "hash": scan.spec_hash}
+        written = dataclasses.replace(WRITTEN, checkpoint="s3://b/c", model=MODEL, spec=spec)
+        self.service = known(state, Handle(written), Handle(scan), ServingConfig(state=str(state), **settings))
         self.jobs = Jobs(self.service)
         door = Doorkeeper(str(state), needed=True)
         self.app = web.application(self.service, self.jobs, door, loopback=False)
@@ -58,6 +58,8 @@ def test_every_step_of_a_draft_has_a_principal_and_an_entry_without_content(tmp_
     first = client("GET", f"/v1/drafts/{draft}", **by("anna")).json()
     assert (first["state"], first["report"], first["made_by"]) == ("generated", TEXT, f"{client.key}/reader")
     assert first["edited"] is first["changed"] is None
+    assert [each["name"] for each in first["findings"]] == ["lung nodule"]
+    assert first["model"] == MODEL and first["scan"]["sha256"] == first["scan_sha256"] == "0" * 64
     edit = client("POST", "/v1/corrections", json={"id": draft, "edited": EDITED}, **by("anna"))
     assert edit.status_code == 201 and edit.json()["pair"]
     assert client("GET", f"/v1/drafts/{draft}", **by("anna")).json()["state"] == "edited"
@@ -101,6 +103,16 @@ def test_a_draft_accepted_as_it_is_is_kept_beside_the_corrections(tmp_path):
     assert kept.accepted and kept.chosen == kept.rejected == TEXT and kept.principal == client.key
     pairs, unused = correction_pairs([kept], {kept.id: "case"})
     assert not pairs and unused == {"report_accepted_as_it_is": 1}
+
+
+def test_a_correction_can_be_taken_back(tmp_path):
+    """What was accepted then was the correction, not the text that the reader saw."""
+    client = Client(tmp_path)
+    draft = client.report()
+    answers = [client("POST", "/v1/corrections", json={"id": draft, "edited": text}).json() for text in (EDITED, TEXT)]
+    assert [each["pair"] for each in answers] == [True, False]
+    assert client("POST", "/v1/decisions", json={"id": draft, "decision": "accepted"}).json()["edited"] == TEXT
+    assert audit.entries(str(tmp_path))[-1].text_sha256 == audit.sha256_of(TEXT)
 
 
 @pytest.mark.parametrize(("first", "other"), [("accepted", "rejected"), ("rejected", "accepted")])
@@ -179,7 +191,7 @@ def test_a_report_of_before_there_were_states_is_a_draft(tmp_path):
     client = Client(tmp_path)
     draft = client.report()
     file = tmp_path / "reports" / f"{draft}.json"
-    new = ("made_by", "state", "edited", "changed", "changed_by")
+    new = ("made_by", "state", "edited", "changed", "changed_by", "model", "scan")
     file.write_text(
         json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name not in new})
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pydicom
 import pytest
 import yaml
+from ct_scans import SERIES, chest, slices, to_bytes
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -29,7 +31,7 @@ from mu2llm.serving import formats, web
 from mu2llm.serving.app import Settings, deployments, serve_config
 from mu2llm.serving.chat import ChatRequest
 from mu2llm.serving.codes import SIDES, SNOMED
-from mu2llm.serving.decoder import References, Scan
+from mu2llm.serving.decoder import Reading, References, Scan, read
 from mu2llm.serving.exchange import Status, Written
 from mu2llm.serving.fhir import diagnostic_report
 from mu2llm.serving.jobs import Jobs
@@ -584,3 +586,15 @@ def test_an_answer_has_what_the_diagnostic_prior_says(tmp_path, likely):
         return await service.report(service.begin(Upload((b"",)), ReportOptions()))
 
     assert json.loads(formats.respond(formats.JSON, asyncio.run(go())).body)["finding_probabilities"] == likely
+
+
+def test_the_series_that_was_read_is_named_by_a_digest(phantom):
+    """A page finds it in the files that it has; who has not them learns nothing."""
+    alone, joined = slices(chest()), slices(chest())
+    for number, dataset in enumerate(joined):
+        dataset.SeriesInstanceUID = f"{SERIES}.{number}"
+    sources = [[phantom], *([to_bytes(dataset) for dataset in series] for series in (alone, joined))]
+    spec = config.load("tiny").data.spec
+    told = [read(Reading(source, spec, accept=("series_per_slice",)), 100).facts for source in sources]
+    digests = [facts["series_uid_sha256"] for facts in told]
+    assert digests == [None, hashlib.sha256(SERIES.encode()).hexdigest(), None]

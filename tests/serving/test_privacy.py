@@ -98,6 +98,7 @@ REQUESTS = [
     ("POST", "/v1/decisions", {"json": {"id": MARK, "decision": "accepted"}}),
     ("POST", "/v1/decisions", {"json": {"id": "0" * 32, "decision": MARK}}),
     ("GET", f"/v1/drafts/{MARK}", {}),
+    ("DELETE", f"/v1/drafts/{MARK}", {}),
     ("POST", "/v1/scans", {**scan(), "data": {MARK: MARK}}),
     ("POST", "/v1/reports", {"json": {"scan": MARK, "question": MARK}}),
     ("DELETE", f"/v1/scans/{MARK}", {}),

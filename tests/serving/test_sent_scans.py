@@ -1,8 +1,10 @@
 """A scan is sent once and named by its id; over HTTP, without Ray."""
 
 import asyncio
+import io
 import os
 import time
+import zipfile
 
 import pytest
 from test_drafts import Client
@@ -53,6 +55,17 @@ def test_reports_questions_saliency_and_chat_name_a_scan_that_was_sent_once(tmp_
     assert [each.action for each in audit.entries(str(tmp_path))] == ["scan", *["generated"] * 4]
 
 
+def test_a_scan_comes_back_as_it_was_sent(tmp_path):
+    client = Client(tmp_path)
+    several = client("GET", f"/v1/scans/{send(client)['id']}")
+    assert several.headers["cache-control"] == "no-store"
+    with zipfile.ZipFile(io.BytesIO(several.content)) as archive:
+        assert [archive.read(name) for name in archive.namelist()] == [b"one", b"three"]
+    alone = client("POST", "/v1/scans", files={"scan": b"one"}).json()["id"]
+    assert client("GET", f"/v1/scans/{alone}").content == b"one"
+    assert not client.service.bodies.held
+
+
 def test_a_job_keeps_the_scan_that_it_names(tmp_path):
     client = Client(tmp_path)
     sent = send(client)
@@ -72,7 +85,7 @@ def test_who_sent_it_alone_may_name_it_and_for_its_time_alone(tmp_path):
         return client("POST", "/v1/reports", json={"scan": identity}, **name).status_code
 
     assert (status(anna), status(bert), status(anna, "0" * 32), status(anna, "../keys")) == (200, 404, 404, 404)
-    assert client("DELETE", f"/v1/scans/{sent}", **bert).status_code == 404
+    assert [client(method, f"/v1/scans/{sent}", **bert).status_code for method in ("GET", "DELETE")] == [404, 404]
     client.service.scans = Scans(str(tmp_path), 1e-9, 64)
     brief = send(client, **anna)["id"]
     assert (status(anna, brief), status(anna)) == (404, 200)
@@ -137,7 +150,7 @@ def test_a_scan_that_is_named_takes_as_much_room_as_one_that_comes(tmp_path):
 def test_what_is_no_scan_is_not_kept(tmp_path, what, status):
     client = Client(tmp_path)
     assert client("POST", "/v1/scans", **what).status_code == status
-    assert not (tmp_path / "scans").exists() and not audit.entries(str(tmp_path))
+    assert not (tmp_path / "scans").exists() and not (tmp_path / audit.FOLDER).exists()
 
 
 def test_one_scan_is_named_one_way(tmp_path):

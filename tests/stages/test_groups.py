@@ -35,11 +35,11 @@ def test_each_group_has_its_rate_and_tells_it(lora, tmp_path):
     rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
     found = {name: rates.pop(id(p)) for name, p in model.named_parameters() if p.requires_grad}
     assert not rates
-    expected = {"fresh": 1e-3, "lora": 1e-4, "vision": 1e-5, "language_model": 2e-5}
+    expected = {"fresh": 1e-3, "places": 1e-3, "lora": 1e-4, "vision": 1e-5, "language_model": 2e-5}
     for name, rate in found.items():
         assert rate == expected[groups.group_of(name)], name
     kinds = {groups.group_of(name) for name in found}
-    assert kinds == {"fresh", "vision", "lora" if lora else "language_model"}
+    assert kinds == {"fresh", "places", "vision", "lora" if lora else "language_model"}
     assert {name.partition("bridge.")[2] for name, rate in found.items() if "bridge" in name and rate == 1e-3}
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     for entry in entries:
@@ -72,12 +72,26 @@ def test_without_rates_the_groups_are_the_trainers_own(tmp_path):
         ("lm_head.weight", "language_model"),
         ("vision.tower.blocks.0.norm1.weight", "vision"),
         ("head.look.weight", "fresh"),
+        ("head.places.0", "places"),
         ("text_encoder.encoder.layer.0.weight", "language_model"),
         ("alignment.key.weight", "fresh"),
     ],
 )
 def test_what_is_in_which_group(name, group):
     assert groups.group_of(name) == group and group in LearningRates.model_fields
+
+
+@pytest.mark.parametrize(
+    ("rates", "places"), [({"fresh": 1e-3}, 1e-3), ({"fresh": 1e-3, "places": 5e-3}, 5e-3), ({"vision": 1e-5}, 1e-4)]
+)
+def test_places_learn_as_what_is_fresh_does_unless_they_have_a_rate(rates, places):
+    named = {name: torch.nn.Parameter(torch.ones(2)) for name in ("head.look.weight", "head.places.0")}
+    optimiser = torch.optim.AdamW(named.values(), lr=1e-4)
+    groups.split(optimiser, named.items(), rates)
+    assert {each["group"]: each["lr"] for each in optimiser.param_groups} == {
+        "fresh": rates.get("fresh", 1e-4),
+        "places": places,
+    }
 
 
 def test_what_no_step_has_reached_is_forgotten():
@@ -91,7 +105,8 @@ def test_what_no_step_has_reached_is_forgotten():
 
 
 def test_every_stage_has_them():
-    given = [f"{stage}.learning_rates.fresh=0.001" for stage in ("contrastive", "sft", "dpo")]
+    stages = ("contrastive", "sft", "dpo")
+    given = [f"{stage}.learning_rates={{fresh: 0.001, places: null}}" for stage in stages]
     settings = config.load("tiny", given)
     for stage in (settings.contrastive, settings.sft, settings.dpo):
         assert stage.learning_rates == LearningRates(fresh=0.001)

@@ -35,7 +35,7 @@ from mu2llm.evaluation.probe import probe
 from mu2llm.model import Mu2ForContrastive, build_processor, load, load_contrastive, load_processor
 from mu2llm.records import Checkpoint, Correction, Estimate
 from mu2llm.serving import decoder
-from mu2llm.stages import contrastive, dpo, launch, online, preferences, sft
+from mu2llm.stages import contrastive, corrections, dpo, launch, online, preferences, sft
 from mu2llm.stages.job import new_job
 from mu2llm.stages.texts import TextBank
 
@@ -819,7 +819,7 @@ def test_a_correction_of_an_uploaded_scan_finds_its_case(shards):
     given |= {"input_key": scan.key}
     same = Correction(id="same", spec_hash=opened.spec.hash, **given)
     other = Correction(id="other", spec_hash="of another spec", **given)
-    assert preferences.case_of_scan([same, other], opened, "train") == {"same": case.id}
+    assert corrections.case_of_scan([same, other], opened, "train") == {"same": case.id}
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_cases(vision, shards, place):

@@ -9,7 +9,14 @@ export interface Finding {
   size_mm?: number | null;
 }
 
+/** The scan as the model read it; of several series, the first one's. */
 export interface ScanFacts {
+  /** Of its HU, rounded to int16 (voxels.ts). */
+  sha256: string;
+  /** How many series the report is about. */
+  series: number;
+  /** Of the SeriesInstanceUID that was read; null where there is none. */
+  series_uid_sha256: string | null;
   shape: number[];
   spacing: number[];
   orientation: string;
@@ -46,6 +53,21 @@ export interface Report {
   familiarity?: { percentile: number; unlike: boolean } | null;
   /** How likely each finding is by the model's diagnostic prior; null where it has none. */
   finding_probabilities?: Record<string, number> | null;
+}
+
+/** A report by its id, and what became of it. */
+export interface Draft {
+  id: string;
+  state: "generated" | "edited" | "accepted" | "rejected";
+  report: string;
+  edited: string | null;
+  question: string;
+  made: string;
+  changed: string | null;
+  changed_by: string;
+  findings: Finding[];
+  model: ModelFacts | null;
+  scan: ScanFacts | null;
 }
 
 /** One judgement of GREEN: counts of the error categories a to f, and what the judge named by category. */
@@ -90,10 +112,12 @@ const KEY = "mu2llm-key";
 
 /** The address that `mu2llm serve` prints ends in the token, behind # so that it is sent to nobody. */
 function takeToken(): void {
-  const token = new URLSearchParams(location.hash.slice(1)).get("token");
+  const given = new URLSearchParams(location.hash.slice(1));
+  const token = given.get("token");
   if (!token) return;
   sessionStorage.setItem(KEY, token);
-  history.replaceState(null, "", location.pathname + location.search);
+  given.delete("token");
+  history.replaceState(null, "", `#${given}`);
 }
 takeToken();
 
@@ -147,7 +171,7 @@ async function json<T>(path: string, init: RequestInit = {}): Promise<T> {
   return (await (await request(path, init)).json()) as T;
 }
 
-function post(body: unknown): RequestInit {
+function post(body: unknown): RequestInit & { headers: Record<string, string> } {
   return { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
 }
 
@@ -178,26 +202,32 @@ export interface Listener {
   token: (text: string) => void;
 }
 
-/** Posts a scan (one file, or the files of a DICOM series) and streams its report: `listener` hears it grow; the complete answer is returned. */
+/** Sends a scan (one file, or the files of DICOM series), once: the id that names it for a while. */
+export async function sendScan(files: File[]): Promise<string> {
+  const form = new FormData();
+  for (const [i, file] of files.entries()) form.append("scan", file, `scan-${i}`); // their names may name the patient
+  return (await json<{ id: string }>("v1/scans", { method: "POST", body: form })).id;
+}
+
+/** A scan that was sent, as it was sent. */
+export async function sentScan(id: string): Promise<File> {
+  return new File([await (await request(`v1/scans/${encodeURIComponent(id)}`)).blob()], "");
+}
+
+export async function deleteScan(id: string): Promise<void> {
+  await request(`v1/scans/${encodeURIComponent(id)}`, { method: "DELETE" });
+}
+
+/** Streams the report of a scan that was sent: `listener` hears it grow; the complete answer is returned. */
 export async function writeReport(
-  scan: File[],
-  asked: Asked,
+  scan: string,
+  { question, region, accept }: Asked,
   listener: Listener,
   signal: AbortSignal,
 ): Promise<Report> {
-  const form = new FormData();
-  if (asked.question) form.set("question", asked.question);
-  if (asked.region) form.set("region", asked.region);
-  for (const code of asked.accept) form.append("accept", code);
-  form.set("saliency", "true");
-  form.set("stream", "true");
-  for (const [i, file] of scan.entries()) form.append("scan", file, `scan-${i}`); // their names may name the patient
-  const response = await request("v1/reports", {
-    method: "POST",
-    body: form,
-    headers: { Accept: "text/event-stream" },
-    signal,
-  });
+  const asked = { scan, accept, question: question || null, region: region || null, saliency: true, stream: true };
+  const { headers, ...body } = post(asked);
+  const response = await request("v1/reports", { ...body, headers: { ...headers, Accept: "text/event-stream" }, signal });
   return readEvents(response, listener);
 }
 
@@ -233,3 +263,9 @@ export async function green(reference: string, candidate: string): Promise<Judge
 export async function saveCorrection(id: string, edited: string): Promise<boolean> {
   return (await json<{ pair: boolean }>("v1/corrections", post({ id, edited }))).pair;
 }
+
+export const draft = (id: string) => json<Draft>(`v1/drafts/${encodeURIComponent(id)}`);
+
+/** What is decided stays so. */
+export const decide = (id: string, decision: "accepted" | "rejected") =>
+  json<Draft>("v1/decisions", post({ id, decision }));

@@ -20,9 +20,26 @@ const NAMES: Record<string, string> = {
   PageDown: "Page ↓",
   Enter: "⏎",
   Escape: "Esc",
+  " ": "Space",
 };
 
+const OFF = "mu2llm-keys-off"; // how this browser's user works; nothing of a scan
+
+/** Whether keys that type a character are shortcuts: who dictates, or hits keys by accident, turns them off. */
+let single = localStorage.getItem(OFF) === null;
+
+function setSingle(on: boolean): void {
+  single = on;
+  if (on) localStorage.removeItem(OFF);
+  else localStorage.setItem(OFF, "1");
+  document.body.classList.toggle("no-keys", !on);
+}
+
 export function bindKeys(bindings: Binding[]): void {
+  const box = find<HTMLInputElement>("single-keys");
+  box.checked = single;
+  box.addEventListener("change", () => setSingle(box.checked));
+  setSingle(single);
   // before anyone else, because NiiVue binds letters and arrows on its canvas
   document.addEventListener("keydown", (event) => dispatch(event, bindings), { capture: true });
   find("bindings").append(
@@ -39,9 +56,11 @@ function dispatch(event: KeyboardEvent, bindings: Binding[]): void {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   const binding = bindings.find((one) => one.key === key && Boolean(one.withControl) === control);
   const open = document.querySelector("dialog[open]");
-  const typing = target.matches("textarea, select, input:not([type=range])");
+  const typing = target.matches("textarea, select, input:not([type=range], [type=checkbox])");
   if (target instanceof HTMLCanvasElement && key !== "Tab") event.stopPropagation();
   if (!binding || open || event.altKey) return;
+  if (key.length === 1 && !control && !single) return;
+  if (key === " " && target.matches("button, summary, [role=tab]")) return; // it presses those
   if (typing && !control && key !== "Escape") return;
   // arrows belong to the control that has the focus, where it has a use for them
   if (target.matches("[role=tab], input[type=range]") && key.startsWith("Arrow")) return;

@@ -4,12 +4,16 @@ import "./style.css";
 import * as api from "./api";
 import { ComparePane } from "./compare";
 import { Controls } from "./controls";
+import { DecisionBar } from "./decide";
 import { askForKey, hideProblem, message, showProblem } from "./dialogs";
 import { find, make } from "./dom";
 import { EditPane } from "./edit";
 import { bindKeys } from "./keys";
+import { Opened, Picture } from "./picture";
+import { keepUnsaved, place, setPlace, unsaved } from "./place";
 import { ReportPane } from "./report";
-import { asVolume, onDrop } from "./scan";
+import { Review } from "./review";
+import { onDrop } from "./scan";
 import { Tabs } from "./tabs";
 import { View } from "./view";
 
@@ -25,11 +29,16 @@ const samples = find<HTMLSelectElement>("samples");
 const controls = new Controls();
 const tabs = new Tabs();
 const report = new ReportPane();
+const review = new Review(report);
 const edit = new EditPane();
+const decision = new DecisionBar();
 const compare = new ComparePane();
+const picture = new Picture(canvas, controls);
+const prior = find<HTMLTextAreaElement>("prior");
 
-let view: View | null = null;
-let scan: File[] | null = null;
+let scan: Opened | null = null;
+/** The draft that is shown. */
+let draft = "";
 let writing: AbortController | null = null;
 /** Whether the selected sentence's overlay stays on. */
 let looking = false;
@@ -38,13 +47,31 @@ let looking = false;
 
 async function open(files: File[], sample?: api.Sample): Promise<void> {
   if (!files.length || !leavesEdits()) return;
-  scan = files;
-  find("write").toggleAttribute("disabled", false);
-  find("drop").hidden = true;
+  if (scan) void forget(scan);
+  prior.value = "";
+  take(new Opened(files));
   compare.load(sample?.reference ?? "");
   samples.value = sample?.name ?? "";
-  await Promise.all([showPicture(files), write()]);
+  await write();
 }
+
+function take(opened: Opened): void {
+  scan = opened;
+  find("write").toggleAttribute("disabled", false);
+  find("drop").hidden = true;
+  picture.open(opened);
+}
+
+/** The service need not keep it any longer. */
+async function forget({ sent }: Opened): Promise<void> {
+  try {
+    if (sent) await api.deleteScan(await sent);
+  } catch (error) {
+    if (!isGone(error)) console.warn(`the scan of before was not deleted: ${message(error)}`); // it has its time
+  }
+}
+
+const isGone = (error: unknown) => error instanceof api.Problem && error.status === 404;
 
 let sampleWanted = "";
 
@@ -58,28 +85,6 @@ async function openSample(sample: api.Sample): Promise<void> {
   }
 }
 
-async function showPicture(files: File[]): Promise<void> {
-  view?.clear(); // never an old picture beside a new report
-  note("reading the scan…");
-  try {
-    if (!view) throw new Error("this browser has no WebGL 2");
-    const volume = await view.load(await asVolume(files));
-    if (scan !== files) return;
-    view.show(volume, controls.window);
-    canvas.setAttribute("aria-label", "CT scan: axial, coronal, sagittal and 3-D");
-    note("");
-  } catch (error) {
-    if (scan !== files) return;
-    canvas.setAttribute("aria-label", "The scan cannot be shown");
-    note(`No picture: ${message(error)}. The report is written all the same.`);
-  }
-}
-
-function note(text: string): void {
-  find("picture-note").textContent = text;
-  find("picture-note").hidden = text === "";
-}
-
 // ---- the report ----
 
 const leavesEdits = () => !edit.isUnsaved || confirm("Your correction of this report is not saved. Leave it?");
@@ -88,22 +93,30 @@ const leavesEdits = () => !edit.isUnsaved || confirm("Your correction of this re
 async function write(accept: string[] = []): Promise<void> {
   if (!scan) return;
   writing?.abort();
-  const own = (writing = new AbortController());
+  const [own, opened] = [(writing = new AbortController()), scan];
   begin();
   const asked = { question: question.value.trim(), region: region.value.trim(), accept };
+  let read = false;
   const listener = {
-    scan: (facts: api.ScanFacts) => own === writing && report.scan(facts),
+    scan: (facts: api.ScanFacts) => {
+      if (own !== writing) return;
+      read = true;
+      report.scan(facts);
+      picture.read(facts);
+    },
     token: (text: string) => own === writing && report.append(text),
   };
   try {
-    const written = await api.writeReport(scan, asked, listener, own.signal);
+    const written = await withScan(opened, (id) => api.writeReport(id, asked, listener, own.signal));
     if (own !== writing) return;
     report.finish(written);
-    edit.load(written);
+    setPlace({ draft: written.id, scan: await opened.id() });
+    show(written, null);
     find("overlay").hidden = !written.saliency?.sentences.length;
   } catch (error) {
     if (own !== writing) return;
     report.stop();
+    if (!read) picture.read(null);
     if (!own.signal.aborted) showProblem(error, (code) => void write([...accept, code]));
   } finally {
     if (own === writing) {
@@ -113,17 +126,83 @@ async function write(accept: string[] = []): Promise<void> {
   }
 }
 
+/** With the scan's id; where its time is over, the scan is sent again. */
+async function withScan<T>(opened: Opened, ask: (id: string) => Promise<T>): Promise<T> {
+  try {
+    const id = await opened.id();
+    if (opened === scan) setPlace({ draft: null, scan: id });
+    return await ask(id);
+  } catch (error) {
+    if (!isGone(error)) throw error;
+    return ask(await opened.send());
+  }
+}
+
 /** Nothing of an earlier report stays. */
 function begin(): void {
   hideProblem();
+  draft = "";
   report.clear();
+  review.clear();
   edit.load(null);
+  decision.load("", null);
   compare.clear();
   setLooking(false);
-  view?.forgetOverlays();
+  picture.view?.forgetOverlays();
   find("overlay").hidden = true;
   find("stop").hidden = false;
   tabs.show("report");
+}
+
+/** A report that is there, and what became of it; with what was not saved before a reload. */
+function show({ id, report: text }: Pick<api.Report, "id" | "report">, told: api.Draft | null): void {
+  const kept = unsaved(id);
+  decision.load(id, told ?? { state: "generated", changed: null, changed_by: "" });
+  review.load(kept?.marks);
+  edit.load({ id, report: text }, told?.edited, kept?.text);
+  if (kept) prior.value = kept.prior;
+  if (decision.isDecided) edit.close();
+  draft = id;
+  changed();
+}
+
+/** What was written about the draft is kept for a reload until the service has it. */
+function changed(): void {
+  if (!draft) return;
+  review.compareWith(edit.text, decision.isDecided);
+  decision.update(edit.isEdited, edit.isUnsaved);
+  const worth = edit.isUnsaved || review.isBegun || prior.value !== "";
+  keepUnsaved(worth ? { draft, text: edit.text, marks: review.marks, prior: prior.value } : null);
+}
+
+/** After a reload: the draft by its id, and the scan as long as the service keeps it. */
+async function restore(): Promise<void> {
+  const known = place();
+  if (!known.draft && !known.scan) return;
+  try {
+    const told = known.draft ? await api.draft(known.draft) : null;
+    if (told) {
+      report.restore(told);
+      show(told, told);
+    }
+    const file = known.scan ? await api.sentScan(known.scan).catch(orGone) : null;
+    if (file) {
+      take(new Opened([file], known.scan!));
+      if (told) picture.read(told.scan);
+      else await write();
+    } else {
+      find("drop").hidden = told !== null;
+      if (told) picture.note("The service keeps this scan no longer; open it again to see it, and for another report.");
+    }
+  } catch (error) {
+    if (isGone(error)) setPlace({ draft: null, scan: null });
+    showProblem(error);
+  }
+}
+
+function orGone(error: unknown): null {
+  if (isGone(error)) return null;
+  throw error;
 }
 
 // ---- where it looked ----
@@ -134,19 +213,20 @@ report.onHover = (nifti) => {
   hover = window.setTimeout(() => look(nifti ?? (looking ? selectedLook() : null)), HOVER_MS);
 };
 report.onSelect = () => {
+  review.selected();
   if (looking) lookAtSelected();
 };
 
 const selectedLook = () => report.selected?.nifti ?? null;
 
 function look(nifti: string | null): void {
-  view?.look(nifti).catch(showProblem);
+  picture.view?.look(nifti).catch(showProblem);
 }
 
 function lookAtSelected(): void {
   const nifti = selectedLook();
   look(nifti);
-  if (nifti) view?.goToPeak(nifti).catch(showProblem);
+  if (nifti) picture.view?.goToPeak(nifti).catch(showProblem);
 }
 
 function setLooking(on: boolean): void {
@@ -164,7 +244,7 @@ function toggleLook(): void {
 
 function setOpacity(percent: number): void {
   opacity.value = String(percent);
-  view?.setOpacity(Number(opacity.value) / 100);
+  picture.view?.setOpacity(Number(opacity.value) / 100);
 }
 
 function stepSentence(by: number): void {
@@ -227,7 +307,14 @@ function listen(): void {
     if (tab === "edit") edit.focus();
     if (tab === "compare") compare.focus();
   };
+  review.onChange = (text) => (edit.text = text);
+  edit.onChange = changed;
+  edit.onRevert = () => review.load();
   edit.onProblem = showProblem;
+  prior.addEventListener("input", changed);
+  decision.beforeAccept = () => edit.submit();
+  decision.onDecided = () => edit.close();
+  decision.onProblem = showProblem;
   compare.onProblem = showProblem;
   compare.candidate = () => ({ text: edit.text, name: edit.isEdited ? "your edited report" : "the draft" });
 }
@@ -238,6 +325,8 @@ bindKeys([
   { key: "2", does: "soft-tissue window", run: () => controls.setWindow("soft") },
   { key: "3", does: "bone window", run: () => controls.setWindow("bone") },
   { key: "4", does: "brain window", run: () => controls.setWindow("brain") },
+  { key: "5", does: "liver window", run: () => controls.setWindow("liver") },
+  { key: "6", does: "vessel window", run: () => controls.setWindow("vessel") },
   { key: "v", does: "all views", run: () => controls.setView("all") },
   { key: "a", does: "axial view, large", run: () => controls.setView("axial") },
   { key: "c", does: "coronal view, large", run: () => controls.setView("coronal") },
@@ -249,10 +338,15 @@ bindKeys([
   { key: "PageDown", does: "ten slices back", run: () => controls.step(-10) },
   { key: "ArrowLeft", does: "crosshair to the patient’s right", run: () => controls.moveRight(1) },
   { key: "ArrowRight", does: "crosshair to the patient’s left", run: () => controls.moveRight(-1) },
-  { key: "m", does: "measure with the left button", run: () => controls.toggleMeasure() },
+  { key: " ", does: "cine: play the slices, and stop", run: () => controls.toggleCine() },
+  { key: "m", does: "measure with the left button", run: () => controls.toggleTool("measure") },
+  { key: "i", does: "ROI: mean HU in an ellipse", run: () => controls.toggleTool("roi") },
   { key: "r", does: "reset: middle, no zoom, no measurements", run: () => controls.reset() },
   { key: "j", does: "next sentence", run: () => stepSentence(1) },
   { key: "k", does: "previous sentence", run: () => stepSentence(-1) },
+  { key: "y", does: "keep the sentence", run: () => review.toggle("kept") },
+  { key: "t", does: "edit the sentence", run: () => review.open() },
+  { key: "x", does: "drop the sentence", run: () => review.toggle("dropped") },
   { key: "s", does: "where it looked for this sentence, on and off", run: toggleLook },
   { key: "]", does: "overlay stronger", run: () => setOpacity(Number(opacity.value) + 10) },
   { key: "[", does: "overlay weaker", run: () => setOpacity(Number(opacity.value) - 10) },
@@ -266,13 +360,15 @@ bindKeys([
 ]);
 
 function confirmTab(): void {
-  if (tabs.current === "edit") void edit.submit();
-  if (tabs.current === "compare") void compare.submit();
+  if (review.isOpen) review.replace();
+  else if (tabs.current === "edit") void edit.submit();
+  else if (tabs.current === "compare") void compare.submit();
 }
 
 function escape(): void {
   const focused = document.activeElement;
-  if (focused instanceof HTMLElement && focused.matches("input, textarea, select")) focused.blur();
+  if (focused === find("words")) review.close();
+  else if (focused instanceof HTMLElement && focused.matches("input, textarea, select")) focused.blur();
   else writing?.abort();
 }
 
@@ -286,11 +382,12 @@ async function start(): Promise<void> {
   void watchService();
   listSamples().catch(showProblem);
   try {
-    view = await View.on(canvas);
-    controls.attach(view);
+    picture.view = await View.on(canvas);
+    controls.attach(picture.view);
   } catch (error) {
-    note(`No picture: ${message(error)}. The report is written all the same.`);
+    picture.note(`No picture: ${message(error)}. The report is written all the same.`);
   }
+  await restore();
 }
 
 void start();

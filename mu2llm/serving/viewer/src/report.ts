@@ -1,6 +1,6 @@
 /** The report as it grows: sentences that can be pointed at, the findings and the facts behind it. */
 
-import type { Finding, Report, ScanFacts } from "./api";
+import type { Draft, Finding, Report, ScanFacts } from "./api";
 import { find, make } from "./dom";
 import { HEADING, sentences, utf16, type Sentence } from "./sentences";
 
@@ -23,6 +23,30 @@ export class ReportPane {
 
   get selected(): Shown | null {
     return this.shown[this.selectedIndex] ?? null;
+  }
+
+  /** −1 where none is. */
+  get selectedAt(): number {
+    return this.selectedIndex;
+  }
+
+  get sentences(): readonly Sentence[] {
+    return this.shown;
+  }
+
+  /** All of the text as it was generated. */
+  get whole(): string {
+    return this.text;
+  }
+
+  /** Shows what was decided about a sentence: `kept`, `dropped` or `edited` into other words. */
+  mark(index: number, mark: string | null, words: string | null): void {
+    const { element, text } = this.shown[index]!;
+    if (mark) element.dataset.mark = mark;
+    else delete element.dataset.mark;
+    element.textContent = words ?? text;
+    if (mark) element.setAttribute("aria-label", `${mark}: ${words ?? text}`);
+    else element.removeAttribute("aria-label");
   }
 
   clear(): void {
@@ -66,6 +90,18 @@ export class ReportPane {
     this.progress.classList.toggle("unlike", unlike);
     find("findings").replaceChildren(...report.findings.map(chip));
     showFacts(report.scan, report);
+  }
+
+  /** A draft of before, by its id: without what is told with the report alone. */
+  restore(draft: Draft): void {
+    this.clear();
+    this.text = draft.report;
+    this.draw(sentences(this.text), 0);
+    this.box.classList.remove("looked");
+    this.box.removeAttribute("aria-busy");
+    this.progress.textContent = `Written ${new Date(draft.made).toLocaleString()}: ${this.shown.length} sentences.`;
+    find("findings").replaceChildren(...draft.findings.map(chip));
+    if (draft.scan) showFacts(draft.scan);
   }
 
   /** The stream was broken off; what came of it stays. */

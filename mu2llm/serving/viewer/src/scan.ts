@@ -1,6 +1,8 @@
-/** What a user dropped → files to send and, where this page can read them, one volume to show. */
+/** What a user dropped → files to send, the series in them and, where this page can read them, volumes to show. */
 
 import { unzip, type Unzipped } from "fflate";
+import { headerOf, type Header } from "./dicom";
+import { digestOfText } from "./voxels";
 
 /** Calls `take` with the files of every drop on the page, and marks the page while something is over it. */
 export function onDrop(take: (files: Promise<File[]>) => void): void {
@@ -39,14 +41,44 @@ async function filesOf(entry: FileSystemEntry): Promise<File[]> {
   }
 }
 
-/** The scan as NIfTI, MetaImage or NRRD, converted from DICOM in this page where it must be. */
-export async function asVolume(scan: File[]): Promise<File> {
+/** The files of one series; of no DICOM, the file. */
+export interface Series {
+  files: File[];
+  isDicom: boolean;
+  /** Of its first file; null where there is none. */
+  header: Header | null;
+}
+
+/** The series in what was dropped. */
+export async function seriesIn(scan: File[]): Promise<Series[]> {
   const [first] = scan;
-  if (!first || scan.length > 1) return convert(scan);
+  if (!first || scan.length > 1) return grouped(scan);
   const start = new Uint8Array(await first.slice(0, 132).arrayBuffer());
-  if (start[0] === 0x50 && start[1] === 0x4b) return convert(await unpacked(first));
-  if (String.fromCharCode(...start.subarray(128, 132)) === "DICM") return convert(scan);
-  return new File(scan, `scan.${suffix(start)}`); // NiiVue chooses its reader by the name
+  if (start[0] === 0x50 && start[1] === 0x4b) return grouped(await unpacked(first));
+  if (String.fromCharCode(...start.subarray(128, 132)) === "DICM") return grouped(scan);
+  const named = new File(scan, `scan.${suffix(start)}`); // NiiVue chooses its reader by the name
+  return [{ files: [named], isDicom: false, header: null }];
+}
+
+/** Images by their series; all files in one where no header can be read. */
+async function grouped(files: File[]): Promise<Series[]> {
+  const found = new Map<string, Series>();
+  for (const file of files) {
+    const header = headerOf(new Uint8Array(await file.arrayBuffer()));
+    if (!header?.isImage) continue;
+    const known = found.get(header.uid);
+    if (known) known.files.push(file);
+    else found.set(header.uid, { files: [file], isDicom: true, header });
+  }
+  return found.size ? [...found.values()] : [{ files, isDicom: true, header: null }];
+}
+
+/** The one that was read, by its UID's digest; without one, all of them together. */
+export function seriesRead(all: Series[], digest: string | null): Series {
+  const found = all.find(({ header }) => header && digestOfText(header.uid) === digest);
+  const [first] = all;
+  if (found || all.length === 1) return found ?? first!;
+  return { files: all.flatMap(({ files }) => files), isDicom: first!.isDicom, header: first!.header };
 }
 
 function suffix(start: Uint8Array): string {
@@ -66,19 +98,20 @@ async function unpacked(scan: File): Promise<File[]> {
     .map((part) => new File([part as Uint8Array<ArrayBuffer>], ""));
 }
 
-async function convert(series: File[]): Promise<File> {
+/** A series as NIfTI, MetaImage or NRRD, converted from DICOM in this page: what is in it, the likeliest first. */
+export async function volumesOf({ files, isDicom }: Series): Promise<File[]> {
+  if (!isDicom) return files;
   const { Dcm2niix } = await import("@niivue/dcm2niix"); // 1 MB that NIfTI needs not
-  const files = series.map((file, i) => new File([file], `${i}.dcm`)); // dropped folders may repeat a name
+  const slices = files.map((file, i) => new File([file], `${i}.dcm`)); // dropped folders may repeat a name
   const converter = new Dcm2niix();
   try {
     await converter.init();
-    const made = await converter.input(files).b("n").z("n").f("scan").run();
+    const made = await converter.input(slices).b("n").z("n").f("scan").run();
     const volumes = made.filter((file) => file.name.endsWith(".nii"));
+    if (!volumes.length) throw new Error("dcm2niix found no volume in these files");
     // dcm2niix adds a straightened copy of a tilted scan, which is what the service reads as well
-    const straight = volumes.filter((file) => /_(Tilt|Eq)/.test(file.name));
-    const [largest] = (straight.length ? straight : volumes).sort((a, b) => b.size - a.size);
-    if (!largest) throw new Error("dcm2niix found no volume in these files");
-    return largest;
+    const straight = (file: File) => Number(/_(Tilt|Eq)/.test(file.name));
+    return volumes.sort((a, b) => straight(b) - straight(a) || b.size - a.size);
   } finally {
     converter.worker?.terminate();
   }

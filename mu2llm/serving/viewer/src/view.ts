@@ -1,19 +1,21 @@
 /** The picture: NiiVue in radiological convention, windows, views, slices, measuring, where the model looked. */
 
-import { DRAG_MODE, MULTIPLANAR_TYPE, Niivue, NVImage, SHOW_RENDER, SLICE_TYPE } from "@niivue/niivue";
+import { cmapper, DRAG_MODE, MULTIPLANAR_TYPE, Niivue, NVImage, SHOW_RENDER, SLICE_TYPE } from "@niivue/niivue";
 import { finer, type Grid } from "./finer";
 
+/** In HU. */
 export interface Window {
-  name: string;
   level: number;
   width: number;
 }
 
 export const WINDOWS = {
-  lung: { name: "Lung", level: -600, width: 1500 },
-  soft: { name: "Soft tissue", level: 40, width: 400 },
-  bone: { name: "Bone", level: 480, width: 2500 },
-  brain: { name: "Brain", level: 40, width: 80 },
+  lung: { level: -600, width: 1500 },
+  soft: { level: 40, width: 400 },
+  bone: { level: 480, width: 2500 },
+  brain: { level: 40, width: 80 },
+  liver: { level: 30, width: 150 },
+  vessel: { level: 200, width: 600 },
 } satisfies Record<string, Window>;
 export type WindowName = keyof typeof WINDOWS;
 
@@ -30,8 +32,27 @@ export type ViewName = keyof typeof VIEWS;
 const CLEAR_SHARE = 0.9;
 /** A field whose clear part reaches this share of the highest value is called flat. */
 const FLAT_FROM = 0.85;
+/** Of the ellipse that is drawn, by its value. */
+const REGION = { R: [0, 255], G: [0, 212], B: [0, 77], A: [0, 255], I: [0, 1] };
 /** Clear at the low end, so that the overlay has no hard edge. */
 const COLOURS = { R: [200, 255, 255], G: [60, 130, 235], B: [0, 20, 60], A: [0, 130, 230], I: [0, 96, 255] };
+
+/** What the left button does when it is dragged. */
+export const TOOLS = {
+  none: DRAG_MODE.crosshair,
+  measure: DRAG_MODE.measurement,
+  roi: DRAG_MODE.roiSelection,
+} satisfies Record<string, DRAG_MODE>;
+export type ToolName = keyof typeof TOOLS;
+
+/** The HU of the voxels in an ellipse on one slice, and its area. */
+export interface Region {
+  mean: number;
+  deviation: number;
+  low: number;
+  high: number;
+  mm2: number;
+}
 
 export interface Location {
   mm: [number, number, number];
@@ -45,6 +66,7 @@ export class View {
   private opacityOfOverlay = 0.6;
   onLocation: (location: Location) => void = () => {};
   onWindow: (low: number, high: number) => void = () => {};
+  onRegion: (region: Region | null) => void = () => {};
   /** `flat` says that the places shown hardly differ from the others. */
   onOverlay: (shown: boolean, flat: boolean) => void = () => {};
 
@@ -76,6 +98,7 @@ export class View {
       measureLineColor: [1, 0.83, 0.3, 1],
       measureTextColor: [1, 0.83, 0.3, 1],
       measureTextHeight: 0.07,
+      selectionBoxColor: [1, 0.83, 0.3, 1],
       rulerColor: [1, 0.83, 0.3, 1],
       loadingText: "",
       logLevel: "error",
@@ -89,8 +112,13 @@ export class View {
       view.onLocation({ mm: [mm[0] ?? 0, mm[1] ?? 0, mm[2] ?? 0], value: values[0]?.value ?? NaN });
     };
     view.nv.onIntensityChange = (volume) => view.onWindow(volume.cal_min ?? 0, volume.cal_max ?? 0);
+    view.nv.onDragRelease = ({ voxStart, voxEnd, tileIdx }) => {
+      if (view.nv.opts.dragModePrimary === TOOLS.roi && tileIdx >= 0) view.mark(voxStart, voxEnd);
+    };
     await view.nv.attachToCanvas(canvas);
     view.nv.addColormap("looked", COLOURS);
+    view.nv.drawLut = cmapper.makeDrawLut(REGION);
+    view.nv.drawOpacity = 0.4;
     // without it, the 3-D view of the lung window is a box: air is within that window
     await view.nv.setVolumeRenderIllumination(0.5);
     await view.nv.setGradientOpacity(0.7);
@@ -103,6 +131,7 @@ export class View {
 
   clear(): void {
     this.forgetOverlays();
+    this.unmark();
     for (const volume of [...this.nv.volumes].reverse()) this.nv.removeVolume(volume);
     this.nv.clearAllMeasurements();
     this.nv.drawScene();
@@ -114,15 +143,15 @@ export class View {
     return NVImage.loadFromFile({ file: scan, name: scan.name, cal_min: low, cal_max: high });
   }
 
-  show(volume: NVImage, window: WindowName): void {
+  show(volume: NVImage, window: Window): void {
     this.clear();
     this.nv.addVolume(volume);
     this.reset();
     this.setWindow(window);
   }
 
-  setWindow(name: WindowName): void {
-    const [low, high] = range(WINDOWS[name]);
+  setWindow(window: Window): void {
+    const [low, high] = range(window);
     const volume = this.nv.volumes[0];
     if (volume) {
       volume.cal_min = low;
@@ -139,6 +168,7 @@ export class View {
 
   /** Back to the middle of the scan, no zoom, no measurements. */
   reset(): void {
+    this.unmark();
     this.nv.clearAllMeasurements();
     this.nv.scene.pan2Dxyzmm = [0, 0, 0, 1];
     this.nv.setScale(1);
@@ -153,8 +183,48 @@ export class View {
     if (!this.isEmpty) this.nv.moveCrosshairInVox(right, anterior, superior);
   }
 
-  measure(on: boolean): void {
-    this.nv.opts.dragModePrimary = on ? DRAG_MODE.measurement : DRAG_MODE.crosshair;
+  use(tool: ToolName): void {
+    this.nv.opts.dragModePrimary = TOOLS[tool];
+  }
+
+  /** One slice on along an axis (0 to the right, 1 to the front, 2 up); behind the last one comes the first. */
+  turn(axis: 0 | 1 | 2): void {
+    const size = this.nv.volumes[0]?.dimsRAS?.[axis + 1];
+    if (!size) return;
+    const at = Math.round(this.nv.frac2vox(this.nv.scene.crosshairPos)[axis]!);
+    const by = [0, 0, 0] as [number, number, number];
+    by[axis] = at + 1 < size ? 1 : -at;
+    this.move(...by);
+  }
+
+  /** Draws the ellipse between two opposite corners (voxels, RAS) and tells its HU. One at a time. */
+  private mark(from: ArrayLike<number>, to: ArrayLike<number>): void {
+    const volume = this.nv.volumes[0];
+    const [, nx = 0, ny = 0, nz = 0] = volume?.dimsRAS ?? [];
+    if (!volume || !nx) return;
+    const low = [0, 1, 2].map((i) => Math.max(0, Math.min(from[i]!, to[i]!)));
+    const high = [nx, ny, nz].map((n, i) => Math.min(n - 1, Math.max(from[i]!, to[i]!)));
+    const flat = [0, 1, 2].filter((i) => high[i] === low[i]);
+    if (flat.length !== 1) return; // a line, or a click
+    this.nv.createEmptyDrawing();
+    const drawn = this.nv.drawBitmap!;
+    const values: number[] = [];
+    for (let z = low[2]!; z <= high[2]!; z++)
+      for (let y = low[1]!; y <= high[1]!; y++)
+        for (let x = low[0]!; x <= high[0]!; x++) {
+          const off = [x, y, z].map((at, i) => (2 * at - low[i]! - high[i]!) / (high[i]! - low[i]! + 1));
+          if (off.reduce((sum, each) => sum + each * each, 0) > 1) continue;
+          drawn[x + nx * (y + ny * z)] = 1;
+          values.push(volume.getValue(x, y, z));
+        }
+    this.nv.refreshDrawing(true);
+    const sizes = [1, 2, 3].filter((i) => i !== flat[0]! + 1).map((i) => volume.pixDimsRAS![i]!);
+    this.onRegion(regionOf(values, sizes[0]! * sizes[1]!));
+  }
+
+  private unmark(): void {
+    if (this.nv.drawBitmap) this.nv.closeDrawing();
+    this.onRegion(null);
   }
 
   /** The overlay of a base64 NIfTI (0–255 in the scan's own coordinates); null takes it away. */
@@ -252,6 +322,18 @@ function peak({ values, shape: [nx, ny], affine }: Grid): [number, number, numbe
   const [x, y, z] = places.reduce((a, b) => (distance(b) < distance(a) ? b : a));
   const [right, anterior, superior] = affine.map((row) => row[0]! * x + row[1]! * y + row[2]! * z + row[3]!);
   return [right!, anterior!, superior!];
+}
+
+function regionOf(values: number[], mm2: number): Region {
+  const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
+  const squares = values.reduce((sum, value) => sum + (value - mean) ** 2, 0);
+  return {
+    mean,
+    deviation: Math.sqrt(squares / Math.max(1, values.length - 1)),
+    low: values.reduce((a, b) => Math.min(a, b)),
+    high: values.reduce((a, b) => Math.max(a, b)),
+    mm2: mm2 * values.length,
+  };
 }
 
 function range({ level, width }: Window): [number, number] {
