@@ -62,7 +62,9 @@ def run(
         start = job.parent or tower.checkpoint(job, shards)
         features = encode_scans(start, shards, job.settings.inference(), scan_by_scan(progress))
         job = job.model_copy(update={"features": features.uri})
-    return launch.run(job, loop, progress)
+    trained = launch.run(job, loop, progress)
+    warn_of_untold(trained)
+    return trained
 
 
 def job_of(data: str, out: str, experiment: Experiment, init: str | None = None, **more: Any) -> Job:
@@ -98,13 +100,14 @@ def loop(job: Job, resume: Resume) -> None:
 
         def finish(model: Mu2ForContrastive, target: str) -> dict[str, float]:
             distinct, has, logits = held_out(model.eval(), shards, texts)
+            metrics: dict[str, float] = {}
             if logits.numel():
                 if settings.positives in FINDINGS and settings.loss == "sigmoid":
-                    warn_of_untold(job.out, distinct, has, logits)
+                    metrics = told(distinct, has, logits)
                 model.head.temperature.fill_(fit_temperature(logits, has, settings.loss))
             model.save_pretrained(target)
             save_text_encoder(encoder, target, settings.train_text_encoder, experiment.model.text_encoder)
-            return {"temperature": float(model.head.temperature)}
+            return {"temperature": float(model.head.temperature), **metrics}
 
         def restore(saved: str) -> Mu2ForContrastive:
             return Mu2ForContrastive.from_pretrained(saved).to(trainer.args.device)  # type: ignore[arg-type]
@@ -123,6 +126,7 @@ def collate(rows: dict[str, Any], texts: Positives, scan: str = "voxels") -> dic
 
 FITTED = 256
 """Held-out scans that the temperature is fitted on."""
+F1 = "f1/"
 ENOUGH = 5
 """Held-out scans with a finding, for its F1 to say something."""
 SCANS, TEXTS = 16, 128
@@ -142,20 +146,22 @@ def held_out(
     return distinct, has.view(len(distinct), len(parts)), logits
 
 
-def warn_of_untold(out: str, findings: Sequence[str], has: torch.Tensor, logits: torch.Tensor) -> None:
-    """Findings are learned all or nothing: names those that at least `ENOUGH` scans have and the head does not tell.
+def told(findings: Sequence[str], has: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
+    """`f1/FINDING` of the findings that at least `ENOUGH` held-out scans have: has, logits (M, n), and a scan is told
+    to have what has a logit above 0."""
+    f1 = 2 * ((logits > 0) & has).sum(1) / ((logits > 0).sum(1) + has.sum(1)).clamp(min=1)
+    return {f"{F1}{findings[i]}": float(f1[i]) for i in torch.nonzero(has.sum(1) >= ENOUGH)[:, 0].tolist()}
 
-    has, logits (M, n); a scan is told to have what has a logit above 0, and F1 below one half is not telling.
-    """
-    told, enough = logits > 0, has.sum(1) >= ENOUGH
-    f1 = 2 * (told & has).sum(1) / (told.sum(1) + has.sum(1)).clamp(min=1)
-    missed = torch.nonzero(enough & (f1 < 0.5))[:, 0].tolist()
+
+def warn_of_untold(checkpoint: Checkpoint) -> None:
+    """Findings are learned all or nothing: names those that the head does not tell, here, where it is seen."""
+    known = {name.removeprefix(F1): f1 for name, f1 in checkpoint.training.metrics.items() if name.startswith(F1)}
+    missed = [f"{name} (F1 {f1:.2f})" for name, f1 in known.items() if f1 < 0.5]
     if missed:
-        named = ", ".join(f"{findings[i]} (F1 {f1[i]:.2f}, {int(has[i].sum())} scans)" for i in missed)
         logger.warning(
-            "%s: of the %d findings that at least %d of %d held-out scans have, it does not tell %s; reports will lack "
-            "what it does not tell: more contrastive.epochs or more cases may help",
-            *(out, int(enough.sum()), ENOUGH, has.shape[1], named),
+            "%s: of the %d findings that at least %d held-out scans have, it does not tell %s; reports will lack them: "
+            "more contrastive.epochs, more cases or another seed may help",
+            *(checkpoint.uri, len(known), ENOUGH, ", ".join(missed)),
         )
 
 
