@@ -63,6 +63,7 @@ def test_a_line_is_json_where_it_is_asked_for(say, capsys, monkeypatch):
 
 
 def test_a_jobs_progress_is_json_too(capsys, monkeypatch):
+    monkeypatch.setattr(logs, "_names", {})
     monkeypatch.setenv(logs.MODE, "json")
     with logs.about(job="pipeline"):
         Lines()("sft", 12, 60, {"loss": 1.5})

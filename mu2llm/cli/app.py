@@ -24,7 +24,6 @@ from mu2llm.settings.green import NAMES as JUDGES
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=mu2llm.__doc__)
 console = Console(stderr=True, markup=False)
-stdout = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)  # a file cuts no number off
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be read, written and needed; do nothing.")]
@@ -73,6 +72,11 @@ def load_with_judge(preset: str, set_: list[str], judge: str | None) -> config.E
     return config.load(preset, [*set_, *([f"judge.name={judge}"] if judge else [])])
 
 
+def stdout() -> Console:
+    """For results. In a file or a pipe they are as wide as they need, and no number is cut off."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
+
+
 def show(value: Any, as_json: bool) -> None:
     """A result: as JSON on stdout, or as a table for people."""
     if as_json:
@@ -82,12 +86,12 @@ def show(value: Any, as_json: bool) -> None:
     for key, item in value.items():
         text = json.dumps(item, default=str) if isinstance(item, dict | list) else str(item)
         table.add_row(escape(str(key)), escape(text))
-    stdout.print(table)
+    stdout().print(table)
 
 
 def told(head: str, text: str, style: str | None = None) -> None:
     """A head, in bold, and a text below it on stdout, as they are written: `[left]` in them is no markup."""
-    stdout.print(Text(head, style="bold"), Text(f"{text}\n", style=style or ""), sep="\n", soft_wrap=True)
+    stdout().print(Text(head, style="bold"), Text(f"{text}\n", style=style or ""), sep="\n", soft_wrap=True)
 
 
 def dry_run(experiment: config.Experiment, reads: list[str], writes: list[str], needs: str) -> NoReturn:

@@ -109,7 +109,7 @@ def jobs_list(address: Cluster = None, as_json: Json = False) -> None:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.started)) if entry.started else ""
         seconds = f"{(entry.ended or time.time()) - entry.started:.0f}" if entry.started else ""
         table.add_row(entry.id, entry.name, entry.status, started, seconds)
-    stdout.print(table)
+    stdout().print(table)
 
 
 @jobs_app.command("logs")
@@ -196,7 +196,7 @@ def _show_checks(checks: Sequence[Check]) -> None:
         table.add_row(
             check.name, f"[{colours[check.status]}]{check.status}[/]", escape(check.found), escape(check.mend)
         )
-    stdout.print(table)
+    stdout().print(table)
 
 
 @app.command()
@@ -244,7 +244,7 @@ def clean(
             f"{each.age_days:.1f}",
             Text(each.why),
         )
-    (console if as_json else stdout).print(table)
+    (console if as_json else stdout()).print(table)
     if yes:
         cleaning.remove(found)
     summary = (

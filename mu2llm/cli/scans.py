@@ -69,7 +69,7 @@ def inspect(
         print(json.dumps(items))
         return
     for item in items:
-        stdout.print(*_description(item), sep="\n  ", highlight=False, soft_wrap=True)
+        stdout().print(*_description(item), sep="\n  ", highlight=False, soft_wrap=True)
 
 
 def _description(item: dict[str, Any]) -> Iterator[str]:

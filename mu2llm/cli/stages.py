@@ -155,4 +155,4 @@ def online(
     if as_json:
         show(result.model_dump(), as_json)
     else:
-        stdout.print(online.table(result))
+        stdout().print(online.table(result))

@@ -86,12 +86,12 @@ def _print(planned: Any, found: dict[str, Any]) -> None:
     from mu2llm.sweeps.sweep import trials_of
 
     sweep = planned.base.sweep
-    stdout.print(
+    stdout().print(
         results.terminal(results.ranked(trials_of(planned.out, sweep.storage), sweep.objective), sweep.objective)
     )
     if found["final"]:
-        stdout.print(found["final"]["said"], markup=False)
-    stdout.print(f"{found['page']}\n{found['command']}", soft_wrap=True, highlight=False, markup=False)
+        stdout().print(found["final"]["said"], markup=False)
+    stdout().print(f"{found['page']}\n{found['command']}", soft_wrap=True, highlight=False, markup=False)
 
 
 _sweep_command(
@@ -137,8 +137,8 @@ def ablation(
         show(found, as_json)
         return
     cells = [experiments.Cell.model_validate(cell) for cell in found["cells"]]
-    stdout.print(experiments.terminal(cells, found))
-    stdout.print(f"{found['note']}\n{found['page']}", highlight=False, markup=False)
+    stdout().print(experiments.terminal(cells, found))
+    stdout().print(f"{found['note']}\n{found['page']}", highlight=False, markup=False)
 
 
 def _fractions(text: str) -> list[float]:

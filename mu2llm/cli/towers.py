@@ -29,7 +29,7 @@ def towers_list(as_json: Json = False) -> None:
         output = f"{'×'.join(map(str, row['output']['grid']))} of {row['output']['width']}"
         here = row["weights"]["here"] or row["weights"]["source"]
         table.add_row(row["name"], row["licence"], row["input"], output, here)
-    stdout.print(table)
+    stdout().print(table)
 
 
 @towers_app.command("check")

@@ -60,7 +60,7 @@ def demo(
         print(json.dumps(summary, default=str))
         return
     console.print(f"{time.monotonic() - started:.0f} s; {out}/summary.json, {out}/report.html")
-    stdout.print(table(summary))
+    stdout().print(table(summary))
     for entry in summary["scans"]:
         told(entry["path"], entry["message"] if entry.get("report") is None else entry["report"])
 
@@ -93,4 +93,4 @@ def pipeline(
         print(json.dumps(summary, default=str))
         return
     console.print(f"{out}/summary.json, {out}/report.html")
-    stdout.print(table(summary))
+    stdout().print(table(summary))

@@ -165,7 +165,7 @@ def change(service, settings, phantom):
     """Deploys other settings; when this module is done, those that all tests share."""
     yield lambda **changed: deploy(settings.model_copy(update=changed))
     deploy(settings)
-    wait_for(lambda: write(service, phantom)["report"] == FIRST)
+    wait_for(lambda: write(service, phantom).get("report") == FIRST)
     wait_for(lambda: judged_by(service).startswith("rules@"))
 
 
