@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 MODE = "MU2LLM_LOG"
-_MADE_UP = re.compile(r"[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}")
+_GENERATED_ID = re.compile(r"[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}")
 _names: dict[str, str] = {}  # of the process, not of a context: its threads log too
 
 
@@ -60,9 +60,9 @@ def line(text: str, values: Mapping[str, object]) -> str:
     return json.dumps({**_names, **values}, default=str) if as_json() else text
 
 
-def made_up(request: str) -> bool:
-    """Whether a request's id is one that Ray Serve makes up, not a text that a client chose."""
-    return bool(_MADE_UP.fullmatch(request))
+def is_generated_id(request: str) -> bool:
+    """Whether a request's id is a UUID, as Ray Serve makes them, and not a text that a client chose."""
+    return bool(_GENERATED_ID.fullmatch(request))
 
 
 class _Withheld(logging.Filter):
@@ -70,7 +70,7 @@ class _Withheld(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.__dict__.pop("route", None)
-        if not made_up(str(record.__dict__.get("request_id", ""))):
+        if not is_generated_id(str(record.__dict__.get("request_id", ""))):
             record.__dict__.pop("request_id", None)
         return True
 

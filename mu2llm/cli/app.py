@@ -72,7 +72,7 @@ def load_with_judge(preset: str, set_: list[str], judge: str | None) -> config.E
     return config.load(preset, [*set_, *([f"judge.name={judge}"] if judge else [])])
 
 
-def stdout() -> Console:
+def result_console() -> Console:
     """For results. In a file or a pipe they are as wide as they need, and no number is cut off."""
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
 
@@ -86,12 +86,12 @@ def show(value: Any, as_json: bool) -> None:
     for key, item in value.items():
         text = json.dumps(item, default=str) if isinstance(item, dict | list) else str(item)
         table.add_row(escape(str(key)), escape(text))
-    stdout().print(table)
+    result_console().print(table)
 
 
 def told(head: str, text: str, style: str | None = None) -> None:
     """A head, in bold, and a text below it on stdout, as they are written: `[left]` in them is no markup."""
-    stdout().print(Text(head, style="bold"), Text(f"{text}\n", style=style or ""), sep="\n", soft_wrap=True)
+    result_console().print(Text(head, style="bold"), Text(f"{text}\n", style=style or ""), sep="\n", soft_wrap=True)
 
 
 def dry_run(experiment: config.Experiment, reads: list[str], writes: list[str], needs: str) -> NoReturn:

@@ -15,7 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from mu2llm import config
-from mu2llm.cli.app import DryRun, Json, Preset, Set, app, console, progress_bars, result_alone_on_stdout, stdout
+from mu2llm.cli.app import (
+    DryRun,
+    Json,
+    Preset,
+    Set,
+    app,
+    console,
+    progress_bars,
+    result_alone_on_stdout,
+    result_console,
+)
 from mu2llm.errors import Failure
 
 if TYPE_CHECKING:
@@ -109,7 +119,7 @@ def jobs_list(address: Cluster = None, as_json: Json = False) -> None:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.started)) if entry.started else ""
         seconds = f"{(entry.ended or time.time()) - entry.started:.0f}" if entry.started else ""
         table.add_row(entry.id, entry.name, entry.status, started, seconds)
-    stdout().print(table)
+    result_console().print(table)
 
 
 @jobs_app.command("logs")
@@ -196,7 +206,7 @@ def _show_checks(checks: Sequence[Check]) -> None:
         table.add_row(
             check.name, f"[{colours[check.status]}]{check.status}[/]", escape(check.found), escape(check.mend)
         )
-    stdout().print(table)
+    result_console().print(table)
 
 
 @app.command()
@@ -244,7 +254,7 @@ def clean(
             f"{each.age_days:.1f}",
             Text(each.why),
         )
-    (console if as_json else stdout()).print(table)
+    (console if as_json else result_console()).print(table)
     if yes:
         cleaning.remove(found)
     summary = (

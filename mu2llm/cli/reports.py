@@ -29,8 +29,8 @@ from mu2llm.cli.app import (
     dry_run,
     load_with_judge,
     progress_bars,
+    result_console,
     show,
-    stdout,
     told,
     work_on_ray,
 )
@@ -101,7 +101,7 @@ def score(
     if as_json:
         show(summary(results), as_json)
         return
-    stdout().print(*terminal(rows(results)))
+    result_console().print(*terminal(rows(results)))
 
 
 @app.command()
@@ -123,7 +123,7 @@ def rescore(
         return
     from mu2llm.evaluation.leaderboard import rows, terminal
 
-    stdout().print(*terminal(rows(results)))
+    result_console().print(*terminal(rows(results)))
 
 
 @app.command()
@@ -148,7 +148,7 @@ def compare(
         runs = {run: results.summary(run) for run in results.header.checkpoints}
         show({"runs": runs, "differences": [each.model_dump() for each in results.differences]}, as_json)
         return
-    stdout().print(*terminal(rows(results)), differences(results))
+    result_console().print(*terminal(rows(results)), differences(results))
 
 
 @app.command()
@@ -173,7 +173,7 @@ def leaderboard(
             {"store": tracking.shown(tracking.store()), "rows": [row.model_dump(mode="json") for row in table]}, as_json
         )
         return
-    stdout().print(*board.terminal(table))
+    result_console().print(*board.terminal(table))
     if not ours:
         console.print(f"{tracking.shown(tracking.store())} has no evaluations yet: mu2llm evaluate writes there")
 

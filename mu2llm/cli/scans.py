@@ -27,8 +27,8 @@ from mu2llm.cli.app import (
     app,
     dry_run,
     progress_bars,
+    result_console,
     show,
-    stdout,
     work_on_ray,
 )
 from mu2llm.progress import counted
@@ -69,7 +69,7 @@ def inspect(
         print(json.dumps(items))
         return
     for item in items:
-        stdout().print(*_description(item), sep="\n  ", highlight=False, soft_wrap=True)
+        result_console().print(*_description(item), sep="\n  ", highlight=False, soft_wrap=True)
 
 
 def _description(item: dict[str, Any]) -> Iterator[str]:

@@ -22,8 +22,8 @@ from mu2llm.cli.app import (
     checkpoint_place,
     dry_run,
     load_with_judge,
+    result_console,
     show,
-    stdout,
     work_on_ray,
 )
 from mu2llm.progress import counted, logged
@@ -155,4 +155,4 @@ def online(
     if as_json:
         show(result.model_dump(), as_json)
     else:
-        stdout().print(online.table(result))
+        result_console().print(online.table(result))

@@ -9,7 +9,20 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mu2llm import config
-from mu2llm.cli.app import Address, Data, DryRun, Json, Out, Preset, Set, app, dry_run, show, stdout, work_on_ray
+from mu2llm.cli.app import (
+    Address,
+    Data,
+    DryRun,
+    Json,
+    Out,
+    Preset,
+    Set,
+    app,
+    dry_run,
+    result_console,
+    show,
+    work_on_ray,
+)
 from mu2llm.cli.stages import Init
 from mu2llm.errors import UserError
 
@@ -86,12 +99,12 @@ def _print(planned: Any, found: dict[str, Any]) -> None:
     from mu2llm.sweeps.sweep import trials_of
 
     sweep = planned.base.sweep
-    stdout().print(
+    result_console().print(
         results.terminal(results.ranked(trials_of(planned.out, sweep.storage), sweep.objective), sweep.objective)
     )
     if found["final"]:
-        stdout().print(found["final"]["said"], markup=False)
-    stdout().print(f"{found['page']}\n{found['command']}", soft_wrap=True, highlight=False, markup=False)
+        result_console().print(found["final"]["said"], markup=False)
+    result_console().print(f"{found['page']}\n{found['command']}", soft_wrap=True, highlight=False, markup=False)
 
 
 _sweep_command(
@@ -137,8 +150,8 @@ def ablation(
         show(found, as_json)
         return
     cells = [experiments.Cell.model_validate(cell) for cell in found["cells"]]
-    stdout().print(experiments.terminal(cells, found))
-    stdout().print(f"{found['note']}\n{found['page']}", highlight=False, markup=False)
+    result_console().print(experiments.terminal(cells, found))
+    result_console().print(f"{found['note']}\n{found['page']}", highlight=False, markup=False)
 
 
 def _fractions(text: str) -> list[float]:

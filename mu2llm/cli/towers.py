@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mu2llm.cli.app import Json, Preset, Set, app, result_alone_on_stdout, show, stdout
+from mu2llm.cli.app import Json, Preset, Set, app, result_alone_on_stdout, result_console, show
 from mu2llm.errors import Failure
 
 towers_app = typer.Typer(no_args_is_help=True, help="Vision towers: the field's open encoders, and one's own.")
@@ -29,7 +29,7 @@ def towers_list(as_json: Json = False) -> None:
         output = f"{'×'.join(map(str, row['output']['grid']))} of {row['output']['width']}"
         here = row["weights"]["here"] or row["weights"]["source"]
         table.add_row(row["name"], row["licence"], row["input"], output, here)
-    stdout().print(table)
+    result_console().print(table)
 
 
 @towers_app.command("check")

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mu2llm import tracking
-from mu2llm.cli.app import Json, app, console, show, stdout
+from mu2llm.cli.app import Json, app, console, result_console, show
 from mu2llm.errors import Failure, UserError
 
 runs_app = typer.Typer(
@@ -67,7 +67,7 @@ def runs_list(
             escape(run.checkpoint or ""),
             style=style,
         )
-    stdout().print(table)
+    result_console().print(table)
 
 
 @runs_app.command("show")
@@ -90,7 +90,7 @@ def runs_show(
         {**head, "seconds": _number(found.seconds), **({"part of": found.parent} if found.parent else {}), **own}, False
     )
     for title, values in (("metrics", found.metrics), ("configuration", found.parameters)):
-        stdout().print(f"\n[bold]{title}[/]")
+        result_console().print(f"\n[bold]{title}[/]")
         show(dict(sorted(values.items())), False)
 
 
@@ -104,7 +104,7 @@ def _show_history(run: tracking.Run, metric: str, as_json: bool) -> None:
     table = Table("step", metric, box=None)
     for step, value in values:
         table.add_row(str(step), _number(value))
-    stdout().print(table)
+    result_console().print(table)
 
 
 @runs_app.command("compare")
@@ -126,7 +126,7 @@ def runs_compare(names: Annotated[list[str], typer.Argument(metavar="RUN RUN…"
     table.add_section()
     for name, texts in different.items():
         table.add_row(name, *(escape(text) if text is not None else "–" for text in texts))
-    stdout().print(table)
+    result_console().print(table)
 
 
 @runs_app.command("lineage")
@@ -139,7 +139,7 @@ def runs_lineage(run: RunName, as_json: Json = False) -> None:
     named = {uri: alias for alias, uri in tracking.aliases().items()}
     for number, step in enumerate(chain):
         alias = f" [green]{named[step.checkpoint]}[/]" if step.checkpoint in named else ""
-        stdout().print(
+        result_console().print(
             f"{'from ' if number else ''}[bold]{step.stage}[/]{alias} {escape(step.checkpoint or '')}", soft_wrap=True
         )
         facts = step.model_dump(exclude={"stage", "checkpoint", "parent"}, exclude_none=True)

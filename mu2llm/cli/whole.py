@@ -25,7 +25,7 @@ from mu2llm.cli.app import (
     dry_run,
     progress_bars,
     result_alone_on_stdout,
-    stdout,
+    result_console,
     told,
     work_on_ray,
 )
@@ -60,7 +60,7 @@ def demo(
         print(json.dumps(summary, default=str))
         return
     console.print(f"{time.monotonic() - started:.0f} s; {out}/summary.json, {out}/report.html")
-    stdout().print(table(summary))
+    result_console().print(table(summary))
     for entry in summary["scans"]:
         told(entry["path"], entry["message"] if entry.get("report") is None else entry["report"])
 
@@ -93,4 +93,4 @@ def pipeline(
         print(json.dumps(summary, default=str))
         return
     console.print(f"{out}/summary.json, {out}/report.html")
-    stdout().print(table(summary))
+    result_console().print(table(summary))

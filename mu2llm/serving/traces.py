@@ -69,7 +69,7 @@ def _without_content(span: ReadableSpan) -> ReadableSpan:
     attributes = {name: value for name, value in there.items() if name in KEPT}
     if there.get("http.method") in METHODS:
         attributes["http.method"] = there["http.method"]
-    if logs.made_up(str(there.get("request_id"))):
+    if logs.is_generated_id(str(there.get("request_id"))):
         attributes["request_id"] = there["request_id"]
     return ReadableSpan(
         name=" ".join(span.name.split()[:2]),  # what it is and of which deployment; method and path follow

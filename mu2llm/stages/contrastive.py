@@ -63,7 +63,7 @@ def run(
         features = encode_scans(start, shards, job.settings.inference(), scan_by_scan(progress))
         job = job.model_copy(update={"features": features.uri})
     trained = launch.run(job, loop, progress)
-    warn_of_untold(trained)
+    warn_of_missed_findings(trained)
     return trained
 
 
@@ -103,7 +103,7 @@ def loop(job: Job, resume: Resume) -> None:
             metrics: dict[str, float] = {}
             if logits.numel():
                 if settings.positives in FINDINGS and settings.loss == "sigmoid":
-                    metrics = told(distinct, has, logits)
+                    metrics = findings_f1(distinct, has, logits)
                 model.head.temperature.fill_(fit_temperature(logits, has, settings.loss))
             model.save_pretrained(target)
             save_text_encoder(encoder, target, settings.train_text_encoder, experiment.model.text_encoder)
@@ -146,14 +146,14 @@ def held_out(
     return distinct, has.view(len(distinct), len(parts)), logits
 
 
-def told(findings: Sequence[str], has: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
+def findings_f1(findings: Sequence[str], has: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
     """`f1/FINDING` of the findings that at least `ENOUGH` held-out scans have: has, logits (M, n), and a scan is told
     to have what has a logit above 0."""
     f1 = 2 * ((logits > 0) & has).sum(1) / ((logits > 0).sum(1) + has.sum(1)).clamp(min=1)
     return {f"{F1}{findings[i]}": float(f1[i]) for i in torch.nonzero(has.sum(1) >= ENOUGH)[:, 0].tolist()}
 
 
-def warn_of_untold(checkpoint: Checkpoint) -> None:
+def warn_of_missed_findings(checkpoint: Checkpoint) -> None:
     """Findings are learned all or nothing: names those that the head does not tell, here, where it is seen."""
     known = {name.removeprefix(F1): f1 for name, f1 in checkpoint.training.metrics.items() if name.startswith(F1)}
     missed = [f"{name} (F1 {f1:.2f})" for name, f1 in known.items() if f1 < 0.5]

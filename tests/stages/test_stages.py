@@ -144,15 +144,15 @@ def test_findings_that_the_head_does_not_tell_are_named(caplog):
     logits[1], logits[3] = -2.0, -2.0
     logits[2, 2:5], logits[2, 9] = -2.0, 2.0
     names = ["right pleural effusion", "right renal cyst", "gallstones", "emphysema"]
-    f1 = contrastive.told(names, has, logits)
+    f1 = contrastive.findings_f1(names, has, logits)
     assert f1 == {"f1/right pleural effusion": 1.0, "f1/right renal cyst": 0.0, "f1/gallstones": 0.5}
     trained = SimpleNamespace(uri="c", training=SimpleNamespace(metrics={"temperature": 0.1, **f1}))
-    contrastive.warn_of_untold(trained)
+    contrastive.warn_of_missed_findings(trained)
     (line,) = caplog.messages
     assert "of the 3 findings" in line and "does not tell right renal cyst (F1 0.00); " in line
     caplog.clear()
-    trained.training.metrics = contrastive.told(names, has, torch.where(has, 2.0, -2.0))
-    contrastive.warn_of_untold(trained)
+    trained.training.metrics = contrastive.findings_f1(names, has, torch.where(has, 2.0, -2.0))
+    contrastive.warn_of_missed_findings(trained)
     assert not caplog.messages
 
 
