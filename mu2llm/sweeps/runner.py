@@ -24,7 +24,7 @@ from ray.tune.search import Searcher
 from mu2llm.errors import UserError
 from mu2llm.settings.stages import StageConfig
 from mu2llm.settings.sweeps import SweepConfig
-from mu2llm.stages.placement import workers_on_nodes
+from mu2llm.stages.placement import workers_that_fit
 from mu2llm.stages.validation import METRICS
 from mu2llm.sweeps.study import Study
 from mu2llm.sweeps.trial import DIRECTIONS, Plan, Point, Trial, is_memory, measurement, run
@@ -54,7 +54,7 @@ def concurrency(settings: StageConfig, sweep: SweepConfig) -> int:
         )
     workers = max(sweep.workers_per_trial, 1)
     each = {"CPU": settings.cpus_per_worker, "GPU": sweep.gpus_of(settings) / workers}
-    slots = workers_on_nodes(each)
+    slots = workers_that_fit(each)
     if slots < workers:
         needs = " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
         raise UserError(

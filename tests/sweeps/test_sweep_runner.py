@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from mu2llm import config
+from mu2llm import config, private_apis
 from mu2llm.errors import UserError
 from mu2llm.stages.job import Watch
 from mu2llm.sweeps import runner
@@ -16,8 +16,12 @@ from mu2llm.sweeps.trial import Plan, Point
 SPACE = Space({"model.tokenizer.top_k": Domain(choice=(4, 8, 16))})
 
 
-def nodes(monkeypatch, *resources):
+def nodes(monkeypatch, *resources, grows_to=None):
+    """The cluster has nodes of such resources; it scales itself to (count, resources) of others where that is given."""
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": each} for each in resources])
+    count, each = grows_to or (0, {})
+    limits = SimpleNamespace(node_group_configs=[SimpleNamespace(resources=each, max_count=count)], max_resources={})
+    monkeypatch.setattr(private_apis, "cluster_limits", lambda: limits if grows_to else None)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +35,12 @@ def test_as_many_trials_as_their_workers_fit_the_nodes(monkeypatch, workers, cpu
     assert runner.concurrency(given.sft, given.sweep) == expected
     capped = config.load("tiny", [*sets, "sweep.max_concurrent=2"])
     assert runner.concurrency(capped.sft, capped.sweep) == min(expected, 2)
+
+
+def test_trials_fill_the_nodes_that_the_autoscaler_may_add(monkeypatch):
+    nodes(monkeypatch, {"memory": 2e9}, grows_to=(6, {"CPU": 8.0}))
+    given = config.load("tiny", ["sft.cpus_per_worker=4", "sweep.workers_per_trial=2", "sweep.max_concurrent=null"])
+    assert runner.concurrency(given.sft, given.sweep) == 6
 
 
 def test_a_worker_that_fits_no_node_is_refused_though_the_cluster_has_as_much(monkeypatch):
