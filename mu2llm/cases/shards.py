@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -157,7 +157,7 @@ class Shards:
         if not files:
             there = ", ".join(f"{name} ({self.count(name)})" for name in self.index.splits)
             raise UserError(f"{self.uri} has no rows in split {split!r}; there are {there}")
-        return open_file(files[0]).schema_arrow
+        return open_file(files[0]).reader().schema_arrow
 
 
 class Joined(Shards):
@@ -183,21 +183,33 @@ class Joined(Shards):
         return pa.concat_tables([part._cases(split) for part in self.parts])
 
 
-def open_file(uri: str) -> pq.ParquetFile:
-    """An opened file and its footer, kept by each process: the files of shards never change under their name."""
+class OpenFile(NamedTuple):
+    """A file that is read without another look at its footer, by several threads at once."""
+
+    source: pa.NativeFile
+    footer: pq.FileMetaData
+
+    def reader(self) -> pq.ParquetFile:
+        """For one thread: of two in one reader the second waits for ever, for a buffer that the first has replaced."""
+        return pq.ParquetFile(self.source, metadata=self.footer, page_checksum_verification=True)
+
+
+def open_file(uri: str) -> OpenFile:
+    """An opened file, kept by each process: the files of shards never change under their name."""
     return (_open_remote if storage.is_remote(uri) else _open_local)(uri)
 
 
 @functools.lru_cache(maxsize=OPEN_LOCAL)
-def _open_local(uri: str) -> pq.ParquetFile:
-    return pq.ParquetFile(storage.resolve(uri)[1], memory_map=True, page_checksum_verification=True)
+def _open_local(uri: str) -> OpenFile:
+    source = pa.memory_map(storage.resolve(uri)[1])
+    return OpenFile(source, pq.read_metadata(source))
 
 
 @functools.lru_cache(maxsize=OPEN_REMOTE)
-def _open_remote(uri: str) -> pq.ParquetFile:
+def _open_remote(uri: str) -> OpenFile:
     filesystem, path = storage.resolve(uri)
-    opened = storage.retried(uri, lambda: filesystem.open_input_file(path))
-    return storage.retried(uri, lambda: pq.ParquetFile(opened, page_checksum_verification=True))
+    source = storage.retried(uri, lambda: filesystem.open_input_file(path))
+    return OpenFile(source, storage.retried(uri, lambda: pq.read_metadata(source)))
 
 
 def read_rows(files: list[str], counts: list[int], columns: list[str], rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -229,7 +241,7 @@ def read_rows(files: list[str], counts: list[int], columns: list[str], rows: np.
 
 
 def _read_groups(file: str, groups: list[int], columns: list[str]) -> pa.Table:
-    return open_file(file).read_row_groups(groups, columns=columns, use_threads=False)
+    return open_file(file).reader().read_row_groups(groups, columns=columns, use_threads=False)
 
 
 class ShardWriter:

@@ -2,6 +2,7 @@
 
 import io
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -69,3 +70,22 @@ def test_rows_of_object_storage_are_fetched_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(shards.storage, "is_remote", lambda uri: True)
     read = read_rows(made.files("train"), made.rows("train"), ["id", "x"], wanted)
     assert read["x"][:, 0].tolist() == wanted.tolist() and read["id"].tolist() == [items[n].id for n in wanted]
+
+
+def test_threads_read_one_file_at_the_same_time(tmp_path):
+    """One reader for all crashed, or waited for ever for a buffer that another thread had replaced."""
+    items = [scans.case(number) for number in range(24)]
+    rows = np.arange(24, dtype=np.float32)[:, None].repeat(64, 1)
+    made = scans.derived(
+        str(tmp_path / "x"),
+        scans.finished(str(tmp_path / "parent"), items),
+        [{"id": [each.id for each in items], "x": rows}],
+    )
+
+    def read(first):
+        wanted = np.arange(first, first + 3)
+        got = read_rows(made.files("train"), made.rows("train"), ["id", "x"], wanted)
+        return got["x"][:, 0].tolist() == wanted.tolist()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, np.random.default_rng(0).integers(0, 21, 2000)))

@@ -33,15 +33,21 @@ class Growing(Hosts):
         }
         super().__init__(0, {**fake, **(environment or {})}, token=False)
         self.cpus, self.most = cpus, most
+        self.ip = ray.util.get_node_ip_address()  # which the provider's nodes take too
+
+    @property
+    def gcs(self) -> str:
+        return f"{self.ip}:{self.port}"
 
     def _node(self, arguments: list[str], cpus: int) -> Node:
         self.config = Path(f"/tmp/mu-growing-{free_port()}.json")
         self.config.write_text(json.dumps(self._autoscaling()))
-        return Node([*arguments, f"--autoscaling-config={self.config}"], cpus, self.environment)
+        return Node([*arguments, f"--autoscaling-config={self.config}"], cpus, self.environment, self.ip)
 
     def _autoscaling(self) -> dict[str, object]:
         provider = {
-            "type": "fake_multinode",
+            "type": "external",  # by its own name Ray looks for a file that the wheel lacks
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
