@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -28,6 +29,7 @@ from typing import Any
 import httpx
 import psutil
 import ray
+import ray.train
 from ray import cloudpickle, serve
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -35,12 +37,13 @@ sys.path[:0] = [str(TESTS), *(str(TESTS / name) for name in ("cluster", "engine"
 
 from growing import IDLE_S, Growing, Watcher, joined, nodes  # noqa: E402
 
-from mu2llm import cases, config, tracking  # noqa: E402
+from mu2llm import cases, config, private_apis, tracking  # noqa: E402
 from mu2llm.cases import Shards  # noqa: E402
 from mu2llm.ct import phantom  # noqa: E402
 
-SCANS = 96
+SCANS = 48
 TRIALS, KILLED = 64, 20
+STEPS = 400  # of SFT
 REQUESTS_S = 60.0  # of load on the service
 
 
@@ -69,6 +72,8 @@ def ingest(folder: Path) -> None:
     table = cases.read_manifest(f"{folder}/scans/manifest.jsonl", "jsonl", f"{folder}/scans", experiment.data)
     with Growing(1, 3) as cluster, joined(cluster), Watcher() as watcher:
         first: list[float] = []
+        assert not nodes()
+        scales, limits = private_apis.scales_itself(), private_apis.cluster_limits()
         cases.ingest(table, f"{folder}/shards", experiment, lambda *_: first.append(watcher.seconds))
         done = watcher.seconds
         gone = wait_for(lambda: not nodes())
@@ -80,6 +85,8 @@ def ingest(folder: Path) -> None:
         most_nodes=watcher.most,
         first_scans_s=first[0],
         done_s=done,
+        scales_itself=scales,
+        tells_its_limits=limits is not None,
         **{f"all_nodes_gone_s_later_(idle_{IDLE_S})": gone},
     )
 
@@ -173,28 +180,32 @@ def sft(folder: Path) -> None:
 
     from mu2llm.stages import sft as stage
 
-    data, steps = str(folder / "data"), 60
+    data, steps = str(folder / "data"), STEPS
     write_shards(data, [case(i) for i in range(40)], "train", least())
     init = write_checkpoint(str(folder / "init"), 0, "contrastive")
     plain = least().model_dump(mode="json", exclude_defaults=True)
     plain["sft"] = {
-        **{"workers": [1, 2], "cpus_per_worker": 2, "max_steps": steps, "batch_size": 4, "save_steps": 5},
+        **{"workers": [1, 2], "cpus_per_worker": 2, "max_steps": steps, "batch_size": 4, "save_steps": 20},
         **{"log_steps": 1, "freeze_vision": False, "max_failures": 3},
     }
     experiment = config.validate(plain)
     told: list[tuple[float, float, float]] = []
     taken: list[float] = []
-    os.environ["RAY_TRAIN_ELASTIC_RESIZE_MONITOR_INTERVAL_S"] = "5"
+    often = functools.partial(ray.train.ScalingConfig, elastic_resize_monitor_interval_s=2)  # by itself every minute
+    ray.train.ScalingConfig = often  # type: ignore[misc,assignment]
     with Growing(2, 2) as cluster, joined(cluster), Watcher() as watcher:
         holder = Holder.remote()  # type: ignore[attr-defined]
         ray.get(holder.__ray_ready__.remote())
+
+        def grown_at() -> float:
+            return next((step for _, step, workers in told if workers == 2), float(STEPS))
 
         def follow(numbers: dict[str, float]) -> None:
             if "workers" in numbers and "step" in numbers:
                 told.append((watcher.seconds, numbers["step"], numbers["workers"]))
                 if numbers["step"] == 6:
                     ray.kill(holder)
-                if numbers["workers"] == 2 and not taken and numbers["step"] > told[0][1] + 20:
+                if numbers["workers"] == 2 and not taken and numbers["step"] > grown_at() + 60:
                     taken.append(watcher.seconds)
                     take_a_node()
 
