@@ -28,7 +28,15 @@ from mu2llm.records import Checkpoint
 from mu2llm.stages.held_out import HeldOut
 from mu2llm.stages.job import FINISHED_FILE, SCORE, STOPPED_FILE, Job, finished
 from mu2llm.stages.placement import check, resources
-from mu2llm.stages.worker import InProcessWorker, Resume, current_worker, use_gpu, work, work_on_ray
+from mu2llm.stages.worker import (
+    WARNINGS,
+    InProcessWorker,
+    Resume,
+    current_worker,
+    use_gpu,
+    work,
+    work_on_ray,
+)
 
 logger = logging.getLogger(__name__)
 LISTEN_S = 0.2  # between two looks of the controller at its workers: until it looks, the next report has to wait
@@ -262,6 +270,9 @@ class _Reporter(ray.train.UserCallback):
         self.path, self.run, self.job = path, run, job
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        with open(self.path, "a") as stream:
+            for text in dict.fromkeys(text for each in metrics for text in each.get(WARNINGS, ())):
+                stream.write(json.dumps({WARNINGS: text}) + "\n")
         numbers = {name: value for name, value in metrics[0].items() if isinstance(value, int | float)}
         if not numbers:
             return
@@ -281,14 +292,17 @@ def _observe(job: Job, run: tracking.StageRun, numbers: dict[str, float]) -> Non
 
 @contextlib.contextmanager
 def _relay(path: Path, total: int, progress: Logged | None) -> Iterator[None]:
-    """Follows the reporter's file and passes each line on to `progress`, while a stage runs."""
+    """Follows the reporter's file while a stage runs: numbers go to `progress`, workers' warnings into our own log."""
     path.touch()
     with path.open() as stream:
 
         def look() -> None:
             for line in stream:
-                if progress:
-                    progress({**json.loads(line), "total": total})
+                told = json.loads(line)
+                if WARNINGS in told:
+                    logger.warning("%s", told[WARNINGS])
+                elif progress:
+                    progress({**told, "total": total})
 
         with polled(look, RELAY_S):
             yield

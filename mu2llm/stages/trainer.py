@@ -39,6 +39,7 @@ def train(
     finished = storage.join(job.state, FINISHED_FILE)
     if storage.exists(finished):
         logger.warning("%s is trained already; what was cut off was measuring it, which is left out", job.out)
+        current_worker.get().done()
         return
     reports = _Reports(job, resume, trainer)  # type: ignore[arg-type]  # a Streamed one
     trainer.add_callback(reports)
@@ -69,6 +70,7 @@ def train(
             if measure:
                 described.training.metrics.update(measure(model))
                 storage.write_json(finished, described.model_dump(mode="json"))
+    worker.done()
 
 
 def arguments(job: Job, folder: str, model: Any, **more: Any) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -28,6 +30,7 @@ from mu2llm.stages.read_ahead import pinned, read_ahead
 # in every intermediate checkpoint: its description, by which a resume goes on. Not named as a whole checkpoint's is,
 # which others would take such a folder for: its weights may be an adapter's alone
 INTERMEDIATE_FILE = "mu2llm_intermediate.json"
+WARNINGS = "warnings"  # in a report, beside its numbers
 
 
 def work(settings: dict[str, Any]) -> None:
@@ -48,7 +51,8 @@ def work(settings: dict[str, Any]) -> None:
 def work_on_ray(settings: dict[str, Any]) -> None:
     """The same as a Ray worker's whole task: its lines of log are of the form that the driver's have."""
     logs.begin()
-    work(settings)
+    with warnings.collected():
+        work(settings)
 
 
 def use_gpu(job: Job) -> None:
@@ -61,6 +65,35 @@ def use_gpu(job: Job) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for, as in inference
     memory = torch.cuda.get_device_properties(0).total_memory
     check_memory(job.resolved, job.stage, int(memory * USABLE * min(1, job.settings.gpus_per_worker)))
+
+
+class Warnings(logging.Handler):
+    """What a Ray worker warns of, until its next report takes it to the driver: nobody sees the worker's own stderr."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(record.getMessage())
+        if logging.lastResort:  # which passes over a record that has a handler
+            logging.lastResort.handle(record)
+
+    def take(self) -> list[str]:
+        texts, self._texts = self._texts, []
+        return texts
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        ours = logging.getLogger("mu2llm")
+        ours.addHandler(self)
+        try:
+            yield
+        finally:
+            ours.removeHandler(self)
+
+
+warnings = Warnings()
 
 
 class RayTrainWorker:
@@ -78,7 +111,7 @@ class RayTrainWorker:
         """Metrics, with a folder an intermediate checkpoint; `validate` is its step if it is to be validated."""
         # numbers alone too: a report that is not asynchronous waits until the checkpoint before it is uploaded
         ray.train.report(  # type: ignore[call-arg]  # mypy sees the options of Train V1
-            metrics,
+            {**metrics, WARNINGS: warnings.take()},
             checkpoint=ray.train.Checkpoint.from_directory(str(folder)) if folder else None,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             validation=ray.train.ValidationTaskConfig(fn_kwargs={"step": validate}) if validate else False,
@@ -89,7 +122,11 @@ class RayTrainWorker:
 
         Before its folder goes: Ray Train uploads from there, and a worker whose upload fails is started anew.
         """
-        ray.train.report({})
+        self.done()
+
+    def done(self) -> None:
+        """What was warned of since the last report goes to the driver; every rank calls it."""
+        ray.train.report({WARNINGS: warnings.take()})
 
     def preempted(self) -> bool:
         return ray.train.get_preemption_info() is not None
@@ -113,6 +150,9 @@ class InProcessWorker(RayTrainWorker):
 
     def uploaded(self) -> None:
         """It saves nothing on the way."""
+
+    def done(self) -> None:
+        """Its warnings are seen where it logs them."""
 
     def preempted(self) -> bool:
         return False

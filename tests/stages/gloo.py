@@ -47,6 +47,9 @@ class GlooWorker(RayTrainWorker):
     def uploaded(self):
         pass
 
+    def done(self):
+        pass
+
     def preempted(self):
         return False
 

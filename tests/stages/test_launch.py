@@ -1,6 +1,7 @@
 """Placing, launching and resuming a stage: the bookkeeping, without Ray."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,15 @@ from mu2llm.stages import launch, placement, trainer
 from mu2llm.stages.job import FINISHED_FILE, Job, Watch, check_parent, check_tokenizer
 from mu2llm.stages.launch import KEPT_SNAPSHOT_FILE, SNAPSHOT_FILE
 from mu2llm.stages.placement import workers_that_fit
-from mu2llm.stages.worker import INTERMEDIATE_FILE, InProcessWorker, Resume, current_worker, work
+from mu2llm.stages.worker import (
+    INTERMEDIATE_FILE,
+    WARNINGS,
+    InProcessWorker,
+    Resume,
+    Warnings,
+    current_worker,
+    work,
+)
 
 
 def job(folder, *overrides):
@@ -47,6 +56,23 @@ def test_a_list_of_checkpoints_that_was_half_written_is_put_back(tmp_path, caplo
     launch._mend_snapshot(stage)
     assert not storage.exists(snapshot)
     assert "starts anew" in caplog.text
+
+
+def test_what_workers_warn_of_is_told_by_the_driver_once(tmp_path, caplog):
+    stage, numbers, path = job(tmp_path), [], tmp_path / "progress.jsonl"
+    warned = Warnings()
+    with warned.collected():
+        logging.getLogger("mu2llm.stages.sft").warning("%d reports were cut", 3)
+        logging.getLogger("mu2llm.stages.sft").info("not told")
+        logging.getLogger("another").warning("not ours")
+    caplog.clear()
+    reporter = launch._Reporter(str(path), SimpleNamespace(log=lambda *_, **__: None, key="key"), stage)
+    with launch._relay(path, 8, numbers.append):
+        texts = warned.take()
+        reporter.after_report(None, [{"step": 1, WARNINGS: texts}, {WARNINGS: [*texts, "of rank 1"]}], None)
+    assert [record.getMessage() for record in caplog.records] == ["3 reports were cut", "of rank 1"]
+    assert numbers == [{"step": 1, "total": 8}]
+    assert not warned.take()
 
 
 class Saving(InProcessWorker):

@@ -609,9 +609,11 @@ def test_dpo_prefers_what_was_chosen(pairs, place):
     assert 5 < last["epoch"] <= 6
 
 
-def test_two_workers_of_ray_train_prefer_what_one_does(pairs, place):
+def test_two_workers_of_ray_train_prefer_what_one_does(pairs, place, caplog):
     one = dpo.run(pairs, str(place / "dpo-alone"), here())
+    caplog.clear()
     two = dpo.run(pairs, str(place / "dpo-two"), experiment("dpo.workers=2"))
+    assert "keeps nothing of its training scans" in caplog.text  # what a worker warns of, the driver says
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
     for name in ("rewards/margins", "kl", "lengths/chosen"):
         ours, theirs = ([entry[name] for entry in each.training.history] for each in (two, one))
