@@ -36,7 +36,7 @@ def scales_itself() -> bool:
     """Whether an autoscaler (v2) tells this cluster's head of itself. Ray's public state has nothing of it."""
     import ray
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
     told = GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10)
     return bool(GetClusterStatusReply.FromString(told).autoscaling_state.autoscaler_state_version)

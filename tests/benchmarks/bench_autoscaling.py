@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -149,7 +150,7 @@ def sweep(folder: Path) -> None:
         before = {trial.id for trial in study().trials()}
         trials = runner.run_trials(plan, study(), [], told, TRIALS)
         cpu, seconds = time.process_time() - cpu, watcher.seconds
-    gaps = [b - a for a, b in zip(ended, ended[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(ended)]
     line(
         "sweep",
         trials=f"{len(trials)} of {TRIALS}, {len({t.id for t in trials})} of them distinct",
@@ -211,7 +212,9 @@ def sft(folder: Path) -> None:
 
         checkpoint = stage.run(data, str(folder / "elastic"), experiment, init, progress=follow)
         done = watcher.seconds
-    sizes = [int(n) for n, before in zip([w for *_, w in told], [0.0, *[w for *_, w in told]], strict=False) if n != before]
+    sizes = [
+        int(n) for n, before in zip([w for *_, w in told], [0.0, *[w for *_, w in told]], strict=False) if n != before
+    ]
     again = next(at for at, *_ in told if taken and at > taken[0])
     line(
         "sft",
