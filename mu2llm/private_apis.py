@@ -22,13 +22,24 @@ TOKENS = "ray._private.authentication.authentication_token_setup"
 
 
 def cluster_limits() -> Any | None:
-    """What the cluster can grow to, as Ray's `ClusterConfig`; None where it does not scale itself.
+    """What the cluster can grow to, as Ray's `ClusterConfig`; None where it does not scale itself, or does not tell.
 
-    Ray's public state names the nodes that are there, not those that the autoscaler may add.
+    Ray's public state names the nodes that are there, not those that the autoscaler may add. Of Ray 2.60's own
+    autoscalers none tells (tests/cluster/test_growing.py): see `scales_itself`.
     """
     import ray
 
     return ray._private.state.state.get_cluster_config()
+
+
+def scales_itself() -> bool:
+    """Whether an autoscaler (v2) tells this cluster's head of itself. Ray's public state has nothing of it."""
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+
+    told = GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10)
+    return bool(GetClusterStatusReply.FromString(told).autoscaling_state.autoscaler_state_version)
 
 
 def running_http_options() -> Any | None:

@@ -15,6 +15,7 @@ from mu2llm import private_apis
 
 def test_a_cluster_that_does_not_scale_itself_has_no_limits(ray_cluster):
     assert private_apis.cluster_limits() is None and private_apis.largest_resources() == {}
+    assert not private_apis.scales_itself()
 
 
 def test_what_a_cluster_can_grow_to_is_read_from_its_autoscaler(ray_cluster, monkeypatch):

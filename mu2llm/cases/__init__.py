@@ -2,8 +2,8 @@
 
 from mu2llm.cases.ingest import OverBudget, ingest
 from mu2llm.cases.manifest import FORMATS, read_manifest
-from mu2llm.cases.shards import Shards, write_rows
-from mu2llm.cases.stream import Stream, dataset, splits_dataset
+from mu2llm.cases.shards import Shards
+from mu2llm.cases.stream import Stream, dataset
 from mu2llm.cases.table import NOTES, CaseTable
 
 __all__ = [
@@ -16,6 +16,4 @@ __all__ = [
     "dataset",
     "ingest",
     "read_manifest",
-    "splits_dataset",
-    "write_rows",
 ]

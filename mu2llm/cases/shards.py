@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +33,8 @@ FORMAT_VERSION = 1
 INDEX = "shards.json"
 CASES = "cases.parquet"
 SUMMARY = b"mu2llm"  # the key of a file's summary in its Parquet metadata
+READS = 16  # at once, of rows in object storage: it gives a connection some 60 MB a second, and there are many
+OPEN_LOCAL, OPEN_REMOTE = 256, 4096  # files that a process keeps open; one on a disk takes a descriptor
 
 
 class ShardFile(BaseModel):
@@ -118,6 +122,11 @@ class Shards:
         """The cases of a split, in the rows' order, without voxels."""
         return [Case.from_row(row) for row in self._cases(split).to_pylist()]
 
+    def ids(self, split: str) -> list[str]:
+        """The ids of the cases of a split, in the rows' order."""
+        names: list[str] = self._cases(split).column("id").to_pylist()
+        return names
+
     def subset(self, split: str, fraction: float, seed: int) -> list[str]:
         """The ids of the cases of a fraction of a split's patients, drawn by the seed, in the rows' order.
 
@@ -132,7 +141,7 @@ class Shards:
 
     def rows_of(self, split: str, ids: Sequence[str]) -> np.ndarray:
         """The rows in a split of cases by their ids; a UserError names those that are not there."""
-        rows = {name: row for row, name in enumerate(self._cases(split).column("id").to_pylist())}
+        rows = {name: row for row, name in enumerate(self.ids(split))}
         missing = [name for name in ids if name not in rows]
         if missing:
             raise UserError(f"{self.uri}: {len(missing)} cases are not in split {split!r}, such as {missing[0]}")
@@ -148,7 +157,7 @@ class Shards:
         if not files:
             there = ", ".join(f"{name} ({self.count(name)})" for name in self.index.splits)
             raise UserError(f"{self.uri} has no rows in split {split!r}; there are {there}")
-        return open_file(files[0]).schema_arrow
+        return open_file(files[0]).reader().schema_arrow
 
 
 class Joined(Shards):
@@ -174,27 +183,56 @@ class Joined(Shards):
         return pa.concat_tables([part._cases(split) for part in self.parts])
 
 
-@functools.lru_cache(maxsize=256)
-def open_file(uri: str) -> pq.ParquetFile:
-    """An opened file and its footer, kept by each process: the files of shards never change under their name."""
+class OpenFile(NamedTuple):
+    """A file that is read without another look at its footer, by several threads at once."""
+
+    source: pa.NativeFile
+    footer: pq.FileMetaData
+
+    def reader(self) -> pq.ParquetFile:
+        """For one thread: of two in one reader the second waits for ever, for a buffer that the first has replaced."""
+        return pq.ParquetFile(self.source, metadata=self.footer, page_checksum_verification=True)
+
+
+def open_file(uri: str) -> OpenFile:
+    """An opened file, kept by each process: the files of shards never change under their name."""
+    return (_open_remote if storage.is_remote(uri) else _open_local)(uri)
+
+
+@functools.lru_cache(maxsize=OPEN_LOCAL)
+def _open_local(uri: str) -> OpenFile:
+    source = pa.memory_map(storage.resolve(uri)[1])
+    return OpenFile(source, pq.read_metadata(source))
+
+
+@functools.lru_cache(maxsize=OPEN_REMOTE)
+def _open_remote(uri: str) -> OpenFile:
     filesystem, path = storage.resolve(uri)
-    local = not storage.is_remote(uri)
-    opened = storage.retried(uri, lambda: filesystem.open_input_file(path))
-    return storage.retried(
-        uri, lambda: pq.ParquetFile(path if local else opened, memory_map=local, page_checksum_verification=True)
-    )
+    source = storage.retried(uri, lambda: filesystem.open_input_file(path))
+    return OpenFile(source, storage.retried(uri, lambda: pq.read_metadata(source)))
 
 
 def read_rows(files: list[str], counts: list[int], columns: list[str], rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows by their number in the split (in any order, also twice) → columns in that order."""
+    """Rows by their number in the split (in any order, also twice) → columns in that order.
+
+    From object storage `READS` parts of them are read at once.
+    """
     starts = np.cumsum([0, *counts])
     owners = np.searchsorted(starts, rows, side="right") - 1
-    tables, places = [], []
-    for owner in np.unique(owners):
-        place = np.flatnonzero(owners == owner)
-        file, groups = files[owner], (rows[place] - starts[owner]).tolist()
-        tables.append(storage.retried(file, functools.partial(_read_groups, file, groups, columns)))
-        places.append(place)
+    at_once = READS if storage.is_remote(files[0]) else 1
+    of_files = [np.flatnonzero(owners == owner) for owner in np.unique(owners)]
+    places = [part for place in of_files for part in np.array_split(place, min(at_once, len(place)))]
+
+    def read(place: np.ndarray) -> pa.Table:
+        file, groups = files[owners[place[0]]], (rows[place] - starts[owners[place]]).tolist()
+        return storage.retried(file, functools.partial(_read_groups, file, groups, columns))
+
+    if at_once == 1:
+        tables = list(map(read, places))
+    else:
+        with ThreadPoolExecutor(min(at_once, len(places))) as pool:
+            list(pool.map(open_file, {files[owners[place[0]]] for place in of_files}))  # each once
+            tables = list(pool.map(read, places))
     schema = tables[0].schema
     table = pa.concat_tables(tables)
     if len(tables) > 1:
@@ -203,7 +241,7 @@ def read_rows(files: list[str], counts: list[int], columns: list[str], rows: np.
 
 
 def _read_groups(file: str, groups: list[int], columns: list[str]) -> pa.Table:
-    return open_file(file).read_row_groups(groups, columns=columns, use_threads=False)
+    return open_file(file).reader().read_row_groups(groups, columns=columns, use_threads=False)
 
 
 class ShardWriter:
@@ -260,100 +298,49 @@ def read_summary(uri: str) -> dict[str, Any]:
 def write_index(uri: str, index: Index, cases: list[Case]) -> Shards:
     """Writes what makes the files below a URI into finished shards; the index last."""
     storage.write_table(storage.join(uri, CASES), Case.table(cases))
+    return _write_json(uri, index)
+
+
+def _write_json(uri: str, index: Index) -> Shards:
     storage.write_json(storage.join(uri, INDEX), index.model_dump(mode="json"))
     return Shards(uri, index)
 
 
-Begun = dict[str, list[tuple[ShardFile, list[str]]]]
-"""Files of a table that a run which was stopped had finished, with the ids of their rows, by split."""
+def write_derived(uri: str, files: dict[str, list[ShardFile]], parent: Shards, **facts: Any) -> Shards:
+    """Makes files that hold all rows of some shards, split by split and in their order, into a finished table (such as
+    cached vision features), and opens it. `facts` go into the index."""
+    storage.copy(storage.join(parent.uri, CASES), storage.join(uri, CASES))
+    origin = {"parent": storage.lasting(parent.uri), "parent_checksum": parent.checksum}
+    return _write_json(uri, Index.of(parent.spec, files, **origin, **facts))
 
 
-def begun(uri: str, splits: Iterable[str], parent: Shards) -> Begun:
-    """What lies at a URI of a table derived from shards, split by split, as far as its rows are the parent's in their
-    order: `write_rows` goes on behind it."""
-    found: Begun = {}
-    for split in splits:
-        expected = [case.id for case in parent.cases(split)]
-        found[split], at = [], 0
-        for info in storage.list_files(storage.join(uri, split)):
-            path = f"{split}/{info.base_name}"
-            ids = read_summary(storage.join(uri, path)).get("ids") if path.endswith(".parquet") else None
-            if ids and ids == expected[at : at + len(ids)]:
-                found[split].append((shard_file(uri, path), ids))
-                at += len(ids)
-        if at < len(expected):
-            break
-    return found
+def write_file(uri: str, path: str, batches: Iterator[dict[str, Any]]) -> ShardFile:
+    """Writes batches (dicts of columns, with the column `id` of a case), at least one, to a file below a URI."""
+    first, ids = next(batches), list[str]()
+    with storage.staged(storage.join(uri, path)) as local, ShardWriter(local, tensors.schema_of(first)) as writer:
+        for batch in itertools.chain([first], batches):
+            writer.write(batch)
+            ids.extend(str(name) for name in batch["id"])
+        writer.summarise(ids=ids)
+    return shard_file(uri, path)
 
 
-def write_rows(
-    uri: str,
-    splits: Iterable[tuple[str, Iterable[dict[str, Any]]]],
-    parent: Shards,
-    shard_mb: int = 128,
-    kept: Begun | None = None,
-    **facts: Any,
-) -> Shards:
-    """Writes a table derived from shards (such as cached vision features) in their layout, and opens it.
-
-    `splits` gives one split after the other, with batches of its rows as dicts of columns, with the column `id` of a
-    case of `parent`; the rows behind those of `kept`, where that is given. `facts` go into the index. What was at the
-    URI before is replaced, but for `kept`, with which nothing is deleted.
-    """
-    uri = storage.absolute(uri)
-    if kept is None:
-        storage.delete(uri)
-    written: Begun = {split: list(files) for split, files in (kept or {}).items()}
-    seen: set[str] = set()
-    for split, batches in splits:
-        if split in seen:
-            raise ValueError(f"{uri}: the rows of split {split} come in two parts")
-        seen.add(split)
-        files = written.setdefault(split, [])
-        for path, ids in _write_files(uri, split, iter(batches), shard_mb * 2**20, len(files)):
-            files.append((shard_file(uri, path), ids))
-    cases: list[Case] = []
-    for split, files in written.items():
-        known = {case.id: case for case in parent.cases(split)}
-        cases.extend(known[name] for _, ids in files for name in ids)
-    index = Index.of(
-        parent.spec,
-        {split: [file for file, _ in files] for split, files in written.items()},
-        parent=storage.lasting(parent.uri),
-        parent_checksum=parent.checksum,
-        **facts,
-    )
-    return write_index(uri, index, cases)
+CORRECTED = 16
+"""Scans that no manifest named in a file: a file is written whole, and one scan may have 50 MB."""
 
 
 def write_scans(
-    uri: str, split: str, rows: Iterable[dict[str, Any]], cases: list[Case], spec: PreprocessSpec, shard_mb: int = 128
+    uri: str, split: str, rows: Iterable[dict[str, Any]], cases: list[Case], spec: PreprocessSpec
 ) -> Shards:
     """Writes scans that no manifest named, in one split, in place of what was at the URI; `rows` are batches of columns
     with `id`, in the order of `cases`."""
-    uri = storage.absolute(uri)
+    uri, run = storage.absolute(uri), secrets.token_hex(4)  # readers keep files open by name: a new table has new names
     storage.delete(uri)
-    files = [shard_file(uri, path) for path, _ in _write_files(uri, split, iter(rows), shard_mb * 2**20, 0)]
+    batches, files = iter(rows), list[ShardFile]()
+    for first in batches:
+        together = itertools.chain([first], itertools.islice(batches, CORRECTED - 1))
+        files.append(write_file(uri, f"{split}/{len(files):05d}-{run}.parquet", together))
     return write_index(uri, Index.of(spec, {split: files}), cases)
-
-
-def _write_files(
-    uri: str, split: str, batches: Iterator[dict[str, Any]], size: int, number: int
-) -> Iterator[tuple[str, list[str]]]:
-    """Writes batches to files of about `size` bytes, numbered from `number`; gives each one's path and ids."""
-    run = secrets.token_hex(4)  # readers keep files open by name, so a new table has new names
-    batch = next(batches, None)
-    while batch is not None:
-        path = f"{split}/{number:05d}-{run}.parquet"
-        ids: list[str] = []
-        with storage.staged(storage.join(uri, path)) as local, ShardWriter(local, tensors.schema_of(batch)) as writer:
-            while batch is not None and writer.bytes < size:
-                writer.write(batch)
-                ids.extend(str(name) for name in batch["id"])
-                batch = next(batches, None)
-            writer.summarise(ids=ids)
-        yield path, ids
-        number += 1
 
 
 def shard_file(uri: str, path: str) -> ShardFile:

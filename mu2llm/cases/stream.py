@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
-from ray.data import TaskPoolStrategy
+from ray.data import ExecutionResources, TaskPoolStrategy
 
-from mu2llm import private_apis
+from mu2llm import private_apis, storage
 from mu2llm.cases import tensors
 from mu2llm.cases.shards import Shards, read_rows
 from mu2llm.errors import UserError
@@ -25,7 +26,10 @@ from mu2llm.errors import UserError
 BLOCK_BYTES = 16 * 2**20  # what one step of a reading task gives; large enough to hide Ray Data's cost a block
 TASK_BYTES = 128 * 2**20  # what one reading task gives before the next is scheduled
 MAX_TASKS = 4096
-READING_TASKS = 2  # at once, of one stream
+CPUS_A_READER = 8  # of the cluster, for each task that reads at the same time
+LEAST_READERS = 2  # at once, of one stream
+ROWS_AT_ONCE = 8  # that a reading task fetches from object storage at once, where a row is as large as a block
+AHEAD_BATCHES, AHEAD_BLOCKS = 8, 8  # of a worker, and of each of its reading tasks, that may wait in the object store
 READING_CPUS = 0.0  # that Ray counts for each: training workers may hold all there are, and reading mostly waits
 TEXT_BYTES = 1024
 WINDOW_BATCHES = 32  # of one window, within which rows of similar lengths come together
@@ -136,6 +140,11 @@ class Source:
         return sum(self.counts) if self.rows is None else len(self.rows)
 
     @property
+    def remote(self) -> bool:
+        """Whether the files lie in object storage."""
+        return storage.is_remote(self.files[0])
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a row; of a text an estimate."""
         return sum(field.type.byte_width if tensors.is_tensor(field) else TEXT_BYTES for field in self.schema)
@@ -147,40 +156,64 @@ class Source:
 
 @dataclass(frozen=True)
 class ReadBlocks:
-    """What a reading task does: a range of blocks → their rows."""
+    """What a reading task does: a range of blocks → their rows, read `together` blocks at a time."""
 
     source: Source
     order: Order
     own: WorkerRows
     block_rows: int
+    together: int = 1
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        for block in range(batch["first"].item(), batch["end"].item()):
-            positions = self.own.positions(block * self.block_rows, (block + 1) * self.block_rows)
+        end = batch["end"].item()
+        for first in range(batch["first"].item(), end, self.together):
+            last = min(first + self.together, end)
+            positions = self.own.positions(first * self.block_rows, last * self.block_rows)
             items = self.order.items(positions)
-            yield {**self.source.read(items), "row": positions, "item": items}
+            rows = {**self.source.read(items), "row": positions, "item": items}
+            for at in range(0, len(items), self.block_rows):
+                yield {name: values[at : at + self.block_rows] for name, values in rows.items()}
 
 
-def blocks(source: Source, order: Order, own: WorkerRows, num_cpus: float) -> ray.data.Dataset:
-    """The rows of one worker in order, in small blocks, with `row` (position in the order) and `item`."""
+def reading_tasks(workers: int = 1) -> int:
+    """How many tasks read at once for each of so many workers that share the cluster; for one, for the whole of it."""
+    return max(LEAST_READERS, int(ray.cluster_resources().get("CPU", 0)) // CPUS_A_READER // workers)
+
+
+def room_ahead(batch_bytes: int, block_bytes: int, readers: int, workers: int) -> float:
+    """Bytes of the object store that a worker's stream may fill: what hides the jitter of its readers, and no more than
+    its share of the half that Ray Data would give to each stream alone."""
+    wanted = AHEAD_BATCHES * batch_bytes + AHEAD_BLOCKS * readers * block_bytes
+    return min(wanted, ray.cluster_resources().get("object_store_memory", 0) / 2 / workers)
+
+
+def blocks(source: Source, order: Order, own: WorkerRows, num_cpus: float, alone: bool) -> ray.data.Dataset:
+    """The rows of one worker in order, in small blocks, with `row` (position in the order) and `item`. If it is not
+    `alone` on the cluster, it leaves the others' streams their room."""
     block_rows = max(1, BLOCK_BYTES // source.row_bytes)
     if block_rows > own.local_batch:
         block_rows -= block_rows % own.local_batch
+    together = max(1, ROWS_AT_ONCE // block_rows) if source.remote else 1
     block_bytes = block_rows * source.row_bytes
     number = -(-len(own) // block_rows)
-    a_task = max(1, TASK_BYTES // block_bytes, -(-number // MAX_TASKS))
+    a_task = max(together, TASK_BYTES // block_bytes, -(-number // MAX_TASKS))
     tasks = [{"first": at, "end": min(at + a_task, number)} for at in range(0, max(number, 1), a_task)]
     # from_items makes its blocks here; from_arrow asks a task for them, which waits for ever where no CPU is free.
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
-    dataset.context.execution_options.preserve_order = True
+    readers = min(reading_tasks(own.world), len(tasks))
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    if not alone:
+        room = room_ahead(own.local_batch * source.row_bytes, block_bytes, readers, own.world)
+        options.resource_limits = ExecutionResources.for_limits(object_store_memory=room)
     private_apis.pause_scheduler(dataset)
     dataset.context.target_max_block_size = int(0.9 * block_bytes)  # so that each step of a task gives a block
     return dataset.map_batches(
-        ReadBlocks(source, order, own, block_rows),
+        ReadBlocks(source, order, own, block_rows, together),
         batch_size=None,
         batch_format="numpy",
         num_cpus=num_cpus,
-        compute=TaskPoolStrategy(size=max(1, min(READING_TASKS, len(tasks)))),
+        compute=TaskPoolStrategy(size=readers),
     )
 
 
@@ -196,15 +229,7 @@ def dataset(
     Tensors are arrays, JSON columns JSON text; `item` is the row's number in the split, or its place in `ids`.
     """
     source = Source.of(shards, split, columns, ids)
-    return blocks(source, Order(source.count, None), WorkerRows(0, source.count, 1), num_cpus)
-
-
-def splits_dataset(shards: Shards, splits: Sequence[str], columns: list[str], start_row: int = 0) -> ray.data.Dataset:
-    """All rows of some splits once, one split after the other, as stored, from a row of them all on."""
-    sources = [Source.of(shards, split, columns, None) for split in splits]
-    files, counts = ([item for source in sources for item in getattr(source, name)] for name in ("files", "counts"))
-    source = replace(sources[0], files=files, counts=counts)
-    return blocks(source, Order(source.count, None), WorkerRows(start_row, source.count, 1), READING_CPUS)
+    return blocks(source, Order(source.count, None), WorkerRows(0, source.count, 1), num_cpus, alone=True)
 
 
 class Stream:
@@ -241,7 +266,7 @@ class Stream:
         self.wait_seconds = 0.0
         known_lengths = None if lengths is None else np.asarray(lengths)
         order = Order(source.count, seed, shuffle_rows, known_lengths, batch_size)
-        self._dataset = blocks(source, order, self.own, num_cpus)
+        self._dataset = blocks(source, order, self.own, num_cpus, alone=False)
 
     def __len__(self) -> int:
         """Batches."""

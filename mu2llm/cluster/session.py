@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,8 +17,11 @@ import ray.exceptions
 
 from mu2llm import private_apis
 from mu2llm.errors import Failure, UserError
+from mu2llm.memory import machine_memory
 
 CONNECT_S = 2
+LEAST_STORE = 2**30  # bytes of an object store
+SHARED_MEMORY = Path("/dev/shm")
 TOKEN_FIX = (
     "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (or RAY_AUTH_TOKEN); "
     "cluster/README.md says where it is kept"
@@ -62,7 +67,7 @@ def session(address: str | None = None, cpus: int | None = None) -> Iterator[Non
             address="local",  # also where another Ray runs on this machine
             num_cpus=max(cpus or os.cpu_count() or 1, 4),
             include_dashboard=False,
-            object_store_memory=1024**3,
+            object_store_memory=object_store(),
             configure_logging=True,
             **quiet,
         )
@@ -71,6 +76,15 @@ def session(address: str | None = None, cpus: int | None = None) -> Iterator[Non
         yield
     finally:
         ray.shutdown()
+
+
+def object_store() -> int:
+    """Bytes of the object store of a Ray of our own: a sixteenth of the machine's memory, as far as shared memory has
+    them, and at least `LEAST_STORE`."""
+    share = machine_memory() // 16
+    if SHARED_MEMORY.is_dir():
+        share = min(share, shutil.disk_usage(SHARED_MEMORY).free * 9 // 10)
+    return max(LEAST_STORE, share)
 
 
 def _no_token(address: str) -> UserError:

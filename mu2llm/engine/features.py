@@ -1,28 +1,49 @@
-"""Each scan through a frozen vision encoder once: the features lie beside the shards and are read ever after."""
+"""Each scan through a frozen vision encoder once: the features lie beside the shards and are read ever after.
+
+The actors that hold the encoder read the scans and write the features themselves, a file at a time: those of CT-RATE
+are 160 GB at the paper's size, too much to pass through one driver. A file that is there is done.
+"""
 
 from __future__ import annotations
 
+import collections
+import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import groupby
-from operator import itemgetter
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
+import ray.data
 import torch
 from torch import Tensor
 
 from mu2llm import logs, storage
 from mu2llm.artefacts import Identity, open_checkpoint, weights_of
-from mu2llm.cases import Shards, splits_dataset, write_rows
-from mu2llm.cases.shards import begun, read_rows
-from mu2llm.engine.actors import failures, on_actors, use_cpus
+from mu2llm.cases import Shards
+from mu2llm.cases.shards import ShardFile, read_rows, read_summary, shard_file, write_derived, write_file
+from mu2llm.engine.actors import failures, resources, use_cpus
 from mu2llm.engine.loading import load_encoder, numerics
 from mu2llm.errors import Failure, UserError
 from mu2llm.progress import Counted
 from mu2llm.settings.inference import InferenceConfig, Precision
 
 COLUMNS = ["id", "report", "questions", "voxels", "chunk_mask"]
-BATCH = 16  # scans
+FILE_SCANS = 64  # of one file of features; what of it is encoded is lost where an actor dies
+READ_AHEAD = 2  # batches that an actor reads while it encodes one
+PART = ("split", "first", "end")
+
+
+class Part(NamedTuple):
+    """The rows of a split, from `first` to before `end`, whose features are one file."""
+
+    split: str
+    first: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        """How its files begin, below the split; a run's own name follows, as readers keep files open by name."""
+        return f"{self.first:07d}-"
 
 
 def encode_scans(checkpoint: str, shards: Shards, settings: InferenceConfig, progress: Counted | None = None) -> Shards:
@@ -42,13 +63,18 @@ def encode_scans(checkpoint: str, shards: Shards, settings: InferenceConfig, pro
     uri = features_uri(checkpoint, shards, settings.used_precision)
     if storage.exists(storage.join(uri, "shards.json")):
         return Shards.open(uri)
-    splits = [split for split in ("train", "validation", "test") if shards.count(split)]
-    kept = begun(uri, splits, shards)
-    done = sum(len(ids) for files in kept.values() for _, ids in files)
+    counts = {split: shards.count(split) for split in ("train", "validation", "test") if shards.count(split)}
+    files = _finished(uri, shards, counts)
+    done = sum(file.rows for file in files.values())
+    parts = [each for split, count in counts.items() for each in _parts(split, count)]
     with failures("encoding scans", "run again to go on"):
-        encoded = groupby(_encoded(checkpoint, shards, splits, settings, done, progress), key=itemgetter(0))
-        tables = ((split, (batch for _, batch in batches)) for split, batches in encoded)
-        return write_rows(uri, tables, shards, kept=kept, checkpoint=storage.lasting(checkpoint))
+        for part, file in _encoded(checkpoint, shards, uri, [each for each in parts if each not in files], settings):
+            files[part] = file
+            done += file.rows
+            if progress:
+                progress(done, sum(counts.values()))
+    by_split = {split: [files[each] for each in parts if each.split == split] for split in counts}
+    return write_derived(uri, by_split, shards, checkpoint=storage.lasting(checkpoint))
 
 
 def cached_features(checkpoints: Collection[str], shards: Shards, precision: Precision = "fp32") -> str | None:
@@ -89,46 +115,86 @@ def features_uri(checkpoint: str, shards: Shards, precision: Precision = "fp32")
     return storage.join(shards.uri, "features", Identity.of(inputs).digest)
 
 
+def _parts(split: str, count: int) -> list[Part]:
+    return [Part(split, first, min(first + FILE_SCANS, count)) for first in range(0, count, FILE_SCANS)]
+
+
+def _finished(uri: str, shards: Shards, counts: Mapping[str, int]) -> dict[Part, ShardFile]:
+    """The files of features that are there whole, of the scans that the parts have now."""
+    found: dict[Part, ShardFile] = {}
+    for split, count in counts.items():
+        names = [info.base_name for info in storage.list_files(storage.join(uri, split))]
+        parts = {each.name: each for each in _parts(split, count)}
+        there = [(parts[name[:8]], f"{split}/{name}") for name in names if name[:8] in parts]
+        ids = shards.ids(split) if there else []
+        with ThreadPoolExecutor(storage.REQUESTS) as pool:
+            summaries = pool.map(lambda each: read_summary(storage.join(uri, each[1])), there)
+            whole = [each for each, its in zip(there, summaries, strict=True) if its["ids"] == ids[slice(*each[0][1:])]]
+            files = pool.map(lambda each: shard_file(uri, each[1]), whole)
+            found |= {part: file for (part, _), file in zip(whole, files, strict=True)}
+    return found
+
+
 def _encoded(
-    checkpoint: str,
-    shards: Shards,
-    splits: Sequence[str],
-    settings: InferenceConfig,
-    done: int,
-    progress: Counted | None,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Batches of one split after the other, all through the same actors, behind the first `done` scans."""
-    split_of = {case.id: split for split in splits for case in shards.cases(split)}
-    if done == len(split_of):
+    checkpoint: str, shards: Shards, uri: str, parts: Sequence[Part], settings: InferenceConfig
+) -> Iterator[tuple[Part, ShardFile]]:
+    """The files of the parts as the actors finish them."""
+    if not parts:
         return
-    rows = splits_dataset(shards, splits, COLUMNS, done)
-    rows = on_actors(rows, VisionActor, (checkpoint, settings), settings, len(split_of) - done)
-    for batch in rows.iter_batches(batch_size=BATCH, batch_format="numpy"):
-        owners = enumerate(split_of[name] for name in batch["id"])
-        for split, group in groupby(owners, key=itemgetter(1)):
-            chosen = [i for i, _ in group]
-            yield split, {name: values[chosen] for name, values in batch.items()}
-        done += len(batch["id"])
-        if progress:
-            progress(done, len(split_of))
+    rows = ray.data.from_items([dict(zip(PART, each, strict=True)) for each in parts], override_num_blocks=len(parts))
+    rows.context.raise_original_map_exception = True
+    encoded = rows.map_batches(
+        VisionActor,
+        fn_constructor_args=(checkpoint, settings, shards, uri, secrets.token_hex(4)),
+        batch_size=1,
+        **resources(settings, len(parts)),
+    )
+    for batch in encoded.iter_batches(batch_size=None, batch_format="numpy"):
+        for split, first, end, file in zip(*(batch[name] for name in (*PART, "file")), strict=True):
+            yield Part(str(split), int(first), int(end)), ShardFile.model_validate_json(file)
 
 
 class VisionActor:
-    """Holds the encoder in a Ray Data actor."""
+    """Holds the encoder in a Ray Data actor: parts of the shards → the files of their features."""
 
-    def __init__(self, checkpoint: str, settings: InferenceConfig) -> None:
+    def __init__(self, checkpoint: str, settings: InferenceConfig, shards: Shards, uri: str, run: str) -> None:
         logs.begin(stage="encode")
         use_cpus(settings)
-        self.precision = settings.used_precision
+        self.shards, self.uri, self.run = shards, uri, run
+        self.batch_size, self.precision = settings.batch_size, settings.used_precision
         self.encoder = load_encoder(checkpoint, self.precision, settings.used_device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        features, _ = scan_features(self.encoder, batch, self.precision)
+        files = []
+        for split, first, end in zip(*(batch[name] for name in PART), strict=True):
+            part = Part(str(split), int(first), int(end))
+            path = f"{part.split}/{part.name}{self.run}.parquet"
+            file = write_file(self.uri, path, map(self.encode, self._read(part)))
+            files.append(file.model_dump_json())
+        return {**batch, "file": np.array(files, dtype=object)}
+
+    def _read(self, part: Part) -> Iterator[dict[str, Any]]:
+        """Batches of a part's rows; the next ones are read meanwhile."""
+        files, counts = self.shards.files(part.split), self.shards.rows(part.split)
+        firsts = range(part.first, part.end, self.batch_size)
+        with ThreadPoolExecutor(READ_AHEAD) as pool:
+            ahead: collections.deque[Any] = collections.deque()
+            for first in firsts:
+                rows = np.arange(first, min(first + self.batch_size, part.end))
+                ahead.append(pool.submit(read_rows, files, counts, COLUMNS, rows))
+                if len(ahead) > READ_AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def encode(self, rows: dict[str, Any]) -> dict[str, Any]:
+        """Rows of shards with `features` (B, T, n, E) float16 in place of voxels; Failure where they do not fit."""
+        features, _ = scan_features(self.encoder, rows, self.precision)
         stored = features.to(torch.float16)
         if not stored.isfinite().all():
             raise Failure(
-                f"features of {batch['id'][0]} or a scan beside it reach {float(features.abs().max()):.3g}, more than "
+                f"features of {rows['id'][0]} or a scan beside it reach {float(features.abs().max()):.3g}, more than "
                 "float16 holds: with another tower or other weights they do not, see mu2llm towers check"
             )
-        kept = {name: batch[name] for name in ("id", "report", "questions", "chunk_mask")}
+        kept = {name: rows[name] for name in ("id", "report", "questions", "chunk_mask")}
         return {**kept, "features": stored.cpu().numpy()}

@@ -17,6 +17,7 @@ from ray.data import TaskPoolStrategy
 from mu2llm import storage
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
+from mu2llm.cases.stream import reading_tasks
 from mu2llm.engine.actors import failures, resources
 from mu2llm.engine.predictions import Prediction, Request
 from mu2llm.engine.reading import CaseReader
@@ -24,8 +25,6 @@ from mu2llm.engine.writer import Writer
 from mu2llm.errors import UserError
 from mu2llm.progress import Counted
 from mu2llm.records import Case
-
-READING_TASKS = 2  # at once: more would start processes, not read faster than the actors write
 
 
 def generate(request: Request, state: str | None = None, progress: Counted | None = None) -> list[Prediction]:
@@ -120,7 +119,11 @@ def _written(
     batches.context.target_max_block_size = None  # a batch stays one block, however large
     batches.context.raise_original_map_exception = True
     scans = batches.map_batches(
-        reader, batch_size=1, batch_format="numpy", num_cpus=0.25, compute=TaskPoolStrategy(size=READING_TASKS)
+        reader,
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=0.25,
+        compute=TaskPoolStrategy(size=min(reading_tasks(), len(left))),
     )
     written = scans.map_batches(
         Writer,

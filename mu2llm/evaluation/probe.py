@@ -21,7 +21,7 @@ from mu2llm import config, green
 from mu2llm.artefacts import open_checkpoint
 from mu2llm.cases import Shards
 from mu2llm.cases.shards import read_rows
-from mu2llm.engine.features import BATCH, encode_scans
+from mu2llm.engine.features import encode_scans
 from mu2llm.errors import UserError
 from mu2llm.evaluation.bootstrap import Bootstrap
 from mu2llm.evaluation.clinical import Tally
@@ -36,6 +36,7 @@ from mu2llm.weights import TextEncoder
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 """Of the penalty on the probe's weights, tried on split `validation`."""
 SPLITS = ("train", "validation", "test")
+BATCH = 16  # scans whose features are read at a time
 
 
 class LabelScore(BaseModel):

@@ -110,8 +110,8 @@ def _deployment(
         max_replicas=max(replicas.min_replicas, replicas.max_replicas),
         initial_replicas=replicas.min_replicas,
         target_ongoing_requests=replicas.target_ongoing_requests,
-        upscale_delay_s=10,
-        downscale_delay_s=300,
+        upscale_delay_s=replicas.upscale_delay_s,
+        downscale_delay_s=replicas.downscale_delay_s,
     )
     return serve.deployment(
         autoscaling_config=scaling,

@@ -20,6 +20,8 @@ class ReplicasConfig(Section):
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: float = Field(2, gt=0, description="requests a replica that autoscaling aims at")
     max_ongoing_requests: int = Field(16, ge=1, description="requests that a replica takes at a time")
+    upscale_delay_s: float = Field(10, ge=0, description="how long there have to be too many before one is added")
+    downscale_delay_s: float = Field(300, ge=0, description="how long one has to be spare before it is ended")
     cpus: float = Field(0.5, ge=0)
     gpus: float = Field(0, ge=0)
     memory_gib: float = Field(0, ge=0, description="that Ray sets aside for each; 0: none")

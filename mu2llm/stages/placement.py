@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,9 @@ from mu2llm.settings.stages import StageConfig
 
 if TYPE_CHECKING:
     from mu2llm.stages.job import Job
+
+logger = logging.getLogger(__name__)
+UNKNOWN = sys.maxsize  # of what a cluster that scales itself can grow to
 
 
 def check(job: Job) -> None:
@@ -56,11 +60,13 @@ def _check_sharding(job: Job) -> None:
 
 
 def _check_room(settings: StageConfig) -> None:
-    """A UserError where the cluster will never have room for the least number of workers."""
+    """A UserError where the cluster will never have room for the least number of workers, as far as it tells."""
     need, (least, _) = resources(settings), _range(settings)
     fit = workers_that_fit(need)
+    each = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
+    if fit == UNKNOWN and (there := workers_on_nodes(need)) < least:
+        logger.warning("%d workers of %s wait until the cluster has grown: its nodes hold %d now", least, each, there)
     if least > fit:
-        each = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
         raise UserError(
             f"{least} workers of {each}: the cluster's nodes hold {fit} of these; a worker is on one node: "
             "ask for fewer workers, for less each, or join a larger cluster"
@@ -68,11 +74,12 @@ def _check_room(settings: StageConfig) -> None:
 
 
 def workers_that_fit(need: Mapping[str, float]) -> int:
-    """As many as the nodes hold, as the cluster is or, where it scales itself, as it can grow to."""
+    """As many as the nodes hold, as the cluster is or, where it scales itself, as it can grow to; `UNKNOWN` where it
+    does not tell."""
     nodes = workers_on_nodes(need)
     grown = private_apis.cluster_limits()
     if grown is None:
-        return nodes
+        return UNKNOWN if private_apis.scales_itself() else nodes
     most = sum(_slots(group.resources, need) * int(_limit(group.max_count)) for group in grown.node_group_configs)
     limits = {name: grown.max_resources[name] for name in need if name in grown.max_resources}
     return max(nodes, min(most, _slots(limits, {name: need[name] for name in limits})))

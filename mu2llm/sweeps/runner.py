@@ -24,7 +24,7 @@ from ray.tune.search import Searcher
 from mu2llm.errors import UserError
 from mu2llm.settings.stages import StageConfig
 from mu2llm.settings.sweeps import SweepConfig
-from mu2llm.stages.placement import workers_on_nodes
+from mu2llm.stages.placement import UNKNOWN, workers_on_nodes, workers_that_fit
 from mu2llm.stages.validation import METRICS
 from mu2llm.sweeps.study import Study
 from mu2llm.sweeps.trial import DIRECTIONS, Plan, Point, Trial, is_memory, measurement, run
@@ -45,7 +45,8 @@ def concurrency(settings: StageConfig, sweep: SweepConfig) -> int:
     """Trials that run at once; a UserError where the cluster holds none, or where trials would shard their model.
 
     Tune does not reserve what a trial's Train workers need, so more at once than fit would wait for each other for
-    ever. A worker must fit a node.
+    ever. A worker must fit a node. Of a cluster that grows to what it does not tell, trials that are one process, which
+    Tune reserves, ask for what they need; of others there are `sweep.max_concurrent`, or as many as fit its nodes now.
     """
     if settings.fsdp:
         raise UserError(
@@ -54,7 +55,9 @@ def concurrency(settings: StageConfig, sweep: SweepConfig) -> int:
         )
     workers = max(sweep.workers_per_trial, 1)
     each = {"CPU": settings.cpus_per_worker, "GPU": sweep.gpus_of(settings) / workers}
-    slots = workers_on_nodes(each)
+    slots = workers_that_fit(each)
+    if slots == UNKNOWN and sweep.workers_per_trial:
+        slots = workers * (sweep.max_concurrent or max(1, workers_on_nodes(each) // workers))
     if slots < workers:
         needs = " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
         raise UserError(

@@ -148,7 +148,7 @@ def run(plan: Plan, resume: bool = False, show: Steps = quiet) -> dict[str, Any]
     """
     base, space = plan.base, plan.space
     sweep, start = base.sweep, Point(seed=base.seed)
-    at_once = concurrency(getattr(base, plan.stage), sweep)
+    slots = concurrency(getattr(base, plan.stage), sweep)
     kept = database(plan.out, sweep.storage)
     tracked, name = _claim(plan, kept, resume)
     plan = plan.model_copy(update={"parent": tracked})
@@ -159,6 +159,7 @@ def run(plan: Plan, resume: bool = False, show: Steps = quiet) -> dict[str, Any]
         with tracking.under(tracked):
             _prepare(plan)
             wanted = len(points) if sweep.search == "grid" else sweep.trials
+            at_once = min(slots, wanted)
             trials = run_trials(plan, study, points, partial(show, "trials"), wanted)
             best = results.winner(results.ranked(trials, sweep.objective), sweep.objective)
             if best is None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mu2llm import cases, cluster, config, ct, storage
-from mu2llm.cases.shards import Index, write_index
+from mu2llm.cases.shards import Index, write_derived, write_file, write_index
 from mu2llm.ct import phantom
 from mu2llm.memory import PeakMemory
 from mu2llm.records import Case
@@ -101,7 +101,9 @@ def make_features(folder: str) -> None:
         }
         for a in range(0, ROWS, BATCH)
     )
-    cases.write_rows(f"{folder}/features", [("train", batches)], parent)
+    write_derived(
+        f"{folder}/features", {"train": [write_file(f"{folder}/features", "train/0.parquet", batches)]}, parent
+    )
 
 
 def stream(folder: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from mu2llm.cases.shards import Index, Shards, write_index
+from mu2llm.cases.shards import Index, Shards, write_derived, write_file, write_index
 from mu2llm.config import Experiment
 from mu2llm.records import Case, PreprocessSpec
 
@@ -67,3 +67,9 @@ def case(number: int) -> Case:
 def finished(uri: str, items: list[Case]) -> Shards:
     """Shards that have cases but no rows: parents for derived tables."""
     return write_index(uri, Index.of(SPEC, {"train": []}), items)
+
+
+def derived(uri: str, parent: Shards, batches: list[dict]) -> Shards:
+    """A table derived from shards, of their split `train`: a file of each batch of rows."""
+    files = [write_file(uri, f"train/{number:05d}.parquet", iter([batch])) for number, batch in enumerate(batches)]
+    return write_derived(uri, {"train": files}, parent)

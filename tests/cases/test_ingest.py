@@ -439,6 +439,14 @@ def test_the_plan_depends_on_the_cases_alone(source):
     assert not set(plan(table, other)) & set(groups)
 
 
+def test_a_shard_at_the_papers_size_has_more_than_two_rows():
+    """CT-RATE was 25,000 files, of which a reader keeps some open."""
+    table = CaseTable()
+    table.cases += [scans.case(number).model_copy(update={"split": "train"}) for number in range(400)]
+    sizes = [len(group) for group in plan(table, config.load("paper").data).values()]
+    assert max(sizes) == 21 and sum(sizes) == 400
+
+
 def test_what_was_replaced_is_planned_anew_and_nothing_else(tmp_path):
     """A file of the same size, and one slice of a folder; what nobody touched keeps its shard."""
     rows = scans.write(tmp_path, 40)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from small_runs import case, write_shards
 
 from mu2llm import cases, config
-from mu2llm.cases.stream import Order, Stream, WorkerRows, permutation
+from mu2llm.cases import stream as reading
+from mu2llm.cases.stream import Order, ReadBlocks, Stream, WorkerRows, permutation
 from mu2llm.errors import UserError
 
 COUNT = 23
@@ -76,17 +77,15 @@ def shards(ray_cluster, tmp_path_factory):
     features = rng.normal(size=(COUNT, 3, 5)).astype(np.float16)
     items = [scans.case(number) for number in range(COUNT)]
     parent = scans.finished(str(folder / "parent"), items)
-    batches = (
+    batches = [
         {
-            "id": [c.id for c in items[a : a + 2]],
-            "report": [c.report for c in items[a : a + 2]],
-            "x": features[a : a + 2],
+            "id": [c.id for c in items[a : a + 6]],
+            "report": [c.report for c in items[a : a + 6]],
+            "x": features[a : a + 6],
         }
-        for a in range(0, COUNT, 2)
-    )
-    made = cases.write_rows(str(folder / "features"), [("train", batches)], parent, shard_mb=1)
-    with pytest.raises(ValueError, match="train come in two parts"):
-        cases.write_rows(str(folder / "torn"), [("train", []), ("train", [])], parent)
+        for a in range(0, COUNT, 6)
+    ]
+    made = scans.derived(str(folder / "features"), parent, batches)
     made.truth = features
     return made
 
@@ -165,6 +164,41 @@ def test_streams_leave_ray_datas_settings_alone(shards):
     stream(shards)
     context = ray.data.DataContext.get_current()
     assert context.target_max_block_size == before and not context.execution_options.preserve_order
+    assert context.execution_options.is_resource_limits_default()
+
+
+def test_readers_and_their_room_are_of_the_cluster_and_of_the_batch(monkeypatch):
+    """Two tasks read for 64 GPUs, and each worker's stream counted half of the cluster's object store as its own."""
+    gib = 2**30
+
+    def cluster(**resources):
+        monkeypatch.setattr(reading.ray, "cluster_resources", lambda: resources)
+
+    cluster(CPU=8 * 192, object_store_memory=8 * 128 * gib)
+    assert [reading.reading_tasks(workers) for workers in (1, 8, 64)] == [192, 24, 3]
+    row = 48 * 2**20
+    assert reading.room_ahead(4 * row, row, 3, 64) == (8 * 4 + 8 * 3) * row
+    assert reading.room_ahead(64 * row, row, 24, 64) == 8 * gib
+    cluster(CPU=4.0, object_store_memory=gib)
+    assert reading.reading_tasks() == 2 and reading.room_ahead(4 * row, row, 2, 2) == gib / 4
+    cluster()
+    assert reading.reading_tasks(8) == 2
+
+
+def test_large_rows_are_fetched_together_and_given_one_by_one():
+    """A reading task fetched one row after the other where a row is as large as a block."""
+    asked = []
+
+    class Rows:
+        def read(self, items):
+            asked.append(len(items))
+            return {"x": items}
+
+    own, order = WorkerRows(0, 13, 2), Order(13, 0)
+    read = ReadBlocks(Rows(), order, own, block_rows=1, together=4)
+    given = list(read({"first": np.array([1]), "end": np.array([10])}))
+    assert asked == [4, 4, 1] and [len(block["x"]) for block in given] == [1] * 9
+    assert np.concatenate([block["x"] for block in given]).tolist() == order.items(np.arange(1, 10)).tolist()
 
 
 def test_a_dataset_has_every_row_in_order_for_map_batches(shards):

@@ -1,6 +1,8 @@
 """Tensors in Parquet come back as they were."""
 
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mu2llm import cases
-from mu2llm.cases import tensors
-from mu2llm.cases.shards import begun, read_rows
+from mu2llm.cases import shards, tensors
+from mu2llm.cases.shards import read_rows
 
 ARRAYS = st.sampled_from(["uint8", "bool", "float16", "float32", "int16", "int64"]).flatmap(
     lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=2, max_dims=4, max_side=4))
@@ -48,31 +49,43 @@ def test_a_row_of_another_shape_is_refused():
         tensors.encode({"x": np.zeros((1, 3, 3), np.uint8)}, schema)
 
 
-def test_a_derived_table_goes_on_where_a_kill_stopped_it(tmp_path):
-    """Files that are whole are neither written again nor deleted; what does not continue the rows does not count."""
+def test_rows_of_object_storage_are_fetched_at_once(tmp_path, monkeypatch):
+    """They came one after the other, over one connection each."""
     items = [scans.case(number) for number in range(12)]
-    parent, uri = scans.finished(str(tmp_path / "parent"), items), str(tmp_path / "features")
-    row = np.arange(2**18, dtype=np.float32)  # 1 MiB
+    row = np.arange(2**16, dtype=np.float32)
 
-    def batches(numbers, stop=None):
-        for number in numbers:
-            if number == stop:
-                raise RuntimeError("killed")
-            yield {"id": [items[number].id], "x": row[None] + number}
+    def batch(numbers):
+        return {"id": [items[n].id for n in numbers], "x": np.stack([row + np.float32(n) for n in numbers])}
 
-    with pytest.raises(RuntimeError):
-        cases.write_rows(uri, [("train", batches(range(12), stop=7))], parent, shard_mb=2)
-    (tmp_path / "features" / "train" / ".00003-half.parquet.1.ab").write_bytes(b"half")
-    kept = begun(uri, ["train", "test"], parent)
-    assert [ids for _, ids in kept["train"]] == [[f"case-{n:03d}" for n in pair] for pair in ((0, 1), (2, 3), (4, 5))]
-    assert "test" not in kept
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.parquet")}
-    made = cases.write_rows(uri, [("train", batches(range(6, 12)))], parent, shard_mb=2, kept=kept)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert made.rows("train") == [2] * 6 and [case.id for case in made.cases("train")] == [case.id for case in items]
-    read = read_rows(made.files("train"), made.rows("train"), ["x"], np.array([0, 5, 6, 11]))
-    assert read["x"][:, 0].tolist() == [0, 5, 6, 11]
-    whole = cases.write_rows(str(tmp_path / "whole"), [("train", batches(range(12)))], parent, shard_mb=2)
-    assert whole.checksum == made.checksum
-    other = scans.finished(str(tmp_path / "other"), items[2:])
-    assert begun(uri, ["train"], other) == {"train": kept["train"][1:] + begun(uri, ["train"], parent)["train"][3:]}
+    batches = [batch(range(a, a + 4)) for a in (0, 4, 8)]
+    made = scans.derived(str(tmp_path / "x"), scans.finished(str(tmp_path / "parent"), items), batches)
+    wanted, waiting = np.array([0, 11, 5, 6, 0, 3]), threading.Barrier(6)
+
+    def read_groups(*what):
+        waiting.wait(30)  # for all six
+        return fetch(*what)
+
+    fetch = shards._read_groups
+    monkeypatch.setattr(shards, "_read_groups", read_groups)
+    monkeypatch.setattr(shards.storage, "is_remote", lambda uri: True)
+    read = read_rows(made.files("train"), made.rows("train"), ["id", "x"], wanted)
+    assert read["x"][:, 0].tolist() == wanted.tolist() and read["id"].tolist() == [items[n].id for n in wanted]
+
+
+def test_threads_read_one_file_at_the_same_time(tmp_path):
+    """One reader for all crashed, or waited for ever for a buffer that another thread had replaced."""
+    items = [scans.case(number) for number in range(24)]
+    rows = np.arange(24, dtype=np.float32)[:, None].repeat(64, 1)
+    made = scans.derived(
+        str(tmp_path / "x"),
+        scans.finished(str(tmp_path / "parent"), items),
+        [{"id": [each.id for each in items], "x": rows}],
+    )
+
+    def read(first):
+        wanted = np.arange(first, first + 3)
+        got = read_rows(made.files("train"), made.rows("train"), ["id", "x"], wanted)
+        return got["x"][:, 0].tolist() == wanted.tolist()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, np.random.default_rng(0).integers(0, 21, 2000)))

@@ -36,7 +36,7 @@ def test_two_workers_that_hold_all_cpus_share_the_global_batches(ray_cluster, tm
     items = [scans.case(number) for number in range(COUNT)]
     parent = scans.finished(str(tmp_path / "parent"), items)
     rows = {"id": [case.id for case in items], "x": np.arange(COUNT * 4, dtype=np.float32).reshape(COUNT, 4)}
-    shards = cases.write_rows(str(tmp_path / "features"), [("train", [rows])], parent)
+    shards = scans.derived(str(tmp_path / "features"), parent, [rows])
     cpus = ray.cluster_resources()["CPU"]
     TorchTrainer(
         loop,

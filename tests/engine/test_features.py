@@ -9,6 +9,7 @@ from small_models import make
 
 from mu2llm import artefacts, storage
 from mu2llm.cases import Shards
+from mu2llm.cases.shards import read_rows, write_derived
 from mu2llm.engine import features as encoding
 from mu2llm.engine.actors import actor_pool
 from mu2llm.engine.features import VisionActor, cached_features, features_uri
@@ -72,12 +73,49 @@ def test_features_that_cannot_be_kept_end_the_encoding_by_name(value, told, monk
     def encode(scans, mask):
         return torch.full((len(scans), 2, 3, 4), 1.0).index_fill(3, torch.tensor([2]), float(scans.max()))
 
-    encoder = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, encode_vision=encode)
-    monkeypatch.setattr(encoding, "load_encoder", lambda *_: encoder)
-    actor = VisionActor("checkpoint", InferenceConfig())
+    actor = vision_actor(monkeypatch, encode)
     batch = {name: np.array(["b", "c"]) for name in ("id", "report", "questions")}
     batch |= {"voxels": np.ones((2, 1), np.float32), "chunk_mask": np.ones((2, 2), bool)}
-    given = actor(batch)["features"]
+    given = actor.encode(batch)["features"]
     assert given.dtype == np.float16 and (given == 1).all()
     with pytest.raises(Failure, match=told):
-        actor({**batch, "voxels": np.full((2, 1), value, np.float32)})
+        actor.encode({**batch, "voxels": np.full((2, 1), value, np.float32)})
+
+
+def vision_actor(monkeypatch, encode, shards=None, uri="", run=""):
+    """An actor in this process, with an encoder that is a function."""
+    encoder = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, encode_vision=encode)
+    monkeypatch.setattr(encoding, "load_encoder", lambda *_: encoder)
+    return VisionActor("checkpoint", InferenceConfig(batch_size=3), shards, uri, run)
+
+
+def test_actors_write_features_themselves_and_what_is_there_is_not_made_again(shards, monkeypatch, tmp_path):
+    """All features went through the driver, 160 GB of them for CT-RATE."""
+
+    def encode(scans, mask):
+        return scans.float().mean((2, 4, 5))[..., None]  # (B, T, K, 1)
+
+    monkeypatch.setattr(encoding, "FILE_SCANS", 4)
+    uri, parts = str(tmp_path / "features"), encoding._parts("test", 10)
+    assert [(each.first, each.end) for each in parts] == [(0, 4), (4, 8), (8, 10)]
+    actor = vision_actor(monkeypatch, encode, shards, uri, "one")
+    batch = {name: np.array([getattr(part, name) for part in parts[1:]]) for name in parts[0]._fields}
+    given = actor(batch)
+    assert set(given) == {"split", "first", "end", "file"} and sum(map(len, given["file"])) < 1000  # to the driver
+    assert not list(encoding._finished(str(tmp_path / "none"), shards, {"test": 10}))
+    there = encoding._finished(uri, shards, {"test": 10})
+    assert list(there) == parts[1:] and [file.rows for file in there.values()] == [4, 2]
+    assert there[parts[2]].model_dump_json() == given["file"][1]
+    others = SimpleNamespace(ids=lambda split: [f"other-{n}" for n in range(10)])
+    assert not encoding._finished(uri, others, {"test": 10})
+    actor({name: np.array([value]) for name, value in parts[0]._asdict().items()})
+    files = encoding._finished(uri, shards, {"test": 10})
+    made = write_derived(uri, {"test": [files[part] for part in parts]}, shards, checkpoint="c")
+    assert made.rows("test") == [4, 4, 2] and made.cases("test") == shards.cases("test")
+    assert made.origin_checksum == shards.checksum and Shards.open(uri).checksum == made.checksum
+    rows = np.arange(10)
+    voxels = read_rows(shards.files("test"), shards.rows("test"), ["id", "voxels"], rows)
+    kept = read_rows(made.files("test"), made.rows("test"), ["id", "features"], rows)
+    assert kept["id"].tolist() == voxels["id"].tolist()
+    wanted = encode(torch.from_numpy(np.array(voxels["voxels"])), None).to(torch.float16).numpy()
+    np.testing.assert_array_equal(kept["features"], wanted)

@@ -1,5 +1,4 @@
-"""From the service to DPO, without Ray: a correction of a scan that no shard has becomes a pair about what the model
-saw of it."""
+"""From the service to DPO: a correction of a scan that no shard has becomes a pair about what the model saw of it."""
 
 import asyncio
 import json
@@ -7,6 +6,7 @@ import os
 import shutil
 import time
 
+import in_process
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -15,9 +15,8 @@ from small_writer import experiment as small
 from test_drafts import EDITED, TEXT, Client
 
 from mu2llm import config, storage
-from mu2llm.cases import Shards, Stream, write_rows
-from mu2llm.cases.shards import Index, Joined, write_index
-from mu2llm.cases.stream import ReadBlocks
+from mu2llm.cases import Shards, Stream
+from mu2llm.cases.shards import Index, Joined, write_derived, write_file, write_index
 from mu2llm.ct import phantom
 from mu2llm.engine import kept_inputs
 from mu2llm.errors import UserError
@@ -71,11 +70,11 @@ def shards(tmp_path_factory):
     given = {"volume": "s3://b/x.nii.gz", "report": FIRST}
     cases = [Case(id=f"case-{split}", patient=split, split=split, **given) for split in scans]
     parent = write_index(str(place / "cases"), Index.of(SPEC, {split: [] for split in scans}), cases)
-    rows = (
-        (split, [{"id": [f"case-{split}"], "report": [FIRST], "questions": ["[]"]} | tensors(seen)])
-        for split, seen in scans.items()
-    )
-    return write_rows(str(place / "shards"), rows, parent).uri
+    files = {}
+    for split, seen in scans.items():
+        row = {"id": [f"case-{split}"], "report": [FIRST], "questions": ["[]"]} | tensors(seen)
+        files[split] = [write_file(str(place / "shards"), f"{split}/0.parquet", iter([row]))]
+    return write_derived(str(place / "shards"), files, parent).uri
 
 
 def tensors(seen):
@@ -161,35 +160,10 @@ def test_consent_that_is_withdrawn_takes_all_along(tmp_path, held):
     assert not list((tmp_path / "corrections").rglob("*.*"))
 
 
-class Rows:
-    """What Ray Data gives of shards, read by the same tasks, in this process."""
-
-    def __init__(self, batches):
-        self.batches = batches  # of how many rows (None: all) → them
-
-    @classmethod
-    def of(cls, source, order, own, _):
-        def batches(size):
-            (rows,) = ReadBlocks(source, order, own, len(own))({"first": np.array(0), "end": np.array(1)})
-            for start in range(0, len(own), size or len(own)):
-                yield {name: values[start : start + (size or len(own))] for name, values in rows.items()}
-
-        return cls(batches)
-
-    def map_batches(self, call, batch_size=None, fn_constructor_args=(), **_):
-        act = call(*fn_constructor_args) if isinstance(call, type) else call
-        return Rows(lambda _: (act(batch) for batch in self.batches(batch_size)))
-
-    def iter_batches(self, batch_size=None, **_):
-        return self.batches(batch_size)
-
-    def iter_rows(self):
-        for batch in self.batches(None):
-            yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
-
-
-def test_a_corrected_scan_outside_the_shards_reaches_dpo(tmp_path, shards, checkpoint, empty_store, monkeypatch):
-    monkeypatch.setattr("mu2llm.cases.stream.blocks", Rows.of)
+def test_a_corrected_scan_outside_the_shards_reaches_dpo(
+    tmp_path, shards, checkpoint, empty_store, ray_cluster, monkeypatch
+):
+    monkeypatch.setattr("ray.data.Dataset.map_batches", in_process.map_batches)
     monkeypatch.setattr("mu2llm.stages.placement.workers_that_fit", lambda need: 1)
     judge = load_judge(experiment().judge)
     shutil.copy(empty_store, tmp_path / "tracking.db")

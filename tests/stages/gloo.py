@@ -61,7 +61,7 @@ class GlooWorker(RayTrainWorker):
 class Rows:
     """What Ray Data would stream, read here."""
 
-    def __init__(self, source, order, share, num_cpus):
+    def __init__(self, source, order, share, num_cpus, alone):
         self.source, self.order, self.share = source, order, share
 
     def iter_batches(self, batch_size, **_):

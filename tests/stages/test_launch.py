@@ -13,7 +13,7 @@ import torch
 from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 from transformers import TrainerState
 
-from mu2llm import artefacts, config, storage, tracking
+from mu2llm import artefacts, config, private_apis, storage, tracking
 from mu2llm.errors import UserError
 from mu2llm.records import Checkpoint, Lineage
 from mu2llm.stages import launch, placement, trainer
@@ -112,12 +112,13 @@ def test_every_intermediate_checkpoint_says_what_it_is_and_a_resume_goes_by_it(t
     assert described.training.history == [{"loss": 0.5, "step": 5.0}]
 
 
-def cluster(monkeypatch, *nodes, groups=(), limits=None):
+def cluster(monkeypatch, *nodes, groups=(), limits=None, scales_itself=False):
     """A cluster of such nodes, which can grow by `groups` of (resources, most nodes)."""
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": each} for each in nodes])
     grown = [NodeGroupConfig(resources=resources, max_count=most) for resources, most in groups]
     given = ClusterConfig(node_group_configs=grown, max_resources=limits or {}) if grown else None
     monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: given)
+    monkeypatch.setattr(private_apis, "scales_itself", lambda: scales_itself)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +146,12 @@ def test_a_cluster_that_scales_itself_holds_what_it_can_grow_to(monkeypatch, gro
 def test_workers_without_limit_where_a_group_has_none(monkeypatch):
     cluster(monkeypatch, {"CPU": 4.0}, groups=[({"CPU": 8}, -1)])
     assert workers_that_fit({"CPU": 8}) > 10**9
+
+
+def test_a_cluster_that_grows_to_what_it_does_not_tell_is_asked_and_waited_for(monkeypatch, tmp_path, caplog):
+    cluster(monkeypatch, {"memory": 2e9}, scales_itself=True)
+    placement.check(job(tmp_path, "sft.workers=4", "sft.cpus_per_worker=4"))
+    assert "4 workers of 4 CPU wait until the cluster has grown: its nodes hold 0 now" in caplog.text
 
 
 def test_workers_that_no_node_holds_are_refused_though_the_sum_would_do(monkeypatch, tmp_path):

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from mu2llm import config
+from mu2llm import config, private_apis
 from mu2llm.errors import UserError
 from mu2llm.stages.job import Watch
+from mu2llm.stages.placement import UNKNOWN
 from mu2llm.sweeps import runner
 from mu2llm.sweeps.space import Domain, Space
 from mu2llm.sweeps.study import Study, database
@@ -16,8 +17,13 @@ from mu2llm.sweeps.trial import Plan, Point
 SPACE = Space({"model.tokenizer.top_k": Domain(choice=(4, 8, 16))})
 
 
-def nodes(monkeypatch, *resources):
+def nodes(monkeypatch, *resources, grows_to=None, scales_itself=False):
+    """The cluster has nodes of such resources; it scales itself to (count, resources) of others where that is given."""
+    monkeypatch.setattr(private_apis, "scales_itself", lambda: scales_itself)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": each} for each in resources])
+    count, each = grows_to or (0, {})
+    limits = SimpleNamespace(node_group_configs=[SimpleNamespace(resources=each, max_count=count)], max_resources={})
+    monkeypatch.setattr(private_apis, "cluster_limits", lambda: limits if grows_to else None)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +37,19 @@ def test_as_many_trials_as_their_workers_fit_the_nodes(monkeypatch, workers, cpu
     assert runner.concurrency(given.sft, given.sweep) == expected
     capped = config.load("tiny", [*sets, "sweep.max_concurrent=2"])
     assert runner.concurrency(capped.sft, capped.sweep) == min(expected, 2)
+
+
+def test_trials_fill_the_nodes_that_the_autoscaler_may_add(monkeypatch):
+    nodes(monkeypatch, {"memory": 2e9}, grows_to=(6, {"CPU": 8.0}))
+    given = config.load("tiny", ["sft.cpus_per_worker=4", "sweep.workers_per_trial=2", "sweep.max_concurrent=null"])
+    assert runner.concurrency(given.sft, given.sweep) == 6
+
+
+@pytest.mark.parametrize(("workers", "most", "expected"), [(0, "null", UNKNOWN), (0, 5, 5), (2, "null", 1), (2, 5, 5)])
+def test_trials_of_a_cluster_that_grows_to_what_it_does_not_tell(monkeypatch, workers, most, expected):
+    nodes(monkeypatch, {"memory": 2e9}, scales_itself=True)
+    given = config.load("tiny", [f"sweep.workers_per_trial={workers}", f"sweep.max_concurrent={most}"])
+    assert runner.concurrency(given.sft, given.sweep) == expected
 
 
 def test_a_worker_that_fits_no_node_is_refused_though_the_cluster_has_as_much(monkeypatch):
