@@ -61,7 +61,8 @@ class Stub(Writer):
             name = batch["id"][task.case]
             keys = [f"{name} {task.variant} {sample}" for sample in range(self.request.decoding.samples)]
             drawn = [" ".join(ct_rate_shaped.report(key)) for key in keys]
-            predictions += self._predictions("sft", task, [Text(each, 200, True) for each in drawn], batch)
+            for run in self.request.checkpoints:
+                predictions += self._predictions(run, task, [Text(each, 200, True) for each in drawn], batch)
         table = Prediction.table(predictions)
         return table.append_column("first", pa.array([int(batch["first"][0])] * len(table), pa.int64()))
 
