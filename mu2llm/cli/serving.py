@@ -90,13 +90,19 @@ def _settings(experiment: config.Experiment, checkpoint: str, host: str) -> Any:
     from mu2llm.serving.guard import is_loopback
 
     serving, store = experiment.serving, tracking.store()
+    rollouts = {role: uri and _place(uri) for role, uri in (("canary", serving.canary), ("shadow", serving.shadow))}
     return Settings(
-        checkpoint=checkpoint if checkpoint.startswith("registry://") else storage.absolute(checkpoint),
+        checkpoint=_place(checkpoint),
         tracking=store if store == tracking.shown(store) else None,  # a password stays in the environment
         loopback=is_loopback(host),
-        serving=serving.model_copy(update={"state": storage.absolute(serving.state)}),
+        serving=serving.model_copy(update={"state": storage.absolute(serving.state), **rollouts}),
         judge=experiment.judge,
     )
+
+
+def _place(checkpoint: str) -> str:
+    """What names it on any node."""
+    return checkpoint if checkpoint.startswith("registry://") else storage.absolute(checkpoint)
 
 
 key_app = typer.Typer(no_args_is_help=True, help="API keys of the service.")

@@ -47,6 +47,29 @@ class Calls:
         except DeploymentUnavailableError:
             raise self.down() from None
 
+    async def stream(self, request: Any, told: int, deadline: float) -> AsyncIterator[Any]:
+        """Pieces of the text behind its first `told` characters, then the end; begun anew where a replica died."""
+        for attempt in range(ATTEMPTS):
+            response: Any = self.handle.options(stream=True).stream.remote(request)
+            passed = 0
+            try:
+                while True:
+                    async with limit(deadline):
+                        piece = await anext(response)
+                    if not isinstance(piece, str):
+                        yield piece
+                        return
+                    new = piece[max(0, told - passed) :]
+                    passed += len(piece)
+                    if new:
+                        told += len(new)
+                        yield new
+            except LOST:
+                await self.again(attempt)
+            finally:
+                response.cancel()
+        raise self.lost()
+
     async def again(self, attempt: int) -> None:
         """Before a call is done again whose replica, or a process of it, died."""
         self.retries.inc(1, {"called": self.name})

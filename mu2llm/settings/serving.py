@@ -75,6 +75,15 @@ class ServingConfig(Section):
     jobs_at_once: int = Field(2, ge=1)
     job_seconds: float = Field(3600, gt=0, description="for one job")
     registry_seconds: float = Field(10, gt=0, description="how often a registry:// model is looked up")
+    canary: str | None = Field(
+        None,
+        description="a second checkpoint, that answers a fraction of the scans: its URI, or registry://mu2llm@ALIAS",
+    )
+    canary_fraction: float | None = Field(None, ge=0, le=1, description="of the scans; a scan is always on one side")
+    shadow: str | None = Field(
+        None, description="a checkpoint that reads scans too, shown to nobody: what differs is counted and kept"
+    )
+    shadow_fraction: float = Field(1, ge=0, le=1, description="of the scans that it reads")
     drain_seconds: float = Field(60, ge=0, description="that a replica gets to finish what it has begun")
     ingress: ReplicasConfig = ReplicasConfig(max_ongoing_requests=512, target_ongoing_requests=128)
     reader: ReplicasConfig = ReplicasConfig(max_replicas=2, max_ongoing_requests=4)
@@ -90,6 +99,13 @@ class ServingConfig(Section):
     def _a_trusted_proxy_says_who_asks(self) -> ServingConfig:
         if self.trusted_proxies and not self.subject_header:
             raise ValueError("serving.trusted_proxies needs serving.subject_header: where they say who asks")
+        return self
+
+    @model_validator(mode="after")
+    def _a_canary_has_its_fraction(self) -> ServingConfig:
+        if (self.canary is None) != (self.canary_fraction is None):
+            given, lacks = ("canary", "canary_fraction") if self.canary else ("canary_fraction", "canary")
+            raise ValueError(f"serving.{given} needs serving.{lacks}: give both, or neither")
         return self
 
     @model_validator(mode="after")
