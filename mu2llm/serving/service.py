@@ -275,6 +275,13 @@ class Service:
         if refusal.reason == "broken":
             logger.error("a report could not be written: %s", refusal.message)
             raise internal()
+        if refusal.reason.startswith("engine_"):
+            logger.error("the server of the language model wrote no report: %s", refusal.message)
+            if attempt or refusal.reason == "engine_refused":
+                raise Problem(503, refusal.reason, "the server of the language model wrote no report; try again", 5)
+            self.metrics.retries.inc(1, {"called": "vllm"})
+            await back_off(attempt)
+            return scan
         if refusal.reason == "not_ready":  # another replica may be
             if attempt + 1 == ATTEMPTS:
                 raise not_ready(refusal.message)
