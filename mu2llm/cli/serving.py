@@ -38,7 +38,8 @@ def serve(
     """Serve reports over HTTP until interrupted; /docs describes the API, / is the reading room."""
     experiment = config.load(preset, set_)
     if dry:
-        dry_run(experiment, [checkpoint], [experiment.serving.state], f"port {port} of {host}")
+        reads = [uri for uri in (checkpoint, experiment.serving.canary, experiment.serving.shadow) if uri]
+        dry_run(experiment, reads, [experiment.serving.state], f"port {port} of {host}")
     _check_checkpoint(checkpoint)
     from mu2llm import cluster
     from mu2llm.serving.keys import hash_of

@@ -138,6 +138,7 @@ class RunningBatch:
                 sentences=maps,
                 percentile=loaded.percentile(slot.features, queued.request.scan),
                 finding_probabilities=loaded.finding_probabilities(slot.features, queued.request.scan),
+                prompt_tokens=loaded.prompt_tokens(queued.request),
             )
         )
 

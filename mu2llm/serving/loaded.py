@@ -63,10 +63,13 @@ class LoadedModel:
     def decoding(self, request: ReportRequest) -> Decoding | None:
         """How a request's text is drawn; None where its question leaves no room for an answer. Raises UserError where
         the question alone is too long."""
-        prompt, _ = self.processor.token_ids(self.question(request))
-        room = self.processor.max_text_tokens - (len(prompt) - self.processor.queries)
+        room = self.processor.max_text_tokens - (self.prompt_tokens(request) - self.processor.queries)
         length = min(request.max_new_tokens or self.max_new_tokens, room)
         return Decoding(length, 1, request.temperature, request.top_p, request.seed) if length > 0 else None
+
+    def prompt_tokens(self, request: ReportRequest) -> int:
+        """How long the prompt is, visual tokens among it. Raises UserError where the question alone is too long."""
+        return len(self.processor.token_ids(self.question(request))[0])
 
     def decoder(self) -> ContinuousDecoder:
         """What writes: here, or where vLLM does."""

@@ -383,6 +383,7 @@ def _report(work: Work, scan: Scan, written: Written) -> Report:
         question=written.question,
         finished=written.finished,
         tokens=written.tokens,
+        prompt_tokens=written.prompt_tokens,
         seconds={step: round(value, 4) for step, value in seconds.items()},
         familiarity=None if far is None else FamiliarityOut(percentile=far, unlike=unlike(far)),
         finding_probabilities=written.finding_probabilities,
