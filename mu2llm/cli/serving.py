@@ -160,3 +160,12 @@ def audit(
         return
     for entry in found:
         print(*(value or "-" for name, value in entry.items() if name != "id"))
+
+
+@app.command()
+def shadow(state: State = STATE, as_json: Json = False) -> None:
+    """What a shadow (serving.shadow) said otherwise than the reports that were shown."""
+    from mu2llm.serving.comparisons import summaries
+
+    for each in summaries(state):
+        show(each, as_json)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
@@ -39,9 +39,15 @@ class Calls:
 
     async def once(self, method: str, *arguments: Any, deadline: float = float("inf")) -> Any:
         """One call; raises one of LOST where its replica died."""
-        try:
+        with self._refusals():
             async with limit(deadline):
                 return await _await(getattr(self.handle, method).remote(*arguments))
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """What Serve says instead of the deployment, as a client is told."""
+        try:
+            yield
         except BackPressureError:
             raise Problem(429, "busy", "the queue is full; try again in a moment", 2) from None
         except DeploymentUnavailableError:
@@ -54,8 +60,9 @@ class Calls:
             passed = 0
             try:
                 while True:
-                    async with limit(deadline):
-                        piece = await anext(response)
+                    with self._refusals():
+                        async with limit(deadline):
+                            piece = await anext(response)
                     if not isinstance(piece, str):
                         yield piece
                         return

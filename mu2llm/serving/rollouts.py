@@ -179,17 +179,18 @@ class Shadow(RollOut):
             if isinstance(written, Refusal):
                 self.failed(written.reason)
                 return
-            compared = await asyncio.to_thread(self._compared, request.id, shown, written)
+            compared = await asyncio.to_thread(self._compared, request, shown, written)
             self._count(compared)
             await asyncio.to_thread(self.store.save_comparison, compared)
         except Exception as error:  # of replicas, judge or storage: nobody waits for it
             self.failed(where(error))
 
-    def _compared(self, identity: str, shown: Written, written: Written) -> StoredComparison:
+    def _compared(self, request: ReportRequest, shown: Written, written: Written) -> StoredComparison:
         (judged,) = self.judge.judge([(shown.text, written.text)])
         first, second = ({finding.name for finding in findings(each.text)} for each in (shown, written))
         return StoredComparison(
-            id=identity,
+            id=request.id,
+            scan_sha256=request.scan.facts["sha256"],
             shown=shown.checkpoint,
             shadow=written.checkpoint,
             green=judged.score,

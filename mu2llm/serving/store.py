@@ -59,6 +59,7 @@ class StoredComparison(BaseModel):
     the reference, the findings that one of both alone tells, the lengths in tokens."""
 
     id: str
+    scan_sha256: str
     shown: str
     shadow: str
     green: float | None

@@ -8,16 +8,19 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import ray
+from ray.serve.exceptions import DeploymentUnavailableError
 from small_service import GUARD_S, PLAIN, post, wait_for
 from small_writer import FIRST, QUESTION, SECOND, experiment, write_checkpoint
 from test_parts import SCAN, WRITTEN, FakeStream, Handle, Streams, known
 from test_robustness import replica, reports, write
+from typer.testing import CliRunner
 
 from mu2llm import config
+from mu2llm.cli import app as cli
 from mu2llm.ct import phantom
 from mu2llm.errors import UserError
 from mu2llm.serving import decoder
-from mu2llm.serving.app import Settings, deployments
+from mu2llm.serving.app import Settings, build, deployments
 from mu2llm.serving.calls import Calls
 from mu2llm.serving.exchange import Status
 from mu2llm.serving.problems import Problem
@@ -62,6 +65,12 @@ def test_the_checkpoint_that_is_served_is_no_roll_out(checkpoint, role):
     serving = ServingConfig(**{role: checkpoint}, canary_fraction=0.1 if role == "canary" else None)
     with pytest.raises(UserError, match=rf"serving.{role}=.* has the weights of .*, which is served"):
         check(checkpoint, serving)
+
+
+def test_a_cluster_is_told_when_the_config_is_deployed(checkpoint):
+    serving = ServingConfig(shadow=checkpoint)
+    with pytest.raises(UserError, match="which is served"):
+        build(Settings(checkpoint=checkpoint, serving=serving))
 
 
 def test_other_preprocessing_is_named_key_by_key(checkpoint, tmp_path, second):
@@ -166,14 +175,47 @@ class Never:
 
 class Raises(Never):
     def remote(self, *_):
-        raise RuntimeError("no")
+        raise RuntimeError("Zweistein has a nodule")
 
 
-@pytest.mark.parametrize("handle", [Never(), Raises(), Handle(Refusal("broken"))])
-def test_a_shadow_holds_nobody_up_and_fails_nobody(tmp_path, handle):
-    service = with_roll_out(tmp_path, Shadow, handle)
+@pytest.mark.parametrize("kind", [Canary, Shadow])
+@pytest.mark.parametrize("handle", [Raises(), Handle(Refusal("broken"))])
+def test_a_roll_out_that_fails_is_told_of_without_what_was_sent(tmp_path, caplog, kind, handle):
+    service = with_roll_out(tmp_path, kind, handle)
+
+    async def go():
+        made = await service.report(service.begin(Upload((b"x",)), ReportOptions()))
+        for task in list(getattr(service.shadow, "_tasks", ())):
+            await task
+        return made.report.report
+
+    assert asyncio.run(go()) == "A nodule."
+    assert f"the {kind.role} wrote no report" in caplog.text and "Zweistein" not in caplog.text
+
+
+def test_a_shadow_holds_nobody_up(tmp_path):
+    service = with_roll_out(tmp_path, Shadow, Never())
     assert made_by(service) == "A nodule."
     assert not (tmp_path / "shadow").exists()
+
+
+def test_a_canary_without_replicas_is_not_waited_for(tmp_path):
+    served = Streams(FakeStream(["A nodule.", WRITTEN]))
+    assert streamed_by(with_roll_out(tmp_path, Canary, Streams(Unavailable()), served)) == ("A nodule.",) * 2
+    without = known(tmp_path, Streams(Unavailable()))
+    with pytest.raises(Problem) as told:
+        streamed_by(without)
+    assert (told.value.status, told.value.code) == (503, "generator_down")
+
+
+class Unavailable(FakeStream):
+    """What Serve answers where a deployment has failed."""
+
+    def __init__(self):
+        super().__init__([])
+
+    async def __anext__(self):
+        raise DeploymentUnavailableError("ReportGenerator")
 
 
 def test_a_shadow_that_is_slow_reads_no_more_than_it_can(tmp_path):
@@ -187,6 +229,27 @@ def test_a_shadow_that_is_slow_reads_no_more_than_it_can(tmp_path):
 
     asyncio.run(go())
     assert slow.asked == AT_ONCE
+
+
+def test_what_shadows_said_is_summed_up_by_a_command(tmp_path):
+    service = with_roll_out(
+        tmp_path, Shadow, Handle(replace(WRITTEN, text="No nodule. A cyst.", checkpoint="new", tokens=5))
+    )
+
+    async def go():
+        for _ in range(3):
+            await service.report(service.begin(Upload((b"x",)), ReportOptions()))
+            for task in list(service.shadow._tasks):
+                await task
+
+    asyncio.run(go())
+    said = CliRunner().invoke(cli, ["shadow", "--state", str(tmp_path), "--json"])
+    (told,) = [json.loads(line) for line in said.stdout.splitlines()]
+    assert (told["shadow"], told["reports"]) == ("new", 3)
+    assert told["green"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 3}
+    assert told["tokens_more"]["value"] == 2 and told["findings of the shown alone"] == {"lung nodule": 3}
+    none = CliRunner().invoke(cli, ["shadow", "--state", str(tmp_path / "none")])
+    assert none.exit_code and "nothing of a shadow" in str(none.exception)
 
 
 # ---- over HTTP
