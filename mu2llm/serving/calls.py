@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
@@ -53,7 +53,7 @@ class Calls:
         except DeploymentUnavailableError:
             raise self.down() from None
 
-    async def stream(self, request: Any, told: int, deadline: float) -> AsyncIterator[Any]:
+    async def stream(self, request: Any, told: int, deadline: float) -> AsyncGenerator[Any]:
         """Pieces of the text behind its first `told` characters, then the end; begun anew where a replica died."""
         for attempt in range(ATTEMPTS):
             response: Any = self.handle.options(stream=True).stream.remote(request)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from mu2llm.artefacts import open_checkpoint, weights_of
 from mu2llm.errors import UserError
 from mu2llm.green import findings, load_judge
 from mu2llm.records import Checkpoint, PreprocessSpec
-from mu2llm.serving.calls import Calls
+from mu2llm.serving.calls import Calls, limit
 from mu2llm.serving.decoder import Scan
 from mu2llm.serving.exchange import ReportRequest, Status, Written
 from mu2llm.serving.faults import where
@@ -82,6 +83,11 @@ def share(role: Role, key: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{role} {key}".encode()).digest()[:8]) / 2**64
 
 
+def halfway(deadline: float) -> float:
+    """Until when a canary may keep a request, so that another checkpoint can still answer it."""
+    return (time.monotonic() + deadline) / 2
+
+
 class RollOut:
     """A checkpoint beside the one that is served."""
 
@@ -122,7 +128,7 @@ class Canary(RollOut):
     async def write(self, request: ReportRequest, deadline: float) -> Written | None:
         """None where it could not."""
         try:
-            done = await self.calls.ask("write", request, deadline=deadline)
+            done = await self.calls.ask("write", request, deadline=halfway(deadline))
         except Exception as error:  # whatever it is, another checkpoint answers
             self.failed(where(error))
             return None
@@ -134,18 +140,22 @@ class Canary(RollOut):
 
     async def stream(self, request: ReportRequest, deadline: float) -> AsyncIterator[str | Written]:
         """Pieces, then the report; nothing at all where it could not, and a Problem where it could not go on."""
-        told = 0
+        told, begun_by, pieces = 0, halfway(deadline), self.calls.stream(request, 0, deadline)
         try:
-            async for piece in self.calls.stream(request, told, deadline):
+            while True:
+                async with limit(deadline if told else begun_by):
+                    piece = await anext(pieces)
                 if isinstance(piece, Refusal):
                     self.failed(piece.reason)
                     break
                 told += isinstance(piece, str)
                 yield piece
-            else:
-                return
+                if isinstance(piece, Written):
+                    return
         except Exception as error:
             self.failed(where(error))
+        finally:
+            await pieces.aclose()
         if told:
             raise Problem(503, "canary_down", "the model that wrote this failed; ask again", 2)
 

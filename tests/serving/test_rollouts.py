@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from mu2llm import config
 from mu2llm.cli import app as cli
 from mu2llm.ct import phantom
 from mu2llm.errors import UserError
-from mu2llm.serving import decoder
+from mu2llm.serving import decoder, rollouts
 from mu2llm.serving.app import Settings, build, deployments
 from mu2llm.serving.calls import Calls
 from mu2llm.serving.exchange import Status
@@ -206,6 +207,21 @@ def test_a_canary_without_replicas_is_not_waited_for(tmp_path):
     with pytest.raises(Problem) as told:
         streamed_by(without)
     assert (told.value.status, told.value.code) == (503, "generator_down")
+
+
+def test_a_canary_that_hangs_leaves_time_for_the_served_model(tmp_path, monkeypatch):
+    """It kept the request until its end, and the client got a 503."""
+    assert time.monotonic() < rollouts.halfway(time.monotonic() + 1000) < time.monotonic() + 999
+    monkeypatch.setattr(rollouts, "halfway", lambda _: time.monotonic())
+    service = with_roll_out(tmp_path, Canary, Never())
+    streaming = with_roll_out(tmp_path, Canary, Streams(Hangs([])), Streams(FakeStream(["A nodule.", WRITTEN])))
+    assert made_by(service) == "A nodule."
+    assert streamed_by(streaming) == ("A nodule.",) * 2
+
+
+class Hangs(FakeStream):
+    async def __anext__(self):
+        await asyncio.Event().wait()
 
 
 class Unavailable(FakeStream):
