@@ -123,6 +123,11 @@ def weights_of(checkpoint: Checkpoint) -> Weights:
     return Weights(lineage.weights, lineage.vision) if lineage.weights else folder_weights(checkpoint.uri)
 
 
+def model_id(checkpoint: Checkpoint) -> str:
+    """By which servers name a checkpoint: of its stage and its weights, wherever it lies."""
+    return f"mu2llm-{checkpoint.lineage.stage}-{weights_of(checkpoint).weights[:12]}"
+
+
 def upload(folder: str, uri: str) -> Weights:
     """Copies a local `save_pretrained` folder to a URI; the digests of what was copied."""
     storage.copy(folder, uri)

@@ -38,7 +38,8 @@ def serve(
     """Serve reports over HTTP until interrupted; /docs describes the API, / is the reading room."""
     experiment = config.load(preset, set_)
     if dry:
-        dry_run(experiment, [checkpoint], [experiment.serving.state], f"port {port} of {host}")
+        reads = [uri for uri in (checkpoint, experiment.serving.canary, experiment.serving.shadow) if uri]
+        dry_run(experiment, reads, [experiment.serving.state], f"port {port} of {host}")
     _check_checkpoint(checkpoint)
     from mu2llm import cluster
     from mu2llm.serving.keys import hash_of
@@ -90,13 +91,19 @@ def _settings(experiment: config.Experiment, checkpoint: str, host: str) -> Any:
     from mu2llm.serving.guard import is_loopback
 
     serving, store = experiment.serving, tracking.store()
+    rollouts = {role: uri and _place(uri) for role, uri in (("canary", serving.canary), ("shadow", serving.shadow))}
     return Settings(
-        checkpoint=checkpoint if checkpoint.startswith("registry://") else storage.absolute(checkpoint),
+        checkpoint=_place(checkpoint),
         tracking=store if store == tracking.shown(store) else None,  # a password stays in the environment
         loopback=is_loopback(host),
-        serving=serving.model_copy(update={"state": storage.absolute(serving.state)}),
+        serving=serving.model_copy(update={"state": storage.absolute(serving.state), **rollouts}),
         judge=experiment.judge,
     )
+
+
+def _place(checkpoint: str) -> str:
+    """What names it on any node."""
+    return checkpoint if checkpoint.startswith("registry://") else storage.absolute(checkpoint)
 
 
 key_app = typer.Typer(no_args_is_help=True, help="API keys of the service.")
@@ -153,3 +160,12 @@ def audit(
         return
     for entry in found:
         print(*(value or "-" for name, value in entry.items() if name != "id"))
+
+
+@app.command()
+def shadow(state: State = STATE, as_json: Json = False) -> None:
+    """What a shadow (serving.shadow) said otherwise than the reports that were shown."""
+    from mu2llm.serving.comparisons import summaries
+
+    for each in summaries(state):
+        show(each, as_json)

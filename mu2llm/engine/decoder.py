@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mu2llm.engine.loading import numerics
 from mu2llm.engine.sampling import Decoding, draws, nucleus
+from mu2llm.errors import Failure
 from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor
 from mu2llm.settings.inference import Precision
 
@@ -44,12 +45,14 @@ class Text:
 
 @dataclass(eq=False)
 class TokenSequence:
-    """One sample of a prompt while it is written: its `ids` so far; `over` when there will be no more."""
+    """One sample of a prompt while it is written: its `ids` so far; `over` when there will be no more, where it failed
+    (which leaves the others be) with its `fault`."""
 
     decoding: Decoding
     uniform: np.ndarray | None
     ids: list[int] = field(default_factory=list)
     over: bool = False
+    fault: Failure | None = None
 
     @classmethod
     def of(cls, prompt: Prompt) -> list[TokenSequence]:

@@ -212,6 +212,10 @@ class Mu2Model(Mu2PreTrainedModel):
         )
         return Mu2ModelOutput(**outputs, visual_tokens=tokens, selection=selection)
 
+    def embed_prompt(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
+        """(R, L) with placeholders and their scans' tokens (R, n, hidden) → what the language model takes (R, L, …)."""
+        return self._insert(self.get_input_embeddings()(input_ids), input_ids, tokens)
+
     def _insert(self, embeds: Tensor, input_ids: Tensor, tokens: Tensor) -> Tensor:
         tokens = tokens.to(embeds.dtype)
         count = tokens.shape[1]

@@ -1,4 +1,4 @@
-"""The application: four deployments bound together, the same on one machine and from a Serve config on a cluster.
+"""The application: its deployments bound together, the same on one machine and from a Serve config on a cluster.
 
 `mu2llm serve` runs `application(settings)`; cluster/base/serve.yaml names `mu2llm.serving.app:build` with the same
 settings as its arguments.
@@ -21,6 +21,7 @@ from mu2llm.errors import UserError
 from mu2llm.serving.generator import ReportGenerator
 from mu2llm.serving.ingress import Ingress
 from mu2llm.serving.reader import VolumeReader
+from mu2llm.serving.rollouts import Role, check
 from mu2llm.serving.scorer import GreenScorer
 from mu2llm.serving.traces import tracing
 from mu2llm.settings.green import JudgeConfig
@@ -29,6 +30,7 @@ from mu2llm.settings.serving import ReplicasConfig, ServingConfig
 NAME = "mu2llm"
 IMPORT_PATH = "mu2llm.serving.app:build"
 RETRY_AFTER_S = 2.0
+ROLLOUTS: dict[Role, str] = {"canary": "CanaryGenerator", "shadow": "ShadowGenerator"}
 STATUS_CALLS = 16  # of the ingresses, beside the work: a replica that is full still says that it is there
 
 
@@ -45,8 +47,12 @@ class Settings(BaseModel):
 
 def build(args: Settings) -> Application:
     """What a Serve config's import_path names; `args` are the settings, in which $NAME is a variable of the nodes'
-    environment."""
-    return application(Settings.model_validate(expanded(args.model_dump(mode="json"))))
+    environment. Raises UserError where a roll-out cannot be."""
+    settings = Settings.model_validate(expanded(args.model_dump(mode="json")))
+    if settings.tracking:
+        os.environ["MLFLOW_TRACKING_URI"] = settings.tracking
+    check(settings.checkpoint, settings.serving)
+    return application(settings)
 
 
 def expanded(value: Any) -> Any:
@@ -64,13 +70,19 @@ def expanded(value: Any) -> Any:
 
 
 def application(settings: Settings) -> Application:
-    """Ingress → VolumeReader, ReportGenerator, GreenScorer."""
+    """Ingress → VolumeReader, ReportGenerator, GreenScorer, and a generator of its own for each roll-out."""
     made = deployments(settings)
     serving = settings.serving.model_dump(mode="json")
+    rollouts: dict[Role, Any] = {
+        role: made[name].bind(serving, settings.tracking, True)  # one that cannot be loaded stops nothing else
+        for role, name in ROLLOUTS.items()
+        if name in made
+    }
     return made["Ingress"].bind(
         made["VolumeReader"].bind(serving),
         made["ReportGenerator"].bind(serving, settings.tracking, settings.loopback),
         made["GreenScorer"].bind(settings.judge.model_dump(mode="json"), settings.serving.scorer.max_ongoing_requests),
+        rollouts,
         serving,
         settings.loopback,
         settings.token_sha256,
@@ -80,6 +92,14 @@ def application(settings: Settings) -> Application:
 def deployments(settings: Settings) -> dict[str, Deployment]:
     """By name, with their resources, limits and autoscaling."""
     serving = settings.serving
+    beside = serving.generator.model_copy(update={"min_replicas": 1})  # a roll-out begins small and scales alone
+    rollouts = {
+        name: _deployment(
+            *(ReportGenerator, _beside_status(beside), serving), name=name, user_config={"checkpoint": checkpoint}
+        )
+        for role, name in ROLLOUTS.items()
+        if (checkpoint := getattr(serving, role))
+    }
     return {
         "Ingress": _deployment(Ingress, serving.ingress, serving, queue=serving.ingress.max_ongoing_requests),
         "VolumeReader": _deployment(VolumeReader, serving.reader, serving),
@@ -95,6 +115,7 @@ def deployments(settings: Settings) -> dict[str, Deployment]:
             serving,
             queue=serving.scorer.max_ongoing_requests * serving.scorer.max_replicas,
         ),
+        **rollouts,
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mu2llm import ct
 from mu2llm.engine.decoder import Prompt, TokenSequence
+from mu2llm.engine.remote import EndpointFault
 from mu2llm.serving.exchange import ReportRequest, Written
 from mu2llm.serving.loaded import LoadedModel
 from mu2llm.serving.queue import QueuedRequest
@@ -19,6 +20,7 @@ from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.saliency import overlay, sentence_maps
 from mu2llm.serving.stop import before_stop, without_begun_stop
 
+_ENDPOINT = {True: "engine_down", False: "engine_refused"}
 Queued = QueuedRequest[ReportRequest]
 
 
@@ -86,13 +88,17 @@ class RunningBatch:
         gone = {each for each in sequences if self._is_over(each, self._slots[each].queued)}
         for sequence in gone:
             slot = self._slots.pop(sequence)
-            if not slot.queued.abandoned:
+            if slot.queued.abandoned:
+                continue
+            if isinstance(sequence.fault, EndpointFault):
+                slot.queued.finish(Refusal(_ENDPOINT[sequence.fault.passing], sequence.fault.why))
+            else:
                 self._finish(slot, sequence)
         self.decoder.leave(gone)
 
     def _is_over(self, sequence: TokenSequence, queued: Queued) -> bool:
         """Whether nothing more of a sequence is wanted; what is new of its text is sent where it is streamed."""
-        if queued.abandoned or not (queued.streamed or queued.request.stop):
+        if queued.abandoned or sequence.fault or not (queued.streamed or queued.request.stop):
             return queued.abandoned or sequence.over
         text, stopped = before_stop(self.decoder.text(sequence).text, queued.request.stop)
         over = sequence.over or stopped
@@ -132,6 +138,7 @@ class RunningBatch:
                 sentences=maps,
                 percentile=loaded.percentile(slot.features, queued.request.scan),
                 finding_probabilities=loaded.finding_probabilities(slot.features, queued.request.scan),
+                prompt_tokens=loaded.prompt_tokens(queued.request),
             )
         )
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
@@ -39,13 +39,43 @@ class Calls:
 
     async def once(self, method: str, *arguments: Any, deadline: float = float("inf")) -> Any:
         """One call; raises one of LOST where its replica died."""
-        try:
+        with self._refusals():
             async with limit(deadline):
                 return await _await(getattr(self.handle, method).remote(*arguments))
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """What Serve says instead of the deployment, as a client is told."""
+        try:
+            yield
         except BackPressureError:
             raise Problem(429, "busy", "the queue is full; try again in a moment", 2) from None
         except DeploymentUnavailableError:
             raise self.down() from None
+
+    async def stream(self, request: Any, told: int, deadline: float) -> AsyncGenerator[Any]:
+        """Pieces of the text behind its first `told` characters, then the end; begun anew where a replica died."""
+        for attempt in range(ATTEMPTS):
+            response: Any = self.handle.options(stream=True).stream.remote(request)
+            passed = 0
+            try:
+                while True:
+                    with self._refusals():
+                        async with limit(deadline):
+                            piece = await anext(response)
+                    if not isinstance(piece, str):
+                        yield piece
+                        return
+                    new = piece[max(0, told - passed) :]
+                    passed += len(piece)
+                    if new:
+                        told += len(new)
+                        yield new
+            except LOST:
+                await self.again(attempt)
+            finally:
+                response.cancel()
+        raise self.lost()
 
     async def again(self, attempt: int) -> None:
         """Before a call is done again whose replica, or a process of it, died."""

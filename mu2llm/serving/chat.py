@@ -18,11 +18,36 @@ from mu2llm.serving.uris import data_url, decoded
 Reason = Literal["stop", "length"]
 LONG = 2**16  # bytes of a data URL above which it is no JSON parser's work
 MOST = 10_000  # data URLs that are looked at
+MAX_TOKENS = 4096  # of an answer; who asks for more gets no more
+PARTS = ("text", "image_url", "file")
 _FIELD = re.compile(rb'"(?:url|file_data)"\s*:\s*$')
 
 
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    **dict.fromkeys(("tools", "functions"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "top_logprobs"), (0,)),
+    "logprobs": (False,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
+}
+"""What would change an answer and is not supported → its values that change nothing."""
+IGNORED = {
+    *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention"),
+}
+"""What changes no answer."""
+
+
+def unsupported(what: str) -> Problem:
+    return Problem(400, "unsupported", f"{what}; see /docs")
+
+
 class Loose(BaseModel):
-    """OpenAI's clients send more than we need: what we don't know is ignored, and null is as absent."""
+    """Null is as absent; what we don't know is ignored, as far as no field says otherwise."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -50,6 +75,13 @@ class Part(Loose):
     image_url: Url | None = None
     file: File | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text_or_a_scan(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("type"), str) and values["type"] not in PARTS:
+            raise unsupported("messages.content: its parts are of type text, image_url or file")
+        return values
+
     @property
     def scan(self) -> str | None:
         if self.type == "text":
@@ -60,6 +92,13 @@ class Part(Loose):
 class Message(Loose):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_a_talk(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("role") in ("tool", "function"):
+            raise unsupported("messages.role: there are no tools that could answer")
+        return values
 
     @property
     def text(self) -> str:
@@ -77,31 +116,48 @@ class StreamOptions(Loose):
 
 
 class ChatRequest(Loose):
-    """The last user message is the question; the last scan in the messages is what it is about."""
+    """The last user message is the question; the last scan in the messages is what it is about. What would change the
+    answer and is not supported is a 400."""
 
     model: str = ""
     messages: Annotated[list[Message], Field(min_length=1, max_length=100)]
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     stop: StopSequence | StopSequences = ()
-    max_tokens: int | None = Field(None, ge=1, le=4096)
-    max_completion_tokens: int | None = Field(None, ge=1, le=4096)
-    temperature: float | None = Field(None, ge=0, le=5)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=5, description="0 where nothing is said")
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: Literal[1] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asks_for_what_there_is(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = {name for name, value in values.items() if value is not None}
+        for name in NEUTRAL:
+            if name in given and values[name] not in NEUTRAL[name]:
+                raise unsupported(f"{name} is not supported, or this value of it")
+        if given - {*cls.model_fields, *NEUTRAL, *IGNORED}:  # its name is the client's
+            raise unsupported("a field is not known here")
+        if "stream_options" in given and not values.get("stream"):
+            raise unsupported("stream_options go with stream=true alone")
+        return values
 
     def options(self) -> ReportOptions:
         users = [message.text.strip() for message in self.messages if message.role == "user"]
         question = users[-1] if users else ""
         if len(question) > 4000:
             raise Problem(422, "too_long", "the question has more than 4000 characters")
+        most = self.max_completion_tokens or self.max_tokens
         return ReportOptions(
             question=question or None,
-            max_new_tokens=self.max_completion_tokens or self.max_tokens,
+            max_new_tokens=most and min(most, MAX_TOKENS),
             temperature=self.temperature or 0,
             top_p=self.top_p or 1,
-            seed=self.seed or 0,
+            seed=(self.seed or 0) % 2**63,
             stop=(self.stop,) if isinstance(self.stop, str) else self.stop,
         )
 
@@ -159,7 +215,7 @@ class Choice(BaseModel):
 
 
 class Usage(BaseModel):
-    prompt_tokens: int = 0
+    prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
@@ -214,7 +270,9 @@ async def chunks(
 
 
 def _usage(report: Report) -> Usage:
-    return Usage(completion_tokens=report.tokens, total_tokens=report.tokens)
+    """The prompt's tokens are those of the text and one for each visual token."""
+    total = report.prompt_tokens + report.tokens
+    return Usage(prompt_tokens=report.prompt_tokens, completion_tokens=report.tokens, total_tokens=total)
 
 
 def _reason(report: Report) -> Reason:

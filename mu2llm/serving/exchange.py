@@ -33,7 +33,8 @@ class Written:
     """A report, with what it cost; `sentences` are (text, start, end, nifti in base64) where they were asked for.
 
     `percentile` is how unlike the training scans the scan is, None where the checkpoint keeps no statistics of them;
-    `finding_probabilities` are those of the diagnostic prior, None where the checkpoint has none.
+    `finding_probabilities` are those of the diagnostic prior, None where the checkpoint has none; `prompt_tokens` has
+    the visual tokens in it.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Written:
     sentences: list[dict[str, Any]] | None = None
     percentile: float | None = None
     finding_probabilities: dict[str, float] | None = None
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 
 from mu2llm import logs, tracking
 from mu2llm.engine.actors import use_cpus
+from mu2llm.engine.remote import EndpointFault
 from mu2llm.errors import Failure, UserError
 from mu2llm.serving.batch import Queued, RunningBatch
 from mu2llm.serving.exchange import ReportRequest, Status, Written
@@ -48,6 +49,7 @@ class ReportGenerator:
         self.failed = False  # to load what is asked for
         self.warm_up_seconds: float | None = None
         self.waiting: RequestQueue[ReportRequest] = RequestQueue()
+        self.silent = ""  # why the server of its language model cannot write
         self.broken = False  # its device: only a new process can write again
         self._writer: asyncio.Task[None] | None = None
         self._loading = asyncio.Lock()
@@ -71,6 +73,17 @@ class ReportGenerator:
             await asyncio.sleep(self.settings.registry_seconds)
             if self.source.startswith(REGISTRY) or self.loaded is None or self.failed:
                 await self._load()
+            self.silent = await asyncio.to_thread(self._check_endpoint)
+
+    def _check_endpoint(self) -> str:
+        """Why the server of the language model, where there is one, cannot write now; empty: it can."""
+        try:
+            if self.loaded and self.loaded.endpoint:
+                self.loaded.endpoint.check()
+        except EndpointFault as fault:
+            logger.error("%s", fault)
+            return "the server of the language model cannot write"
+        return ""
 
     async def _load(self) -> None:
         async with self._loading:
@@ -98,8 +111,8 @@ class ReportGenerator:
 
     async def status(self) -> Status:
         loaded = self.loaded
-        if loaded is None or self.broken:
-            return Status(False, self.why)
+        if loaded is None or self.broken or self.silent:
+            return Status(False, self.silent or self.why)
         return Status(True, "", loaded.facts, loaded.spec, loaded.question(), len(self.waiting), self.warm_up_seconds)
 
     async def write(self, request: ReportRequest) -> Written | Refusal:

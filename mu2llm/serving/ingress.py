@@ -12,6 +12,7 @@ from mu2llm import logs
 from mu2llm.serving import web
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper
+from mu2llm.serving.rollouts import Role
 from mu2llm.serving.service import Service
 from mu2llm.settings.serving import ServingConfig
 
@@ -25,6 +26,7 @@ class Ingress:
         reader: DeploymentHandle,
         generator: DeploymentHandle,
         scorer: DeploymentHandle,
+        rollouts: dict[Role, DeploymentHandle],
         settings: dict[str, Any],
         loopback: bool,
         token_sha256: str,
@@ -32,7 +34,7 @@ class Ingress:
         logs.withhold()
         self.token_sha256 = token_sha256
         self.settings, self.loopback = ServingConfig.model_validate(settings), loopback
-        self.service = Service(reader, generator, scorer, self.settings)
+        self.service = Service(reader, generator, scorer, self.settings, rollouts)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         needed = self.settings.authentication != "off"

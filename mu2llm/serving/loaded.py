@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,16 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mu2llm.artefacts import open_checkpoint, weights_of
+from mu2llm.artefacts import model_id, open_checkpoint, weights_of
 from mu2llm.engine.decoder import ContinuousDecoder, Prompt, write
 from mu2llm.engine.features import scan_features
 from mu2llm.engine.loading import load, numerics
+from mu2llm.engine.remote import Endpoint, RemoteDecoder
 from mu2llm.engine.sampling import Decoding
+from mu2llm.errors import UserError
 from mu2llm.model.familiarity import Familiarity, pooled
 from mu2llm.serving.decoder import Scan
 from mu2llm.serving.exchange import ReportRequest
-from mu2llm.settings.serving import ServingConfig
+from mu2llm.settings.serving import ServingConfig, VllmConfig
 
+logger = logging.getLogger("ray.serve")
 REGION = "Describe the findings in the {}."
 WARM_UP_TOKENS = 8
 
@@ -33,15 +38,17 @@ class LoadedModel:
         self.model, self.processor = load(uri, self.precision, inference.used_device)
         self.spec = self.processor.spec
         self.weights = weights_of(checkpoint).weights
-        identity = self.weights[:12]
         stage = checkpoint.lineage.stage
         name = uri.rstrip("/").rsplit("/", 1)[-1]
-        self.facts = {"id": f"mu2llm-{stage}-{identity}", "stage": stage, "checkpoint": name}
+        self.facts = {"id": model_id(checkpoint), "stage": stage, "checkpoint": name}
         evaluation = checkpoint.experiment.get("evaluation", {})
         self._question = str(evaluation.get("question", "Write the radiology report of this CT scan."))
         self.max_new_tokens = int(evaluation.get("max_new_tokens", 256))
         self.familiarity = Familiarity.read(uri)
         self._features: OrderedDict[str, Tensor] = OrderedDict()
+        self.endpoint = endpoint_of(settings.vllm, self.facts["id"]) if settings.engine == "vllm" else None
+        if self.endpoint:
+            self.endpoint.check()
 
     def is_of(self, uri: str) -> bool:
         """Whether these are the weights that lie at the URI now."""
@@ -56,13 +63,18 @@ class LoadedModel:
     def decoding(self, request: ReportRequest) -> Decoding | None:
         """How a request's text is drawn; None where its question leaves no room for an answer. Raises UserError where
         the question alone is too long."""
-        prompt, _ = self.processor.token_ids(self.question(request))
-        room = self.processor.max_text_tokens - (len(prompt) - self.processor.queries)
+        room = self.processor.max_text_tokens - (self.prompt_tokens(request) - self.processor.queries)
         length = min(request.max_new_tokens or self.max_new_tokens, room)
         return Decoding(length, 1, request.temperature, request.top_p, request.seed) if length > 0 else None
 
+    def prompt_tokens(self, request: ReportRequest) -> int:
+        """How long the prompt is, visual tokens among it. Raises UserError where the question alone is too long."""
+        return len(self.processor.token_ids(self.question(request))[0])
+
     def decoder(self) -> ContinuousDecoder:
-        return ContinuousDecoder(self.model, self.processor, self.precision)
+        """What writes: here, or where vLLM does."""
+        own = (self.model, self.processor, self.precision)
+        return RemoteDecoder(*own, self.endpoint) if self.endpoint else ContinuousDecoder(*own)
 
     def features(self, scans: dict[str, Scan]) -> dict[str, Tensor]:
         """Key → (T, n, E), each scan encoded once as long as it is remembered."""
@@ -99,10 +111,29 @@ class LoadedModel:
         return torch.from_numpy(np.stack([scan.chunk_mask for scan in scans])).to(self.model.device)
 
     def warm_up(self) -> float:
-        """A short report of an empty scan; the seconds it took."""
+        """A short report of an empty scan; the seconds it took. Where vLLM writes, says whether it writes what the
+        checkpoint's own language model does."""
         started = time.monotonic()
         voxels = np.zeros((1, *self.spec.shape), dtype=self.spec.dtype)
         empty = {"voxels": voxels, "chunk_mask": np.ones((1, self.spec.shape[0]), dtype=bool)}
         prompt = Prompt(self.question(), "warm-up", Decoding(WARM_UP_TOKENS))
-        write(self.decoder(), *scan_features(self.model, empty, self.precision), [prompt])
-        return time.monotonic() - started
+        scan = scan_features(self.model, empty, self.precision)
+        written = write(self.decoder(), *scan, [prompt])
+        seconds = time.monotonic() - started
+        if self.endpoint and written != write(
+            ContinuousDecoder(self.model, self.processor, self.precision), *scan, [prompt]
+        ):
+            logger.warning(
+                "of an empty scan the server of serving.vllm writes other tokens than %s itself: by another rounding, "
+                "or it serves another language model (mu2llm export lm)",
+                self.facts["id"],
+            )
+        return seconds
+
+
+def endpoint_of(settings: VllmConfig, identity: str) -> Endpoint:
+    """Where the language model of the checkpoint with this id is served. Raises UserError where the key is missing."""
+    name = settings.key_variable
+    if name and not os.environ.get(name):
+        raise UserError(f"serving.vllm.key_variable={name}: the nodes' environment has no such variable; set it")
+    return Endpoint(settings.url, settings.model or identity, os.environ[name] if name else "", settings.silent_seconds)

@@ -21,6 +21,7 @@ OURS = "ray_mu2llm_"
 SILENT_S = 2.0  # after which a node's exporter is left out
 _SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 _SCORES = [0.01, *(n / 10 for n in range(1, 11))]  # 0, which a failed report gets, has a bucket of its own
+_LENGTHS = [0.25, 0.5, 0.8, 0.95, 1.05, 1.25, 2, 4]
 _REPORTS = [0.5, 1.5, 2.5, 4.5, 8.5, 16.5, 32.5]
 
 
@@ -43,6 +44,12 @@ class Metrics:
         self.retries = Counter("mu2llm_retries", "calls done again because a replica died", ("called",))
         self.unsaved = Counter("mu2llm_reports_unsaved", "reports given whose record could not be stored")
         self.corrections = Counter("mu2llm_corrections", "corrections stored")
+        role_reason: Any = ("role", "reason")
+        self.reports = Counter("mu2llm_reports", "reports given, by their checkpoint's role: served, canary", ("role",))
+        self.rollout_failures = Counter("mu2llm_rollout_failures", "texts that a canary or shadow owes", role_reason)
+        self.shadow_green = Histogram("mu2llm_shadow_green", "GREEN of a shadow's text against the shown one", _SCORES)
+        self.shadow_findings = Counter("mu2llm_shadow_findings", "findings that one of both alone tells", ("by",))
+        self.shadow_length = Histogram("mu2llm_shadow_length", "tokens of a shadow's text by the shown one's", _LENGTHS)
         self.ready = Gauge("mu2llm_ready", "1 when reports can be written")
 
     def answered(self, path: str, status: int) -> None:

@@ -14,6 +14,7 @@ from ray.serve.schema import ApplicationStatus
 
 from mu2llm import private_apis
 from mu2llm.errors import Failure, UserError
+from mu2llm.serving import rollouts
 from mu2llm.serving.app import NAME, Settings, application, log_lines
 from mu2llm.serving.keys import list_keys
 from mu2llm.serving.traces import sender, tracing
@@ -22,7 +23,9 @@ LOOK_S = 1.0
 
 
 def check(settings: Settings, host: str, port: int) -> None:
-    """Raises UserError where the port is taken, keys are needed and there are none, or traces have nowhere to go."""
+    """Raises UserError where the port is taken, keys are needed and there are none, traces have nowhere to go, or a
+    roll-out cannot be."""
+    rollouts.check(settings.checkpoint, settings.serving)
     if settings.serving.authentication == "on" and not list_keys(settings.serving.state):
         raise UserError(
             f"serving.authentication is on, and there are no API keys under {settings.serving.state}: make one by "

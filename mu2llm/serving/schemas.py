@@ -139,6 +139,7 @@ class Report(BaseModel):
     question: str
     finished: bool
     tokens: int
+    prompt_tokens: int = Field(0, description="of the prompt, visual tokens among them; 0 of older jobs")
     seconds: dict[str, float] = Field(description="read, queue, encode, write, saliency, total")
     saliency: Saliency | None = None
     familiarity: FamiliarityOut | None = Field(

@@ -7,8 +7,9 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -19,7 +20,7 @@ from mu2llm.model.familiarity import unlike
 from mu2llm.records import Judgement, PreprocessSpec
 from mu2llm.serving import dicomweb
 from mu2llm.serving.admission import ANYBODY, Bodies, Body
-from mu2llm.serving.calls import ATTEMPTS, LOST, Calls, back_off, limit
+from mu2llm.serving.calls import ATTEMPTS, Calls, back_off
 from mu2llm.serving.decoder import Reading, References, Scan
 from mu2llm.serving.drafts import Drafts
 from mu2llm.serving.exchange import ReportRequest, Status, Written
@@ -28,6 +29,7 @@ from mu2llm.serving.metrics import Metrics, counted
 from mu2llm.serving.problems import Problem, internal, not_ready, rejected
 from mu2llm.serving.quarantine import CarefulReader
 from mu2llm.serving.refusal import Refusal
+from mu2llm.serving.rollouts import LOADING, MODEL, Role, rollouts_of, status_of
 from mu2llm.serving.scans import Scans
 from mu2llm.serving.schemas import (
     FamiliarityOut,
@@ -50,7 +52,6 @@ from mu2llm.settings.serving import ServingConfig
 logger = logging.getLogger("ray.serve")
 TEXTS_AT_ONCE = 16  # bodies of texts of the largest size
 LOOK_S = 0.5  # between two looks at the generator
-LOOK_LIMIT_S = 2.0  # for one of them
 GRACE_S = 30.0  # for which a generator that was ready may be silent or not ready (a replica is being replaced)
 SCORER_WAIT_S = 60.0  # scaled to zero, it needs time to come up
 SCORER_SILENT_S = 5.0
@@ -98,7 +99,12 @@ class Service:
     """One per ingress replica. `start` must run in the event loop that serves the requests."""
 
     def __init__(
-        self, reader: DeploymentHandle, generator: DeploymentHandle, scorer: DeploymentHandle, settings: ServingConfig
+        self,
+        reader: DeploymentHandle,
+        generator: DeploymentHandle,
+        scorer: DeploymentHandle,
+        settings: ServingConfig,
+        rollouts: Mapping[Role, DeploymentHandle] = MappingProxyType({}),
     ) -> None:
         self.settings = settings
         self.store = Store(settings.state, settings.keep_scans, settings.keep_reports_days, settings.keep_inputs)
@@ -108,7 +114,8 @@ class Service:
         retries = self.metrics.retries
         self.reader = CarefulReader(Calls("reader", reader, retries), self.store)
         self.generator, self.scorer = Calls("generator", generator, retries), Calls("scorer", scorer, retries)
-        self.status = Status(False, "the model is being loaded")
+        self.canary, self.shadow = rollouts_of(rollouts, settings, self.store, self.metrics)
+        self.status = LOADING
         self._spec: PreprocessSpec | None = None  # the last that is known, for those who were let in
         self._seen = float("-inf")
         self.bodies = Bodies(2 * settings.max_body_mb * 2**20, settings.max_queued_requests)
@@ -130,18 +137,24 @@ class Service:
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
+        if self.shadow:
+            self.shadow.stop()
+
+    def models(self) -> list[dict[str, Any]]:
+        """The checkpoint that writes, and those of the roll-outs, in OpenAI's form, with their `role`."""
+        served = {**MODEL, **self.status.model, "role": "served"}
+        return ([served] if self.status.model else []) + [
+            each.described(self._spec) for each in (self.canary, self.shadow) if each
+        ]
 
     # ---- readiness and admission
 
     async def _look(self) -> None:
         """Keeps `status` up to date."""
         while True:
-            try:
-                async with asyncio.timeout(LOOK_LIMIT_S):
-                    self._learn(await self.generator.once("status"))
-            except Exception as error:  # whatever it is: a generator that does not answer is not ready
-                logger.info("the generator did not tell its status: %s", type(error).__name__)
-                self._learn(Status(False, "the model is being loaded"))
+            looks = asyncio.gather(*(each.look() for each in (self.canary, self.shadow) if each))
+            self._learn(await status_of(self.generator))
+            await looks
             self.metrics.ready.set(int(self.status.ready))
             self.metrics.waiting.set(self.status.waiting)
             await asyncio.sleep(LOOK_S)
@@ -207,6 +220,10 @@ class Service:
     async def report(self, work: Work) -> Made:
         """The whole report; a Problem where there is none."""
         scan = await self.read(work)
+        if self.canary and self.canary.takes(scan):
+            written = await self.canary.write(_request(work, scan), work.deadline)
+            if written:
+                return await self._made(work, scan, written, "canary")
         for attempt in range(ATTEMPTS):
             done = await self.generator.ask("write", _request(work, scan), deadline=work.deadline)
             if isinstance(done, Written):
@@ -233,8 +250,14 @@ class Service:
     async def stream(self, work: Work, scan: Scan) -> AsyncIterator[str | Made]:
         """The text piece by piece as it is written, and last the report."""
         told = 0
+        if self.canary and self.canary.takes(scan):
+            async for part in self.canary.stream(_request(work, scan), work.deadline):
+                if isinstance(part, Written):
+                    yield await self._made(work, scan, part, "canary")
+                    return
+                yield part
         for attempt in range(ATTEMPTS):
-            async for piece in self._pieces(work, scan, told):
+            async for piece in self.generator.stream(_request(work, scan), told, work.deadline):
                 if isinstance(piece, Written):
                     yield await self._made(work, scan, piece)
                     return
@@ -245,29 +268,6 @@ class Service:
                     yield piece
         raise not_ready("the model is being swapped")
 
-    async def _pieces(self, work: Work, scan: Scan, told: int) -> AsyncIterator[str | Written | Refusal]:
-        """Pieces behind the first `told` characters, then the end; begun anew where a replica died."""
-        for attempt in range(ATTEMPTS):
-            response: Any = self.generator.handle.options(stream=True).stream.remote(_request(work, scan))
-            passed = 0
-            try:
-                while True:
-                    async with limit(work.deadline):
-                        piece = await anext(response)
-                    if not isinstance(piece, str):
-                        yield piece
-                        return
-                    new = piece[max(0, told - passed) :]
-                    passed += len(piece)
-                    if new:
-                        told += len(new)
-                        yield new
-            except LOST:
-                await self.generator.again(attempt)
-            finally:
-                response.cancel()
-        raise self.generator.lost()
-
     async def _again(self, work: Work, scan: Scan, refusal: Refusal, attempt: int) -> Scan:
         """The scan for another attempt, as the model wants it now; raises for what no attempt would mend."""
         if refusal.reason == "too_long":
@@ -275,6 +275,13 @@ class Service:
         if refusal.reason == "broken":
             logger.error("a report could not be written: %s", refusal.message)
             raise internal()
+        if refusal.reason.startswith("engine_"):
+            logger.error("the server of the language model wrote no report: %s", refusal.message)
+            if attempt or refusal.reason == "engine_refused":
+                raise Problem(503, refusal.reason, "the server of the language model wrote no report; try again", 5)
+            self.metrics.retries.inc(1, {"called": "vllm"})
+            await back_off(attempt)
+            return scan
         if refusal.reason == "not_ready":  # another replica may be
             if attempt + 1 == ATTEMPTS:
                 raise not_ready(refusal.message)
@@ -285,7 +292,7 @@ class Service:
             await back_off(attempt)
         return await self.read(work)
 
-    async def _made(self, work: Work, scan: Scan, written: Written) -> Made:
+    async def _made(self, work: Work, scan: Scan, written: Written, role: str = "served") -> Made:
         report = _report(work, scan, written)
         files = list(work.upload.files)
         try:
@@ -298,6 +305,9 @@ class Service:
             self.metrics.unsaved.inc()
             logger.error("a report was given but could not be saved: %s", type(error).__name__)
         self._count(report, written)
+        self.metrics.reports.inc(1, {"role": role})
+        if self.shadow and self.shadow.takes(scan):
+            self.shadow.follow(_request(work, scan), written, time.monotonic() + self.settings.request_seconds)
         return Made(report, scan.references)
 
     def _count(self, report: Report, written: Written) -> None:
@@ -373,6 +383,7 @@ def _report(work: Work, scan: Scan, written: Written) -> Report:
         question=written.question,
         finished=written.finished,
         tokens=written.tokens,
+        prompt_tokens=written.prompt_tokens,
         seconds={step: round(value, 4) for step, value in seconds.items()},
         familiarity=None if far is None else FamiliarityOut(percentile=far, unlike=unlike(far)),
         finding_probabilities=written.finding_probabilities,

@@ -54,6 +54,24 @@ class StoredReport(BaseModel):
         return self.text if self.edited is None else self.edited
 
 
+class StoredComparison(BaseModel):
+    """A shadow's text beside the report `id` that was shown, without either: GREEN by the rules with the shown one as
+    the reference, the findings that one of both alone tells, the lengths in tokens."""
+
+    id: str
+    scan_sha256: str
+    shown: str
+    shadow: str
+    green: float | None
+    significant: int
+    matched: int
+    shown_alone: tuple[str, ...]
+    shadow_alone: tuple[str, ...]
+    shown_tokens: int
+    shadow_tokens: int
+    made: datetime
+
+
 class StoredJob(BaseModel):
     """A job, what it is to do, and who is at it. `files` is the number of uploaded files, kept until it is done;
     `principal` asked for it."""
@@ -122,13 +140,19 @@ class Store:
         if not _ID.fullmatch(identity):
             raise _nothing("reports")
         held, kept = self._held(identity), kept_inputs.place(self.corrections, identity)
-        uris = [held, kept, *self._corrections_of(identity), self._at("reports", identity)]
+        shadow, report = (self._at(kind, identity) for kind in ("shadow", "reports"))
+        uris = [held, kept, *self._corrections_of(identity), shadow, report]
         there = [uri for uri in uris if storage.exists(uri)]
         if not there:
             raise _nothing("reports")
         self.add_entry(Entry(principal=principal, action="deleted", about=identity))
         for uri in there:
             storage.delete(uri)
+
+    def save_comparison(self, comparison: StoredComparison) -> None:
+        """Unless its report is gone: deleted meanwhile, or never saved."""
+        if storage.exists(self._at("reports", comparison.id)):
+            self._write(self._at("shadow", comparison.id), comparison)
 
     def save_correction(self, correction: Correction) -> None:
         """Under a name by which it is found by its draft, where it is of one."""
@@ -204,7 +228,7 @@ class Store:
         of what is kept out, and uploads of no job; how many."""
         unfinished = set(self.open_ids())
         gone = [orphan for orphan in self._orphans() if orphan.rsplit("/", 1)[-1] not in unfinished]
-        kinds = {"reports": "json", "inputs": "parquet", "jobs": "json", "quarantine": ""}
+        kinds = {"reports": "json", "shadow": "json", "inputs": "parquet", "jobs": "json", "quarantine": ""}
         for kind, kept_as in kinds.items():
             folder = storage.join(self.state, kind)
             for info in storage.list_files(folder, recursive=False):

@@ -320,9 +320,8 @@ def _rest(service: Service) -> APIRouter:
 
     @router.get("/models", tags=["models"], dependencies=[needs("read")], responses=_problems(400, 401, 403, 503))
     async def models() -> ModelsAnswer:
-        """The checkpoint that writes now, in OpenAI's form."""
-        facts = service.status.model
-        return ModelsAnswer(data=[{"object": "model", "owned_by": "mu2llm", "created": 0, **facts}] if facts else [])
+        """The checkpoint that writes now and those of a roll-out, in OpenAI's form; `role` says which is which."""
+        return ModelsAnswer(data=service.models())
 
     @router.get("/samples", tags=["samples"], dependencies=[needs("read")], responses=_problems(400, 401, 403, 503))
     def sample_list() -> list[Sample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,6 +27,27 @@ class ReplicasConfig(Section):
     gpus: float = Field(0, ge=0)
     memory_gib: float = Field(0, ge=0, description="that Ray sets aside for each; 0: none")
     labels: dict[str, str] = Field({}, description="of the nodes that they run on; empty: any")
+
+
+class VllmConfig(Section):
+    """Where vLLM serves what `mu2llm export lm` wrote of the checkpoint, with `--enable-prompt-embeds`."""
+
+    url: str = Field("", description="of its API, such as http://vllm:8001/v1")
+    model: str | None = Field(
+        None, description="by which name it serves it (--served-model-name); None: by the checkpoint's id of /v1/models"
+    )
+    key_variable: str = Field("", description="of the nodes' environment, that has its API key; empty: it needs none")
+    silent_seconds: float = Field(60, gt=0, description="for which it may send nothing while a report is waited for")
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if url and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError(f"serving.vllm.url={url}: expected http(s)://HOST[:PORT]/v1")
+        if parts.username or parts.password:
+            raise ValueError("serving.vllm.url has a user or password: name a variable by serving.vllm.key_variable")
+        return url
 
 
 class ServingConfig(Section):
@@ -77,6 +99,17 @@ class ServingConfig(Section):
     jobs_at_once: int = Field(2, ge=1)
     job_seconds: float = Field(3600, gt=0, description="for one job")
     registry_seconds: float = Field(10, gt=0, description="how often a registry:// model is looked up")
+    engine: Literal["own", "vllm"] = Field("own", description="what writes; vllm: the server of serving.vllm")
+    vllm: VllmConfig = VllmConfig()
+    canary: str | None = Field(
+        None,
+        description="a second checkpoint, that answers a fraction of the scans: its URI, or registry://mu2llm@ALIAS",
+    )
+    canary_fraction: float | None = Field(None, ge=0, le=1, description="of the scans; a scan is always on one side")
+    shadow: str | None = Field(
+        None, description="a checkpoint that reads scans too, shown to nobody: what differs is counted and kept"
+    )
+    shadow_fraction: float = Field(1, ge=0, le=1, description="of the scans that it reads")
     drain_seconds: float = Field(60, ge=0, description="that a replica gets to finish what it has begun")
     ingress: ReplicasConfig = ReplicasConfig(max_ongoing_requests=512, target_ongoing_requests=128)
     reader: ReplicasConfig = ReplicasConfig(max_replicas=2, max_ongoing_requests=4)
@@ -92,6 +125,24 @@ class ServingConfig(Section):
     def _a_trusted_proxy_says_who_asks(self) -> ServingConfig:
         if self.trusted_proxies and not self.subject_header:
             raise ValueError("serving.trusted_proxies needs serving.subject_header: where they say who asks")
+        return self
+
+    @model_validator(mode="after")
+    def _a_canary_has_its_fraction(self) -> ServingConfig:
+        if (self.canary is None) != (self.canary_fraction is None):
+            given, lacks = ("canary", "canary_fraction") if self.canary else ("canary_fraction", "canary")
+            raise ValueError(f"serving.{given} needs serving.{lacks}: give both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _an_engine_is_somewhere(self) -> ServingConfig:
+        if self.engine == "vllm" and not self.vllm.url:
+            raise ValueError("serving.engine=vllm needs serving.vllm.url: where it serves the language model")
+        if self.engine == "vllm" and self.vllm.model and (self.canary or self.shadow):
+            raise ValueError(
+                "serving.vllm.model names one language model, and a canary or shadow needs its own: leave it out, "
+                "and serve each by its checkpoint's id"
+            )
         return self
 
     @model_validator(mode="after")

@@ -40,7 +40,7 @@ from mu2llm.serving.queue import QueuedRequest, RequestQueue
 from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.schemas import CorrectionIn, Job, PairIn, Report, ReportOptions
 from mu2llm.serving.scorer import GreenScorer
-from mu2llm.serving.service import Service, Upload, Work
+from mu2llm.serving.service import Service, Upload
 from mu2llm.serving.stop import before_stop, without_begun_stop
 from mu2llm.serving.store import Store, StoredJob, now
 from mu2llm.serving.structured import structured_report
@@ -191,10 +191,9 @@ def test_a_stream_goes_on_where_a_dead_replica_left_it():
     pieces = ["one ", "two ", "three", written]
     generator = Streams(FakeStream(pieces, breaks_after=2), FakeStream(pieces))
     service = Service(None, generator, None, ServingConfig())
-    work = Work(Upload((b"",)), ReportOptions(), False, float("inf"))
 
     async def go():
-        return [piece async for piece in service._pieces(work, None, 0)]
+        return [piece async for piece in service.generator.stream("request", 0, float("inf"))]
 
     pieces = asyncio.run(go())
     assert "".join(pieces[:-1]) == "one two three" and pieces[-1] is written

@@ -8,7 +8,6 @@ import zipfile
 import httpx
 import nibabel as nib
 import numpy as np
-import openai
 import pydicom
 import pytest
 from ct_scans import metaimage, nrrd
@@ -190,80 +189,6 @@ def bounds(affine, shape):
 def test_a_bad_scan_is_told_before_a_stream_begins(client, dicom):
     answer = post(client, dicom[0], name="one.dcm", stream="true")
     assert (answer.status_code, answer.json()["code"]) == (422, "single_slice")
-
-
-@pytest.fixture
-def completions(service):
-    """OpenAI's own client."""
-    with openai.OpenAI(base_url=f"{service}/v1", api_key="none", max_retries=0, timeout=GUARD_S) as made:
-        yield made.chat.completions
-
-
-@pytest.fixture
-def asked(phantom):
-    """A question about a scan, as that client sends it."""
-    url = "data:application/octet-stream;base64," + base64.b64encode(phantom).decode()
-    parts = [{"type": "text", "text": QUESTION}, {"type": "image_url", "image_url": {"url": url}}]
-    return {"model": "any", "messages": [{"role": "user", "content": parts}]}
-
-
-def test_clients_of_openai(client, completions, asked):
-    answer = completions.create(**asked, temperature=0)
-    (choice,) = answer.choices
-    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", FIRST, "stop")
-    assert answer.usage.completion_tokens > 10
-    assert client.get("/v1/models").json()["data"][0]["id"] == answer.model
-    cut = completions.create(**asked, max_completion_tokens=5)
-    assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 5)
-
-
-def test_openais_stream_is_put_together(completions, asked):
-    """The role came with every piece: "assistantassistant…"."""
-    with completions.stream(**asked) as stream:
-        pieces = [event.delta for event in stream if event.type == "content.delta"]
-        whole = stream.get_final_completion()
-    (choice,) = whole.choices
-    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", FIRST, "stop")
-    assert "".join(pieces) == FIRST and whole.usage is None
-
-
-def test_openais_usage_comes_last_where_it_is_asked_for(completions, asked):
-    chunks = list(completions.create(**asked, stream=True, max_tokens=6, stream_options={"include_usage": True}))
-    assert [chunk.usage is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
-    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 6
-    plain = list(completions.create(**asked, stream=True, max_tokens=6))
-    assert plain[-1].choices and not any("usage" in chunk.model_fields_set for chunk in plain)
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_openais_stop_ends_the_answer(completions, asked, streamed):
-    """It was dropped without a word."""
-    answer = completions.create(**asked, stop=[" The liver", "no such words"], stream=streamed)
-    if streamed:
-        choices = [chunk.choices[0] for chunk in answer]
-        assert "".join(choice.delta.content or "" for choice in choices) == FIRST[: FIRST.index(" The liver")]
-        assert choices[-1].finish_reason == "stop"
-    else:
-        assert answer.choices[0].message.content == FIRST[: FIRST.index(" The liver")]
-        assert answer.choices[0].finish_reason == "stop"
-
-
-def test_null_is_as_absent_to_openais_clients(completions, asked):
-    names = ("n", "stream", "temperature", "top_p", "seed", "max_tokens", "max_completion_tokens", "stop")
-    answer = completions.create(**asked, extra_body=dict.fromkeys((*names, "stream_options", "tools")))
-    assert answer.choices[0].message.content == FIRST
-
-
-@pytest.mark.parametrize(("wrong", "named"), [({"n": 2}, "n"), ({"stop": list("abcde")}, "stop")])
-def test_openais_clients_are_told_what_is_wrong(completions, asked, wrong, named):
-    with pytest.raises(openai.UnprocessableEntityError, match=named):
-        completions.create(**asked, **wrong)
-
-
-def test_a_chat_without_a_scan(client):
-    answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello"}]})
-    assert (answer.status_code, answer.json()["code"]) == (422, "no_scan")
-    assert answer.json()["error"]["message"]
 
 
 def test_questions_that_are_too_long_or_spell_out_special_tokens(client, phantom):

@@ -56,6 +56,7 @@ def test_it_is_a_plain_causal_model(exported):
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
     assert "auto_map" not in config and told["architecture"] == "LlamaForCausalLM"
+    assert told["served_model_name"].startswith("mu2llm-sft-")
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
         p.name for p in out.iterdir()
     }
