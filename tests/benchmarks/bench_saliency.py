@@ -1,6 +1,6 @@
 """Which way of telling what a sentence depended on in a scan passes a deletion test, and points at the lesion.
 
-    python tests/benchmarks/bench_saliency.py --checkpoint CHECKPOINT [--patients N] [--seed N]
+    python tests/benchmarks/bench_saliency.py --checkpoint CHECKPOINT [--phantoms N] [--seed N]
 
 The model writes the reports of phantoms that it has not seen. For each sentence that names a finding which is there,
 each way shows the 5 % of the body's cells that weigh most. Then these are taken away (filled by the blurred scan, the
@@ -232,7 +232,7 @@ def true_sentences(report: str, case: Case) -> tuple[list[tuple[int, int]], list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="of preset demo: its patches are cells")
-    parser.add_argument("--patients", type=int, default=40)
+    parser.add_argument("--phantoms", type=int, default=30)
     parser.add_argument("--seed", type=int, default=12, help="of the phantoms")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -244,8 +244,8 @@ def main() -> None:
         base = Baseline(torch.from_numpy(whole(mean.numpy(), spec)), model.encode_vision(mean[None], every))
     DiagnosticPrior.probabilities = DiagnosticPrior.probabilities.__wrapped__  # lets gradients through
     results: dict[str, list[Result]] = defaultdict(list)
-    reader, number, console = Reader(model, processor, batch_size=32), 0, Console(width=220)
-    while len({each.patient for found in results.values() for each in found}) < options.patients:
+    reader, console = Reader(model, processor, batch_size=32), Console(width=220)
+    for number in range(options.phantoms):
         case = case_of(options.seed, number, spec)
         other = torch.from_numpy(whole(case_of(options.seed + 1, number, spec).scan.voxels, spec))
         prompt = Prompt(evaluation["question"], "a", Decoding(evaluation["max_new_tokens"]))
@@ -258,10 +258,8 @@ def main() -> None:
             seen = Occlusion(reader, case.scan.voxels, case.scan.chunk_mask, answer)
             for name, found in judge(seen, case.patient, lesions, base, other).items():
                 results[name] += found
-        number += 1
-        if number % 10 == 0:
-            console.print(table(results))
-    console.print(f"{number} phantoms of seed {options.seed}, {options.checkpoint}")
+    patients = {each.patient for found in results.values() for each in found}
+    console.print(f"{options.phantoms} phantoms of seed {options.seed}; {len(patients)} patients with such sentences")
     console.print(table(results))
 
 
