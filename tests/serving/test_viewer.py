@@ -176,7 +176,7 @@ def test_where_it_looked_is_asked_for_and_overlaid(page):
     sentence = page.locator(".sentence").first
     sentence.hover()
     overlaid(page)
-    assert "4.5× likelier with it than without, 1.1× of random places" in page.locator("#legend").inner_text()
+    assert "4.5× likelier with it, 1.1× with random places" in page.locator("#legend").inner_text()
     assert warm(pixels(page)) > SEEN
     page.mouse.move(5, 5)
     overlaid(page, False)

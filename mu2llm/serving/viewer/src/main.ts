@@ -248,7 +248,7 @@ async function look(sentence: Sentence | null, jump = false): Promise<void> {
     if (pointedAt !== sentence) return;
     const nifti = found?.nifti ?? null;
     state.textContent = sentence && influence && !nifti ? "at no place in particular" : "";
-    if (found) find("caveat").textContent = `${likelier(found.drop)} likelier with it than without, ${likelier(found.random)} of random places`;
+    if (found) find("caveat").textContent = `${times(found.drop)} likelier with it, ${times(found.random)} with random places`;
     await picture.view?.look(nifti);
     if (jump && nifti) await picture.view?.goToPeak(nifti);
   } catch (error) {
@@ -259,9 +259,9 @@ async function look(sentence: Sentence | null, jump = false): Promise<void> {
 }
 
 /** A fall of the log-probability in nats, as a factor. */
-function likelier(nats: number): string {
-  const times = Math.exp(nats);
-  return times > 1000 ? "over 1000×" : `${times.toFixed(times < 10 ? 1 : 0)}×`;
+function times(nats: number): string {
+  const factor = Math.exp(nats);
+  return factor > 1000 ? "over 1000×" : `${factor.toFixed(factor < 10 ? 1 : 0)}×`;
 }
 
 function setLooking(on: boolean): void {
