@@ -2,9 +2,9 @@
 taken away (occlusion, Zeiler and Fergus 2014, arXiv 1311.2901). Forward passes only.
 
 A scan's grid is cut into cells, at most `CELLS` along each axis. Windows of 2 × 2 × 2 cells are taken away one after
-the other, and a cell weighs the mean of what its windows cost. Taken away means made as it mostly is there, which leaves
-no hole that no scan has: filled from the mean of the training scans, which a checkpoint with mean-image subtraction
-keeps, else from the scan blurred. Both pass the deletion test of tests/benchmarks/bench_saliency.py.
+the other, and a cell weighs the mean of what its windows cost. Taken away means made as it mostly is there, which
+leaves no hole that no scan has: filled from the mean of the training scans, which a checkpoint with mean-image
+subtraction keeps, else from the scan blurred. Both pass the deletion test of tests/benchmarks/bench_saliency.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from mu2llm.model import Mu2ForConditionalGeneration, Mu2Processor
 from mu2llm.settings.inference import Precision
 
 CELLS = 8
+FINE = 4
+"""Parts of a cell along each axis, by which the body's outline is drawn."""
 SHOWN = 0.05
 """The share of the body's cells that is shown: those that a sentence hangs on most."""
 LEAST = 0.1
@@ -111,6 +113,14 @@ class Occlusion:
             holds = bool(drops[i, i] > max(LEAST, float(random.max())))
             found.append(Influence(own, where, float(drops[i, i]), float(random.mean()), holds))
         return found
+
+    def within_outline(self, weights: np.ndarray) -> np.ndarray:
+        """Of cells (z, y, x) → of their parts, up to `FINE` along each axis, 0 outside the body."""
+        sizes = zip(self.spec.grid, self.cells, strict=True)
+        by = [next(n for n in range(FINE, 0, -1) if size // count % n == 0) for size, count in sizes]
+        fine = np.kron(weights, np.ones(by, weights.dtype))
+        depth, height, width = fine.shape
+        return np.where(_body(self.grid.numpy(), (depth, height, width)), fine, 0)
 
     def fill(self) -> Tensor:
         """What stands for nothing to be seen, (C, Z, Y, X)."""

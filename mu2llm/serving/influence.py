@@ -51,19 +51,19 @@ def influence(loaded: LoadedModel, request: InfluenceRequest, gone: threading.Ev
             **vars(span),
             "drop": round(each.drop, 4),
             "random": round(each.random, 4),
-            "nifti": _encoded(each, scan.affine, loaded.spec.grid) if each.holds else None,
+            "nifti": _encoded(occlusion, each, scan.affine) if each.holds else None,
         }
         for span, each in zip(said, found, strict=True)
     ]
 
 
-def _encoded(found: Influence, affine: np.ndarray, grid: tuple[int, ...]) -> str:
-    shown = np.where(found.shown, found.weights, 0)
-    return base64.b64encode(overlay(shown, affine, grid)).decode()
+def _encoded(occlusion: Occlusion, found: Influence, affine: np.ndarray) -> str:
+    shown = occlusion.within_outline(np.where(found.shown, found.weights, 0))
+    return base64.b64encode(overlay(shown, affine, occlusion.spec.grid)).decode()
 
 
 def overlay(weights: np.ndarray, affine: np.ndarray, grid: tuple[int, ...]) -> bytes:
-    """Weights (z, y, x) of the cells of a grid → an uncompressed NIfTI-1 in the scan's world, uint8, 255 the highest,
+    """Weights (z, y, x) of equal parts of a grid → an uncompressed NIfTI-1 in the scan's world, uint8, 255 the highest,
     0 what is not above 0.
 
     `affine` is the ModelInput's: the grid's (column, row, slice) to mm in RAS+.

@@ -109,6 +109,11 @@ def test_the_body_is_what_lies_within_its_outline():
     corners = body[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert 0.4 < body.mean() < 0.95 and not corners.any()
     assert (dark & body & ~outer).sum() > 20, "the lungs are left out"
+    seen = occluded((model, processor), voxels)
+    fine = seen.within_outline(seen.body.astype(np.float32))
+    assert fine.shape == (8, 16, 16) and not fine[:, [0, 0, -1, -1], [0, -1, 0, -1]].any()
+    there = body.repeat(2, 1).repeat(2, 2)
+    assert set(np.unique(fine)) == {0, 1} and not fine[~there].any() and (fine[there] == 0).any()
 
 
 def test_in_half_precision_it_is_the_same(made):

@@ -92,7 +92,7 @@ def test_each_sentence_is_told_with_its_place_beside_a_report_that_is_written(ch
         if each["nifti"] is not None:
             assert each["drop"] >= each["random"]
             image = nib.Nifti1Image.from_bytes(base64.b64decode(each["nifti"]))
-            assert image.shape == (8, 8, 8)
+            assert image.shape == (16, 16, 8)  # every voxel of the model's grid
 
 
 def test_who_leaves_is_looked_for_no_further(checkpoint, tmp_path, monkeypatch):

@@ -181,7 +181,7 @@ def test_what_a_draft_depended_on_lies_over_its_scan(client, phantom):
         if sentence["nifti"]:
             image = nib.Nifti1Image.from_bytes(base64.b64decode(sentence["nifti"]))
             values = np.asarray(image.dataobj)
-            assert values.dtype == np.uint8 and values.max() == 255 and values.shape == (8, 8, 8)
+            assert values.dtype == np.uint8 and values.max() == 255 and values.shape == (16, 16, 8)
             inside_low, inside_high = bounds(image.affine, image.shape)
             assert (inside_low >= low - 1).all() and (inside_high <= high + 1).all()
     other = client.post("/v1/scans", files={"scan": ("a.nii.gz", make_phantom(3, 2).nifti())}).json()["id"]
