@@ -3,7 +3,7 @@
 from mu2llm.ct.augment import augment, augment_batch
 from mu2llm.ct.codes import ACCEPTABLE, REASONS, WARNINGS, Acceptable
 from mu2llm.ct.inspection import describe, inspect, three_planes
-from mu2llm.ct.preprocess import SPECS, ModelInput, input_key, joined, prepare, warnings
+from mu2llm.ct.preprocess import SPECS, ModelInput, input_key, prepare, tiled, warnings, whole
 from mu2llm.ct.reading import read, read_several
 from mu2llm.ct.volume import CTVolume, admit, usable
 from mu2llm.errors import Rejection
@@ -25,11 +25,12 @@ __all__ = [
     "describe",
     "input_key",
     "inspect",
-    "joined",
     "prepare",
     "read",
     "read_several",
     "three_planes",
+    "tiled",
     "usable",
     "warnings",
+    "whole",
 ]

@@ -62,7 +62,7 @@ class ModelInput:
 
     `voxels` (T, C, K, H, W) of the spec's dtype (uint8: 0…255 stands for 0…1), `chunk_mask` (T,) True where a
     chunk holds any of the scan. `affine` maps the whole grid's (column w, row h, slice k) of the first series to mm in
-    RAS+: of chunks along the slices alone k is t·K + k of the chunk; `joined` puts tiles together.
+    RAS+: of chunks along the slices alone k is t·K + k of the chunk; `whole` puts tiles together.
     `spec_hash` is of the spec that it was prepared by.
     """
 
@@ -128,12 +128,19 @@ def _prepared(volume: CTVolume, spec: PreprocessSpec) -> ModelInput:
     return ModelInput(_voxels(grid, axes, spec, around), _chunk_mask(axes, spec), to_ras @ to_scan, spec.hash)
 
 
-def joined(weights: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
-    """(T, z, y, x) of the chunks → (chunks, z, y, x) of the first series' whole grid in chunks along the first axis
-    alone."""
-    parts = weights[: spec.chunks].reshape(*spec.tiling, *weights.shape[1:]).transpose(0, 3, 1, 4, 2, 5)
-    first, *rest = parts.shape
-    return parts.reshape(first, rest[0], rest[1] * rest[2], rest[3] * rest[4])
+def whole(voxels: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
+    """Chunks (T, C, K, H, W) → the first series' whole grid (C, Z, Y, X)."""
+    parts = voxels[: spec.chunks].reshape(*spec.tiling, *voxels.shape[1:])
+    return np.ascontiguousarray(parts.transpose(3, 0, 4, 1, 5, 2, 6)).reshape(voxels.shape[1], *spec.grid)
+
+
+def tiled(grids: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
+    """Whole grids (B, C, Z, Y, X) → their chunks (B, chunks, C, K, H, W)."""
+    count, channels = grids.shape[:2]
+    along, down, across = spec.tiling
+    depth, height, width = spec.shape[2:]
+    parts = grids.reshape(count, channels, along, depth, down, height, across, width).transpose(0, 2, 4, 6, 1, 3, 5, 7)
+    return np.ascontiguousarray(parts).reshape(count, spec.chunks, channels, depth, height, width)
 
 
 def _axes(volume: CTVolume, spec: PreprocessSpec) -> tuple[np.ndarray, np.ndarray]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mu2llm import ct
 from mu2llm.engine.decoder import Prompt, TokenSequence
 from mu2llm.engine.remote import EndpointFault
 from mu2llm.serving.exchange import ReportRequest, Written
 from mu2llm.serving.loaded import LoadedModel
 from mu2llm.serving.queue import QueuedRequest
 from mu2llm.serving.refusal import Refusal
-from mu2llm.serving.saliency import overlay, sentence_maps
 from mu2llm.serving.stop import before_stop, without_begun_stop
 
 _ENDPOINT = {True: "engine_down", False: "engine_refused"}
@@ -112,16 +108,14 @@ class RunningBatch:
             queued.send(text[len(queued.sent) :])
 
     def _finish(self, slot: Slot, sequence: TokenSequence) -> None:
-        """The answer to a request, with where each sentence comes from where that is asked for."""
+        """The answer to a request."""
         loaded, queued, written = self.loaded, slot.queued, time.monotonic()
         text = self.decoder.text(sequence)
         report, stopped = before_stop(text.text, queued.request.stop)
-        maps = self._maps(queued.request, report, slot.features) if queued.request.saliency else None
         seconds = {
             "queue": slot.started - queued.arrived,
             "encode": slot.encoded - slot.started,
             "write": written - slot.encoded,
-            "saliency": time.monotonic() - written,
         }
         queued.finish(
             Written(
@@ -135,31 +129,8 @@ class RunningBatch:
                 cached=slot.cached,
                 seconds=seconds,
                 checkpoint=loaded.uri,
-                sentences=maps,
                 percentile=loaded.percentile(slot.features, queued.request.scan),
                 finding_probabilities=loaded.finding_probabilities(slot.features, queued.request.scan),
                 prompt_tokens=loaded.prompt_tokens(queued.request),
             )
         )
-
-    def _maps(self, request: ReportRequest, report: str, features: Tensor) -> list[dict[str, Any]]:
-        loaded = self.loaded
-        found = sentence_maps(
-            loaded.model,
-            loaded.processor,
-            features[None].clone(),  # made under inference mode, which gradients cannot pass
-            loaded.chunk_mask([request.scan]),
-            loaded.question(request),
-            report,
-            loaded.precision,
-        )
-        patch_size = tuple(loaded.model.config.vision.patch_size)
-        return [
-            {
-                **vars(span),
-                "nifti": base64.b64encode(
-                    overlay(ct.joined(weights, loaded.spec), request.scan.affine, patch_size)
-                ).decode(),
-            }
-            for span, weights in found
-        ]

@@ -16,7 +16,7 @@ from mu2llm.serving.admission import Body
 from mu2llm.serving.guard import BODY
 from mu2llm.serving.problems import Problem
 from mu2llm.serving.scans import URI, Scans
-from mu2llm.serving.schemas import ReportOptions, ReportRequest
+from mu2llm.serving.schemas import NamedScan, ReportOptions, ReportRequest
 from mu2llm.serving.service import Upload
 
 T = TypeVar("T")
@@ -51,7 +51,11 @@ async def asked_of(request: Request, scans: Scans) -> tuple[Upload, ReportOption
         request, ReportRequest.model_validate_json, "multipart/form-data with the field scan, or JSON"
     )
     options = ReportOptions(**asked.model_dump(exclude={"uri", "study", "scan"}))
-    return await named(request, scans, asked.uri or asked.study or f"{URI}{asked.scan}"), options
+    return await named(request, scans, uri_of(asked)), options
+
+
+def uri_of(asked: NamedScan) -> str:
+    return asked.uri or asked.study or f"{URI}{asked.scan}"
 
 
 async def named(request: Request, scans: Scans, uri: str) -> Upload:

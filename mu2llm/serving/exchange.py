@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from mu2llm.records import PreprocessSpec
 from mu2llm.serving.decoder import Scan
@@ -25,12 +24,21 @@ class ReportRequest:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
-    saliency: bool = False
+
+
+@dataclass(frozen=True)
+class InfluenceRequest:
+    """A report that was written of the scan on the question, by the model of this id."""
+
+    scan: Scan
+    question: str
+    report: str
+    model: str
 
 
 @dataclass(frozen=True)
 class Written:
-    """A report, with what it cost; `sentences` are (text, start, end, nifti in base64) where they were asked for.
+    """A report, with what it cost.
 
     `percentile` is how unlike the training scans the scan is, None where the checkpoint keeps no statistics of them;
     `finding_probabilities` are those of the diagnostic prior, None where the checkpoint has none; `prompt_tokens` has
@@ -47,7 +55,6 @@ class Written:
     cached: bool
     seconds: dict[str, float]
     checkpoint: str
-    sentences: list[dict[str, Any]] | None = None
     percentile: float | None = None
     finding_probabilities: dict[str, float] | None = None
     prompt_tokens: int = 0

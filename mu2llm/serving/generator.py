@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,8 +16,9 @@ from mu2llm.engine.actors import use_cpus
 from mu2llm.engine.remote import EndpointFault
 from mu2llm.errors import Failure, UserError
 from mu2llm.serving.batch import Queued, RunningBatch
-from mu2llm.serving.exchange import ReportRequest, Status, Written
+from mu2llm.serving.exchange import InfluenceRequest, ReportRequest, Status, Written
 from mu2llm.serving.faults import where
+from mu2llm.serving.influence import influence
 from mu2llm.serving.loaded import LoadedModel
 from mu2llm.serving.queue import QueuedRequest, RequestQueue
 from mu2llm.serving.refusal import Refusal
@@ -53,6 +55,7 @@ class ReportGenerator:
         self.broken = False  # its device: only a new process can write again
         self._writer: asyncio.Task[None] | None = None
         self._loading = asyncio.Lock()
+        self._influencing = asyncio.Lock()
         self._follower: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -138,6 +141,28 @@ class ReportGenerator:
             yield await queued.done
         finally:
             self.waiting.leave(queued)
+
+    async def influence(self, request: InfluenceRequest) -> list[dict[str, Any]] | Refusal:
+        """What each sentence of a report depended on: text, start, end, nifti in base64. One request at a time, beside
+        what is written; no further for one who no longer waits."""
+        gone = threading.Event()
+        async with self._influencing:
+            loaded = self.loaded
+            if loaded is None or self.broken:
+                return Refusal("not_ready", self.why)
+            if request.scan.spec_hash != loaded.spec.hash:
+                return Refusal("wrong_spec")
+            if request.model != loaded.facts["id"]:
+                return Refusal("another_model")
+            try:
+                return await asyncio.to_thread(influence, loaded, request, gone)
+            except asyncio.CancelledError:
+                gone.set()
+                raise
+            except UserError:
+                return Refusal("too_long")
+            except Exception as error:  # no exception leaves for Serve's log with what a client sent
+                return Refusal("broken", where(error))
 
     def _admit(self, request: ReportRequest, streamed: bool = False) -> Queued | Refusal:
         loaded = self.loaded

@@ -43,6 +43,7 @@ class LoadedModel:
         self.facts = {"id": model_id(checkpoint), "stage": stage, "checkpoint": name}
         evaluation = checkpoint.experiment.get("evaluation", {})
         self._question = str(evaluation.get("question", "Write the radiology report of this CT scan."))
+        self.batch_size = settings.max_batch_size
         self.max_new_tokens = int(evaluation.get("max_new_tokens", 256))
         self.familiarity = Familiarity.read(uri)
         self._features: OrderedDict[str, Tensor] = OrderedDict()

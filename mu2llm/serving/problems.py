@@ -6,16 +6,21 @@ rejection is told by the documented sentence of its code alone.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from mu2llm.ct import ACCEPTABLE, REASONS
-from mu2llm.errors import Rejection
+from mu2llm.errors import Failure, Rejection
+from mu2llm.serving.faults import where
 
+logger = logging.getLogger("ray.serve")
 MEDIA = "application/problem+json"
 TITLES = {
     400: "Bad request",
@@ -108,3 +113,39 @@ def storage_failed() -> Problem:
 
 def not_ready(why: str, retry_after: float = 2) -> Problem:
     return Problem(503, "not_ready", f"{why}; try again in a moment", retry_after)
+
+
+def add_problem_handlers(app: FastAPI) -> None:
+    """Whatever is raised becomes a problem's answer, with nothing of what was sent."""
+
+    @app.exception_handler(Problem)
+    async def problem(_: Request, error: Problem) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        status = error.status_code if error.status_code in (400, 404, 405) else 400
+        code = {404: "not_found", 405: "method_not_allowed"}.get(status, "bad_request")
+        detail = {404: "there is nothing here; see /docs", 405: "this path has other methods; see /docs"}
+        response = Problem(status, code, detail.get(status, "the request cannot be read; see /docs")).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return Problem(400, "bad_json", "the body is not JSON").response()
+        if first["type"] == "extra_forbidden":  # its name is the client's
+            return Problem(422, "invalid", "a field is not known here; see /docs").response()
+        place = ".".join(str(part) for part in first["loc"])
+        return Problem(422, "invalid", f"{place}: {first['msg']}; see /docs").response()
+
+    @app.exception_handler(Failure)
+    async def failed(_: Request, error: Failure) -> JSONResponse:
+        logger.error("storage failed: %s", where(error))
+        return storage_failed().response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return internal().response()  # `Guard` logs where

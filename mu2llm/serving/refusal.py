@@ -16,9 +16,9 @@ class Refusal:
     """`reason` is a code, `message` what else is to be said.
 
     Of a reader: a reason code of `mu2llm.ct`, `slow`, `crashed`, `storage` or `unreadable`. Of a generator:
-    `not_ready`, `wrong_spec` (the scan was prepared by another spec), `too_long`, `engine_down`
-    or `engine_refused` by the server of its language model, or `broken` by an unexpected error, of which `message` says
-    where. Of the scorer: `busy` or `down`.
+    `not_ready`, `wrong_spec` (the scan was prepared by another spec), `another_model` (than wrote the report),
+    `too_long`, `engine_down` or `engine_refused` by the server of its language model, or `broken` by an unexpected
+    error, of which `message` says where. Of the scorer: `busy` or `down`.
     """
 
     reason: str

@@ -12,7 +12,6 @@ import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
@@ -175,7 +174,7 @@ class Shadow(RollOut):
         if len(self._tasks) >= AT_ONCE:
             self.failed("busy")
             return
-        task = asyncio.create_task(self._compare(replace(request, saliency=False), shown, deadline))
+        task = asyncio.create_task(self._compare(request, shown, deadline))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -31,7 +31,6 @@ class ReportOptions(Body):
     region: Annotated[str, Field(max_length=100)] | None = Field(
         None, description="a part of the body, such as chest: asks for its findings only"
     )
-    saliency: bool = Field(False, description="add where in the scan each sentence comes from")
     stream: bool = Field(False, description="server-sent events: scan, token…, report (or error)")
     max_new_tokens: int | None = Field(None, ge=1, le=4096)
     temperature: float = Field(0, ge=0, le=5)
@@ -41,8 +40,8 @@ class ReportOptions(Body):
     accept: tuple[Acceptable, ...] = Field((), description="reason codes that are let in all the same")
 
 
-class ReportRequest(ReportOptions):
-    """The JSON form: the scan by its URI in an allowed place, by its study in an archive, or by its id."""
+class NamedScan(Body):
+    """A scan by its URI in an allowed place, by its study in an archive, or by its id."""
 
     uri: Uri | None = None
     study: Uri | None = Field(
@@ -55,6 +54,10 @@ class ReportRequest(ReportOptions):
         if sum(each is not None for each in (self.uri, self.study, self.scan)) != 1:
             raise PydanticCustomError("one_scan", "give uri, study or scan, one of the three")
         return self
+
+
+class ReportRequest(NamedScan, ReportOptions):
+    """The JSON form of what is asked about a scan."""
 
 
 class SentScan(BaseModel):
@@ -105,21 +108,6 @@ class SpecFacts(BaseModel):
     hash: str
 
 
-class SaliencySentence(BaseModel):
-    """`nifti` is a NIfTI-1 file in base64, uint8 0…255, whose affine gives mm in the scan's own RAS+ world."""
-
-    text: str
-    start: int = Field(description="first character in the report")
-    end: int = Field(description="behind the last")
-    nifti: str
-
-
-class Saliency(BaseModel):
-    """Where in the scan each sentence comes from."""
-
-    sentences: list[SaliencySentence]
-
-
 class FamiliarityOut(BaseModel):
     """How unlike the training scans the scan is: the share of them that are nearer to their mean, in percent."""
 
@@ -140,8 +128,7 @@ class Report(BaseModel):
     finished: bool
     tokens: int
     prompt_tokens: int = Field(0, description="of the prompt, visual tokens among them; 0 of older jobs")
-    seconds: dict[str, float] = Field(description="read, queue, encode, write, saliency, total")
-    saliency: Saliency | None = None
+    seconds: dict[str, float] = Field(description="read, queue, encode, write, total")
     familiarity: FamiliarityOut | None = Field(
         None, description="null where the checkpoint keeps no statistics of its training scans"
     )
@@ -278,6 +265,36 @@ class Draft(BaseModel):
     findings: list[FindingOut] = Field(description="that the rules read in the report as it was generated")
     model: ModelFacts | None = Field(description="null of drafts of before this was kept, as is `scan`")
     scan: ScanFacts | None
+
+
+# ---- influence
+
+
+class InfluenceIn(NamedScan):
+    """The scan that the draft is of."""
+
+    accept: tuple[Acceptable, ...] = Field((), description="reason codes that were let in for the draft")
+
+
+class SentenceInfluence(BaseModel):
+    """The region of the patient's body that a sentence hangs on most, and whether it does so more than on others."""
+
+    text: str
+    start: int = Field(description="first character in the report as it was generated")
+    end: int = Field(description="behind the last")
+    drop: float = Field(description="by how much its log-probability (nats) falls where the region is taken away")
+    random: float = Field(description="the same where random regions of the body of its size are, on the mean")
+    nifti: str | None = Field(
+        description="NIfTI-1 in base64, uint8 0…255, its affine in mm in the scan's own RAS+ world; null where one of "
+        "the random regions costs as much, or none costs anything: the sentence hangs on no place in particular"
+    )
+
+
+class InfluenceAnswer(BaseModel):
+    """Of each sentence of a draft, in their order."""
+
+    sentences: list[SentenceInfluence]
+    seconds: float
 
 
 # ---- the rest

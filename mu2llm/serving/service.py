@@ -23,7 +23,7 @@ from mu2llm.serving.admission import ANYBODY, Bodies, Body
 from mu2llm.serving.calls import ATTEMPTS, Calls, back_off
 from mu2llm.serving.decoder import Reading, References, Scan
 from mu2llm.serving.drafts import Drafts
-from mu2llm.serving.exchange import ReportRequest, Status, Written
+from mu2llm.serving.exchange import InfluenceRequest, ReportRequest, Status, Written
 from mu2llm.serving.guard import MAX_TEXTS
 from mu2llm.serving.metrics import Metrics, counted
 from mu2llm.serving.problems import Problem, internal, not_ready, rejected
@@ -36,16 +36,16 @@ from mu2llm.serving.schemas import (
     FindingOut,
     GreenAnswer,
     GreenResult,
+    InfluenceAnswer,
     ModelFacts,
     PairIn,
     Report,
     ReportOptions,
-    Saliency,
-    SaliencySentence,
     ScanFacts,
+    SentenceInfluence,
     SpecFacts,
 )
-from mu2llm.serving.store import Store
+from mu2llm.serving.store import Store, StoredReport
 from mu2llm.serving.uris import allowed
 from mu2llm.settings.serving import ServingConfig
 
@@ -321,6 +321,28 @@ class Service:
         self._pace = 0.8 * self._pace + 0.2 * min(ended - self._last_finished, 60.0)
         self._last_finished = self._seen = ended
 
+    # ---- influence
+
+    async def influence(self, work: Work, draft: StoredReport) -> InfluenceAnswer:
+        """What each sentence of a draft depended on in its scan; a Problem (409) for another scan, or where the model
+        that wrote it does not run."""
+        scan = await self.read(work)
+        if scan.facts["sha256"] != draft.scan_sha256:
+            raise Problem(409, "another_scan", "the draft is of another scan; name the one that it was made of")
+        model = draft.model.id if draft.model else ""
+        canary = self.canary if self.canary and self.canary.status.model.get("id") == model else None
+        writer = canary.calls if canary else self.generator
+        for attempt in range(ATTEMPTS):
+            asked = InfluenceRequest(scan, draft.question, draft.text, model)
+            found = await writer.ask("influence", asked, deadline=work.deadline)
+            if not isinstance(found, Refusal):
+                sentences = [SentenceInfluence(**each) for each in found]
+                return InfluenceAnswer(sentences=sentences, seconds=round(time.monotonic() - work.started, 4))
+            if found.reason == "another_model":
+                raise Problem(409, "another_model", "another model runs now than wrote the draft; make a new report")
+            scan = await self._again(work, scan, found, attempt)
+        raise not_ready("the model is being swapped")
+
     # ---- GREEN
 
     async def green(self, pairs: list[PairIn]) -> GreenAnswer:
@@ -355,7 +377,7 @@ class Service:
 
 
 def _request(work: Work, scan: Scan) -> ReportRequest:
-    taken = ("question", "region", "max_new_tokens", "temperature", "top_p", "seed", "stop", "saliency")
+    taken = ("question", "region", "max_new_tokens", "temperature", "top_p", "seed", "stop")
     return ReportRequest(id=work.id, scan=scan, **{name: getattr(work.options, name) for name in taken})
 
 
@@ -372,7 +394,7 @@ def _refused(refusal: Refusal, settings: ServingConfig) -> Problem:
 
 def _report(work: Work, scan: Scan, written: Written) -> Report:
     seconds = {"read": scan.seconds, **written.seconds, "total": time.monotonic() - work.started}
-    said, far = written.sentences, written.percentile
+    far = written.percentile
     return Report(
         id=work.id,
         report=written.text,
@@ -387,5 +409,4 @@ def _report(work: Work, scan: Scan, written: Written) -> Report:
         seconds={step: round(value, 4) for step, value in seconds.items()},
         familiarity=None if far is None else FamiliarityOut(percentile=far, unlike=unlike(far)),
         finding_probabilities=written.finding_probabilities,
-        saliency=None if said is None else Saliency(sentences=[SaliencySentence(**each) for each in said]),
     )

@@ -7,7 +7,7 @@ import hashlib
 import re
 from datetime import UTC, datetime, timedelta
 
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from mu2llm import storage
 from mu2llm.ct import sources
@@ -83,6 +83,13 @@ class StoredJob(BaseModel):
     files: int = 0
     owner: str = ""
     beat: datetime
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _known(cls, options: object) -> object:
+        """Without what a job of an older version was asked and none is any more (`saliency`)."""
+        known = ReportOptions.model_fields
+        return {k: v for k, v in options.items() if k in known} if isinstance(options, dict) else options
 
 
 def now() -> datetime:

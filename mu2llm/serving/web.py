@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 import mu2llm
-from mu2llm.errors import Failure
 from mu2llm.serving import chat, formats, metrics, pages, samples, scans, streams
-from mu2llm.serving.bodies import PRINCIPAL, asked_of, counted, files_of, json_of, length_of, named, principal_of
-from mu2llm.serving.faults import where
+from mu2llm.serving.bodies import (
+    PRINCIPAL,
+    asked_of,
+    counted,
+    files_of,
+    json_of,
+    length_of,
+    named,
+    principal_of,
+    uri_of,
+)
 from mu2llm.serving.guard import BODY, LOOPBACK, Guard, Uploads
 from mu2llm.serving.jobs import Jobs
 from mu2llm.serving.keys import Doorkeeper, Scope, principal
-from mu2llm.serving.problems import MEDIA, Problem, ProblemDetail, internal, storage_failed
+from mu2llm.serving.problems import MEDIA, ProblemDetail, add_problem_handlers
 from mu2llm.serving.schemas import (
     CorrectionIn,
     CorrectionOut,
@@ -35,6 +40,8 @@ from mu2llm.serving.schemas import (
     GreenAnswer,
     GreenRequest,
     Health,
+    InfluenceAnswer,
+    InfluenceIn,
     Job,
     ModelsAnswer,
     Readiness,
@@ -47,7 +54,6 @@ from mu2llm.serving.schemas import (
 from mu2llm.serving.service import Service
 from mu2llm.serving.streams import Stream
 
-logger = logging.getLogger("ray.serve")
 _BEARER = HTTPBearer(auto_error=False, scheme_name="API key", description="mu2llm key make")
 
 _SCAN = {
@@ -112,7 +118,7 @@ def application(service: Service, jobs: Jobs, doorkeeper: Doorkeeper, loopback: 
     app.include_router(_rest(service))
     app.include_router(_operations(service))
     pages.add(app)
-    _add_problem_handlers(app)
+    add_problem_handlers(app)
     _add_shared_schemas(app)
     settings = service.settings
     origins = settings.public_origins
@@ -307,6 +313,23 @@ def _rest(service: Service) -> APIRouter:
         """A report by its id, and what became of it."""
         return await service.drafts.get(report_id)
 
+    @router.post(
+        "/drafts/{report_id}/influence",
+        tags=["reports"],
+        dependencies=[needs("read")],
+        openapi_extra=_body(InfluenceIn),
+        responses=_problems(*_ALWAYS, 404, 409),
+    )
+    async def influence(report_id: str, request: Request) -> InfluenceAnswer:
+        """What each sentence of a draft depended on in its scan, which is named again."""
+        with counted(request, service.admitted) as body:
+            asked = await json_of(request, InfluenceIn.model_validate_json)
+            stored = await asyncio.to_thread(service.store.report, report_id)
+            upload = await named(request, service.scans, uri_of(asked))
+            body.arrived(upload.size)
+            work = service.begin(upload, ReportOptions(accept=asked.accept), principal=principal_of(request))
+            return await service.influence(work, stored)
+
     @router.delete(
         "/drafts/{report_id}",
         tags=["corrections"],
@@ -377,41 +400,7 @@ def _operations(service: Service) -> APIRouter:
     return router
 
 
-# ---- errors, counts, schemas
-
-
-def _add_problem_handlers(app: FastAPI) -> None:
-    @app.exception_handler(Problem)
-    async def problem(_: Request, error: Problem) -> JSONResponse:
-        return error.response()
-
-    @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        status = error.status_code if error.status_code in (400, 404, 405) else 400
-        code = {404: "not_found", 405: "method_not_allowed"}.get(status, "bad_request")
-        detail = {404: "there is nothing here; see /docs", 405: "this path has other methods; see /docs"}
-        response = Problem(status, code, detail.get(status, "the request cannot be read; see /docs")).response()
-        response.headers.update(error.headers or {})
-        return response
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return Problem(400, "bad_json", "the body is not JSON").response()
-        if first["type"] == "extra_forbidden":  # its name is the client's
-            return Problem(422, "invalid", "a field is not known here; see /docs").response()
-        place = ".".join(str(part) for part in first["loc"])
-        return Problem(422, "invalid", f"{place}: {first['msg']}; see /docs").response()
-
-    @app.exception_handler(Failure)
-    async def failed(_: Request, error: Failure) -> JSONResponse:
-        logger.error("storage failed: %s", where(error))
-        return storage_failed().response()
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return internal().response()  # `Guard` logs where
+# ---- schemas
 
 
 def _add_shared_schemas(app: FastAPI) -> None:
@@ -420,7 +409,7 @@ def _add_shared_schemas(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         schema = described()
-        models = (ProblemDetail, ReportRequest, chat.ChatRequest, GreenRequest, CorrectionIn, DecisionIn)
+        models = (ProblemDetail, ReportRequest, chat.ChatRequest, GreenRequest, CorrectionIn, DecisionIn, InfluenceIn)
         _, made = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
         schema["components"]["schemas"] |= made["$defs"]
         return schema

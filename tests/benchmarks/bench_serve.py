@@ -1,24 +1,34 @@
-"""The service under load, on loopback: reports against one-by-one generation, what the Serve path costs, overload.
+"""The service under load, on loopback: reports against one-by-one generation, what the Serve path costs, overload,
+faults.
 
-    python tests/benchmarks/bench_serve.py [--reports N] [--tokens N] [--checkpoint C]
+    python tests/benchmarks/bench_serve.py [--reports N] [--tokens N] [--checkpoint C] [--only load|faults]
 
 Without a checkpoint, an untrained model of the demo's size writes `--tokens` tokens a report. Scans are phantoms, each
 read, prepared and encoded anew every time (the cache of encodings is off), in both ways and on one torch thread.
+
+Under faults 8 clients ask on and on: a row ends when `--reports` of them were answered with a report after the fault.
+What broke or was refused is asked again. `jobs` were posted before the fault, and are done in the end or lost.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import socket
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
+import ray
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -44,6 +54,22 @@ SCANS = 8
 QUEUE = 48
 OVERLOAD_S = 10.0
 PINGS = 300
+CLIENTS_UNDER_FAULTS = 8
+JOBS = 4
+HUNG_S = 120.0  # without an answer
+SLOW_UPLOADS = 10
+ANNOUNCED = 2**30  # bytes of each slow upload
+LEAVE = 100  # clients, ten at a time
+ENDS = ("200", "429", "503", "broken", "hung")  # of a request
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is sent: `reports` a row, of `tokens` each."""
+
+    scans: list[bytes]
+    reports: int
+    tokens: int
 
 
 def untrained(folder: str) -> str:
@@ -59,22 +85,22 @@ def untrained(folder: str) -> str:
     return checkpoint.uri
 
 
-def one_by_one(checkpoint: str, scans: list[bytes], reports: int, tokens: int) -> list[float]:
-    """Seconds of each report, made one after the other in this process."""
+def one_by_one(checkpoint: str, asked: Measurement) -> list[float]:
+    """Seconds of a quarter of the reports, made one after the other in this process."""
     torch.set_num_threads(1)
     model, processor = load(checkpoint)
     question = open_checkpoint(checkpoint).experiment["evaluation"]["question"]
     seconds = []
-    for number in range(reports):
+    for number in range(max(8, asked.reports // 4)):
         started = time.perf_counter()
-        prepared = processor.prepare([scans[number % len(scans)]])
+        prepared = processor.prepare([asked.scans[number % len(asked.scans)]])
         with torch.inference_mode():
             features = model.encode_vision(prepared["volumes"], prepared["chunk_mask"])
         write(
             ContinuousDecoder(model, processor),
             features,
             prepared["chunk_mask"],
-            [Prompt(question, "a", Decoding(tokens))],
+            [Prompt(question, "a", Decoding(asked.tokens))],
         )
         seconds.append(time.perf_counter() - started)
     return seconds
@@ -134,6 +160,171 @@ def pings(url: str) -> list[float]:
     return seconds
 
 
+# ---- under faults
+
+
+def outcome(client: httpx.Client, scan: bytes, tokens: int) -> tuple[str, float]:
+    """How one request ended, and after how many seconds."""
+    started = time.perf_counter()
+    try:
+        answer = client.post("/v1/reports", files={"scan": ("a.nii.gz", scan)}, data={"max_new_tokens": tokens})
+        told = str(answer.status_code)
+        if answer.status_code in (429, 503) and "retry-after" not in answer.headers:
+            told += " without Retry-After"
+        if answer.status_code == 500 and "json" not in answer.headers.get("content-type", ""):
+            told = "broken"  # Ray's proxy tells so that the ingress died
+    except httpx.TimeoutException:
+        told = "hung"
+    except httpx.TransportError:
+        told = "broken"
+    return told, time.perf_counter() - started
+
+
+class Load:
+    """Clients that ask over and over while the block lasts; `ended` is how and after how long each request ended."""
+
+    def __init__(self, url: str, scans: list[bytes], tokens: int) -> None:
+        self.url, self.scans, self.tokens = url, scans, tokens
+        self.ended: list[tuple[str, float]] = []
+        self.over = threading.Event()
+        self.clients = [threading.Thread(target=self._ask, args=[n]) for n in range(CLIENTS_UNDER_FAULTS)]
+
+    def __enter__(self) -> Load:
+        for each in self.clients:
+            each.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        for each in self.clients:
+            each.join()
+
+    def _ask(self, number: int) -> None:
+        with httpx.Client(base_url=self.url, timeout=HUNG_S) as client:
+            while not self.over.is_set():
+                told, seconds = outcome(client, self.scans[number % len(self.scans)], self.tokens)
+                self.ended.append((told, seconds))
+                if told != "200":
+                    time.sleep(0.5)
+
+    def wait_for(self, more: int) -> None:
+        """Until so many further reports have come."""
+        wanted = self.reports + more
+        deadline = time.monotonic() + 10 * HUNG_S
+        while self.reports < wanted:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{self.reports} of {wanted} reports came: {Counter(told for told, _ in self.ended)}"
+                )
+            time.sleep(0.05)
+
+    @property
+    def reports(self) -> int:
+        return sum(told == "200" for told, _ in self.ended)
+
+
+@contextlib.contextmanager
+def killed(deployment: str) -> Iterator[Counter[str]]:
+    """One replica of it dies."""
+    names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
+    name = next(name for name in names if name.startswith(f"SERVE_REPLICA::mu2llm#{deployment}#"))
+    ray.kill(ray.get_actor(name, namespace="serve"))
+    yield Counter()
+
+
+@contextlib.contextmanager
+def slow_uploads(url: str) -> Iterator[Counter[str]]:
+    """Clients that announce a large body and send five bytes of it; what each was told."""
+    place = urlsplit(url)
+    head = (
+        f"POST /v1/reports HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        f"Content-Length: {ANNOUNCED}\r\n\r\n--x\r\n"
+    )
+    with contextlib.ExitStack() as held:
+        sockets = []
+        for _ in range(SLOW_UPLOADS):
+            sockets.append(held.enter_context(socket.create_connection((place.hostname, place.port))))
+            sockets[-1].sendall(head.encode())
+        told: Counter[str] = Counter()
+        yield told
+        for each in sockets:
+            each.settimeout(HUNG_S)
+            with contextlib.suppress(TimeoutError):
+                told[each.recv(1024).decode().partition(" ")[2][:3] or "broken"] += 1
+        told["hung"] = SLOW_UPLOADS - told.total()
+
+
+@contextlib.contextmanager
+def clients_that_leave(url: str, scans: list[bytes]) -> Iterator[Counter[str]]:
+    """Each begins a stream and is gone with its first bytes; what each was told at first."""
+
+    def leave(number: int) -> str:
+        form = {"files": {"scan": ("a.nii.gz", scans[number % len(scans)])}, "data": {"stream": "true"}}
+        with (
+            httpx.Client(base_url=url, timeout=HUNG_S) as client,
+            client.stream("POST", "/v1/reports", **form) as answer,
+        ):
+            next(answer.iter_bytes(), b"")
+            return str(answer.status_code)
+
+    with ThreadPoolExecutor(10) as pool:
+        yield Counter(pool.map(leave, range(LEAVE)))
+
+
+Fault = Callable[[], contextlib.AbstractContextManager[Counter[str]]]
+
+
+def under(fault: Fault, load: Load, reports: int) -> list[str]:
+    """The cells of a row: how requests ended from the moment of the fault on, seconds, jobs that were done."""
+    with httpx.Client(base_url=load.url, timeout=HUNG_S) as client, load:
+        load.wait_for(CLIENTS_UNDER_FAULTS)
+        files = {"scan": ("a.nii.gz", load.scans[0])}
+        posted = [client.post("/v1/jobs", files=files).raise_for_status().json()["id"] for _ in range(JOBS)]
+        before = len(load.ended)
+        with fault() as own:
+            load.wait_for(reports)
+    wait_until_ready(load.url)
+    with httpx.Client(base_url=load.url, timeout=HUNG_S) as client:
+        done = sum(finished(client, job) for job in posted)
+    ended = load.ended[before:]
+    counts = Counter(told for told, _ in ended)
+    others = listed(Counter({told: n for told, n in counts.items() if told not in ENDS}))
+    seconds = [took for told, took in ended if told == "200"]
+    times = [f"{statistics.median(seconds):.2f}", f"{percentile(seconds, 0.99):.2f}"]
+    return [*(str(counts[each]) for each in ENDS), others, *times, f"{done} of {JOBS}", listed(own)]
+
+
+def listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} × {told}" for told, number in counts.items() if number)
+
+
+def finished(client: httpx.Client, job: str) -> bool:
+    """Whether a job comes to its report."""
+    deadline = time.monotonic() + HUNG_S
+    while time.monotonic() < deadline:
+        told = client.get(f"/v1/jobs/{job}").raise_for_status().json()
+        if told["status"] in ("done", "failed"):
+            return bool(told["status"] == "done")
+        time.sleep(0.2)
+    return False
+
+
+def faults(url: str, asked: Measurement) -> Table:
+    """Of 8 clients, one row a fault."""
+    table = Table("", *ENDS, "others", "p50 s", "p99 s", "jobs done", "the fault's own clients")
+    rows: dict[str, Fault] = {
+        "no fault": lambda: contextlib.nullcontext(Counter()),
+        "a reader killed": lambda: killed("VolumeReader"),
+        "a generator killed": lambda: killed("ReportGenerator"),
+        "the ingress killed": lambda: killed("Ingress"),
+        f"{SLOW_UPLOADS} slow uploads": lambda: slow_uploads(url),
+        f"{LEAVE} clients that leave": lambda: clients_that_leave(url, asked.scans),
+    }
+    for name, fault in rows.items():
+        table.add_row(name, *under(fault, Load(url, asked.scans, asked.tokens), asked.reports))
+    return table
+
+
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
@@ -145,31 +336,16 @@ def row(table: Table, name: str, seconds: list[float], whole: float, baseline: f
     return rate
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reports", type=int, default=96, help="reports in each row")
-    parser.add_argument("--tokens", type=int, default=96, help="tokens of a report")
-    parser.add_argument("--checkpoint")
-    options = parser.parse_args()
-    scans = [phantom.make(5, index).nifti() for index in range(SCANS)]
-    console, table = Console(), Table("", "reports", "p50 s", "p99 s", "reports/s", "against one by one")
-    with tempfile.TemporaryDirectory() as folder, session():
-        checkpoint = options.checkpoint or untrained(folder)
-        alone = one_by_one(checkpoint, scans, max(8, options.reports // 4), options.tokens)
-        baseline = row(table, "one by one", alone, sum(alone), None)
-        serving = ServingConfig(
-            state=f"{folder}/state", cached_scans=0, max_queued_requests=QUEUE, authentication="off"
-        )
-        settings = Settings(checkpoint=checkpoint, tracking="sqlite://", loopback=True, serving=serving)
-        with running(settings, "127.0.0.1", free_port()) as url:
-            wait_until_ready(url)
-            closed_loop(url, scans, 8, options.tokens, 8)
-            rates = [
-                row(table, f"{n} clients", *closed_loop(url, scans, options.reports, options.tokens, n), baseline)
-                for n in CLIENTS
-            ]
-            idle = pings(url)
-            answers = overload(url, scans, options.tokens, 2 * max(rates))
+def load_table(url: str, alone: list[float], asked: Measurement, console: Console) -> None:
+    """Seconds and reports/s of 1, 8 and 32 clients, of requests that do nothing, and what overload is told."""
+    table = Table("", "reports", "p50 s", "p99 s", "reports/s", "against one by one")
+    baseline = row(table, "one by one", alone, sum(alone), None)
+    rates = [
+        row(table, f"{n} clients", *closed_loop(url, asked.scans, asked.reports, asked.tokens, n), baseline)
+        for n in CLIENTS
+    ]
+    idle = pings(url)
+    answers = overload(url, asked.scans, asked.tokens, 2 * max(rates))
     console.print(table)
     console.print(
         f"a request that does nothing: p50 {1000 * statistics.median(idle):.1f} ms, p99 "
@@ -180,6 +356,31 @@ def main() -> None:
     told = "" if not refused else f"; a 429 comes after p50 {1000 * statistics.median(refused):.0f} ms"
     told += "" if not refused else f", p99 {1000 * percentile(refused, 0.99):.0f} ms"
     console.print(f"at twice the capacity ({2 * max(rates):.1f} requests/s): {dict(counts)}{told}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reports", type=int, default=96, help="reports in each row")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens of a report")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--only", choices=("load", "faults"), help="one of the two tables")
+    options = parser.parse_args()
+    scans, console = [phantom.make(5, index).nifti() for index in range(SCANS)], Console(width=150)
+    asked = Measurement(scans, options.reports, options.tokens)
+    with tempfile.TemporaryDirectory() as folder, session():
+        checkpoint = options.checkpoint or untrained(folder)
+        alone = [] if options.only == "faults" else one_by_one(checkpoint, asked)
+        serving = ServingConfig(
+            state=f"{folder}/state", cached_scans=0, max_queued_requests=QUEUE, authentication="off"
+        )
+        settings = Settings(checkpoint=checkpoint, tracking="sqlite://", loopback=True, serving=serving)
+        with running(settings, "127.0.0.1", free_port()) as url:
+            wait_until_ready(url)
+            closed_loop(url, scans, 8, options.tokens, 8)
+            if options.only != "faults":
+                load_table(url, alone, asked, console)
+            if options.only != "load":
+                console.print(faults(url, asked))
 
 
 if __name__ == "__main__":

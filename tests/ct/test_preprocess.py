@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from monai.transforms import Compose, CropForeground, Resize, ScaleIntensityRangePercentiles
 
 from mu2llm import config
-from mu2llm.ct import SPECS, CTVolume, PreprocessSpec, joined, prepare, read
+from mu2llm.ct import SPECS, CTVolume, PreprocessSpec, prepare, read, tiled, whole
 
 
 def published(data: bytes, depth: int, size: int, chunks: int) -> np.ndarray:
@@ -107,23 +107,24 @@ def test_the_affine_leads_back_to_the_place_in_any_axes_and_tiles(fit, axes, spa
     )
     made = prepare(ball(), made_by)
     assert made.voxels.shape == (12, 1, 24, 16, 24)
-    grid = joined(made.voxels[:, 0], made_by).reshape(48, 48, 48)
+    grid = whole(made.voxels, made_by)[0]
     k, h, w = middle(np.clip(grid - 0.5 - 1e-6, 0, None) * (grid > 0.6))
     np.testing.assert_allclose((made.affine @ [w, h, k, 1])[:3], (40, 20, 24), atol=0.8)
-    held = joined(np.broadcast_to(made.chunk_mask[:, None, None, None], (12, 24, 16, 24)), made_by)
-    assert not grid[~held.reshape(48, 48, 48)].any()
+    held = whole(np.broadcast_to(made.chunk_mask[:, None, None, None, None], (12, 1, 24, 16, 24)), made_by)[0]
+    assert not grid[~held].any()
+    np.testing.assert_array_equal(tiled(whole(made.voxels, made_by)[None], made_by)[0], made.voxels)
 
 
 def test_tiles_are_whole_and_the_first_of_the_grid():
     hu = np.arange(20 * 20 * 20, dtype=np.int16).reshape(20, 20, 20) // 8
-    tiled = spec(fit="tiles", axes="RAS", grid=(24, 24, 24), tiles=(3, 3, 3), chunks=27, crop_foreground=False)
-    made = prepare(CTVolume(hu, np.eye(4)), tiled)  # 20 voxels hold two tiles of 8, the middle 16
+    by_tiles = spec(fit="tiles", axes="RAS", grid=(24, 24, 24), tiles=(3, 3, 3), chunks=27, crop_foreground=False)
+    made = prepare(CTVolume(hu, np.eye(4)), by_tiles)  # 20 voxels hold two tiles of 8, the middle 16
     mask = made.chunk_mask.reshape(3, 3, 3)
     assert mask[:2, :2, :2].all() and mask.sum() == 8
-    low, high = tiled.windows[0]
+    low, high = by_tiles.windows[0]
     expected = np.rint(np.clip((hu[2:18, 2:18, 2:18] - low) / (high - low), 0, 1) * 255)
-    np.testing.assert_array_equal(joined(made.voxels[:, 0], tiled).reshape(24, 24, 24)[:16, :16, :16], expected)
-    small = prepare(CTVolume(hu[:5], np.eye(4)), tiled)
+    np.testing.assert_array_equal(whole(made.voxels, by_tiles)[0, :16, :16, :16], expected)
+    small = prepare(CTVolume(hu[:5], np.eye(4)), by_tiles)
     assert small.chunk_mask.reshape(3, 3, 3).any(axis=(1, 2)).tolist() == [True, False, False]
 
 

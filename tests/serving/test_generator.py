@@ -210,17 +210,6 @@ def test_a_scan_of_another_spec_is_sent_back(checkpoint, tmp_path):
     assert with_generator(checkpoint, tmp_path, use) == Refusal("wrong_spec")
 
 
-def test_sentences_come_with_their_places(checkpoint, tmp_path):
-    async def use(generator):
-        return await generator.write(ReportRequest("a", scan(0), saliency=True))
-
-    written = with_generator(checkpoint, tmp_path, use)
-    assert [FIRST[each["start"] : each["end"]] for each in written.sentences] == [
-        each["text"] for each in written.sentences
-    ]
-    assert written.seconds["saliency"] > 0
-
-
 def test_a_registry_that_failed_once_is_asked_again(checkpoint, tmp_path, monkeypatch):
     """An error of the tracking server ended the task that follows the registry, unseen until a restart."""
     answers = iter([ConnectionAbortedError("a hiccup"), Exception("MLflow's own kind of error")])

@@ -393,6 +393,19 @@ def test_a_job_that_never_ends_is_given_up_and_one_that_ended_is_closed(tmp_path
     assert service.store.open_ids() == [] and not list((tmp_path / "uploads").rglob("0*"))
 
 
+def test_a_job_of_an_older_version_is_still_read(tmp_path):
+    """It may have been asked for what there is no more; and all jobs behind it waited with it."""
+    store = Store(str(tmp_path), None, 1)
+    stored = StoredJob(
+        job=Job(id="0" * 32, status="queued", created="", updated=""), options=ReportOptions(seed=3), beat=now()
+    )
+    store.add_job(stored, [])
+    told = stored.model_dump(mode="json")
+    told["options"]["saliency"] = True
+    storage.write_json(f"{tmp_path}/jobs/{'0' * 32}.json", told)
+    assert [each.options for each in store.open_jobs()] == [stored.options]
+
+
 def test_an_upload_whose_job_never_came_to_be_is_found_and_deleted(tmp_path, monkeypatch):
     store, write = Store(str(tmp_path), None, 30), storage.write_bytes
 

@@ -15,6 +15,7 @@ from small_service import GUARD_S, PATIENT, PATIENT_ID, PLAIN, STUDY, wait_for
 from small_writer import FIRST, QUESTION
 
 from mu2llm import ct
+from mu2llm.ct.phantom import make as make_phantom
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ def test_an_uploaded_scan_gets_a_report(client, phantom):
     assert told["findings"] == [{"name": "pleural effusion", "side": "left", "place": None, "size_mm": None}]
     assert told["spec"]["name"] == "least" and told["question"] == QUESTION and told["finished"]
     assert len(told["scan"]["sha256"]) == 64 and told["scan"]["format"] == "NIfTI"
-    assert set(told["seconds"]) == {"read", "queue", "encode", "write", "saliency", "total"}
+    assert set(told["seconds"]) == {"read", "queue", "encode", "write", "total"}
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
@@ -159,24 +160,32 @@ def test_a_report_streams_in(client, phantom):
     assert told[0][0] == "scan" and told[-1][0] == "report"
     pieces = [data["text"] for name, data in told if name == "token"]
     assert "".join(pieces) == FIRST == told[-1][1]["report"]
-    assert told[-1][1]["saliency"] is None
     plain = post(client, phantom).json()
     assert {**plain, "id": 0, "seconds": 0} == {**told[-1][1], "id": 0, "seconds": 0}
 
 
-def test_saliency_lies_over_the_scan(client, phantom):
-    told = events(post(client, phantom, stream="true", saliency="true"))[-1][1]
-    sentences = told["saliency"]["sentences"]
-    assert [s["text"] for s in sentences] == [told["report"][s["start"] : s["end"]] for s in sentences]
+def test_what_a_draft_depended_on_lies_over_its_scan(client, phantom):
+    """Asked for behind the report, of a scan that was sent once."""
+    sent = client.post("/v1/scans", files={"scan": ("a.nii.gz", phantom)}).json()["id"]
+    draft = client.post("/v1/reports", json={"scan": sent}).json()
+    answer = client.post(f"/v1/drafts/{draft['id']}/influence", json={"scan": sent})
+    assert answer.status_code == 200, answer.text
+    sentences = answer.json()["sentences"]
+    assert [s["text"] for s in sentences] == [draft["report"][s["start"] : s["end"]] for s in sentences]
     assert len(sentences) == 4
     scan = nib.Nifti1Image.from_bytes(__import__("gzip").decompress(phantom))
     low, high = bounds(scan.affine, scan.shape)
     for sentence in sentences:
-        image = nib.Nifti1Image.from_bytes(base64.b64decode(sentence["nifti"]))
-        values = np.asarray(image.dataobj)
-        assert values.dtype == np.uint8 and values.max() == 255 and values.shape == (4, 4, 4)
-        inside_low, inside_high = bounds(image.affine, image.shape)
-        assert (inside_low >= low - 1).all() and (inside_high <= high + 1).all()
+        assert sentence["nifti"] is None or sentence["drop"] > sentence["random"]
+        if sentence["nifti"]:
+            image = nib.Nifti1Image.from_bytes(base64.b64decode(sentence["nifti"]))
+            values = np.asarray(image.dataobj)
+            assert values.dtype == np.uint8 and values.max() == 255 and values.shape == (16, 16, 8)
+            inside_low, inside_high = bounds(image.affine, image.shape)
+            assert (inside_low >= low - 1).all() and (inside_high <= high + 1).all()
+    other = client.post("/v1/scans", files={"scan": ("a.nii.gz", make_phantom(3, 2).nifti())}).json()["id"]
+    wrong = client.post(f"/v1/drafts/{draft['id']}/influence", json={"scan": other})
+    assert (wrong.status_code, wrong.json()["code"]) == (409, "another_scan")
 
 
 def bounds(affine, shape):

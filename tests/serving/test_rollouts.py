@@ -317,6 +317,15 @@ def test_a_scan_is_always_answered_by_the_same_checkpoint(rolled):
 
 
 @pytest.mark.slow
+def test_what_a_canary_wrote_is_asked_of_the_canary(rolled):
+    for found in scans().values():
+        sent = post(f"{rolled}/v1/scans", files={"scan": ("a.nii.gz", found[0])}).json()["id"]
+        draft = post(f"{rolled}/v1/reports", data={"scan": sent}).json()["id"]
+        answer = post(f"{rolled}/v1/drafts/{draft}/influence", json={"scan": sent})
+        assert answer.status_code == 200 and answer.json()["sentences"], answer.text
+
+
+@pytest.mark.slow
 def test_what_a_shadow_says_otherwise_is_kept_without_its_words(rolled, places):
     told = write(rolled, scans()[False][0])
     kept = places / "state" / "shadow" / f"{told['id']}.json"

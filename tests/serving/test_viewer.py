@@ -143,13 +143,40 @@ def test_a_sample_is_shown_and_read(page):
     keep(page, "report")
 
 
-def test_where_it_looked_is_overlaid(page):
+def looks(page, centre):
+    """From here on the service tells a place of every sentence, which the tests' model, that has learnt its report by
+    heart, does not have: its answer comes all the same, and the place lies about `centre` (mm)."""
+    asked = []
+
+    def with_place(route):
+        answer = route.fetch()
+        told = answer.json()
+        asked.append(answer.status)
+        cells = np.zeros((8, 8, 8), np.uint8)
+        cells[3:6, 3:6, 3:6] = 200
+        cells[4, 4, 4] = 255
+        affine = np.diag([30.0, 30, 30, 1])
+        affine[:3, 3] = np.array(centre) - 4 * 30
+        place = base64.b64encode(nib.Nifti1Image(cells, affine).to_bytes()).decode()
+        for sentence in told["sentences"]:
+            sentence |= {"nifti": place, "drop": 1.5, "random": 0.1}
+        route.fulfill(response=answer, json=told)
+
+    page.route("**/influence", with_place)
+    return asked
+
+
+def test_where_it_looked_is_asked_for_and_overlaid(page):
+    """Behind the report, by who points at a sentence, once."""
+    asked = looks(page, (0, 0, -76))
     read_sample(page)
+    assert asked == []
     plain = pixels(page)
     assert warm(plain) == 0
     sentence = page.locator(".sentence").first
     sentence.hover()
     overlaid(page)
+    assert "4.5× likelier with it, 1.1× with random places" in page.locator("#legend").inner_text()
     assert warm(pixels(page)) > SEEN
     page.mouse.move(5, 5)
     overlaid(page, False)
@@ -169,6 +196,20 @@ def test_where_it_looked_is_overlaid(page):
     page.keyboard.press("s")
     overlaid(page, False)
     assert warm(pixels(page)) == 0
+    assert asked == [200]
+
+
+def test_a_sentence_that_hangs_on_no_place_is_shown_nowhere(page):
+    """The tests' model writes the same of any scan; and a draft that came back is asked about as well."""
+    read_sample(page)
+    page.reload()
+    expect(page.locator("#progress")).to_contain_text("Written", timeout=WAIT_MS)
+    same(page)
+    page.keyboard.press("j")
+    page.keyboard.press("s")
+    expect(page.locator("#looking")).to_have_text("at no place in particular", timeout=WAIT_MS)
+    overlaid(page, False)
+    assert address(page).keys() == {"draft", "scan"}
 
 
 def test_keys_turn_the_picture(page):
@@ -443,6 +484,7 @@ def test_a_real_series_is_converted_and_shown(page, shared):
 
 
 def test_a_real_scan_is_shown_with_its_overlay(page, shared):
+    looks(page, (-19, 178, 660))
     page.locator("#file").set_input_files(shared / "data" / "ct" / "totalseg" / "pulmonary_ct_cropped.nii.gz")
     written(page)
     same(page)

@@ -16,7 +16,7 @@ from test_robustness import replica, write
 from mu2llm import config
 from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation.exports.language_model import language_model
-from mu2llm.serving.exchange import ReportRequest, Written
+from mu2llm.serving.exchange import InfluenceRequest, ReportRequest, Written
 from mu2llm.serving.loaded import LoadedModel
 from mu2llm.serving.refusal import Refusal
 from mu2llm.serving.running import deploy
@@ -78,11 +78,11 @@ def test_reports_are_those_of_our_own_engine(checkpoint, tmp_path, server, fake)
     assert len(fake.asked) >= 6
 
 
-def test_sentences_still_have_their_places(checkpoint, tmp_path, server, fake):
+def test_what_a_sentence_depended_on_is_still_told(checkpoint, tmp_path, server, fake):
     async def use(generator):
-        return await generator.write(ReportRequest("a", scan(0), saliency=True))
+        return await generator.influence(InfluenceRequest(scan(0), "", FIRST, generator.loaded.facts["id"]))
 
-    assert len(with_generator(checkpoint, tmp_path, use, **vllm(server)).sentences) == 4
+    assert len(with_generator(checkpoint, tmp_path, use, **vllm(server))) == 4
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,17 @@ export interface ModelFacts {
   checkpoint: string;
 }
 
-/** Where the model looked while it wrote one sentence; `start` and `end` count characters of the report. */
-export interface SentenceSaliency {
+/** What one sentence depended on in the scan; `start` and `end` count characters of the report as it was generated. */
+export interface SentenceInfluence {
   text: string;
   start: number;
   end: number;
-  nifti: string;
+  /** By how much its log-probability falls where the region that it hangs on most is taken away, in nats. */
+  drop: number;
+  /** The same of random regions of its size, on the mean. */
+  random: number;
+  /** The region; null where random ones cost as much. */
+  nifti: string | null;
 }
 
 export interface Report {
@@ -48,7 +53,6 @@ export interface Report {
   /** False where the length limit cut the report off. */
   finished: boolean;
   seconds: Record<string, number>;
-  saliency?: { sentences: SentenceSaliency[] } | null;
   /** How unlike the training scans this one is; null where the checkpoint keeps nothing of them. */
   familiarity?: { percentile: number; unlike: boolean } | null;
   /** How likely each finding is by the model's diagnostic prior; null where it has none. */
@@ -225,7 +229,7 @@ export async function writeReport(
   listener: Listener,
   signal: AbortSignal,
 ): Promise<Report> {
-  const asked = { scan, accept, question: question || null, region: region || null, saliency: true, stream: true };
+  const asked = { scan, accept, question: question || null, region: region || null, stream: true };
   const { headers, ...body } = post(asked);
   const response = await request("v1/reports", { ...body, headers: { ...headers, Accept: "text/event-stream" }, signal });
   return readEvents(response, listener);
@@ -265,6 +269,12 @@ export async function saveCorrection(id: string, edited: string): Promise<boolea
 }
 
 export const draft = (id: string) => json<Draft>(`v1/drafts/${encodeURIComponent(id)}`);
+
+/** What each sentence of a draft depended on, of the scan that it was made of. */
+export async function influence(draft: string, scan: string, accept: string[]): Promise<SentenceInfluence[]> {
+  const path = `v1/drafts/${encodeURIComponent(draft)}/influence`;
+  return (await json<{ sentences: SentenceInfluence[] }>(path, post({ scan, accept }))).sentences;
+}
 
 /** What is decided stays so. */
 export const decide = (id: string, decision: "accepted" | "rejected") =>

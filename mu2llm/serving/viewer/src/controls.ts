@@ -136,9 +136,6 @@ function press(attribute: "window" | "view", name: string | null): void {
   }
 }
 
-function showLegend(shown: boolean, flat: boolean): void {
+function showLegend(shown: boolean): void {
   find("legend").hidden = !shown;
-  find("caveat").textContent = flat
-    ? "the whole scan counted almost alike"
-    : "this is no proof that the sentence is right";
 }

@@ -8,12 +8,14 @@ import { DecisionBar } from "./decide";
 import { askForKey, hideProblem, message, showProblem } from "./dialogs";
 import { find, make } from "./dom";
 import { EditPane } from "./edit";
+import { Influence } from "./influence";
 import { bindKeys } from "./keys";
 import { Opened, Picture } from "./picture";
 import { keepUnsaved, place, setPlace, unsaved } from "./place";
 import { ReportPane } from "./report";
 import { Review } from "./review";
 import { onDrop } from "./scan";
+import type { Sentence } from "./sentences";
 import { Tabs } from "./tabs";
 import { View } from "./view";
 
@@ -40,6 +42,8 @@ let scan: Opened | null = null;
 /** The draft that is shown. */
 let draft = "";
 let writing: AbortController | null = null;
+/** Of the draft, as long as its scan is there. */
+let influence: Influence | null = null;
 /** Whether the selected sentence's overlay stays on. */
 let looking = false;
 
@@ -107,12 +111,15 @@ async function write(accept: string[] = []): Promise<void> {
     token: (text: string) => own === writing && report.append(text),
   };
   try {
-    const written = await withScan(opened, (id) => api.writeReport(id, asked, listener, own.signal));
+    const written = await withScan(opened, (id) => {
+      if (opened === scan) setPlace({ draft: null, scan: id });
+      return api.writeReport(id, asked, listener, own.signal);
+    });
     if (own !== writing) return;
     report.finish(written);
     setPlace({ draft: written.id, scan: await opened.id() });
     show(written, null);
-    find("overlay").hidden = !written.saliency?.sentences.length;
+    letPoint(opened, accept);
   } catch (error) {
     if (own !== writing) return;
     report.stop();
@@ -129,9 +136,7 @@ async function write(accept: string[] = []): Promise<void> {
 /** With the scan's id; where its time is over, the scan is sent again. */
 async function withScan<T>(opened: Opened, ask: (id: string) => Promise<T>): Promise<T> {
   try {
-    const id = await opened.id();
-    if (opened === scan) setPlace({ draft: null, scan: id });
-    return await ask(id);
+    return await ask(await opened.id());
   } catch (error) {
     if (!isGone(error)) throw error;
     return ask(await opened.send());
@@ -149,7 +154,7 @@ function begin(): void {
   compare.clear();
   setLooking(false);
   picture.view?.forgetOverlays();
-  find("overlay").hidden = true;
+  letPoint(null);
   find("stop").hidden = false;
   tabs.show("report");
 }
@@ -188,8 +193,10 @@ async function restore(): Promise<void> {
     const file = known.scan ? await api.sentScan(known.scan).catch(orGone) : null;
     if (file) {
       take(new Opened([file], known.scan!));
-      if (told) picture.read(told.scan);
-      else await write();
+      if (told) {
+        picture.read(told.scan);
+        letPoint(scan!);
+      } else await write();
     } else {
       find("drop").hidden = told !== null;
       if (told) picture.note("The service keeps this scan no longer; open it again to see it, and for another report.");
@@ -205,35 +212,62 @@ function orGone(error: unknown): null {
   throw error;
 }
 
-// ---- where it looked ----
+// ---- what a sentence depended on ----
+
+/** What the draft depended on can be asked for: its scan is there, let in by these codes. */
+function letPoint(opened: Opened | null, accept: string[] = []): void {
+  const own = draft;
+  const ask = (id: string) => {
+    if (own === draft && opened === scan) setPlace({ draft: own, scan: id });
+    return api.influence(own, id, accept);
+  };
+  influence = opened && own ? new Influence(report.whole, () => withScan(opened, ask)) : null;
+  find("overlay").hidden = influence === null;
+  report.pointable(influence !== null);
+}
 
 let hover = 0;
-report.onHover = (nifti) => {
+report.onHover = (sentence) => {
   clearTimeout(hover);
-  hover = window.setTimeout(() => look(nifti ?? (looking ? selectedLook() : null)), HOVER_MS);
+  hover = window.setTimeout(() => void look(sentence ?? (looking ? report.selected : null)), HOVER_MS);
 };
 report.onSelect = () => {
   review.selected();
-  if (looking) lookAtSelected();
+  if (looking) void look(report.selected, true);
 };
 
-const selectedLook = () => report.selected?.nifti ?? null;
+let pointedAt: Sentence | null = null;
 
-function look(nifti: string | null): void {
-  picture.view?.look(nifti).catch(showProblem);
+/** Overlays what a sentence depended on; `jump` moves the crosshair to where that is most. */
+async function look(sentence: Sentence | null, jump = false): Promise<void> {
+  pointedAt = sentence;
+  const state = find("looking");
+  try {
+    if (sentence && influence) state.textContent = "being looked for…";
+    const found = sentence && influence ? await influence.of(sentence) : null;
+    if (pointedAt !== sentence) return;
+    const nifti = found?.nifti ?? null;
+    state.textContent = sentence && influence && !nifti ? "at no place in particular" : "";
+    if (found) find("caveat").textContent = `${times(found.drop)} likelier with it, ${times(found.random)} with random places`;
+    await picture.view?.look(nifti);
+    if (jump && nifti) await picture.view?.goToPeak(nifti);
+  } catch (error) {
+    if (pointedAt !== sentence) return;
+    state.textContent = "";
+    showProblem(error);
+  }
 }
 
-function lookAtSelected(): void {
-  const nifti = selectedLook();
-  look(nifti);
-  if (nifti) picture.view?.goToPeak(nifti).catch(showProblem);
+/** A fall of the log-probability in nats, as a factor. */
+function times(nats: number): string {
+  const factor = Math.exp(nats);
+  return factor > 1000 ? "over 1000×" : `${factor.toFixed(factor < 10 ? 1 : 0)}×`;
 }
 
 function setLooking(on: boolean): void {
   looking = on;
   find("look").setAttribute("aria-pressed", String(on));
-  if (on) lookAtSelected();
-  else look(null);
+  void look(on ? report.selected : null, on);
 }
 
 function toggleLook(): void {

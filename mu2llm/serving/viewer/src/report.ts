@@ -2,10 +2,9 @@
 
 import type { Draft, Finding, Report, ScanFacts } from "./api";
 import { find, make } from "./dom";
-import { HEADING, sentences, utf16, type Sentence } from "./sentences";
+import { HEADING, sentences, type Sentence } from "./sentences";
 
 interface Shown extends Sentence {
-  nifti: string | null;
   /** What stands before the sentence (a heading, a space, a new line), and the sentence. */
   gap: HTMLElement;
   element: HTMLElement;
@@ -18,7 +17,7 @@ export class ReportPane {
   private readonly box = find("report");
   private readonly progress = find("progress");
   /** A sentence under the pointer, or null when it leaves. */
-  onHover: (nifti: string | null) => void = () => {};
+  onHover: (sentence: Sentence | null) => void = () => {};
   onSelect: () => void = () => {};
 
   get selected(): Shown | null {
@@ -75,13 +74,7 @@ export class ReportPane {
 
   finish(report: Report): void {
     this.text = report.report;
-    const looked = (report.saliency?.sentences ?? []).map(({ start, end, nifti }) => {
-      const place = { start: utf16(this.text, start), end: utf16(this.text, end) };
-      return { ...place, text: this.text.slice(place.start, place.end), nifti };
-    });
-    this.draw(looked.length ? looked : sentences(this.text), 0);
-    for (const [i, { nifti }] of looked.entries()) this.shown[i]!.nifti = nifti;
-    this.box.classList.toggle("looked", looked.length > 0);
+    this.draw(sentences(this.text), 0);
     this.box.removeAttribute("aria-busy");
     const cutOff = report.finished ? "" : " It was cut off at the length limit.";
     const unlike = report.familiarity?.unlike ?? false;
@@ -92,12 +85,16 @@ export class ReportPane {
     showFacts(report.scan, report);
   }
 
+  /** Whether the sentences answer to being pointed at. */
+  pointable(on: boolean): void {
+    this.box.classList.toggle("pointable", on);
+  }
+
   /** A draft of before, by its id: without what is told with the report alone. */
   restore(draft: Draft): void {
     this.clear();
     this.text = draft.report;
     this.draw(sentences(this.text), 0);
-    this.box.classList.remove("looked");
     this.box.removeAttribute("aria-busy");
     this.progress.textContent = `Written ${new Date(draft.made).toLocaleString()}: ${this.shown.length} sentences.`;
     find("findings").replaceChildren(...draft.findings.map(chip));
@@ -149,11 +146,11 @@ export class ReportPane {
     const element = make("span", { class: "sentence", "aria-selected": "false" }, sentence.text);
     element.setAttribute("role", "option");
     element.tabIndex = index === 0 ? 0 : -1;
-    element.addEventListener("mouseenter", () => this.onHover(this.shown[index]?.nifti ?? null));
+    element.addEventListener("mouseenter", () => this.onHover(this.shown[index] ?? null));
     element.addEventListener("mouseleave", () => this.onHover(null));
     element.addEventListener("click", () => this.select(index));
     find("rest").before(gap, element);
-    this.shown.push({ ...sentence, nifti: null, gap, element });
+    this.shown.push({ ...sentence, gap, element });
   }
 }
 

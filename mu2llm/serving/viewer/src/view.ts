@@ -28,10 +28,6 @@ export const VIEWS = {
 } satisfies Record<string, SLICE_TYPE>;
 export type ViewName = keyof typeof VIEWS;
 
-/** The share of the scan that the overlay leaves clear: it shows where a sentence depended on most. */
-const CLEAR_SHARE = 0.9;
-/** A field whose clear part reaches this share of the highest value is called flat. */
-const FLAT_FROM = 0.85;
 /** Of the ellipse that is drawn, by its value. */
 const REGION = { R: [0, 255], G: [0, 212], B: [0, 77], A: [0, 255], I: [0, 1] };
 /** Clear at the low end, so that the overlay has no hard edge. */
@@ -67,8 +63,7 @@ export class View {
   onLocation: (location: Location) => void = () => {};
   onWindow: (low: number, high: number) => void = () => {};
   onRegion: (region: Region | null) => void = () => {};
-  /** `flat` says that the places shown hardly differ from the others. */
-  onOverlay: (shown: boolean, flat: boolean) => void = () => {};
+  onOverlay: (shown: boolean) => void = () => {};
 
   private constructor() {
     this.nv = new Niivue({
@@ -233,17 +228,17 @@ export class View {
     const shown = this.nv.volumes[1];
     if (nifti === null) {
       if (shown) this.repaint(shown, 0);
-      this.onOverlay(false, false);
+      this.onOverlay(false);
       return;
     }
-    const { image, flat } = await this.overlay(nifti);
+    const { image } = await this.overlay(nifti);
     if (this.wanted !== nifti || this.isEmpty) return; // another sentence came meanwhile
     if (this.nv.volumes.length === 1) this.nv.addVolume(image);
     // only the overlay's texture is made anew: uploading a whole scan at each hover would be felt
     this.nv.volumes[1] = image;
     this.nv.overlays = [image];
     this.repaint(image, this.opacityOfOverlay);
-    this.onOverlay(true, flat);
+    this.onOverlay(true);
   }
 
   setOpacity(opacity: number): void {
@@ -266,7 +261,7 @@ export class View {
     this.overlays.clear();
     const shown = this.nv.volumes[1];
     if (shown) this.nv.removeVolume(shown);
-    this.onOverlay(false, false);
+    this.onOverlay(false);
   }
 
   private overlay(base64: string): Promise<Overlay> {
@@ -288,27 +283,24 @@ export class View {
 interface Overlay {
   grid: Grid;
   image: NVImage;
-  flat: boolean;
 }
 
 async function loadOverlay(base64: string): Promise<Overlay> {
-  const { img, hdr } = await NVImage.loadFromBase64({ base64, name: "saliency.nii" });
+  const { img, hdr } = await NVImage.loadFromBase64({ base64, name: "looked.nii" });
   if (!(img instanceof Uint8Array) || !hdr) throw new Error("the overlay is no NIfTI of bytes");
   const [, x = 1, y = 1, z = 1] = hdr.dims;
   const grid = { values: img, shape: [x, y, z] as const, affine: hdr.affine };
   const { values, shape, affine } = finer(grid);
   const sizes = [0, 1, 2].map((i) => Math.hypot(...affine.slice(0, 3).map((row) => row[i] ?? 0)));
   const bytes = NVImage.createNiftiArray([...shape], sizes, affine.flat(), 2, values);
-  const clear = grid.values.toSorted()[Math.floor(CLEAR_SHARE * grid.values.length)] ?? 0;
-  const highest = Math.max(1, grid.values.reduce((a, b) => Math.max(a, b), 0));
   const image = await NVImage.loadFromFile({
-    file: new File([bytes as Uint8Array<ArrayBuffer>], "saliency.nii"),
-    name: "saliency.nii",
+    file: new File([bytes as Uint8Array<ArrayBuffer>], "looked.nii"),
+    name: "looked.nii",
     colormap: "looked",
-    cal_min: Math.min(clear, highest - 1),
-    cal_max: highest,
+    cal_min: 0,
+    cal_max: 255, // of the highest cell; what is not shown is 0
   });
-  return { grid, image, flat: clear >= FLAT_FROM * highest };
+  return { grid, image };
 }
 
 /** Of the highest voxels, the one nearest to their middle, in mm. */
