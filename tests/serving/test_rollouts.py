@@ -281,7 +281,9 @@ def rolled(service, settings, second, phantom):
     wait_for(lambda: [each.get("ready", True) for each in models(service)] == [True] * 3, "both roll-outs")
     yield service
     deploy(settings)
-    wait_for(lambda: len(models(service)) == 1 and write(service, phantom)["report"] == FIRST, "the service as it was")
+    wait_for(
+        lambda: len(models(service)) == 1 and write(service, phantom).get("report") == FIRST, "the service as it was"
+    )
 
 
 def models(url):
@@ -320,7 +322,7 @@ def test_a_scan_is_always_answered_by_the_same_checkpoint(rolled):
 def test_what_a_canary_wrote_is_asked_of_the_canary(rolled):
     for found in scans().values():
         sent = post(f"{rolled}/v1/scans", files={"scan": ("a.nii.gz", found[0])}).json()["id"]
-        draft = post(f"{rolled}/v1/reports", data={"scan": sent}).json()["id"]
+        draft = post(f"{rolled}/v1/reports", json={"scan": sent}).json()["id"]
         answer = post(f"{rolled}/v1/drafts/{draft}/influence", json={"scan": sent})
         assert answer.status_code == 200 and answer.json()["sentences"], answer.text
 
