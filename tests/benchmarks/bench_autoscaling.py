@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -40,6 +41,7 @@ from growing import IDLE_S, Growing, Watcher, joined, nodes  # noqa: E402
 
 from mu2llm import cases, config, private_apis, tracking  # noqa: E402
 from mu2llm.cases import Shards  # noqa: E402
+from mu2llm.cluster import session  # noqa: E402
 from mu2llm.ct import phantom  # noqa: E402
 
 SCANS = 48
@@ -103,16 +105,16 @@ def no_training(plan: Any, point: Any, report: Callable[[dict[str, Any]], None])
         report({"green": 1 - abs(beta - 0.1), "kl": 0.01 / beta, "step": float(step), "n": 8.0, "ended": ended})
 
 
-def sweep(folder: Path) -> None:
+def swept(folder: Path, told: Callable[[float, float, dict[str, float]], None]) -> tuple[int, list[Any], list[Any]]:
+    """(trials at once, those that had ended before, all) of the sweep in a folder, on the Ray that is joined."""
+    from mu2llm.stages.job import Watch
     from mu2llm.sweeps import runner
+    from mu2llm.sweeps.space import Space
     from mu2llm.sweeps.study import Study, database
     from mu2llm.sweeps.trial import Plan, Point
 
     settings = ["sweep.workers_per_trial=0", "sweep.scheduler=none", "sweep.reports=2", "dpo.cpus_per_worker=1"]
     experiment = config.load("tiny", settings)
-    from mu2llm.stages.job import Watch
-    from mu2llm.sweeps.space import Space
-
     space = Space.load("dpo", experiment)
     plan = Plan(
         kind="dpo",
@@ -128,49 +130,42 @@ def sweep(folder: Path) -> None:
     )
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     runner.run = no_training  # type: ignore[assignment]
-    kept = database(plan.out, None)
-    ended: list[float] = []
+    study = Study(database(plan.out, None), "sweep", experiment.sweep.objective, Point(seed=0), space)
+    before = study.trials()
+    trials = runner.run_trials(plan, study, [], told, TRIALS)
+    return runner.concurrency(experiment.dpo, experiment.sweep), before, trials
 
-    class Killed(Exception):
-        pass
 
+def sweep_until_killed(folder: Path, address: str) -> None:
     def told(done: float, total: float, numbers: dict[str, float]) -> None:
-        ended.append(time.monotonic())
-        if len(ended) == KILLED:
-            raise Killed
+        if done >= KILLED:
+            os._exit(9)
 
-    def study() -> Study:
-        return Study(kept, "sweep", experiment.sweep.objective, Point(seed=0), space)
+    with session(address):
+        swept(folder, told)
 
+
+def sweep(folder: Path) -> None:
+    ended: list[float] = []
     with Growing(1, 8) as cluster, joined(cluster), Watcher() as watcher:
-        cpu = time.process_time()
-        at_once = runner.concurrency(experiment.dpo, experiment.sweep)
-        with contextlib.suppress(Killed):
-            runner.run_trials(plan, study(), [], told, TRIALS)
-        before = {trial.id for trial in study().trials()}
-        trials = runner.run_trials(plan, study(), [], told, TRIALS)
-        cpu, seconds = time.process_time() - cpu, watcher.seconds
-    gaps = [b - a for a, b in itertools.pairwise(ended)]
+        killed = subprocess.run([sys.executable, __file__, "--killed", str(folder), cluster.gcs], check=False)
+        assert killed.returncode == 9
+        at, cpu = watcher.seconds, time.process_time()
+        at_once, before, trials = swept(folder, lambda *_: ended.append(time.monotonic()))
+        cpu, seconds = time.process_time() - cpu, watcher.seconds - at
     line(
         "sweep",
         trials=f"{len(trials)} of {TRIALS}, {len({t.id for t in trials})} of them distinct",
-        at_once=at_once,
+        at_once="as many as the cluster brings" if at_once > TRIALS else at_once,
         most_nodes=watcher.most,
         first_node_s=watcher.first(1),
         all_nodes_s=watcher.first(watcher.most),
-        seconds=seconds,
-        driver_s_a_trial=cpu / TRIALS,
-        median_s_between_trials=statistics.median(gaps),
-        finished_before_the_kill=len(before),
-        run_again_of_these=sum(n > 1 for n in _times(trials).values()),
+        ended_before_the_kill=len(before),
+        of_these_there_again_at_the_end=len({t.id for t in before} & {t.id for t in trials}),
+        the_others_in_s=seconds,
+        driver_s_a_trial=cpu / (len(trials) - len(before)),
+        median_s_between_two=statistics.median(b - a for a, b in itertools.pairwise(ended)),
     )
-
-
-def _times(trials: list[Any]) -> dict[str, int]:
-    counted: dict[str, int] = {}
-    for trial in trials:
-        counted[trial.id] = counted.get(trial.id, 0) + 1
-    return counted
 
 
 # ---- training
@@ -352,8 +347,12 @@ def own_store(folder: Path) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=list(PARTS))
-    for name in parser.parse_args().parts or PARTS:
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--killed", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.killed:
+        sweep_until_killed(Path(given.killed[0]), given.killed[1])
+    for name in given.parts or PARTS:
         with tempfile.TemporaryDirectory(prefix="mu") as folder, own_store(Path(folder)):
             PARTS[name](Path(folder))
 
