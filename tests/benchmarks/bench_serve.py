@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import socket
 import statistics
 import sys
@@ -28,6 +29,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import ray
 import torch
 from rich.console import Console
@@ -358,18 +360,58 @@ def load_table(url: str, alone: list[float], asked: Measurement, console: Consol
     console.print(f"at twice the capacity ({2 * max(rates):.1f} requests/s): {dict(counts)}{told}")
 
 
+# ---- where the time goes
+
+PARTS = {
+    "VolumeReader": "reader",
+    "serving.child": "decoding of scans (the readers' children)",
+    "ReportGenerator": "generator",
+    "Ingress": "ingress",
+    "GreenScorer": "scorer",
+    "Proxy": "Ray's proxy",
+    "ServeController": "Ray's controller",
+    "raylet": "Ray's own processes",
+    "gcs_server": "Ray's own processes",
+    "ray": "Ray's own processes",
+}
+
+
+def cpu_seconds() -> Counter[str]:
+    """Of this process (the clients) and of all below it, by what they are for."""
+    total: Counter[str] = Counter()
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            words = " ".join(process.cmdline())
+            own = process.pid == os.getpid()
+            part = "clients" if own else next((part for word, part in PARTS.items() if word in words), "others")
+            total[part] += sum(process.cpu_times()[:2])
+    return total
+
+
+def cpu_table(url: str, asked: Measurement) -> Table:
+    """Milliseconds of CPU a report with 8 clients, by process."""
+    before = cpu_seconds()
+    seconds, whole = closed_loop(url, asked.scans, asked.reports, asked.tokens, 8)
+    spent = cpu_seconds()
+    table = Table(f"8 clients, {len(seconds)} reports, {len(seconds) / whole:.1f} a second", "ms of CPU a report")
+    for part in sorted(spent, key=lambda part: before[part] - spent[part]):
+        table.add_row(part, f"{1000 * (spent[part] - before[part]) / len(seconds):.1f}")
+    table.add_row("all", f"{1000 * (spent.total() - before.total()) / len(seconds):.1f}")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reports", type=int, default=96, help="reports in each row")
     parser.add_argument("--tokens", type=int, default=96, help="tokens of a report")
     parser.add_argument("--checkpoint")
-    parser.add_argument("--only", choices=("load", "faults"), help="one of the two tables")
+    parser.add_argument("--only", choices=("load", "cpu", "faults"), help="one of the tables")
     options = parser.parse_args()
     scans, console = [phantom.make(5, index).nifti() for index in range(SCANS)], Console(width=150)
     asked = Measurement(scans, options.reports, options.tokens)
     with tempfile.TemporaryDirectory() as folder, session():
         checkpoint = options.checkpoint or untrained(folder)
-        alone = [] if options.only == "faults" else one_by_one(checkpoint, asked)
+        alone = one_by_one(checkpoint, asked) if options.only in (None, "load") else []
         serving = ServingConfig(
             state=f"{folder}/state", cached_scans=0, max_queued_requests=QUEUE, authentication="off"
         )
@@ -377,9 +419,11 @@ def main() -> None:
         with running(settings, "127.0.0.1", free_port()) as url:
             wait_until_ready(url)
             closed_loop(url, scans, 8, options.tokens, 8)
-            if options.only != "faults":
+            if options.only in (None, "load"):
                 load_table(url, alone, asked, console)
-            if options.only != "load":
+            if options.only in (None, "cpu"):
+                console.print(cpu_table(url, asked))
+            if options.only in (None, "faults"):
                 console.print(faults(url, asked))
 
 

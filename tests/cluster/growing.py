@@ -30,6 +30,7 @@ class Growing(Hosts):
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+            "RAY_health_check_failure_threshold": "30",  # a node on a loaded machine is slow, not gone
         }
         super().__init__(0, {**fake, **(environment or {})}, token=False)
         self.cpus, self.most = cpus, most
