@@ -25,6 +25,7 @@ from patience import PATIENCE
 ROOT = Path(__file__).parents[2]
 RAY, COMMAND = (Path(sys.executable).parent / name for name in ("ray", "mu2llm"))
 GUARD_S = 500  # nothing is expected to take as long
+STARTS = 3
 
 
 def free_port() -> int:
@@ -62,6 +63,14 @@ class Node:
 
     def _command(self, words: list[str], environment: dict[str, str]) -> list[str]:
         return [str(RAY), *words, "--temp-dir", str(self.folder)]
+
+    def timed_out(self) -> bool:
+        """Whether Ray gave it up; waits until it is up, or has ended."""
+        deadline = time.monotonic() + GUARD_S
+        while self.process.poll() is None and "Ray runtime started" not in self.log.read_text():
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.1)
+        return self.process.poll() is not None and "timed out during startup" in self.log.read_text()
 
     def kill(self) -> None:
         """At once, as when a machine goes: the node and every worker on it."""
@@ -121,8 +130,16 @@ class Hosts:
         return self._start([f"--address={self.gcs}"], cpus)
 
     def _start(self, arguments: list[str], cpus: int) -> Node:
-        self.nodes.append(self._node(arguments, cpus))
-        return self.nodes[-1]
+        """A node that is up or begins; another where Ray gave it up, as it does after 30 s on a loaded machine."""
+        for _ in range(STARTS - 1):
+            node = self._node(arguments, cpus)
+            if not node.timed_out():
+                break
+            node.kill()
+        else:
+            node = self._node(arguments, cpus)
+        self.nodes.append(node)
+        return node
 
     def _node(self, arguments: list[str], cpus: int) -> Node:
         return Node(arguments, cpus, self.environment)
