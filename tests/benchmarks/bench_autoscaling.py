@@ -301,7 +301,6 @@ def service(folder: Path) -> None:
         scorer_gone = wait_for(lambda: running_replicas("GreenScorer") == 0)
         stop.set()
         watching.join()
-        fewer = wait_for(lambda: nodes() < watcher.most)
     line(
         "service",
         ready_s=ready,
@@ -313,7 +312,6 @@ def service(folder: Path) -> None:
         scorer_none_again_s_later=scorer_gone,
         answers=json.dumps({str(k): statuses.count(k) for k in sorted(set(statuses))}),
         most_nodes=watcher.most,
-        first_node_gone_s_later=fewer,
     )
 
 
