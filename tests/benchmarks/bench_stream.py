@@ -32,7 +32,7 @@ from mu2llm.records import Case
 FILE_ROWS = {"voxels": 16, "features": 64}
 BATCH = {"voxels": 4, "features": 16}  # a worker
 FEATURES = (8, 256, 768)
-SECONDS = 60  # after the first batch, at most
+SECONDS = 30  # after the first batch, at most
 
 
 def write_table(uri: str, column: str, count: int) -> None:
