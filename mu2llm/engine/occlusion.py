@@ -51,7 +51,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Answer:
-    """A report on a question, and its sentences: characters from … to."""
+    """A report on a question, and its sentences, at least one: characters from … to."""
 
     question: str
     report: str
@@ -99,8 +99,6 @@ class Occlusion:
 
     def influences(self, seed: int = 0) -> list[Influence]:
         """Of each sentence; `seed` draws the random regions."""
-        if not self.parts:
-            return []
         fill = self.fill()
         weights = self.weights(fill)
         shown = [top(each, self.body) for each in weights]
@@ -161,7 +159,7 @@ class Occlusion:
         """Scans (B, T, …) → features (B, T, n, E); of the chunks that are as they were they are known."""
         changed = (voxels != self.voxels).flatten(2).any(2).to(self.device) & self.mask
         all_anew = ~changed.any(1, keepdim=True)  # a scan must have a chunk
-        if self.reader.model.config.vision.tower == "spectre":  # its chunks know their scan
+        if self.reader.model.config.vision.chunks_see_each_other:
             all_anew = torch.ones_like(all_anew)
         changed |= all_anew & self.mask
         return torch.where(changed[..., None, None], self._encode(voxels, changed), self.features)

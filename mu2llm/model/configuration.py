@@ -63,6 +63,11 @@ class Mu2VisionConfig(PreTrainedConfig):
         return {key: value for key, value in values.items() if key not in unset or value != unset[key]}
 
     @property
+    def chunks_see_each_other(self) -> bool:
+        """Whether the tower reads a scan's chunks together, so that features of one depend on the others."""
+        return self.tower == "spectre"
+
+    @property
     def grid(self) -> tuple[int, ...]:
         """Patches of a chunk along (z, y, x)."""
         return tuple(size // patch for size, patch in zip(self.chunk_shape, self.patch_size, strict=True))

@@ -241,7 +241,7 @@ class VisionEncoder(nn.Module):
         """
         scale = 1.0 if volumes.is_floating_point() else 1 / 255
         volumes = volumes.to(self._dtype) * scale
-        if self.config.tower == "spectre":  # its crops know their scan
+        if self.config.chunks_see_each_other:
             return cast(Tensor, self.tower.scans(volumes, chunk_mask))  # type: ignore[operator]
         if self.anatomy is not None:
             volumes = self.anatomy(volumes, chunk_mask)

@@ -42,6 +42,8 @@ def influence(loaded: LoadedModel, request: InfluenceRequest, gone: threading.Ev
     """Of each sentence its text, start and end, drop and random (nats), and nifti in base64, None where random regions
     cost as much; no further once somebody is `gone`."""
     scan, said = request.scan, spans(request.report)
+    if not said:
+        return []
     reader = Reader(loaded.model, loaded.processor, loaded.precision, loaded.batch_size)
     answer = Answer(request.question, request.report, [(span.start, span.end) for span in said])
     occlusion = Occlusion(reader, scan.voxels, scan.chunk_mask, answer, going=lambda: not gone.is_set())

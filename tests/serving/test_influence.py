@@ -113,6 +113,14 @@ def test_who_leaves_is_looked_for_no_further(checkpoint, tmp_path, monkeypatch):
     assert before < whole_work and [each["text"] for each in after] == ["No finding."]
 
 
+@pytest.mark.parametrize("report", ["", "Findings:"])
+def test_a_report_without_a_sentence_depended_on_nothing(checkpoint, tmp_path, report):
+    async def use(generator):
+        return await generator.influence(asked(generator, report))
+
+    assert with_generator(checkpoint, tmp_path, use) == []
+
+
 def test_what_cannot_be_told_is_refused(checkpoint, tmp_path):
     other = scan(0, SPEC.model_copy(update={"fit": "isotropic"}))
 
