@@ -42,6 +42,7 @@ def serve(
         dry_run(experiment, reads, [experiment.serving.state], f"port {port} of {host}")
     _check_checkpoint(checkpoint)
     from mu2llm import cluster
+    from mu2llm.serving.app import cpus
     from mu2llm.serving.keys import hash_of
     from mu2llm.serving.running import check, running, watch
 
@@ -51,7 +52,8 @@ def serve(
         settings = settings.model_copy(update={"token_sha256": hash_of(token)})
         opening = f"/#token={token}"
     check(settings, host, port)
-    with cluster.session(address), running(settings, host, port) as url:
+    least = max(cpus(settings.serving), os.cpu_count() or 1)
+    with cluster.session(address, cpus=least), running(settings, host, port) as url:
         for each in (signal.SIGTERM, signal.SIGINT):  # behind Ray's own; what has begun is finished
             signal.signal(each, lambda *_: sys.exit(0))
         told = f"{url}{opening}  (API: {url}/docs, ready when {url}/readyz says so; Ctrl-C ends it)"

@@ -6,6 +6,7 @@ settings as its arguments.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from typing import Any
@@ -117,6 +118,14 @@ def deployments(settings: Settings) -> dict[str, Deployment]:
         ),
         **rollouts,
     }
+
+
+def cpus(serving: ServingConfig) -> int:
+    """That all deployments take at their most replicas: what a Ray of the service's own has to count, lest one waits
+    for ever."""
+    beside = [serving.generator for role in ROLLOUTS if getattr(serving, role)]
+    rooms = [serving.ingress, serving.reader, serving.generator, serving.scorer, *beside]
+    return math.ceil(sum(each.cpus * max(each.min_replicas, each.max_replicas) for each in rooms))
 
 
 def _beside_status(replicas: ReplicasConfig) -> ReplicasConfig:

@@ -21,7 +21,7 @@ from mu2llm.cli import app as cli
 from mu2llm.ct import phantom
 from mu2llm.errors import UserError
 from mu2llm.serving import decoder, rollouts
-from mu2llm.serving.app import Settings, build, deployments
+from mu2llm.serving.app import Settings, build, cpus, deployments
 from mu2llm.serving.calls import Calls
 from mu2llm.serving.exchange import Status
 from mu2llm.serving.problems import Problem
@@ -93,6 +93,19 @@ def test_each_roll_out_is_a_deployment_of_its_own():
         assert made[name].user_config == {"checkpoint": uri}
         scaling = told.autoscaling_config
         assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (1, 1, 5)
+
+
+@pytest.mark.parametrize(
+    "rolled_out", [{}, {"canary": "a", "canary_fraction": 0.1}, {"canary": "a", "canary_fraction": 0.1, "shadow": "b"}]
+)
+def test_a_laptops_own_ray_has_room_for_every_replica(rolled_out):
+    """With four CPUs the ingress waited for ever behind a canary and a shadow."""
+    serving = ServingConfig(**rolled_out)
+    made = deployments(Settings(serving=serving)).values()
+    most = [
+        each.ray_actor_options["num_cpus"] * each._deployment_config.autoscaling_config.max_replicas for each in made
+    ]
+    assert sum(most) <= cpus(serving) < sum(most) + 1
 
 
 # ---- one ingress, without Ray
