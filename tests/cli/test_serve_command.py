@@ -24,7 +24,7 @@ def serve(monkeypatch, tmp_path):
 
     monkeypatch.setattr(serving, "_check_checkpoint", lambda _: None)
     monkeypatch.setattr(serving.signal, "signal", lambda *_: None)
-    monkeypatch.setattr("mu2llm.cluster.session", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("mu2llm.cluster.session", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(running, "check", lambda *_: None)
     monkeypatch.setattr(running, "running", run)
     monkeypatch.setattr(running, "watch", lambda: None)
