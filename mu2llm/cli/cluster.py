@@ -87,8 +87,8 @@ def _followed(client: JobSubmissionClient, id: str) -> JobDetails:
     from mu2llm.cluster import submission
 
     try:
-        console.print(f"{id} runs on {client.get_address()}", highlight=False)
         with progress_bars() as bars:
+            console.print(f"{id} runs on {client.get_address()}", highlight=False)
             return submission.follow(client, id, _echo, bars)
     except KeyboardInterrupt:
         if sys.stdin.isatty() and typer.confirm(f"\nstop job {id}?", err=True):

@@ -199,14 +199,19 @@ def submit(
 
 def follow(client: JobSubmissionClient, id: str, echo: Echo, show: Steps | None = None) -> JobDetails:
     """Passes a job's log on, line by line, until it has ended; progress lines go to `show`. A lost line is taken up."""
+    # all of it in an event loop, which takes Ctrl-C itself: Python loses a KeyboardInterrupt raised in a finalizer
+    return asyncio.run(_follow(client, id, _LogLines(echo, show)))
+
+
+async def _follow(client: JobSubmissionClient, id: str, reader: _LogLines) -> JobDetails:
     with one_line_errors(client.get_address()):
         client.get_job_info(id)
-    reader = _LogLines(echo, show)
     lost_at: float | None = None
     while True:
         reader.begin()
         try:
-            asyncio.run(_tail(client, id, reader))
+            async for text in client.tail_job_logs(id):
+                reader.feed(text)
             details = client.get_job_info(id)
             lost_at = None
         except (RuntimeError, OSError, aiohttp.ClientError, requests.exceptions.RequestException) as error:
@@ -219,12 +224,7 @@ def follow(client: JobSubmissionClient, id: str, echo: Echo, show: Steps | None 
             if details.status.is_terminal():
                 reader.finish()
                 return details
-        time.sleep(POLL_S)
-
-
-async def _tail(client: JobSubmissionClient, id: str, reader: _LogLines) -> None:
-    async for text in client.tail_job_logs(id):
-        reader.feed(text)
+        await asyncio.sleep(POLL_S)
 
 
 class _LogLines:
