@@ -240,6 +240,15 @@ def write_table(uri: str, table: pa.Table) -> None:
         pq.write_table(table, path)
 
 
+@contextlib.contextmanager
+def table_writer(uri: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """Takes a Parquet file part by part; it appears whole, when the block ends without an error."""
+    import pyarrow.parquet as pq
+
+    with staged(uri) as path, pq.ParquetWriter(path, schema) as writer:
+        yield writer.write_table
+
+
 def delete(uri: str) -> None:
     """Deletes a file or a folder with all that is in it; nothing there is fine."""
     filesystem, path = resolve(uri)

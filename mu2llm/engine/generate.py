@@ -6,8 +6,10 @@ batch needs but one scan more than it has cases, and each scan is encoded once f
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +28,8 @@ from mu2llm.errors import UserError
 from mu2llm.progress import Counted
 from mu2llm.records import Case
 
+_FILE = re.compile(r"(\d+)-(\d+)\.parquet")
+
 
 def generate(request: Request, state: str | None = None, progress: Counted | None = None) -> list[Prediction]:
     """Writes all that is requested; the cases in the order of the shards.
@@ -33,25 +37,51 @@ def generate(request: Request, state: str | None = None, progress: Counted | Non
     With `state` (a URI) finished cases are kept there and an interrupted request goes on, also with another batch
     size. Raises UserError where a checkpoint cannot write, or expects another preprocessing than the shards have.
     """
-    shards = checked(request)
-    cases = request.cases(shards)
-    order = ring([case.patient for case in cases], request.decoding.seed)
-    kept = storage.join(state, request.identity.digest) if state else None
-    tables = _finished(kept) if kept else []
-    done = {case for table in tables for case in table["case_id"].unique().to_pylist()}
-    left = runs([place for place, i in enumerate(order) if cases[i].id not in done], request.inference.batch_size)
-    ends, written = dict(left), len(cases) - sum(end - first for first, end in left)
-    for first, table in _written(request, shards, cases, order, left):
-        if kept:
-            name = f"{first:06d}-{ends[first]:06d}.parquet"
-            storage.write_table(storage.join(kept, name), table)
-        tables.append(table)
-        written += ends[first] - first
-        if progress:
-            progress(written, len(cases))
-    checkpoints, place = list(request.checkpoints), {case.id: i for i, case in enumerate(cases)}
-    predictions = [Prediction.from_row(row) for table in tables for row in table.to_pylist()]
-    return sorted(predictions, key=lambda p: (checkpoints.index(p.run), place[p.case_id]))
+    meant = _Meant.of(request)
+    if state:
+        return [each for part in parts(request, state, max(1, len(meant.cases)), progress) for each in part]
+    return meant.predictions([table for _, _, table in _written(meant, range(len(meant.cases)), progress)])
+
+
+def parts(request: Request, state: str, size: int, progress: Counted | None = None) -> Iterator[list[Prediction]]:
+    """What `generate` gives, so many cases at a time, as it does not fit into memory for CT-RATE.
+
+    The cases of a part are neighbours in the ring, in the order of the shards: neither batch size nor interruptions
+    decide which. All are written before the first part is given.
+    """
+    meant, folder = _Meant.of(request), storage.join(state, request.identity.digest)
+    files = _finished(folder)
+    done = {place for first, end in files for place in range(first, end)}
+    for first, end, table in _written(meant, [i for i in range(len(meant.cases)) if i not in done], progress):
+        files[first, end] = storage.join(folder, f"{first:06d}-{end:06d}.parquet")
+        storage.write_table(files[first, end], table)
+    for start in range(0, len(meant.cases), size):
+        stop = start + size
+        tables = [storage.read_table(uri) for (first, end), uri in files.items() if first < stop and end > start]
+        yield meant.predictions(tables, start, stop)
+
+
+@dataclass(frozen=True)
+class _Meant:
+    """A request with the cases that it is about, and their places in the ring."""
+
+    request: Request
+    shards: Shards
+    cases: list[Case]
+    order: np.ndarray
+
+    @classmethod
+    def of(cls, request: Request) -> _Meant:
+        shards = checked(request)
+        cases = request.cases(shards)
+        return cls(request, shards, cases, ring([case.patient for case in cases], request.decoding.seed))
+
+    def predictions(self, tables: Sequence[pa.Table], first: int = 0, end: int | None = None) -> list[Prediction]:
+        """Those of the cases at these places, run by run in the order of the shards."""
+        place = {self.cases[i].id: int(i) for i in self.order[first:end]}
+        checkpoints = list(self.request.checkpoints)
+        rows = [row for table in tables for row in table.to_pylist() if row["case_id"] in place]
+        return sorted(map(Prediction.from_row, rows), key=lambda p: (checkpoints.index(p.run), place[p.case_id]))
 
 
 def runs(places: Sequence[int], size: int) -> list[tuple[int, int]]:
@@ -97,24 +127,20 @@ def checked(request: Request) -> Shards:
     return shards
 
 
-def _finished(folder: str) -> list[pa.Table]:
-    """What an interrupted request had finished."""
-    names = sorted(info.base_name for info in storage.list_files(folder))
-    return [
-        storage.read_table(storage.join(folder, name))
-        for name in names
-        if name.endswith(".parquet") and not name.startswith(".")
-    ]
+def _finished(folder: str) -> dict[tuple[int, int], str]:
+    """What an interrupted request had finished: places of the ring (first, one behind the last) → file."""
+    names = [_FILE.fullmatch(info.base_name) for info in storage.list_files(folder)]
+    return {(int(name[1]), int(name[2])): storage.join(folder, name[0]) for name in names if name}
 
 
-def _written(
-    request: Request, shards: Shards, cases: list[Case], order: np.ndarray, left: list[tuple[int, int]]
-) -> Iterator[tuple[int, pa.Table]]:
-    """The first place of a run and its predictions, as the actors finish them."""
+def _written(meant: _Meant, places: Sequence[int], progress: Counted | None) -> Iterator[tuple[int, int, pa.Table]]:
+    """Runs of these places (first, one behind the last) and their predictions, as the actors finish them."""
+    request, cases = meant.request, meant.cases
+    left = runs(places, request.inference.batch_size)
     if not left:
         return
-    rows = shards.rows_of(request.split, [case.id for case in cases])[order]
-    reader = CaseReader.of(shards, request.split, rows)
+    rows = meant.shards.rows_of(request.split, [case.id for case in cases])[meant.order]
+    reader = CaseReader.of(meant.shards, request.split, rows)
     batches = ray.data.from_items([{"first": first, "end": end} for first, end in left], override_num_blocks=len(left))
     batches.context.target_max_block_size = None  # a batch stays one block, however large
     batches.context.raise_original_map_exception = True
@@ -132,7 +158,12 @@ def _written(
         **resources(request.inference, len(left)),
     )
     mend = "what was written is kept, run again to go on (out of memory: lower batch_size or max_sequences)"
+    ends, done = dict(left), len(cases) - len(places)
     with failures("writing reports", mend):
         for table in written.iter_batches(batch_size=None, batch_format="pyarrow"):
             assert isinstance(table, pa.Table)
-            yield table["first"][0].as_py(), table.drop_columns("first").cast(Prediction.arrow_schema)
+            first = table["first"][0].as_py()
+            yield first, ends[first], table.drop_columns("first").cast(Prediction.arrow_schema)
+            done += ends[first] - first
+            if progress:
+                progress(done, len(cases))

@@ -15,10 +15,10 @@ from mu2llm.engine.predictions import Prediction, Variant
 from mu2llm.errors import UserError
 from mu2llm.evaluation import external, floors, foreign, judging, length, splits, text_metrics
 from mu2llm.evaluation.audits import COVERED, Audit, audit
+from mu2llm.evaluation.bert_score import BertScore
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic, estimates
 from mu2llm.evaluation.clinical import RATES, Tally, finding_metrics, tally_findings
 from mu2llm.evaluation.floors import CLINICAL, PRIOR, Level
-from mu2llm.evaluation.last_layer import LastLayer
 from mu2llm.evaluation.results import JUDGED, TITLES, Difference, Group, Header, Results, RunResult
 from mu2llm.evaluation.scoring import Texts, content, embedded, judge_finished, judged
 from mu2llm.green import GREEN, Judge, judge_reworded, load_judge, measures, rewording
@@ -61,7 +61,7 @@ def assess(
     if measures(judge) in TITLES.keys() - JUDGED:
         raise UserError(f"judge {judge.identity} measures {measures(judge)}, which is the name of another metric")
     name = experiment.evaluation.text_encoder
-    encoder = None if name == "none" else LastLayer(name)
+    encoder = None if name == "none" else BertScore(name, experiment.evaluation)
     known = {case.id: case for case in cases}
     bootstrap = Bootstrap([case.patient for case in cases], experiment.evaluation.bootstrap, header.seed)
     some = _drawn(cases, experiment.evaluation.paraphrases, header.seed)
@@ -102,7 +102,7 @@ def assess(
             "bleu": f"sacrebleu {text_metrics.bleu_signature()}",
             "rouge": "rouge_score, F-measure, stemmed",
             "meteor": f"nltk, {text_metrics.meteor_variant()}",
-            "bert_score": encoder.identity if encoder else "not measured",
+            "bert_score": encoder.told if encoder else "not measured",
             "prior": header.prior,
             **({} if of_green is judge else {GREEN: f"by {rules.identity}, for the judge measures {measures(judge)}"}),
             **{name: f"by {command}" for name, command in experiment.evaluation.external.items()},

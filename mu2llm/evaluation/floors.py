@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel, TypeAdapter
@@ -18,9 +19,12 @@ from mu2llm import artefacts, green, storage
 from mu2llm.evaluation import clinical
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic, estimates
 from mu2llm.evaluation.scoring import Texts, content, embedded, judged
-from mu2llm.evaluation.text_metrics import TokenEncoder, stemmed, text_metrics
+from mu2llm.evaluation.text_metrics import stemmed, text_metrics
 from mu2llm.green import Judge
 from mu2llm.records import Case, Estimate, Finding
+
+if TYPE_CHECKING:
+    from mu2llm.evaluation.bert_score import BertScore
 
 PRIOR, OTHER, NEAREST = "prior", "other_patient", "nearest"
 """Runs among the saved predictions that no model wrote."""
@@ -106,7 +110,7 @@ def told(levels: Mapping[str, Level], titles: Mapping[str, str], names: Sequence
 
 
 def bounds(
-    texts: Mapping[str, Texts], judge: Judge, bootstrap: Bootstrap, encoder: TokenEncoder | None, beside: str = ""
+    texts: Mapping[str, Texts], judge: Judge, bootstrap: Bootstrap, encoder: BertScore | None, beside: str = ""
 ) -> dict[str, dict[str, Estimate | None]]:
     """Floor or ceiling → metric → estimate. `texts` are of what was `written`, by floor.
 

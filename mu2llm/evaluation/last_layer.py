@@ -15,16 +15,11 @@ BATCH = 32
 class LastLayer:
     """A `TokenEncoder` by `weights.text_encoder`. `cut` counts the texts that were longer than the encoder takes."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.cut = name, 0
+    def __init__(self, name: str, device: str = "cpu") -> None:
+        self.cut, self.device = 0, device
         encoder = weights.text_encoder(name)
-        self.model, self.tokenizer = encoder.model, encoder.tokenizer
+        self.model, self.tokenizer = encoder.model.to(device), encoder.tokenizer
         self.most = int(self.model.config.max_position_embeddings)
-
-    @property
-    def identity(self) -> str:
-        cut = f"; {self.cut} texts were cut at {self.most} tokens" if self.cut else ""
-        return f"{self.name}, last layer, no idf, not rescaled{cut}"
 
     @torch.inference_mode()
     def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -36,7 +31,7 @@ class LastLayer:
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
-            hidden = self.model(**inputs).last_hidden_state.float().numpy()
+            hidden = self.model(**inputs.to(self.device)).last_hidden_state.float().cpu().numpy()
             for i, states in zip(rows, hidden, strict=True):
                 out[i] = states[: len(ids[i])]
         return out

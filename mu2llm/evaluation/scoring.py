@@ -19,7 +19,7 @@ from mu2llm.records import Case, Finding, Judgement
 CUT_OFF = "the candidate report was cut off at the longest length"
 
 if TYPE_CHECKING:
-    from mu2llm.evaluation.text_metrics import TokenEncoder
+    from mu2llm.evaluation.bert_score import BertScore
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,10 @@ def content(texts: Texts) -> dict[str, Statistic]:
     }
 
 
-def embedded(runs: Mapping[str, Texts], encoder: TokenEncoder) -> dict[str, Statistic]:
+def embedded(runs: Mapping[str, Texts], encoder: BertScore) -> dict[str, Statistic]:
     """bert_score of every run on the same cases; a reference is encoded once for all of them."""
-    from mu2llm.evaluation import text_metrics  # nltk takes a second, which training workers need not wait for
-
     by_case = [pair for pairs in zip(*(texts.pairs for texts in runs.values()), strict=True) for pair in pairs]
-    scores = text_metrics.bert_score(by_case, encoder)
+    scores = encoder.scores(by_case)
     return {run: Statistic.mean(scores[i :: len(runs)]) for i, run in enumerate(runs)}
 
 

@@ -179,11 +179,6 @@ def meteor(pairs: Sequence[Pair]) -> Statistic:
 class TokenEncoder(Protocol):
     """Contextual embeddings of tokens."""
 
-    @property
-    def identity(self) -> str:
-        """Name and layer, such as all-MiniLM-L6-v2, last layer."""
-        ...
-
     def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Each text → (tokens, width), the first and the last of them the special ones."""
         ...

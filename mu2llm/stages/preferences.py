@@ -1,15 +1,17 @@
 """Preference data: candidates of a checkpoint → judgements → pairs of a better and a worse report.
 
-Everything is kept under `out`: `candidates`, `judgements` and `pairs` as Parquet, and `preferences.json`, which
-names the shards, spec and split they came from and is written last. Sampling resumes by cases, and what
-a language model has judged is not asked again. Radiologists' corrections are pairs too, without a judge; scans of
-theirs that the shards do not have lie in `corrected`.
+Everything is kept under `out`: `candidates`, `judgements` and `pairs` as Parquet, written part by part, as they may not
+fit into memory, and `preferences.json`, which names the shards, spec and split they came from and is written last.
+Sampling resumes by cases, and what a language model has judged is not asked again. Radiologists' corrections are pairs
+too, without a judge; scans of theirs that the shards do not have lie in `corrected`.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import fmean
 from typing import Any, ClassVar, Self
@@ -23,7 +25,7 @@ from mu2llm.cases import Shards
 from mu2llm.cases.shards import Joined
 from mu2llm.config import Experiment
 from mu2llm.engine.features import cached_features
-from mu2llm.engine.generate import checked, generate
+from mu2llm.engine.generate import checked, parts
 from mu2llm.engine.predictions import Request
 from mu2llm.engine.sampling import Decoding
 from mu2llm.errors import Failure, UserError
@@ -32,6 +34,7 @@ from mu2llm.green import Judge
 from mu2llm.progress import Counted
 from mu2llm.records import Candidate, Case, Judgement, PreferencePair
 from mu2llm.settings.reward import reward_terms
+from mu2llm.settings.stages import PreferencesConfig
 from mu2llm.stages.corrections import correct, digest, find_inputs, read_corrections
 from mu2llm.stages.corruption import corrupt
 from mu2llm.stages.pairs import make_pairs, screen
@@ -39,6 +42,8 @@ from mu2llm.stages.rewards import Judged, rewarded
 
 SAMPLING = "sampling"
 CORRECTED = "corrected"
+AT_ONCE = 24_000
+"""Candidates in memory, with their judgements, of some 13 KB each; CT-RATE has 377,000."""
 MADE = ("pairs.parquet", "candidates.parquet", "judgements.parquet", "reference", SAMPLING, CORRECTED)
 """What lies beside the description: not the cache of judgements, which names what it holds by content."""
 
@@ -119,24 +124,13 @@ def prefer(
             storage.delete(storage.join(out, name))
     artefacts.claim(storage.join(out, SAMPLING), request.identity, "candidates")
     cases = {case.id: case for case in request.cases(shards)}
-    sampled = _sample(request, out, progress)
-    if settings.negatives == "corrupted":
-        sampled += _corrupted(sampled, cases, experiment.seed)
-    if settings.chosen == "reference":
-        sampled += _references(sampled, cases, experiment.seed)
-    kept, dropped = _screened(sampled, settings.min_words)
-    judgements = judge.judge([(cases[candidate.case_id].report, candidate.text) for candidate in kept])
-    judged: list[Judged] = []
-    pairs: list[PreferencePair] = []
-    terms = reward_terms(settings.reward)
-    for name, group in groupby(zip(kept, judgements, strict=True), key=lambda item: item[0].case_id):
-        of_case = rewarded(terms, cases[name].report, list(group))
-        judged += of_case
-        made, why = make_pairs(experiment.evaluation.question, of_case, settings)
-        pairs += made
-        dropped += why
-    pairs += human.pairs
-    dropped += human.unused
+    counts = _Counts(dropped=human.unused)
+    with tables(out) as write:
+        for sampled in _sampled(request, out, progress):
+            judged = _judged(judge, _candidates(sampled, cases, experiment, counts), cases, settings)
+            write(judged, _paired(judged, experiment, counts))
+        write([], human.pairs)
+        counts.paired(human.pairs)
     result = Preferences(
         shards=storage.lasting(data),
         corrected=human.write(storage.join(out, CORRECTED), settings.split, shards.spec),
@@ -148,18 +142,46 @@ def prefer(
         identity=identity.digest,
         inputs=identity.inputs,
         cases=len(cases),
-        candidates=len(kept),
-        pairs=len(pairs),
-        cases_with_pairs=len({pair.case_id for pair in pairs}),
-        dropped={reason: n for reason, n in sorted(dropped.items()) if n},
-        **_extremes(judged),
+        **counts.told(),
     )
-    write_judged(out, judged)
-    storage.write_table(storage.join(out, "pairs.parquet"), PreferencePair.table(pairs))
-    if not pairs:
+    if not result.pairs:
         raise Failure(f"{len(cases)} cases gave no pair ({result.dropped}); lower preferences.margin or add candidates")
     storage.write_json(storage.join(out, Preferences.FILE), result.model_dump(mode="json"))
     return result
+
+
+@dataclass
+class _Counts:
+    """Of candidates and pairs, as they come."""
+
+    candidates: int = 0
+    pairs: int = 0
+    with_pairs: set[str] = field(default_factory=set)
+    dropped: Counter[str] = field(default_factory=Counter)
+    best: list[float] = field(default_factory=list)
+    worst: list[float] = field(default_factory=list)
+
+    def judged(self, of_case: Sequence[Judged]) -> None:
+        self.candidates += len(of_case)
+        scores = [item.judgement.score for item in of_case if item.judgement.score is not None]
+        if scores:
+            self.best.append(max(scores))
+            self.worst.append(min(scores))
+
+    def paired(self, pairs: Sequence[PreferencePair]) -> None:
+        self.pairs += len(pairs)
+        self.with_pairs |= {pair.case_id for pair in pairs}
+
+    def told(self) -> dict[str, Any]:
+        """As `Preferences` has them."""
+        return {
+            "candidates": self.candidates,
+            "pairs": self.pairs,
+            "cases_with_pairs": len(self.with_pairs),
+            "dropped": {reason: n for reason, n in sorted(self.dropped.items()) if n},
+            "green_best": fmean(self.best) if self.best else None,
+            "green_worst": fmean(self.worst) if self.worst else None,
+        }
 
 
 def identify(
@@ -225,31 +247,65 @@ def _request(checkpoint: str, shards: Shards, experiment: Experiment) -> Request
     )
 
 
-def _sample(request: Request, out: str, progress: Counted | None) -> list[Candidate]:
-    """The candidates; what is finished is kept below `out` and not done again."""
-    written = generate(request, storage.join(out, SAMPLING), progress)
-    seed = request.decoding.seed
-    return [Candidate(case_id=p.case_id, index=p.index, text=p.text, origin="sampled", seed=seed) for p in written]
+def _sampled(request: Request, out: str, progress: Counted | None) -> Iterator[list[Candidate]]:
+    """The candidates of some cases at a time; what is finished is kept below `out` and not done again."""
+    seed, cases = request.decoding.seed, max(1, AT_ONCE // request.decoding.samples)
+    for part in parts(request, storage.join(out, SAMPLING), cases, progress):
+        yield [Candidate(case_id=p.case_id, index=p.index, text=p.text, origin="sampled", seed=seed) for p in part]
 
 
-def _corrupted(sampled: list[Candidate], cases: dict[str, Case], seed: int) -> list[Candidate]:
+def _candidates(
+    sampled: list[Candidate], cases: dict[str, Case], experiment: Experiment, counts: _Counts
+) -> list[Candidate]:
+    """Those of some cases that can be judged, in the order of cases and indexes, with what the settings add to them."""
+    settings = experiment.preferences
+    these = [cases[name] for name in dict.fromkeys(candidate.case_id for candidate in sampled)]
+    added: list[Candidate] = []
+    if settings.negatives == "corrupted":
+        added += _corrupted(sampled, these, list(cases.values()), experiment.seed)
+    if settings.chosen == "reference":
+        added += _references([*sampled, *added], these, experiment.seed)
+    kept, dropped = _screened([*sampled, *added], settings.min_words)
+    counts.dropped += dropped
+    return kept
+
+
+def _judged(
+    judge: Judge, candidates: list[Candidate], cases: dict[str, Case], settings: PreferencesConfig
+) -> list[Judged]:
+    judgements = judge.judge([(cases[candidate.case_id].report, candidate.text) for candidate in candidates])
+    terms, judged = reward_terms(settings.reward), zip(candidates, judgements, strict=True)
+    by_case = groupby(judged, key=lambda item: item[0].case_id)
+    return [each for name, group in by_case for each in rewarded(terms, cases[name].report, list(group))]
+
+
+def _paired(judged: list[Judged], experiment: Experiment, counts: _Counts) -> list[PreferencePair]:
+    pairs: list[PreferencePair] = []
+    for _, group in groupby(judged, key=lambda item: item.candidate.case_id):
+        of_case = list(group)
+        made, why = make_pairs(experiment.evaluation.question, of_case, experiment.preferences)
+        counts.judged(of_case)
+        counts.paired(made)
+        counts.dropped += why
+        pairs += made
+    return pairs
+
+
+def _corrupted(sampled: list[Candidate], cases: list[Case], everyone: list[Case], seed: int) -> list[Candidate]:
     """References with known errors, and the references themselves, as further candidates of each case."""
     most = _next_index(sampled)
-    reports = [case.report for case in cases.values()]
+    reports = [case.report for case in everyone]
     made = []
-    for case in cases.values():
+    for case in cases:
         made.append(Candidate(case_id=case.id, index=most, text=case.report, origin="corrupted", seed=seed))
         made += corrupt(case, reports, most + 1, seed)
     return made
 
 
-def _references(sampled: list[Candidate], cases: dict[str, Case], seed: int) -> list[Candidate]:
+def _references(sampled: list[Candidate], cases: list[Case], seed: int) -> list[Candidate]:
     """Each case's own report as one more candidate: the best of them by any judge."""
     index = _next_index(sampled)
-    return [
-        Candidate(case_id=case.id, index=index, text=case.report, origin="reference", seed=seed)
-        for case in cases.values()
-    ]
+    return [Candidate(case_id=case.id, index=index, text=case.report, origin="reference", seed=seed) for case in cases]
 
 
 def _next_index(sampled: list[Candidate]) -> int:
@@ -268,32 +324,42 @@ def _screened(candidates: list[Candidate], min_words: int) -> tuple[list[Candida
     return kept, dropped
 
 
-def _extremes(judged: list[Judged]) -> dict[str, float | None]:
-    """Means over the cases of their best and their worst valid score."""
-    by_case = [
-        [item.judgement.score for item in group if item.judgement.score is not None]
-        for _, group in groupby(judged, key=lambda item: item.candidate.case_id)
-    ]
-    scores = [values for values in by_case if values]
-    if not scores:
-        return {"green_best": None, "green_worst": None}
-    return {"green_best": fmean(map(max, scores)), "green_worst": fmean(map(min, scores))}
+_OF = pa.schema([Candidate.arrow_schema.field(name) for name in ("case_id", "index")])
+_JUDGEMENTS = pa.schema([*_OF, *Judgement.arrow_schema, pa.field("reward", pa.float64())])
 
 
-def write_judged(out: str, judged: Sequence[Judged]) -> None:
-    """The candidates as one table, their judgements and rewards as another."""
-    candidates = [item.candidate for item in judged]
-    table = Judgement.table([item.judgement for item in judged])
-    table = table.append_column("reward", pa.array([item.reward for item in judged], pa.float64()))
-    for column in ("index", "case_id"):
-        values = [getattr(candidate, column) for candidate in candidates]
-        table = table.add_column(0, column, pa.array(values, Candidate.arrow_schema.field(column).type))
-    storage.write_table(storage.join(out, "candidates.parquet"), Candidate.table(candidates))
-    storage.write_table(storage.join(out, "judgements.parquet"), table)
+@contextlib.contextmanager
+def tables(out: str) -> Iterator[Callable[[Sequence[Judged], Sequence[PreferencePair]], None]]:
+    """Takes judged candidates and pairs, part by part: the candidates to one table, their judgements and rewards to
+    another, the pairs to a third."""
+    with contextlib.ExitStack() as stack:
+        schemas = {
+            "candidates": Candidate.arrow_schema,
+            "judgements": _JUDGEMENTS,
+            "pairs": PreferencePair.arrow_schema,
+        }
+        writers = {
+            name: stack.enter_context(storage.table_writer(storage.join(out, f"{name}.parquet"), schema))
+            for name, schema in schemas.items()
+        }
+
+        def write(judged: Sequence[Judged], pairs: Sequence[PreferencePair]) -> None:
+            of = [{"case_id": each.candidate.case_id, "index": each.candidate.index} for each in judged]
+            rows = {
+                "candidates": [each.candidate.row() for each in judged],
+                "judgements": [
+                    {**ids, **each.judgement.row(), "reward": each.reward} for ids, each in zip(of, judged, strict=True)
+                ],
+                "pairs": [pair.row() for pair in pairs],
+            }
+            for name, some in rows.items():
+                writers[name](pa.Table.from_pylist(some, schema=schemas[name]))
+
+        yield write
 
 
 def read_judged(uri: str) -> list[Judged]:
-    """What `write_judged` wrote, in order; where that was before rewards had names, the reward is GREEN."""
+    """What `tables` was given, in order; where that was before rewards had names, the reward is GREEN."""
     candidates, rows = (
         storage.read_table(storage.join(uri, f"{name}.parquet")).to_pylist() for name in ("candidates", "judgements")
     )

@@ -22,10 +22,10 @@ from mu2llm.cases import Shards
 from mu2llm.config import Experiment
 from mu2llm.errors import Failure, UserError
 from mu2llm.evaluation import published
+from mu2llm.evaluation.bert_score import BertScore
 from mu2llm.evaluation.bootstrap import Bootstrap, Statistic
-from mu2llm.evaluation.last_layer import LastLayer
 from mu2llm.evaluation.scoring import Texts, embedded
-from mu2llm.evaluation.text_metrics import TokenEncoder, text_metrics
+from mu2llm.evaluation.text_metrics import text_metrics
 from mu2llm.green import Judge, load_judge
 from mu2llm.progress import Steps
 from mu2llm.records import Case, Estimate
@@ -181,7 +181,8 @@ def run(
     missing = {key: why for key, why in missing.items() if key not in found}
     cases, judge = Shards.open(data).cases("test"), load_judge(experiment.judge)
     bootstrap = Bootstrap([case.patient for case in cases], experiment.evaluation.bootstrap, experiment.seed)
-    cells = measure(cases, found, missing, judge, LastLayer(experiment.evaluation.text_encoder), bootstrap)
+    encoder = BertScore(experiment.evaluation.text_encoder, experiment.evaluation)
+    cells = measure(cases, found, missing, judge, encoder, bootstrap)
     return _write(ablation.out, cells, {"cases": len(cases), "judge": judge.identity}, missing)
 
 
@@ -236,7 +237,7 @@ def measure(
     found: Mapping[Key, Sequence[str]],
     missing: Mapping[Key, str],
     judge: Judge,
-    encoder: TokenEncoder,
+    encoder: BertScore,
     bootstrap: Bootstrap,
 ) -> list[Cell]:
     """Reports of the same cases by what wrote them → every variant's metrics over its seeds, and minus the baseline's.

@@ -1,5 +1,6 @@
 """What is asked is written once, with the right scan, the same whatever the batch; on Ray it is the same."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from small_runs import case, write_checkpoint, write_shards
 
 from mu2llm.engine import writer as writer_module
-from mu2llm.engine.generate import generate, ring, runs
+from mu2llm.engine.generate import generate, parts, ring, runs
 from mu2llm.engine.predictions import VARIANTS, Prediction, Request
 from mu2llm.engine.reading import CaseReader
 from mu2llm.engine.sampling import Decoding
@@ -147,6 +148,14 @@ def test_on_ray_and_resumed(ray_cluster, checkpoints, tmp_path):
     )
     assert sorted(seen) == [9, 10] or sorted(seen) == [7, 10]  # three and one, as they are finished
     assert again == first
+    # a part is a stretch of the ring, wherever the files begin and end
+    asked_again = replace(asked, inference=InferenceConfig(batch_size=7))
+    in_parts = list(parts(asked_again, state, 3))
+    order = ring([case(i).patient for i in range(10)], asked.decoding.seed)
+    assert [{p.case_id for p in part} for part in in_parts] == [
+        {case(int(i)).id for i in order[start : start + 3]} for start in range(0, 10, 3)
+    ]
+    assert sorted(map(repr, itertools.chain(*in_parts))) == sorted(map(repr, first))
 
 
 def test_what_is_left_is_written_in_runs_of_neighbours():

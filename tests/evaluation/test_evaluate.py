@@ -14,7 +14,7 @@ from mu2llm.engine.predictions import Prediction
 from mu2llm.errors import UserError
 from mu2llm.evaluation import assess as assess_module
 from mu2llm.evaluation import evaluate as evaluate_module
-from mu2llm.evaluation import floors
+from mu2llm.evaluation import floors, text_metrics
 from mu2llm.evaluation.evaluate import compare, compare_saved, evaluate, rescore
 from mu2llm.evaluation.results import Header, Results
 from mu2llm.records import Case
@@ -23,19 +23,22 @@ CASES = [case(i) for i in range(12)]
 
 
 class Words:
-    """Stands for the encoder of BERTScore."""
+    """Stands for BERTScore by an encoder."""
 
-    identity = "words"
+    identity = told = "words"
 
     def tokens(self, texts):
         import numpy as np
 
         return [np.eye(64)[[0, *(len(word) % 60 + 2 for word in text.split()), 1]] for text in texts]
 
+    def scores(self, pairs):
+        return text_metrics.bert_score(pairs, self)
+
 
 @pytest.fixture
 def no_encoder(monkeypatch):
-    monkeypatch.setattr(assess_module, "LastLayer", lambda name: Words())
+    monkeypatch.setattr(assess_module, "BertScore", lambda name, settings: Words())
 
 
 def predict(run, variant, texts, region=None, question="q"):

@@ -118,8 +118,6 @@ def test_published_meteor(shared):
 class Letters:
     """An encoder whose tokens are words, each with a vector of its own; special tokens at both ends."""
 
-    identity = "letters"
-
     def tokens(self, texts):
         rng = {}
         out = []

@@ -94,6 +94,18 @@ def test_judgements_are_kept_as_they_come(tmp_path, monkeypatch):
     assert rest.asked == [("a", "b")]
 
 
+def test_few_judgements_are_held_and_the_others_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("mu2llm.green.cache._CHUNK", 2)
+    monkeypatch.setattr("mu2llm.green.cache._RECENT", 3)
+    pairs = [("r", str(i)) for i in range(11)]
+    inner = Counting()
+    judge = CachedJudge(inner, str(tmp_path))
+    for _ in range(2):
+        assert judge.judge(pairs) == Counting().judge(pairs)
+    assert judge.judge([pairs[7], pairs[1], pairs[10]]) == Counting().judge([pairs[7], pairs[1], pairs[10]])
+    assert inner.asked == pairs and len(judge._recent) == 3
+
+
 def test_many_at_once(tmp_path):
     pairs = [("r", str(i)) for i in range(40)]
     with ThreadPoolExecutor(4) as pool:

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -560,6 +561,23 @@ def test_pairs_are_kept_with_their_judge_and_made_once(pairs, written, shards):
         assert pair.chosen_score - pair.rejected_score >= experiment().preferences.margin
     again = preferences.prefer(written.uri, shards, pairs, experiment())
     assert again == found
+
+
+def test_pairs_made_in_parts_are_those_made_at_once(pairs, written, shards, place, monkeypatch):
+    out = place / "pairs-in-parts"
+    shutil.copytree(Path(pairs) / preferences.SAMPLING, out / preferences.SAMPLING)
+    sizes = []
+    screened = preferences._screened
+    monkeypatch.setattr(preferences, "_screened", lambda few, words: sizes.append(len(few)) or screened(few, words))
+    monkeypatch.setattr(preferences, "AT_ONCE", 5 * experiment().preferences.candidates)
+    found, whole = preferences.prefer(written.uri, shards, str(out), experiment()), preferences.Preferences.open(pairs)
+    assert len(sizes) > 2
+    assert found.model_dump(exclude={"green_best", "green_worst"}) == whole.model_dump(
+        exclude={"green_best", "green_worst"}
+    )
+    assert found.green_best == pytest.approx(whole.green_best)
+    for read in (preferences.read_pairs, preferences.read_judged):
+        assert sorted(map(repr, read(str(out)))) == sorted(map(repr, read(pairs)))
 
 
 def test_rounds_go_on_from_the_policy_that_the_last_one_made(written, shards, place, monkeypatch):

@@ -10,7 +10,7 @@ from mu2llm.cases.ingest import schema
 from mu2llm.cases.shards import Index, ShardWriter, shard_file, write_index
 from mu2llm.green import load_judge
 from mu2llm.model import build, build_contrastive
-from mu2llm.records import Candidate, Case, Finding, PreferencePair
+from mu2llm.records import Candidate, Case, Finding
 from mu2llm.stages import preferences
 from mu2llm.stages.pairs import make_pairs
 from mu2llm.stages.rewards import rewarded
@@ -114,8 +114,8 @@ def pairs(tmp_path_factory, least, shards, written):
         judged = rewarded({"green": 1.0}, each.report, list(zip(own, judgements, strict=True)))
         every += judged
         made += make_pairs(least().evaluation.question, judged, settings)[0]
-    preferences.write_judged(uri, every)
-    storage.write_table(f"{uri}/pairs.parquet", PreferencePair.table(made))
+    with preferences.tables(uri) as write:
+        write(every, made)
     about = preferences.Preferences(
         **{"shards": shards.uri, "data_checksum": shards.checksum, "spec_hash": shards.spec.hash, "split": "train"},
         **{"checkpoint": written, "judge": judge.identity, "identity": "pairs-0", "cases": 12, "pairs": len(made)},

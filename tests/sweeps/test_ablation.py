@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mu2llm import storage
 from mu2llm.errors import Failure, UserError
+from mu2llm.evaluation import text_metrics
 from mu2llm.evaluation.bootstrap import Bootstrap
 from mu2llm.green import load_judge
 from mu2llm.records import Checkpoint
@@ -23,7 +24,7 @@ from mu2llm.sweeps.trial import Trial
 
 
 class Letters:
-    """A token encoder: a text's letters, counted; alike only if they are the same."""
+    """BERTScore by a text's letters, counted; alike only if they are the same."""
 
     identity = "letters"
 
@@ -32,6 +33,9 @@ class Letters:
 
     def tokens(self, texts):
         return [np.eye(128)[[min(ord(letter), 127) for letter in f" {text} "]] for text in texts]
+
+    def scores(self, pairs):
+        return text_metrics.bert_score(pairs, self)
 
 
 @pytest.fixture
@@ -157,7 +161,7 @@ def trained(cases, monkeypatch):
     monkeypatch.setattr(ablation, "prepare_features", lambda *_: None)
     monkeypatch.setattr(ablation, "prepare_reference", lambda *_: None)
     monkeypatch.setattr(ablation, "prefer", prefer)
-    monkeypatch.setattr(ablation, "LastLayer", Letters)
+    monkeypatch.setattr(ablation, "BertScore", Letters)
     made.preferred = preferred
     return made
 
