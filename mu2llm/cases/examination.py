@@ -1,14 +1,14 @@
-"""The series of a case: brought here, and read in HU."""
+"""The series of an examination: brought here, and read in HU."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from mu2llm import ct, storage
 from mu2llm.errors import Rejection
 from mu2llm.records import Case, Series
-from mu2llm.settings.data import DataConfig
 
 
 def fetched(case: Case, folder: Path) -> list[Path]:
@@ -30,28 +30,41 @@ def fetch(uri: str, folder: Path) -> Path:
     return local
 
 
-def volumes(case: Case, sources: list[Path], data: DataConfig) -> tuple[Case, list[ct.CTVolume]]:
-    """The series of a case in HU. Where they are to be put together (`data.together`) a place without names of series
-    gives all that are read of an examination, which the case then names, and what cannot be used is passed over."""
-    if data.together and not case.further and case.series is None:
-        most, rescale, accept = data.spec.series, case.rescale, data.accept
-        read = partial(ct.read_several, sources[0], most, rescale=rescale, accept=accept)
-        found = storage.retried(case.volume, read)
-        named = [Series(volume=case.volume, series=volume.series or None) for volume in found]
-        return case.model_copy(update={"series": named[0].series, "further": tuple(named[1:])}), found
-    reads = [partial(_volume, case, number, source, data.accept) for number, source in enumerate(sources)]
-    return case, ct.usable(reads, len(reads)) if data.together else [read() for read in reads]
+def volumes(
+    series: Sequence[Series], sources: Sequence[str | Path], accept: tuple[str, ...], most: int | None
+) -> list[ct.CTVolume]:
+    """The series of an examination in HU, each read from its source; Rejection where one cannot be used.
+
+    `most`: they are put together. One place without names of series gives those that are found there, at most so many,
+    and of others than the first what cannot be used is passed over. None: each is meant as it is given.
+    """
+    if most is not None and unnamed(series):
+        (one,) = series
+        read = partial(ct.read_several, sources[0], most, rescale=one.rescale, accept=accept)
+        return storage.retried(one.volume, read)
+    reads = [partial(_volume, series, number, source, accept) for number, source in enumerate(sources)]
+    return ct.usable(reads, len(reads)) if most is not None else [read() for read in reads]
 
 
-def _volume(case: Case, number: int, source: Path, accept: tuple[str, ...]) -> ct.CTVolume:
-    """One series of a case in HU; of several the Rejection says which it is."""
-    each = case.every_series[number]
-    place = each.volume
+def unnamed(series: Sequence[Series]) -> bool:
+    """Whether the series are to be found: they are one place, and it is not said which is meant there."""
+    return len(series) == 1 and series[0].series is None
+
+
+def named(case: Case, found: Sequence[ct.CTVolume]) -> Case:
+    """The case with the series that were found in its place."""
+    first, *further = [Series(volume=case.volume, series=volume.series or None) for volume in found]
+    return case.model_copy(update={"series": first.series, "further": tuple(further)})
+
+
+def _volume(series: Sequence[Series], number: int, source: str | Path, accept: tuple[str, ...]) -> ct.CTVolume:
+    """One of the series in HU; of several the Rejection says which it is."""
+    each = series[number]
     try:
         read = partial(ct.read, source, series=each.series, rescale=each.rescale, accept=accept)
-        return ct.admit(storage.retried(place, read), accept)
+        return ct.admit(storage.retried(each.volume, read), accept)
     except Rejection as rejection:
-        if not case.further:
+        if len(series) == 1:
             raise
-        which = f"series {number + 1} of {len(case.every_series)} ({storage.lasting(place)})"
+        which = f"series {number + 1} of {len(series)} ({storage.lasting(each.volume)})"
         raise Rejection(rejection.uri, rejection.reason, f"{which}: {rejection.message}") from None

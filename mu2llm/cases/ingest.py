@@ -353,8 +353,10 @@ def _result(case: Case, sources: Future[list[Path]], data: DataConfig) -> dict[s
 
 def _row(case: Case, sources: list[Path], data: DataConfig) -> dict[str, Any]:
     """The row of a shard; Rejection where one of its series cannot be used."""
-    case, volumes = examination.volumes(case, sources, data)
-    spec = data.spec
+    spec, series = data.spec, case.every_series
+    volumes = examination.volumes(series, sources, data.accept, spec.series if data.together else None)
+    if data.together and examination.unnamed(series):
+        case = examination.named(case, volumes)
     model_input = ct.prepare(volumes, spec)
     return {
         **_lasting(case).row(),

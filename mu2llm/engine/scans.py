@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple, Self
 
 from mu2llm import ct
+from mu2llm.cases import examination
 from mu2llm.engine.decoder import ContinuousDecoder, Prompt, write
 from mu2llm.engine.features import scan_features
 from mu2llm.engine.loading import load, numerics
@@ -39,19 +39,14 @@ class ScanPlace(NamedTuple):
     @classmethod
     def of(cls, case: Case, together: bool) -> Self:
         """A case's."""
-        return cls(case.volume, case.series, case.rescale, case.further, together)
+        first, *further = case.every_series
+        return cls(first.volume, first.series, first.rescale, tuple(further), together)
 
     def volumes(self, accept: tuple[str, ...], most: int) -> list[ct.CTVolume]:
         """The scan in HU, and those behind it, at most so many of one place; Rejection where one cannot be used."""
-        if self.together and self.series is None and not self.further:
-            return ct.read_several(self.path, most, rescale=self.rescale, accept=accept)
-        places = [Series(volume=self.path, series=self.series, rescale=self.rescale), *self.further]
-        reads = [partial(self._read, each, accept) for each in places]
-        return ct.usable(reads, len(reads)) if self.together else [read() for read in reads]
-
-    def _read(self, place: Series, accept: tuple[str, ...]) -> ct.CTVolume:
-        rescale = place.rescale or self.rescale
-        return ct.admit(ct.read(place.volume, series=place.series, rescale=rescale, accept=accept), accept)
+        series = [Series(volume=self.path, series=self.series, rescale=self.rescale), *self.further]
+        sources = [each.volume for each in series]
+        return examination.volumes(series, sources, accept, most if self.together else None)
 
 
 def report_scans(
