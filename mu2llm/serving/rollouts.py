@@ -66,10 +66,10 @@ def _differences(other: Checkpoint, served: Checkpoint) -> str:
     return ", ".join(f"data.spec.{key} is {there.get(key)}, not {here.get(key)}" for key in keys)
 
 
-async def status_of(generator: Calls) -> Status:
-    """What one of its replicas says; one that does not answer is not ready."""
+async def status_of(generator: Calls, seconds: float = LOOK_LIMIT_S) -> Status:
+    """What one of its replicas says; one that does not answer in time is not ready."""
     try:
-        async with asyncio.timeout(LOOK_LIMIT_S):
+        async with asyncio.timeout(seconds):
             status: Status = await generator.once("status")
             return status
     except Exception as error:

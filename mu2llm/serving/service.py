@@ -52,6 +52,7 @@ from mu2llm.settings.serving import ServingConfig
 logger = logging.getLogger("ray.serve")
 TEXTS_AT_ONCE = 16  # bodies of texts of the largest size
 LOOK_S = 0.5  # between two looks at the generator
+FIRST_LOOK_S = 10.0  # for the first one
 GRACE_S = 30.0  # for which a generator that was ready may be silent or not ready (a replica is being replaced)
 SCORER_WAIT_S = 60.0  # scaled to zero, it needs time to come up
 SCORER_SILENT_S = 5.0
@@ -125,13 +126,16 @@ class Service:
         self._last_finished = 0.0
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        """Returns when the generator has told how it is: a replica that takes the place of another would turn away who
+        asks it before that. Where the generator is still being loaded, after `FIRST_LOOK_S`."""
         if self.settings.keep_inputs:
             logger.warning(
                 "serving.keep_inputs: what the model sees of a scan is kept under %s/corrections where its report is "
                 "corrected, which needs the patient's consent; DELETE /v1/drafts/ID takes it back",
                 self.settings.state,
             )
+        self._learn(await status_of(self.generator, FIRST_LOOK_S))
         self._tasks = [asyncio.create_task(self._look()), asyncio.create_task(self._forget())]
 
     async def stop(self) -> None:

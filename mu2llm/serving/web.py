@@ -98,7 +98,7 @@ def application(service: Service, jobs: Jobs, doorkeeper: Doorkeeper, loopback: 
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.start()
+        await service.start()
         jobs.start()
         yield
         await jobs.stop()

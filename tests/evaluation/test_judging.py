@@ -35,17 +35,24 @@ def test_the_model_is_not_loaded_here_and_actors_hold_what_they_declare(ray_clus
     from mu2llm.green.local import LocalWriter
 
     monkeypatch.setattr(LocalWriter, "__init__", lambda *_: pytest.fail("loaded by the driver"))
-    cpus = ray.cluster_resources()["CPU"]
-    until = time.monotonic() + 60
-    while (free := ray.available_resources().get("CPU", 0)) < cpus and time.monotonic() < until:
-        gc.collect()  # actors of earlier tests are on their way out, some of them held by cycles
-        time.sleep(0.05)
+    gc.collect()  # actors of earlier tests are on their way out, some of them held by cycles
+    free = at_rest()
     writer = judging.ActorWriter(config.name.removeprefix("hf:"), config.model_copy(update={"cpus_per_actor": 3}))
     answers = writer.answers(["no effusion", "left nodule", "in the lung"])
     next(answers)
     held = free - ray.available_resources().get("CPU", 0)
     assert len(list(answers)) == 2
     assert held == 3
+
+
+def at_rest(seconds=2.0):
+    """The CPUs that are free, once that has not changed for a while."""
+    free, since = ray.available_resources().get("CPU", 0), time.monotonic()
+    while time.monotonic() - since < seconds:
+        time.sleep(0.05)
+        if (now := ray.available_resources().get("CPU", 0)) != free:
+            free, since = now, time.monotonic()
+    return free
 
 
 def test_a_model_that_is_not_there_is_said_before_any_actor_starts(ray_cluster, tmp_path):

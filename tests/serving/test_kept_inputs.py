@@ -23,6 +23,7 @@ from mu2llm.errors import UserError
 from mu2llm.green import load_judge
 from mu2llm.records import Case
 from mu2llm.serving import audit, decoder
+from mu2llm.serving.rollouts import LOADING
 from mu2llm.serving.store import Store
 from mu2llm.stages import dpo
 from mu2llm.stages.corrections import read_corrections
@@ -115,10 +116,12 @@ def test_without_consent_nothing_is_kept(tmp_path, held):
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_the_log_says_at_the_start_that_consent_is_needed(tmp_path, caplog, wanted):
+def test_the_log_says_at_the_start_that_consent_is_needed(tmp_path, caplog, monkeypatch, wanted):
+    monkeypatch.setattr("mu2llm.serving.service.status_of", lambda *_: asyncio.sleep(0, LOADING))
+
     async def start():
         service = Client(tmp_path, keep_inputs=wanted).service
-        service.start()
+        await service.start()
         await service.stop()
 
     asyncio.run(start())

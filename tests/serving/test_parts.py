@@ -508,6 +508,20 @@ def test_a_replica_that_is_not_ready_says_nothing_of_the_others(tmp_path):
         pass
 
 
+def test_a_replica_that_has_come_turns_nobody_away(tmp_path):
+    """It did until its first look at the generator was over: 16 seconds of 503 on a loaded machine."""
+    ready = Handle(Status(True, spec=config.load("tiny").data.spec))
+    service = Service(Handle(SCAN), ready, None, ServingConfig(state=str(tmp_path)))
+
+    async def go():
+        await service.start()
+        with service.admitted():
+            await service.stop()
+
+    asyncio.run(go())
+    assert ready.asked == 1
+
+
 def test_a_structured_report_of_what_is_no_dicom_is_refused_before_anything_is_written(tmp_path):
     writer = Handle(WRITTEN)
     service = known(tmp_path, writer)
