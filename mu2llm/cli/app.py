@@ -89,7 +89,7 @@ def show(value: Any, as_json: bool) -> None:
     result_console().print(table)
 
 
-def told(head: str, text: str, style: str | None = None) -> None:
+def print_scan(head: str, text: str, style: str | None = None) -> None:
     """A head, in bold, and a text below it on stdout, as they are written: `[left]` in them is no markup."""
     result_console().print(Text(head, style="bold"), Text(f"{text}\n", style=style or ""), sep="\n", soft_wrap=True)
 

@@ -28,10 +28,10 @@ from mu2llm.cli.app import (
     console,
     dry_run,
     load_with_judge,
+    print_scan,
     progress_bars,
     result_console,
     show,
-    told,
     work_on_ray,
 )
 from mu2llm.errors import UserError
@@ -217,11 +217,11 @@ def generate(
     for entry in entries:
         report = entry.get("report")
         if report is None:
-            told(entry["path"], entry["message"], "red")
+            print_scan(entry["path"], entry["message"], "red")
             continue
         known = entry.get("familiarity")
-        said = familiarity.told(known["percentile"] if known else None)
-        told(f"{entry['path']}: {said}" if said else entry["path"], report)
+        said = familiarity.describe(known["percentile"] if known else None)
+        print_scan(f"{entry['path']}: {said}" if said else entry["path"], report)
 
 
 green_app = typer.Typer(no_args_is_help=True, help="The GREEN score.")

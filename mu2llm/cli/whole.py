@@ -23,10 +23,10 @@ from mu2llm.cli.app import (
     app,
     console,
     dry_run,
+    print_scan,
     progress_bars,
     result_alone_on_stdout,
     result_console,
-    told,
     work_on_ray,
 )
 
@@ -62,7 +62,7 @@ def demo(
     console.print(f"{time.monotonic() - started:.0f} s; {out}/summary.json, {out}/report.html")
     result_console().print(table(summary))
     for entry in summary["scans"]:
-        told(entry["path"], entry["message"] if entry.get("report") is None else entry["report"])
+        print_scan(entry["path"], entry["message"] if entry.get("report") is None else entry["report"])
 
 
 @app.command()

@@ -102,7 +102,7 @@ def assess(
             "bleu": f"sacrebleu {text_metrics.bleu_signature()}",
             "rouge": "rouge_score, F-measure, stemmed",
             "meteor": f"nltk, {text_metrics.meteor_variant()}",
-            "bert_score": encoder.told if encoder else "not measured",
+            "bert_score": encoder.description if encoder else "not measured",
             "prior": header.prior,
             **({} if of_green is judge else {GREEN: f"by {rules.identity}, for the judge measures {measures(judge)}"}),
             **{name: f"by {command}" for name, command in experiment.evaluation.external.items()},
@@ -154,7 +154,7 @@ def _audit(
     without = {str(variant): _of(predictions, run, variant) for variant in WITHOUT}
     without["prior"] = _of(predictions, PRIOR)
     variants = {variant: _texts(each, known) for variant, each in without.items() if each}
-    clinical, below = floors.told(levels, TITLES, CLINICAL), floors.told(levels, TITLES)
+    clinical, below = floors.describe(levels, TITLES, CLINICAL), floors.describe(levels, TITLES)
     return audit(
         own.texts,
         variants,
@@ -164,8 +164,8 @@ def _audit(
         shortfalls=[line for line in (clinical, _missing(header, len(known)), *_unmeasured(own)) if line],
         warnings=[
             *([below] if below not in ("", clinical) else []),
-            *foreign.told(header.unmatched),
-            *external.told(own.external, len(own.texts)),
+            *foreign.describe(header.unmatched),
+            *external.describe(own.external, len(own.texts)),
         ],
         resamples=bootstrap.resamples,
         seed=bootstrap.seed,
@@ -196,7 +196,7 @@ def _external(
 def _unmeasured(run: _Run) -> list[str]:
     """What is said where an external metric has no number for too many cases."""
     short = {name: ids for name, ids in run.external.items() if len(ids) > (1 - COVERED) * len(run.texts)}
-    return external.told(short, len(run.texts))
+    return external.describe(short, len(run.texts))
 
 
 def _missing(header: Header, cases: int) -> str:

@@ -112,7 +112,7 @@ def audit(
         shortfalls=short,
         warnings=[
             *_warnings(len(own), failed, invalid, finished),
-            *consistency.told(agrees, agreed),
+            *consistency.describe(agrees, agreed),
             *_of_the_table(contrasts),
             *warnings,
         ],

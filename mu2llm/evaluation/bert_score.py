@@ -34,7 +34,7 @@ class BertScore:
         return f"{self._name}, last layer, no idf, not rescaled"
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """The identity, and how many texts were longer than the encoder takes."""
         return self.identity + (f"; {self._cut} texts were cut at {self._most} tokens" if self._cut else "")
 

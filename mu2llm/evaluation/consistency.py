@@ -41,7 +41,7 @@ def consistency(ids: Sequence[str], reports: Sequence[str], bootstrap: Bootstrap
     )
 
 
-def told(own: Consistency, references: Consistency) -> list[str]:
+def describe(own: Consistency, references: Consistency) -> list[str]:
     """What there is to warn of: a model that contradicts itself more often than those who wrote the references."""
     ours, theirs = own.contradicted, references.contradicted
     if ours is None or ours.low <= (theirs.high if theirs else 0):

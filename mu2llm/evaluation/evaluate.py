@@ -257,7 +257,7 @@ def _write_predictions(request: Request, shards: Shards, out: str, progress: Cou
         split=request.split,
         question=request.question,
         seed=request.decoding.seed,
-        prior=floors.told_source(train),
+        prior=floors.prior_source(train),
         histories=_histories(request.checkpoints),
     ).write(out)
     storage.delete(storage.join(out, STATE))

@@ -71,7 +71,7 @@ def measured(name: str, command: str, runs: Mapping[str, Texts]) -> Scores:
     )
 
 
-def told(missing: Mapping[str, list[str]], cases: int) -> list[str]:
+def describe(missing: Mapping[str, list[str]], cases: int) -> list[str]:
     """What external metrics, by name, gave no number for."""
     some = {name: f"{', '.join(ids[:NAMED])}{' …' if len(ids) > NAMED else ''}" for name, ids in missing.items() if ids}
     return [f"{name}: no number for {len(missing[name])} of {cases} reports: {ids}" for name, ids in some.items()]

@@ -71,7 +71,7 @@ class Level(BaseModel):
         return (self.value - self.floor) / (self.ceiling - self.floor)
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """The share as tables have it: ↑ 37 %."""
         return f"{'↓' if self.share < 0 else '↑'} {100 * abs(self.share):.0f} %"
 
@@ -94,7 +94,7 @@ def levels(metrics: Metrics, floors: Mapping[str, Metrics]) -> dict[str, Level]:
     return found
 
 
-def told(levels: Mapping[str, Level], titles: Mapping[str, str], names: Sequence[str] | None = None) -> str:
+def describe(levels: Mapping[str, Level], titles: Mapping[str, str], names: Sequence[str] | None = None) -> str:
     """What is not above its floor, in words; "" where all is. `names`: of these alone."""
     below = {name: level for name, level in levels.items() if level.below}
     if below and len(below) == len(levels):
@@ -174,7 +174,7 @@ def _findings(case: Case, text: str) -> tuple[Finding, ...] | None:
     return None if case.findings is None else tuple(green.findings(text))
 
 
-def told_source(train: Sequence[Case]) -> str:
+def prior_source(train: Sequence[Case]) -> str:
     """Whence the constant and the nearest report are."""
     return f"one of {len(train)} training reports" if train else "one of the split's own reports: there is no train"
 

@@ -198,7 +198,7 @@ def _finished(row: Mapping[str, Any]) -> bool:
     return str(row.get("finished", True)).strip().lower() not in ("false", "0", "no")
 
 
-def told(unmatched: Mapping[str, Sequence[str]]) -> list[str]:
+def describe(unmatched: Mapping[str, Sequence[str]]) -> list[str]:
     """What did not fit, counted and named."""
     words = {
         "missing": "references without a prediction",

@@ -282,7 +282,7 @@ def _wrapping(number: Estimate | float | None) -> str:
 
 
 def _share(level: Level | None) -> str:
-    return f"\n{level.told}" if level else ""
+    return f"\n{level.description}" if level else ""
 
 
 def _plain(number: Estimate | float | None) -> str:

@@ -61,7 +61,7 @@ def score(
             split=split or ("test" if Shards.there(references) else _stem(references)),
             question="",
             seed=experiment.seed,
-            prior=floors.told_source(training),
+            prior=floors.prior_source(training),
             histories={},
         ).write(out)
     return scored(out, experiment)

@@ -72,9 +72,9 @@ def agreement(report: str) -> Agreement | None:
     concluded = [(each, _wrong(each, findings)) for each in _asserted(impression)]
     omitted = [each for each in _asserted(findings) if not _named(each.name, impression)]
     return Agreement(
-        unsupported=_told(f"{_words(each)}: {why}" for each, why in concluded if why),
-        omitted=_told(_words(each) for each in omitted),
-        contradicted=_told(
+        unsupported=_distinct(f"{_words(each)}: {why}" for each, why in concluded if why),
+        omitted=_distinct(_words(each) for each in omitted),
+        contradicted=_distinct(
             [f"{_words(each)}: {why}" for each, why in concluded if why not in ("", UNSAID)]
             + [f"{_words(each)}: the impression denies it" for each in omitted if _denied(each, impression)]
         ),
@@ -137,5 +137,5 @@ def _words(mention: Mention) -> str:
     return " ".join(word for word in (size, mention.side or "", mention.name) if word)
 
 
-def _told(lines: Iterable[str]) -> tuple[str, ...]:
+def _distinct(lines: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(lines))

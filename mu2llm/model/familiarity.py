@@ -71,7 +71,7 @@ def unlike(percentile: float | None) -> bool:
     return percentile is not None and percentile > UNLIKE
 
 
-def told(percentile: float | None) -> str:
+def describe(percentile: float | None) -> str:
     """What people are told of a percentile; "" where there is nothing to say."""
     if percentile is None:
         return "not known to be like the training scans: the checkpoint keeps no statistics of them"

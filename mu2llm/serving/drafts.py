@@ -31,7 +31,7 @@ class Drafts:
 
     async def get(self, identity: str) -> Draft:
         """A 404 where there is none."""
-        return _told(await asyncio.to_thread(self.store.report, identity))
+        return _draft(await asyncio.to_thread(self.store.report, identity))
 
     async def correct(self, given: CorrectionIn, question: str, principal: str) -> CorrectionOut:
         """Stores an edited report as a preference over the generated one; 404, 409 or 422 where they don't belong.
@@ -60,7 +60,7 @@ class Drafts:
         async with self._alone(given.id):
             stored = await asyncio.to_thread(self.store.report, given.id)
             if stored.state == given.decision:
-                return _told(stored)
+                return _draft(stored)
             if stored.decided:
                 raise _decided(stored)
             await self._step(stored, given.decision, stored.current, principal)
@@ -69,7 +69,7 @@ class Drafts:
                 await asyncio.to_thread(self.store.save_correction, kept)
             saved = await self._save(stored, given.decision, principal)
             await asyncio.to_thread(self.store.let_input_go, stored.id)
-            return _told(saved)
+            return _draft(saved)
 
     async def delete(self, identity: str, principal: str) -> None:
         """Deletes a draft with its corrections and the input that was kept of its scan; a 404 where there is none."""
@@ -148,7 +148,7 @@ def _decided(stored: StoredReport) -> Problem:
     return Problem(409, "decided", f"this draft was {stored.state}, which stays so; make another report of the scan")
 
 
-def _told(stored: StoredReport) -> Draft:
+def _draft(stored: StoredReport) -> Draft:
     return Draft(
         id=stored.id,
         state=stored.state,

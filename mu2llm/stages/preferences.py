@@ -142,7 +142,7 @@ def prefer(
         identity=identity.digest,
         inputs=identity.inputs,
         cases=len(cases),
-        **counts.told(),
+        **counts.summary(),
     )
     if not result.pairs:
         raise Failure(f"{len(cases)} cases gave no pair ({result.dropped}); lower preferences.margin or add candidates")
@@ -172,7 +172,7 @@ class _Counts:
         self.pairs += len(pairs)
         self.with_pairs |= {pair.case_id for pair in pairs}
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """As `Preferences` has them."""
         return {
             "candidates": self.candidates,

@@ -118,7 +118,7 @@ def loop(job: Job, resume: Resume) -> None:
         model.freeze_vision()
     if settings.freeze_language_model:
         model.freeze_language_model()
-    texts = align(model, experiment, reports, told_by(job.parent)) if settings.alignment else None
+    texts = align(model, experiment, reports, finding_kind(job.parent)) if settings.alignment else None
     whole = model
     if experiment.model.lora:
         model = add_lora(model, experiment.model.lora, ["alignment"] if texts else [])
@@ -239,10 +239,10 @@ def start(job: Job, reports: list[str]) -> tuple[Any, Mu2Processor]:
 def prior_findings(job: Job, shards: Shards) -> list[str]:
     """Those of the diagnostic prior: the most frequent of all training reports, which contrast was trained on."""
     reports = [case.report for case in shards.cases("train")]
-    return most_frequent(reports, job.resolved.model.tokenizer.prior, told_by(job.parent))
+    return most_frequent(reports, job.resolved.model.tokenizer.prior, finding_kind(job.parent))
 
 
-def told_by(parent: str | None) -> str:
+def finding_kind(parent: str | None) -> str:
     """The findings that a contrastive checkpoint tells apart (`contrastive.positives`); of others those with sides."""
     checkpoint = open_checkpoint(parent) if parent else None
     contrastive = checkpoint and checkpoint.lineage.stage == "contrastive"
@@ -299,7 +299,7 @@ def restore(job: Job, folder: str) -> tuple[Any, Mu2Processor]:
     _, reports = training_cases(job, Shards.open(job.data))
     model, processor = start(job, reports)
     if job.resolved.sft.alignment:
-        align(model, job.resolved, reports, told_by(job.parent))
+        align(model, job.resolved, reports, finding_kind(job.parent))
     return merge_lora(load_lora(model, folder)), processor
 
 

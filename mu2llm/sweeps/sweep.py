@@ -231,7 +231,7 @@ def _write(plan: Plan, study: Study, trials: Sequence[Trial], at_once: int, comp
     """The table, the page and results.json, which is what the command prints."""
     objective = study.objective
     rows = results.ranked(trials, objective)
-    front = [_told(row, objective) for row in results.front(rows, objective)]
+    front = [_point(row, objective) for row in results.front(rows, objective)]
     found: dict[str, Any] = {
         "trials": len(trials),
         "statuses": statuses(trials),
@@ -254,7 +254,7 @@ def _write(plan: Plan, study: Study, trials: Sequence[Trial], at_once: int, comp
     return found
 
 
-def _told(row: results.Row, objective: Sequence[str]) -> dict[str, Any]:
+def _point(row: results.Row, objective: Sequence[str]) -> dict[str, Any]:
     estimates = {name: row.estimate(name) for name in results.measured([row], objective)}
     return {
         "params": row.params,

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from mu2llm import config, tracking
 from mu2llm.cli import app, reports
-from mu2llm.cli.app import show, told, work_on_ray
+from mu2llm.cli.app import print_scan, show, work_on_ray
 from mu2llm.engine import scans
 from mu2llm.tracking.client import client
 
@@ -26,7 +26,7 @@ def test_what_ray_prints_meanwhile_does_not_reach_the_result(ray_cluster, capsys
 
 @pytest.mark.parametrize("text", ["a [left].nii.gz", "x[/y].nii.gz", "nodule [series 2, image 41]", "[bold]x[/bold]"])
 def test_texts_and_paths_are_printed_as_they_are(text, capsys):
-    told(text, f"Findings: {text}")
+    print_scan(text, f"Findings: {text}")
     show({text: text}, as_json=False)
     assert " ".join(capsys.readouterr().out.split()).count(text) == 4
 

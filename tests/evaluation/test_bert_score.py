@@ -38,7 +38,7 @@ def test_by_actors_as_in_one_process(ray_cluster, encoder, monkeypatch):
     monkeypatch.setattr(bert_score, "MANY", len(pairs))
     assert there.scores(pairs) == pytest.approx(expected, abs=1e-6)
     assert there._here is None  # no encoder was loaded in this process
-    assert there.told == here.told == f"{here.identity}; 1 texts were cut at {most} tokens"
+    assert there.description == here.description == f"{here.identity}; 1 texts were cut at {most} tokens"
     assert 0 < min(score for score in expected if score) < max(expected) <= 1
 
 

@@ -25,7 +25,7 @@ CASES = [case(i) for i in range(12)]
 class Words:
     """Stands for BERTScore by an encoder."""
 
-    identity = told = "words"
+    identity = description = "words"
 
     def tokens(self, texts):
         import numpy as np

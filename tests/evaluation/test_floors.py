@@ -96,10 +96,10 @@ def test_levels_and_what_is_said_of_them():
     labels = beside["ce_macro_f1"]
     assert labels.share < 0 and labels.floor == max(found[name]["ce_macro_f1"].value for name in floors.FLOORS)
     expected = f"below its floor: 18 labels, macro F1 0.010 ({labels.of} {labels.floor:.3f})"
-    assert floors.told(beside, TITLES, ("ce_macro_f1",)) == expected
-    assert floors.told({"bleu_1": beside["bleu_1"]}, TITLES) == ""
+    assert floors.describe(beside, TITLES, ("ce_macro_f1",)) == expected
+    assert floors.describe({"bleu_1": beside["bleu_1"]}, TITLES) == ""
     at = Level(value=0.3, low=0.2, floor=0.3, of="constant", ceiling=1)
-    assert at.below and floors.told({"crg": at}, TITLES).startswith("this is the floor")
+    assert at.below and floors.describe({"crg": at}, TITLES).startswith("this is the floor")
 
 
 def test_a_floor_at_the_ceiling_says_nothing():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mu2llm.model.familiarity import Familiarity, pooled, told, unlike
+from mu2llm.model.familiarity import Familiarity, describe, pooled, unlike
 
 
 def features(count, seed, shift=0.0):
@@ -26,8 +26,8 @@ def test_scans_like_the_training_scans_have_every_percentile_alike(known):
 def test_others_are_beyond_all_of_them_and_are_said_to_be(known):
     assert known.percentiles(features(3, 3, shift=30.0)) == [100.0] * 3
     assert unlike(100.0) and not unlike(99.5) and not unlike(None)
-    assert told(100.0).startswith("unlike the training scans") and told(50.0) == ""
-    assert "keeps no statistics" in told(None)
+    assert describe(100.0).startswith("unlike the training scans") and describe(50.0) == ""
+    assert "keeps no statistics" in describe(None)
 
 
 def test_the_direction_counts_and_not_the_length_alone(known):

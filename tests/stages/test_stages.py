@@ -224,12 +224,12 @@ def test_a_diagnostic_prior_comes_from_contrast_and_goes_on_to_dpo(vision, shard
     (model, processor), (seen, _) = load(trained.uri), load_contrastive(vision.uri)
     assert len(model.config.findings) == 3 and processor.queries == model.config.visual_tokens == 7
     assert losses(trained)[-1] < losses(trained)[0]
-    assert sft.told_by(vision.uri) == "placed_finding" == vision.experiment["contrastive"]["positives"]
-    assert sft.told_by(trained.uri) == sft.told_by(None) == "finding"
+    assert sft.finding_kind(vision.uri) == "placed_finding" == vision.experiment["contrastive"]["positives"]
+    assert sft.finding_kind(trained.uri) == sft.finding_kind(None) == "finding"
     without = vision.model_copy(update={"uri": str(place / "without")}, deep=True)
     without.experiment["contrastive"] |= {"positives": "finding"}
     describe(without)
-    assert sft.told_by(without.uri) == "finding"
+    assert sft.finding_kind(without.uri) == "finding"
     for name, value in seen.head.state_dict().items():
         assert torch.equal(model.model.prior.state_dict()[f"head.{name}"], value)
     preferences.prefer(trained.uri, shards, str(place / "told-pairs"), settings)

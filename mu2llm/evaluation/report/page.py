@@ -101,7 +101,7 @@ def share(level: Level) -> Markup:
     """How far up from the floor to the ceiling, with both where the mouse rests."""
     title = f"floor: {FLOORS[level.of]}, {level.floor:.3f}; ceiling: {level.ceiling:.3f}"
     kind = "below" if level.below else "up"
-    return Markup('<small class="{}" title="{}">{}</small>').format(kind, title, level.told)
+    return Markup('<small class="{}" title="{}">{}</small>').format(kind, title, level.description)
 
 
 def _page(
