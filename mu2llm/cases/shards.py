@@ -118,13 +118,19 @@ class Shards:
         """The number of rows of each of `files`."""
         return [file.rows for file in self.index.splits.get(split, []) if file.rows]
 
-    def cases(self, split: str) -> list[Case]:
-        """The cases of a split, in the rows' order, without voxels."""
-        return [Case.from_row(row) for row in self._cases(split).to_pylist()]
+    def cases(self, split: str, rows: Sequence[int] | None = None) -> list[Case]:
+        """The cases of a split, without voxels, in the rows' order; or those of some rows."""
+        table = self._cases(split)
+        return [Case.from_row(row) for row in (table if rows is None else table.take(rows)).to_pylist()]
 
     def ids(self, split: str) -> list[str]:
         """The ids of the cases of a split, in the rows' order."""
         names: list[str] = self._cases(split).column("id").to_pylist()
+        return names
+
+    def patients(self, split: str) -> list[str]:
+        """Whose they are, in the rows' order."""
+        names: list[str] = self._cases(split).column("patient").to_pylist()
         return names
 
     def subset(self, split: str, fraction: float, seed: int) -> list[str]:

@@ -26,7 +26,6 @@ from mu2llm.engine.reading import CaseReader
 from mu2llm.engine.writer import Writer
 from mu2llm.errors import UserError
 from mu2llm.progress import Counted
-from mu2llm.records import Case
 
 _FILE = re.compile(r"(\d+)-(\d+)\.parquet")
 
@@ -63,22 +62,24 @@ def parts(request: Request, state: str, size: int, progress: Counted | None = No
 
 @dataclass(frozen=True)
 class _Meant:
-    """A request with the cases that it is about, and their places in the ring."""
+    """A request with the cases that it is about (of each its id and whose it is), and their places in the ring."""
 
     request: Request
     shards: Shards
-    cases: list[Case]
+    cases: list[str]
+    patients: list[str]
     order: np.ndarray
 
     @classmethod
     def of(cls, request: Request) -> _Meant:
         shards = checked(request)
-        cases = request.cases(shards)
-        return cls(request, shards, cases, ring([case.patient for case in cases], request.decoding.seed))
+        rows, ids, patients = request.rows(shards), shards.ids(request.split), shards.patients(request.split)
+        whose = [patients[row] for row in rows]
+        return cls(request, shards, [ids[row] for row in rows], whose, ring(whose, request.decoding.seed))
 
     def predictions(self, tables: Sequence[pa.Table], first: int = 0, end: int | None = None) -> list[Prediction]:
         """Those of the cases at these places, run by run in the order of the shards."""
-        place = {self.cases[i].id: int(i) for i in self.order[first:end]}
+        place = {self.cases[i]: int(i) for i in self.order[first:end]}
         checkpoints = list(self.request.checkpoints)
         rows = [row for table in tables for row in table.to_pylist() if row["case_id"] in place]
         return sorted(map(Prediction.from_row, rows), key=lambda p: (checkpoints.index(p.run), place[p.case_id]))
@@ -135,11 +136,11 @@ def _finished(folder: str) -> dict[tuple[int, int], str]:
 
 def _written(meant: _Meant, places: Sequence[int], progress: Counted | None) -> Iterator[tuple[int, int, pa.Table]]:
     """Runs of these places (first, one behind the last) and their predictions, as the actors finish them."""
-    request, cases = meant.request, meant.cases
+    request = meant.request
     left = runs(places, request.inference.batch_size)
     if not left:
         return
-    rows = meant.shards.rows_of(request.split, [case.id for case in cases])[meant.order]
+    rows = meant.shards.rows_of(request.split, meant.cases)[meant.order]
     reader = CaseReader.of(meant.shards, request.split, rows)
     batches = ray.data.from_items([{"first": first, "end": end} for first, end in left], override_num_blocks=len(left))
     batches.context.target_max_block_size = None  # a batch stays one block, however large
@@ -153,12 +154,12 @@ def _written(meant: _Meant, places: Sequence[int], progress: Counted | None) -> 
     )
     written = scans.map_batches(
         Writer,
-        fn_constructor_args=(request, {case.id: case.patient for case in cases}),
+        fn_constructor_args=(request, dict(zip(meant.cases, meant.patients, strict=True))),
         batch_size=None,
         **resources(request.inference, len(left)),
     )
     mend = "what was written is kept, run again to go on (out of memory: lower batch_size or max_sequences)"
-    ends, done = dict(left), len(cases) - len(places)
+    ends, done = dict(left), len(meant.cases) - len(places)
     with failures("writing reports", mend):
         for table in written.iter_batches(batch_size=None, batch_format="pyarrow"):
             assert isinstance(table, pa.Table)
@@ -166,4 +167,4 @@ def _written(meant: _Meant, places: Sequence[int], progress: Counted | None) -> 
             yield first, ends[first], table.drop_columns("first").cast(Prediction.arrow_schema)
             done += ends[first] - first
             if progress:
-                progress(done, len(cases))
+                progress(done, len(meant.cases))

@@ -87,6 +87,9 @@ class Request:
 
     def cases(self, shards: Shards) -> list[Case]:
         """The cases that are meant, in the shards' order."""
-        known, ids = shards.cases(self.split), None if self.ids is None else set(self.ids)
-        meant = [case for case in known if ids is None or case.id in ids]
-        return meant[: self.max_cases]
+        return shards.cases(self.split, self.rows(shards))
+
+    def rows(self, shards: Shards) -> list[int]:
+        """Their numbers in the split."""
+        names, ids = shards.ids(self.split), None if self.ids is None else set(self.ids)
+        return [row for row, name in enumerate(names) if ids is None or name in ids][: self.max_cases]
