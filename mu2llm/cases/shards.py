@@ -121,7 +121,9 @@ class Shards:
     def cases(self, split: str, rows: Sequence[int] | None = None) -> list[Case]:
         """The cases of a split, without voxels, in the rows' order; or those of some rows."""
         table = self._cases(split)
-        return [Case.from_row(row) for row in (table if rows is None else table.take(rows)).to_pylist()]
+        if rows is not None:
+            table = table.take(pa.array(rows, pa.int64()))
+        return [Case.from_row(row) for row in table.to_pylist()]
 
     def ids(self, split: str) -> list[str]:
         """The ids of the cases of a split, in the rows' order."""
