@@ -234,10 +234,8 @@ def read_table(uri: str) -> pa.Table:
 
 def write_table(uri: str, table: pa.Table) -> None:
     """Writes a table as Parquet; it appears whole."""
-    import pyarrow.parquet as pq
-
-    with staged(uri) as path:
-        pq.write_table(table, path)
+    with table_writer(uri, table.schema) as write:
+        write(table)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from mu2llm.evaluation.last_layer import LastLayer
 from mu2llm.evaluation.text_metrics import TOGETHER, Pair
 from mu2llm.settings.inference import InferenceConfig
 
-MANY = 2000  # pairs of some 50 ms, from which actors are worth their start
+MANY = 2000  # pairs, from which actors are worth their start
 
 
 class BertScore:

@@ -509,7 +509,7 @@ def test_a_replica_that_is_not_ready_says_nothing_of_the_others(tmp_path):
 
 
 def test_a_replica_that_has_come_turns_nobody_away(tmp_path):
-    """It did until its first look at the generator was over: 16 seconds of 503 on a loaded machine."""
+    """It did until its first look at the generator was over: 642 answers were 503 on a loaded machine."""
     ready = Handle(Status(True, spec=config.load("tiny").data.spec))
     service = Service(Handle(SCAN), ready, None, ServingConfig(state=str(tmp_path)))
 

@@ -1,5 +1,5 @@
 """The reading room in headless Chromium, on the running service. Pictures of it lie in build/screenshots: for the docs
-with PICTURE_SCALE=1, which takes three times as long where there is no GPU.
+with PICTURE_SCALE=1, which takes more than twice as long where there is no GPU.
 """
 
 import base64
